@@ -1,0 +1,79 @@
+# Thin targets: the work is done by Python modules (python/pg_siamese/dev/ for the set-up), so that
+# everything can be run, tested and read without make.
+
+.DEFAULT_GOAL := help
+.PHONY: help python deps deps-test up down dsn psql demo test lint bench bench-large train install clean
+MAKEFLAGS += --no-print-directory
+
+# PL/Python is linked to the distribution's Python: the server's packages must be for that one.
+PYTHON ?= /usr/bin/python3
+DEV := PYTHONPATH=python $(PYTHON) -m pg_siamese.dev
+BIN := build/client/bin
+
+ARGS ?=
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-12s %s\n' "$$name" "$$text"; done
+
+# Before anything else is there: Python itself, with venv.
+python:
+	@$(PYTHON) -c 'import venv, ensurepip, tomllib' 2>/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing Python (python3 python3-venv) …"; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 || apt-get update -qq; \
+	    apt-get install -qq -y --no-install-recommends python3 python3-venv >/dev/null || { \
+	      apt-get update -qq && apt-get install -qq -y --no-install-recommends python3 python3-venv >/dev/null; }; \
+	  else \
+	    echo "error: $(PYTHON) 3.11 or later with venv is missing: apt-get install python3 python3-venv" >&2; exit 1; \
+	  fi; }
+
+deps: python ## install what is missing: PostgreSQL, PL/Python, pgvector, Python environments
+	@$(DEV).deps
+
+deps-test: python
+	@$(DEV).deps --test --train
+
+up: deps ## start the embedded cluster and make the database (make deps first)
+	@$(DEV).embedded up
+
+down: python ## stop the embedded cluster
+	@$(DEV).embedded down
+
+dsn: python ## print the embedded cluster's connection string
+	@$(DEV).embedded dsn
+
+psql: python ## open the embedded cluster (ARGS='-c "SELECT 1"')
+	@$(DEV).embedded psql $(ARGS)
+
+demo: up ## load medical images, search, print the answers and draw them
+	@$(BIN)/pg_siamese demo --dsn "$$($(DEV).embedded dsn)" $(ARGS)
+
+test: deps-test ## run the tests, on clusters of their own (ARGS='-k name')
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: deps-test ## ruff, mypy and sqlfluff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/sqlfluff lint --disable-progress-bar sql $(wildcard migrations/*.sql)
+
+bench: python ## measure against pgvector, FAISS and ONNX Runtime at 70,000 images
+	@$(DEV).deps --test --bench
+	@$(BIN)/python -m bench $(ARGS)
+
+bench-large: python ## the search and build part at 1,000,000 vectors
+	@$(DEV).deps --test --bench
+	@$(BIN)/python -m bench --large $(ARGS)
+
+train: python ## train the shipped encoders anew (see pg_siamese train --help)
+	@$(DEV).deps --train
+	@$(BIN)/pg_siamese train $(ARGS)
+
+install: python ## for a DBA: install into the system's PostgreSQL (PG_CONFIG, PREFIX, DESTDIR)
+	@$(DEV).install --pg-config "$(PG_CONFIG)" --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
+
+clean: ## stop the embedded cluster and remove build/ with its data
+	@if [ -e build ]; then $(DEV).embedded down || true; fi
+	@if [ -L build ]; then rm -rf "$$(readlink -f build)"; fi
+	@rm -rf build

@@ -1,0 +1,8 @@
+"""Server side of pg_siamese: what the PL/Python functions of the extension import.
+
+Importable and testable without PostgreSQL: every function that talks to the database takes the
+``plpy`` module as its first argument. Nothing heavy is imported here, since the first statement of
+every session pays for it.
+"""
+
+__version__ = "0.1.0"

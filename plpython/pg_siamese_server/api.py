@@ -1,0 +1,313 @@
+"""Entry points: what the bodies of the extension's PL/Python functions call.
+
+Each reports the package's own errors the way PostgreSQL does, and ends with a look at interrupts, so
+that a late cancel hits this statement and not the next one of the session.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+# Before NumPy, FAISS and ONNX Runtime are imported: a backend is one process among many, and
+# threads of its own are started for index builds only.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+from pg_siamese_server import interrupts  # noqa: E402 -- after the environment
+from pg_siamese_server.catalog import load_json, model_id_by_name, prepare  # noqa: E402
+from pg_siamese_server.errors import (  # noqa: E402
+    FEATURE_NOT_SUPPORTED,
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    SiameseError,
+)
+
+# Their threads inherit the mask; PostgreSQL's signal handlers stay in the main thread.
+with interrupts.signals_blocked():
+    from pg_siamese_server import search as _search  # noqa: E402
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+DISK_ERRORS = {errno.ENOSPC: "53100", errno.EDQUOT: "53100"}
+
+
+def _entry(function: Function) -> Function:
+    @functools.wraps(function)
+    def call(plpy: Any, *values: Any) -> Any:
+        try:
+            result = function(plpy, *values)
+        except SiameseError as error:
+            interrupts.check(plpy)
+            _report(plpy, error)
+        except OSError as error:
+            interrupts.check(plpy)
+            _report(
+                plpy,
+                SiameseError(
+                    f'could not write index file "{error.filename or ""}": {error.strerror}',
+                    sqlstate=DISK_ERRORS.get(error.errno or 0, "58030"),
+                    hint="The tables are not affected; see that the data directory has room.",
+                ),
+            )
+        interrupts.check(plpy)
+        return result
+
+    return call  # type: ignore[return-value]
+
+
+def _report(plpy: Any, error: SiameseError) -> None:
+    more = {"detail": error.detail, "hint": error.hint}
+    given = {name: value for name, value in more.items() if value}
+    plpy.error(error.message, sqlstate=error.sqlstate, **given)
+
+
+@_entry
+def register_model(
+    plpy: Any,
+    name: str | None,
+    onnx: bytes | None,
+    image_width: int | None,
+    image_height: int | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+    resize: str | None,
+    interpolation: str | None,
+    metric: str | None,
+    calibration: str | None,
+    threshold: float | None,
+    max_bytes: int | None,
+    max_pixels: int | None,
+) -> int:
+    """Body of ``register_model``."""
+    from pg_siamese_server import models
+
+    size = {
+        "width": image_width,
+        "height": image_height,
+        "resize": resize,
+        "interpolation": interpolation,
+        "max_bytes": max_bytes,
+        "max_pixels": max_pixels,
+    }
+    given = {
+        "mean": mean,
+        "std": std,
+        "metric": metric,
+        "calibration": load_json(calibration),
+        "threshold": threshold,
+    }
+    merged: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    merged["input"] = {key: value for key, value in size.items() if value is not None}
+    with interrupts.signals_blocked():
+        import onnx as _  # noqa: F401 -- its libraries may start threads
+    return models.register(plpy, name, onnx, merged)
+
+
+@_entry
+def on_change(plpy: Any, event: str, collection_id: int) -> None:
+    """Body of the statement triggers."""
+    from pg_siamese_server import changes
+
+    changes.on_change(plpy, event, collection_id)
+
+
+@_entry
+def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> int:
+    """Body of ``backfill``."""
+    from pg_siamese_server import changes
+
+    return changes.backfill(plpy, collection, max_rows)
+
+
+@_entry
+def build_index(
+    plpy: Any,
+    collection: str | None,
+    m: int,
+    ef_construction: int,
+    target_recall: float,
+    threads: int | None,
+) -> int:
+    """Body of ``build_index``."""
+    with interrupts.signals_blocked():
+        from pg_siamese_server import build
+
+    return build.build_index(plpy, collection, m, ef_construction, target_recall, threads)
+
+
+@_entry
+def similar_images(
+    plpy: Any,
+    image: bytes | None,
+    image_id: int | None,
+    k: int | None,
+    collection: str | None,
+    filter_: str | None,
+    candidates: list[int] | None,
+    max_distance: float | None,
+    engine: str | None,
+    by_key: bool,
+) -> list[tuple[int, int, float, float | None]]:
+    """Body of both forms of ``similar_images``."""
+    if by_key and image_id is None:
+        raise SiameseError("image_id is null", sqlstate="22004")
+    request = _search.Request(
+        collection, image, image_id, k, filter_, candidates, max_distance, engine
+    )
+    answer = _search.search(plpy, request)
+    if not answer.collection.has_integer_keys:
+        raise SiameseError(
+            f'collection "{answer.collection.name}" has keys of type {answer.collection.key_type}',
+            sqlstate=FEATURE_NOT_SUPPORTED,
+            hint="Use similar_rows.",
+        )
+    return _ranked(plpy, answer)
+
+
+@_entry
+def similar_keys(
+    plpy: Any,
+    image: bytes | None,
+    k: int | None,
+    collection: str | None,
+    filter_: str | None,
+    candidates: list[str] | None,
+    max_distance: float | None,
+    engine: str | None,
+) -> list[tuple[int, Any, float, float | None]]:
+    """Body of ``_similar_keys``, which ``similar_rows`` uses."""
+    request = _search.Request(collection, image, None, k, filter_, candidates, max_distance, engine)
+    return _ranked(plpy, _search.search(plpy, request))
+
+
+def _ranked(plpy: Any, answer: Any) -> list[tuple[int, Any, float, float | None]]:
+    from pg_siamese_server import models
+
+    spec = models.spec(plpy, answer.collection.model_id)
+    return [
+        (rank, key, distance, spec.match_probability(distance))
+        for rank, (key, distance) in enumerate(
+            zip(answer.keys, answer.distances, strict=True), start=1
+        )
+    ]
+
+
+@_entry
+def classify_image(
+    plpy: Any, image: bytes | None, k: int | None, collection: str | None, label_column: str | None
+) -> list[tuple[str | None, int, float]]:
+    """Body of ``classify_image``."""
+    from pg_siamese_server import filters
+
+    request = _search.Request(collection, image, None, k, None, None, None, "auto")
+    answer = _search.search(plpy, request)
+    found = answer.collection
+    if label_column is None:
+        raise SiameseError("label_column is null", sqlstate="22004")
+    column = filters.columns(plpy, found, [label_column])[label_column]["quoted"]
+    plan = prepare(
+        plpy,
+        f"SELECT b.{found.key_column}::text AS key, b.{column}::text AS label"
+        f" FROM {found.relation} AS b WHERE b.{found.key_column} = ANY($1)",
+        (found.key_array,),
+    )
+    labels = {row["key"]: row["label"] for row in plan.execute([answer.keys])}
+    # In the order of nearness, so that of equal votes the nearer label comes first.
+    votes = Counter(labels[str(key)] for key in answer.keys if str(key) in labels)
+    total = votes.total()
+    return [(label, count, count / total) for label, count in votes.most_common()]
+
+
+@_entry
+def embed_image(plpy: Any, image: bytes | None, model: str | None) -> str:
+    """Body of ``embed_image``."""
+    from pg_siamese_server import models, vectors
+
+    return vectors.to_text(models.embed(plpy, model_id_by_name(plpy, model), [image])[0])
+
+
+def _distance(plpy: Any, model_id: int, images: list[bytes | None]) -> list[float]:
+    """Return the distances of all pairs of images, in the order of itertools.combinations."""
+    import itertools
+
+    from pg_siamese_server import models, vectors
+
+    metric = models.spec(plpy, model_id).metric
+    prepared = vectors.prepare(models.embed(plpy, model_id, images), metric)
+    return [
+        float(vectors.distances(vectors.squared_distances(prepared[i : i + 1], prepared[j : j + 1]), metric)[0])
+        for i, j in itertools.combinations(range(len(images)), 2)
+    ]
+
+
+@_entry
+def image_distance(plpy: Any, a: bytes | None, b: bytes | None, model: str | None) -> float:
+    """Body of ``image_distance``."""
+    return _distance(plpy, model_id_by_name(plpy, model), [a, b])[0]
+
+
+@_entry
+def same_class(plpy: Any, a: bytes | None, b: bytes | None, model: str | None) -> float:
+    """Body of ``same_class``."""
+    from pg_siamese_server import models
+
+    model_id = model_id_by_name(plpy, model)
+    probability = models.spec(plpy, model_id).match_probability(
+        _distance(plpy, model_id, [a, b])[0]
+    )
+    if probability is None:
+        raise SiameseError(
+            "model has no Siamese head",
+            sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+            detail="It carries no calibration from distance to probability.",
+            hint="Register it with calibration, or use image_distance.",
+        )
+    return probability
+
+
+@_entry
+def any_two_match(plpy: Any, images: list[bytes | None] | None) -> bool:
+    """Body of ``any_two_match``."""
+    from pg_siamese_server import models
+
+    if images is None or len(images) < 2:
+        raise SiameseError("any_two_match needs at least two images")
+    if len(images) > MAX_IMAGES:
+        raise SiameseError(f"any_two_match takes at most {MAX_IMAGES} images", sqlstate="54000")
+    model_id = model_id_by_name(plpy, None)
+    threshold = models.spec(plpy, model_id).threshold
+    if threshold is None:
+        raise SiameseError(
+            "model has no decision threshold",
+            sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+            hint="Register it with a threshold.",
+        )
+    return min(_distance(plpy, model_id, images)) <= threshold
+
+
+MAX_IMAGES = 100
+
+
+@_entry
+def warm_up(plpy: Any, collection: str | None) -> list[tuple[str, str]]:
+    """Body of ``warm_up``."""
+    return _search.warm_up(plpy, collection)
+
+
+@_entry
+def generation_file(plpy: Any, collection_id: int | None, generation: int | None) -> str | None:
+    """Body of ``_generation_file``."""
+    from pg_siamese_server import status
+
+    return status.generation_file(plpy, collection_id, generation)
+
+
+@_entry
+def self_check(plpy: Any) -> list[tuple[str, bool, str]]:
+    """Body of ``self_check``."""
+    from pg_siamese_server import status
+
+    return status.self_check(plpy)

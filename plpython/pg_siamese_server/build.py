@@ -1,0 +1,392 @@
+"""Building a FAISS generation from the vector table."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import generations, index_file, interrupts, vectors
+from pg_siamese_server.catalog import Collection, collection_by_name, prepare
+from pg_siamese_server.errors import OBJECT_NOT_IN_PREREQUISITE_STATE, SiameseError
+from pg_siamese_server.index_file import Rows
+from pg_siamese_server.interrupts import PIECE_SECONDS, signals_blocked
+
+# Key space of advisory locks that serialise builds of a collection.
+LOCK_CLASS = "hashtext('pg_siamese build')"
+READ_VALUES = 1_500_000
+MIN_READ_ROWS = 500
+READ_IDS = 20_000
+FLAT_BELOW = 2_000
+NOTICE_SECONDS = 1.0
+CALIBRATION_QUERIES = 200
+NEIGHBOURS = 10
+BREADTHS = (10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Parameters of HNSW and of the build."""
+
+    m: int
+    ef_construction: int
+    target_recall: float
+    threads: int
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        for name, value, low, high in (
+            ("m", self.m, 4, 64),
+            ("ef_construction", self.ef_construction, 8, 1000),
+            ("target_recall", self.target_recall, 0.5, 1.0),
+            ("threads", self.threads, 1, 64),
+        ):
+            if not low <= value <= high:
+                raise SiameseError(f"{name} must be between {low} and {high}")
+
+
+@dataclass
+class _Progress:
+    plpy: Any
+    name: str
+    total: int
+    noticed: float
+
+    def report(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.noticed >= NOTICE_SECONDS:
+            self.noticed = now
+            self.plpy.notice(
+                f'building index of collection "{self.name}":'
+                f" {100 * done // self.total}% ({done} of {self.total} vectors)"
+            )
+
+
+def build_index(
+    plpy: Any,
+    name: str | None,
+    m: int,
+    ef_construction: int,
+    target_recall: float,
+    threads: int | None,
+) -> int:
+    """Build, publish and make current a new generation; returns its number.
+
+    Runs beside inserts, updates, deletes and searches; builds of one collection wait for each other.
+    """
+    started = time.monotonic()
+    options = Options(m, ef_construction, target_recall, threads or _default_threads(plpy))
+    options.check()
+    collection = collection_by_name(plpy, name)
+    plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection.collection_id})")
+    before = plpy.execute(
+        "SELECT generation, epoch FROM siamese.collections"
+        f" WHERE collection_id = {collection.collection_id}"
+    )[0]
+    directory = generations.directory(plpy, collection.collection_id)
+    # Sessions with an older snapshot may still want the generation before this one; no other.
+    index_file.remove_others(directory, {before["generation"] or 0})
+
+    poll = partial(interrupts.check, plpy)
+    rows, matrix = _read(plpy, collection)
+    matrix = vectors.prepare(matrix, collection.metric)
+    unique = _share_equal_vectors(rows, matrix, poll)
+    progress = _Progress(plpy, collection.name, max(1, len(unique)), started)
+    index, is_flat = _index(unique, options, progress, poll)
+    ef_search, recall = (None, 1.0) if is_flat else _calibrate(index, unique, options, poll)
+    if recall < options.target_recall:
+        plpy.warning(
+            f'index of collection "{collection.name}" reaches a recall of {recall:.3f} only',
+            hint="Build with a larger m or ef_construction.",
+        )
+
+    generation = int(
+        plpy.execute(
+            "SELECT nextval(pg_get_serial_sequence('siamese.generations', 'generation')) AS n"
+        )[0]["n"]
+    )
+    build_id = str(uuid.uuid4())
+    identity = generations.identity(collection, generation, build_id)
+    size = index_file.write(directory, identity, index, rows, poll)
+    prepare(
+        plpy,
+        "INSERT INTO siamese.generations (generation, collection_id, build_id, rows, vectors,"
+        " index_type, m, ef_construction, ef_search, recall, bytes, seconds)"
+        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+        (
+            "bigint",
+            "integer",
+            "uuid",
+            "bigint",
+            "bigint",
+            "text",
+            *("integer",) * 3,
+            "real",
+            "bigint",
+            "real",
+        ),
+    ).execute(
+        [
+            generation,
+            collection.collection_id,
+            build_id,
+            len(rows.embedding_ids),
+            len(unique),
+            "flat" if is_flat else "hnsw",
+            None if is_flat else options.m,
+            None if is_flat else options.ef_construction,
+            ef_search,
+            recall,
+            size,
+            time.monotonic() - started,
+        ]
+    )
+    _make_current(plpy, collection, generation, before, rows.embedding_ids)
+    return generation
+
+
+def _default_threads(plpy: Any) -> int:
+    workers = int(
+        plpy.execute("SELECT current_setting('max_parallel_maintenance_workers') AS n")[0]["n"]
+    )
+    return max(1, min(len(os.sched_getaffinity(0)), 1 + workers))
+
+
+def _read(plpy: Any, collection: Collection) -> tuple[Rows, NDArray[np.float32]]:
+    """Read all vectors, ascending by embedding_id.
+
+    Each portion has its own snapshot. That is enough: what a portion does not see stays in the
+    pending table, since only ids that were read are removed from it.
+    """
+    integer = collection.has_integer_keys
+    key = "int8send(e.key::int8)" if integer else "convert_to(e.key::text, 'UTF8')"
+    limit = max(MIN_READ_ROWS, READ_VALUES // collection.dimension)
+    # One row a portion: building Python objects for each vector would take ten times as long.
+    plan = prepare(
+        plpy,
+        "SELECT count(*) AS n, max(i) AS last, string_agg(int8send(i), '') AS ids,"
+        " string_agg(k, '') AS keys, string_agg(int4send(octet_length(k)), '') AS lengths,"
+        " string_agg(v, '') AS vectors"
+        f" FROM (SELECT e.embedding_id AS i, {key} AS k,"
+        f" {collection.vector_schema}.vector_send(e.embedding) AS v"
+        f" FROM {collection.embeddings} AS e WHERE e.embedding_id > $1"
+        f" ORDER BY e.embedding_id LIMIT {limit}) AS portion",
+        ("bigint",),
+    )
+    ids: list[NDArray[np.int64]] = []
+    matrices: list[NDArray[np.float32]] = []
+    keys: list[bytes] = []
+    sizes: list[NDArray[np.int64]] = []
+    last = -(2**63)
+    while True:
+        portion = plan.execute([last])[0]
+        count = int(portion["n"])
+        if not count:
+            break
+        last = int(portion["last"])
+        ids.append(np.frombuffer(portion["ids"], dtype=">i8").astype(np.int64))
+        matrices.append(vectors.from_send(portion["vectors"], count))
+        keys.append(portion["keys"])
+        if not integer:
+            sizes.append(np.frombuffer(portion["lengths"], dtype=">i4").astype(np.int64))
+    matrix = (
+        np.concatenate(matrices)
+        if matrices
+        else np.empty((0, collection.dimension), dtype=np.float32)
+    )
+    rows = Rows(np.concatenate(ids) if ids else np.empty(0, dtype=np.int64))
+    data = b"".join(keys)
+    if integer:
+        rows.keys = np.frombuffer(data, dtype=">i8").astype(np.int64)
+    else:
+        lengths_all = np.concatenate(sizes) if sizes else np.empty(0, dtype=np.int64)
+        rows.key_offsets = np.concatenate([[0], np.cumsum(lengths_all)]).astype(np.int64)
+        rows.key_bytes = np.frombuffer(data, dtype=np.uint8)
+    return rows, matrix
+
+
+def _share_equal_vectors(
+    rows: Rows, matrix: NDArray[np.float32], poll: index_file.Poll
+) -> NDArray[np.float32]:
+    """Keep one of each group of equal vectors, and note in ``rows`` who shares it.
+
+    Copies of an image fill each other's neighbour lists and cut the graph into islands.
+
+    Returns:
+        float32 (distinct vectors, dimension).
+    """
+    if len(matrix) < 2:
+        return matrix
+    odd = np.random.default_rng(0).integers(1, 2**62, matrix.shape[1], dtype=np.uint64) * 2 + 1
+    hashes = np.empty(len(matrix), dtype=np.uint64)
+    block = max(1, READ_VALUES // matrix.shape[1])
+    for start in range(0, len(matrix), block):
+        words = matrix[start : start + block].view(np.uint32)
+        hashes[start : start + block] = (words * odd).sum(axis=1, dtype=np.uint64)
+        poll()
+    order = np.argsort(hashes, kind="stable")
+    same = np.zeros(len(matrix), dtype=bool)
+    close = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) + 1
+    same[close] = (matrix[order[close]] == matrix[order[close - 1]]).all(axis=1)
+    if not same.any():
+        return matrix
+    first = order[~same]  # of each group, in the order of hashes
+    group = np.cumsum(~same) - 1
+    rank = np.empty(len(first), dtype=np.int32)
+    rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
+    slots = np.empty(len(matrix), dtype=np.int32)
+    slots[order] = rank[group]
+    rows.slots = slots
+    return np.ascontiguousarray(matrix[np.sort(first)])
+
+
+def _index(
+    matrix: NDArray[np.float32], options: Options, progress: _Progress, poll: index_file.Poll
+) -> tuple[Any, bool]:
+    if len(matrix) < FLAT_BELOW:
+        index = faiss.IndexFlatL2(matrix.shape[1])
+        index.add(matrix)
+        return index, True
+    index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
+    index.hnsw.efConstruction = options.ef_construction
+    # Full neighbour lists at the lowest level: the same recall at half the search breadth.
+    index.keep_max_size_level0 = True
+    for start, end in _portions(len(matrix)):
+        with signals_blocked():
+            faiss.omp_set_num_threads(options.threads)
+            index.add(matrix[start:end])
+            faiss.omp_set_num_threads(1)
+        poll()
+        progress.report(end)
+    return index, False
+
+
+def _portions(count: int) -> Iterator[tuple[int, int]]:
+    """Cut a build into portions of about PIECE_SECONDS, measuring as it goes."""
+    start, size = 0, 200
+    while start < count:
+        end = min(count, start + size)
+        began = time.monotonic()
+        yield start, end
+        seconds = max(1e-6, time.monotonic() - began)
+        size = int(max(50, min(2 * size, 20_000, (end - start) * PIECE_SECONDS / seconds)))
+        start = end
+
+
+def _calibrate(
+    index: Any, matrix: NDArray[np.float32], options: Options, poll: index_file.Poll
+) -> tuple[int, float]:
+    """Choose the narrowest search that reaches the recall, on queries from this very data.
+
+    Half of the queries are stored vectors, half lie between a stored vector and its neighbour.
+
+    Returns:
+        efSearch for ten neighbours, and the recall at 10 measured with it.
+    """
+    generator = np.random.default_rng(0)
+    places = generator.choice(len(matrix), CALIBRATION_QUERIES, replace=False)
+    queries = matrix[places].copy()
+    half = CALIBRATION_QUERIES // 2
+    for query in range(half):
+        near = _search(index, queries[query : query + 1], 6, 64)
+        poll()
+        queries[query] = (queries[query] + matrix[near[-1]]) / 2
+    truth = _exact(matrix, queries, poll)
+    best = (BREADTHS[-1], 0.0)
+    for breadth in BREADTHS:
+        hits = []
+        for query in range(len(queries)):
+            found = _search(index, queries[query : query + 1], NEIGHBOURS, breadth)
+            hits.append(len(np.intersect1d(found, truth[query])) / NEIGHBOURS)
+            poll()
+        recall = float(min(np.mean(hits[:half]), np.mean(hits[half:])))
+        if recall > best[1]:
+            best = (breadth, recall)
+        if recall >= options.target_recall:
+            break
+    return best
+
+
+def _search(
+    index: Any, query: NDArray[np.float32], count: int, breadth: int
+) -> NDArray[np.int64]:
+    parameters = faiss.SearchParametersHNSW()
+    parameters.efSearch = breadth
+    found: NDArray[np.int64] = index.search(query, count, params=parameters)[1][0]
+    return found
+
+
+def _exact(
+    matrix: NDArray[np.float32], queries: NDArray[np.float32], poll: index_file.Poll
+) -> NDArray[np.int64]:
+    """Return the true nearest neighbours of queries; int64 (queries, NEIGHBOURS)."""
+    block = max(1_000, 4_000_000 // matrix.shape[1])
+    distances, places = [], []
+    for start in range(0, len(matrix), block):
+        part = matrix[start : start + block]
+        near, where = faiss.knn(queries, part, min(NEIGHBOURS, len(part)))
+        distances.append(near)
+        places.append(where + start)
+        poll()
+    order = np.argsort(np.concatenate(distances, axis=1), axis=1)[:, :NEIGHBOURS]
+    return np.take_along_axis(np.concatenate(places, axis=1), order, axis=1)
+
+
+def _make_current(
+    plpy: Any,
+    collection: Collection,
+    generation: int,
+    before: dict[str, Any],
+    embedding_ids: NDArray[np.int64],
+) -> None:
+    """Switch the collection to the new generation, and take what it covers off the pending table."""
+    switched = plpy.execute(
+        f"UPDATE siamese.collections SET generation = {generation}"
+        f" WHERE collection_id = {collection.collection_id} AND epoch = {before['epoch']}"
+    )
+    if not switched.nrows():
+        raise SiameseError(
+            f'collection "{collection.name}" was truncated or dropped while its index was built',
+            sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+            hint="Build the index again.",
+        )
+    plpy.execute(
+        "DELETE FROM siamese.generations"
+        f" WHERE collection_id = {collection.collection_id}"
+        f" AND generation NOT IN ({generation}, {before['generation'] or generation})"
+    )
+    delete = prepare(
+        plpy,
+        f"DELETE FROM {collection.pending} AS p USING unnest($1, $2) AS d (embedding_id, deleted)"
+        " WHERE p.embedding_id = d.embedding_id AND p.deleted = d.deleted",
+        ("bigint[]", "boolean[]"),
+    )
+    cursor = plpy.cursor(f"SELECT embedding_id, deleted FROM {collection.pending}")
+    while True:
+        portion = list(cursor.fetch(READ_IDS))
+        if not portion:
+            break
+        ids = np.array([row["embedding_id"] for row in portion], dtype=np.int64)
+        deleted = np.array([row["deleted"] for row in portion], dtype=bool)
+        in_file = np.isin(ids, embedding_ids, assume_unique=False)
+        # A deletion matters while the file holds the vector; an addition while it does not.
+        covered = in_file != deleted
+        delete.execute([ids[covered].tolist(), deleted[covered].tolist()])
+        interrupts.check(plpy)
+    _drop_dead_additions(plpy, collection)
+
+
+def _drop_dead_additions(plpy: Any, collection: Collection) -> None:
+    """Remove additions whose vector was deleted again before any build."""
+    plpy.execute(
+        f"DELETE FROM {collection.pending} AS p WHERE NOT p.deleted AND NOT EXISTS ("
+        f"SELECT FROM {collection.embeddings} AS e WHERE e.embedding_id = p.embedding_id)"
+    )

@@ -1,0 +1,130 @@
+"""Models and collections as the catalog tables of schema ``siamese`` know them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pg_siamese_server.errors import UNDEFINED_OBJECT, SiameseError
+
+# Prepared plans outlive transactions and follow changes of their tables by themselves.
+_plans: dict[tuple[str, tuple[str, ...]], Any] = {}
+MAX_PLANS = 200
+
+COLLECTION_QUERY = """
+SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
+    quote_ident(n.nspname) || '.' || quote_ident(r.relname) AS relation,
+    quote_ident(c.key_column) AS key_column, c.key_type,
+    quote_ident(c.image_column) AS image_column, c.on_error, c.model_id, m.dimension,
+    m.sha256, m.specification ->> 'metric' AS metric,
+    (SELECT quote_ident(v.nspname) FROM pg_catalog.pg_extension AS x
+        INNER JOIN pg_catalog.pg_namespace AS v ON x.extnamespace = v.oid
+        WHERE x.extname = 'vector') AS vector_schema
+FROM siamese.collections AS c
+INNER JOIN siamese.models AS m USING (model_id)
+LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation
+LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace
+"""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A row of ``siamese.collections``; names are quoted, ready for SQL text."""
+
+    collection_id: int
+    name: str
+    relation_oid: int
+    relation: str
+    key_column: str
+    key_type: str
+    image_column: str
+    on_error: str
+    model_id: int
+    dimension: int
+    sha256: str
+    metric: str
+    vector_schema: str
+
+    @property
+    def embeddings(self) -> str:
+        """The table of vectors."""
+        return f"siamese.embedding_{self.collection_id}"
+
+    @property
+    def pending(self) -> str:
+        """The table of changes that no index generation knows of."""
+        return f"siamese.pending_{self.collection_id}"
+
+    @property
+    def has_integer_keys(self) -> bool:
+        """Whether keys fit a bigint."""
+        return self.key_type in ("integer", "bigint")
+
+    @property
+    def key_array(self) -> str:
+        """Type of an array of keys."""
+        return f"{self.key_type}[]"
+
+    @property
+    def vector_type(self) -> str:
+        """The type vector, with the schema that pgvector is installed in."""
+        return f"{self.vector_schema}.vector"
+
+
+def prepare(plpy: Any, sql: str, types: tuple[str, ...] = ()) -> Any:
+    """Return a prepared plan, kept for the session."""
+    plan = _plans.get((sql, types))
+    if plan is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        plan = _plans[sql, types] = plpy.prepare(sql, list(types))
+    return plan
+
+
+def collection_by_name(plpy: Any, name: str | None) -> Collection:
+    """Look a collection up; raises SiameseError 42704 where there is none."""
+    if name is not None:
+        plan = prepare(plpy, COLLECTION_QUERY + "WHERE c.name = $1", ("text",))
+        rows = plan.execute([name])
+        if rows:
+            return _checked(Collection(**rows[0]))
+    raise SiameseError(
+        f'collection "{name}" does not exist' if name is not None else "collection is null",
+        sqlstate=UNDEFINED_OBJECT,
+        hint="Collections are made by create_collection and listed in siamese.collections.",
+    )
+
+
+def collection_by_id(plpy: Any, collection_id: int) -> Collection:
+    """Look a collection up by its number."""
+    plan = prepare(plpy, COLLECTION_QUERY + "WHERE c.collection_id = $1", ("integer",))
+    rows = plan.execute([collection_id])
+    if not rows:
+        raise SiameseError(
+            f"collection {collection_id} does not exist",
+            sqlstate=UNDEFINED_OBJECT,
+            hint="Drop the trigger that calls for it.",
+        )
+    return _checked(Collection(**rows[0]))
+
+
+def _checked(collection: Collection) -> Collection:
+    if collection.relation is None:
+        raise SiameseError(
+            f'table of collection "{collection.name}" does not exist any more',
+            sqlstate=UNDEFINED_OBJECT,
+            hint="Drop the collection with drop_collection.",
+        )
+    return collection
+
+
+def model_id_by_name(plpy: Any, name: str | None) -> int:
+    """Return a model's number; without a name, that of the default model."""
+    plan = prepare(plpy, "SELECT siamese._model_id($1) AS model_id", ("text",))
+    return int(plan.execute([name])[0]["model_id"])
+
+
+def load_json(text: str | None) -> Any:
+    """Parse a jsonb value, which PL/Python passes as text."""
+    return None if text is None else json.loads(text)

@@ -1,0 +1,286 @@
+"""Keeping vectors in step with images: triggers and backfill.
+
+Whatever the event, the table's present content decides, read in the statement's own transaction: a
+row may have been changed again, by other triggers, before ours runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import interrupts, models, vectors
+from pg_siamese_server.catalog import Collection, collection_by_id, collection_by_name, prepare
+from pg_siamese_server.encoder import Encoder, check_embedding
+from pg_siamese_server.errors import ImageError, SiameseError
+from pg_siamese_server.images import decode_image
+
+MAX_ROWS_AT_ONCE = 256
+MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
+NOTICE_SECONDS = 2.0
+
+
+def on_change(plpy: Any, event: str, collection_id: int) -> None:
+    """Follow one INSERT, UPDATE, DELETE or TRUNCATE statement on a collection's table."""
+    collection = collection_by_id(plpy, collection_id)
+    if event == "INSERT":
+        _forget(plpy, collection, f"SELECT n.{collection.key_column} AS key FROM new_rows AS n")
+        embed_rows(
+            plpy,
+            collection,
+            plpy.cursor(
+                f"SELECT b.{collection.key_column} AS key, b.{collection.image_column} AS image"
+                f" FROM new_rows AS n INNER JOIN {collection.relation} AS b"
+                f" ON b.{collection.key_column} = n.{collection.key_column}"
+            ),
+        )
+    elif event == "UPDATE":
+        _follow_update(plpy, collection)
+    elif event == "DELETE":
+        _forget(
+            plpy,
+            collection,
+            f"SELECT o.{collection.key_column} AS key FROM old_rows AS o WHERE NOT EXISTS ("
+            f"SELECT FROM {collection.relation} AS b"
+            f" WHERE b.{collection.key_column} = o.{collection.key_column})",
+        )
+    elif event == "TRUNCATE":
+        _forget_all(plpy, collection)
+
+
+def _follow_update(plpy: Any, collection: Collection) -> None:
+    key, image, relation = collection.key_column, collection.image_column, collection.relation
+    # Statement triggers can't tell which columns were set, so images are compared; a changed key
+    # makes one row that is gone and one that is new.
+    changed = plpy.execute(
+        f"SELECT array_agg(c.key) AS keys FROM ("
+        f"SELECT o.{key} AS key FROM old_rows AS o"
+        f" LEFT JOIN {relation} AS b ON b.{key} = o.{key}"
+        f" WHERE b.{key} IS NULL OR b.{image} IS DISTINCT FROM o.{image}"
+        f" UNION SELECT n.{key} FROM new_rows AS n"
+        f" WHERE NOT EXISTS (SELECT FROM old_rows AS o WHERE o.{key} = n.{key})) AS c"
+    )[0]["keys"]
+    if not changed:
+        return
+    types = (collection.key_array,)
+    _forget(plpy, collection, "SELECT unnest($1) AS key", types, [changed])
+    plan = prepare(
+        plpy,
+        f"SELECT b.{key} AS key, b.{image} AS image FROM unnest($1) AS c (key)"
+        f" INNER JOIN {relation} AS b ON b.{key} = c.key",
+        types,
+    )
+    embed_rows(plpy, collection, plan.cursor([changed]))
+
+
+def _forget(
+    plpy: Any,
+    collection: Collection,
+    keys: str,
+    types: tuple[str, ...] = (),
+    values: list[Any] | None = None,
+) -> None:
+    """Delete the vectors of some keys, and tell the searches that indexes still hold them."""
+    sql = (
+        f"WITH gone AS (DELETE FROM {collection.embeddings} AS e USING ({keys}) AS k"
+        f" WHERE e.key = k.key RETURNING e.embedding_id)"
+        f" INSERT INTO {collection.pending} (embedding_id, deleted)"
+        f" SELECT embedding_id, true FROM gone"
+    )
+    clear = (
+        f"DELETE FROM siamese.failures AS f USING ({keys}) AS k"
+        f" WHERE f.collection_id = {collection.collection_id} AND f.key = k.key::text"
+    )
+    statements = [sql, clear] if collection.on_error == "quarantine" else [sql]
+    for statement in statements:
+        if values is None:  # transition tables: planned for their size, each time
+            plpy.execute(statement)
+        else:
+            prepare(plpy, statement, types).execute(values)
+
+
+def _forget_all(plpy: Any, collection: Collection) -> None:
+    """Follow TRUNCATE. DELETE, since a TRUNCATE of ours could deadlock with searches and builds."""
+    number = collection.collection_id
+    plpy.execute(
+        "UPDATE siamese.collections SET generation = NULL, epoch = epoch + 1"
+        f" WHERE collection_id = {number}"
+    )
+    plpy.execute(f"DELETE FROM {collection.embeddings}")
+    plpy.execute(f"DELETE FROM {collection.pending}")
+    plpy.execute(f"DELETE FROM siamese.failures WHERE collection_id = {number}")
+
+
+@dataclass
+class _Batch:
+    """Rows on their way from images to vectors."""
+
+    keys: list[Any] = field(default_factory=list)
+    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
+    failures: list[tuple[Any, SiameseError]] = field(default_factory=list)
+
+
+def _fetched(cursor: Any) -> Iterator[list[Any]]:
+    """Yield rows in portions whose images take a bounded amount of memory."""
+    count = 8
+    while True:
+        rows = list(cursor.fetch(count))
+        if not rows:
+            return
+        yield rows
+        size = sum(len(row["image"] or b"") for row in rows) // len(rows) + 1
+        count = max(1, min(MAX_ROWS_AT_ONCE, MAX_BYTES_AT_ONCE // size, 8 * len(rows)))
+
+
+def embed_rows(plpy: Any, collection: Collection, cursor: Any, total: int | None = None) -> int:
+    """Embed the rows of a cursor with columns ``key`` and ``image``, and store their vectors.
+
+    Args:
+        plpy: PL/Python's module.
+        collection: where they belong.
+        cursor: an open cursor.
+        total: how many rows are expected, to report progress; None for no report.
+
+    Returns:
+        How many vectors were stored.
+
+    Raises:
+        SiameseError: a bad image, where the collection rejects them; it names the row.
+    """
+    encoder: Encoder | None = None
+    stored = seen = 0
+    noticed = time.monotonic()
+    for rows in _fetched(cursor):
+        encoder = encoder or models.encoder(plpy, collection.model_id)
+        batch = _decode(plpy, collection, encoder, rows)
+        embeddings = _encode(plpy, collection, encoder, batch)
+        stored += len(embeddings)
+        seen += len(rows)
+        _store(plpy, collection, batch, embeddings)
+        if total and time.monotonic() - noticed >= NOTICE_SECONDS:
+            noticed = time.monotonic()
+            plpy.notice(
+                f'embedding collection "{collection.name}":'
+                f" {min(100, 100 * seen // total)}% ({seen} of {total} rows)"
+            )
+    return stored
+
+
+def _decode(plpy: Any, collection: Collection, encoder: Encoder, rows: list[Any]) -> _Batch:
+    batch = _Batch()
+    poll = partial(interrupts.check, plpy)
+    for row in rows:
+        poll()
+        try:
+            batch.pixels.append(decode_image(row["image"], encoder.spec.input, poll))
+            batch.keys.append(row["key"])
+        except ImageError as error:
+            _fail(collection, batch, row["key"], error)
+    return batch
+
+
+def _encode(
+    plpy: Any, collection: Collection, encoder: Encoder, batch: _Batch
+) -> NDArray[np.float32]:
+    if not batch.pixels:
+        return np.empty((0, collection.dimension), dtype=np.float32)
+    embeddings = encoder.embed(np.stack(batch.pixels), partial(interrupts.check, plpy))
+    batch.pixels.clear()
+    good = np.isfinite(embeddings).all(axis=1) & embeddings.any(axis=1)
+    if good.all():
+        return embeddings
+    kept = []
+    for place, key in enumerate(batch.keys):
+        try:
+            check_embedding(embeddings[place], encoder.spec.metric)
+            kept.append(place)
+        except ImageError as error:
+            _fail(collection, batch, key, error)
+    batch.keys = [batch.keys[place] for place in kept]
+    return embeddings[kept]
+
+
+def _fail(collection: Collection, batch: _Batch, key: Any, error: ImageError) -> None:
+    if collection.on_error == "quarantine":
+        batch.failures.append((key, error))
+        return
+    raise ImageError(
+        f"{error.message} (row {collection.key_column} = {key} of table {collection.relation})",
+        sqlstate=error.sqlstate,
+        detail=error.detail,
+        hint=error.hint,
+    )
+
+
+def _store(
+    plpy: Any, collection: Collection, batch: _Batch, embeddings: NDArray[np.float32]
+) -> None:
+    if batch.keys:
+        prepare(
+            plpy,
+            f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding)"
+            f" SELECT * FROM unnest($1, $2) RETURNING embedding_id)"
+            f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
+            (collection.key_array, f"{collection.vector_type}[]"),
+        ).execute([batch.keys, [vectors.to_text(vector) for vector in embeddings]])
+    for key, error in batch.failures:
+        prepare(
+            plpy,
+            "INSERT INTO siamese.failures (collection_id, key, sqlstate, message)"
+            " VALUES ($1, $2, $3, $4) ON CONFLICT (collection_id, key) DO UPDATE"
+            " SET sqlstate = excluded.sqlstate, message = excluded.message, failed_at = now()",
+            ("integer", "text", "text", "text"),
+        ).execute([collection.collection_id, str(key), error.sqlstate, error.message])
+
+
+def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
+    """Embed rows without a vector, and drop vectors without a row.
+
+    Rows that other transactions hold locked are left alone, so that backfill never takes part in a
+    deadlock; a NOTICE tells how many remain.
+
+    Returns:
+        How many rows were embedded.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise SiameseError("max_rows must be positive")
+    collection = collection_by_name(plpy, name)
+    key, image, relation = collection.key_column, collection.image_column, collection.relation
+    _forget(
+        plpy,
+        collection,
+        f"SELECT x.key FROM {collection.embeddings} AS x WHERE NOT EXISTS ("
+        f"SELECT FROM {relation} AS b WHERE b.{key} = x.key)",
+    )
+    missing = (
+        f"FROM {relation} AS b WHERE NOT EXISTS ("
+        f"SELECT FROM {collection.embeddings} AS e WHERE e.key = b.{key})"
+    )
+    total = int(plpy.execute(f"SELECT count(*) AS n {missing}")[0]["n"])
+    if not total:
+        return 0
+    limit = "" if max_rows is None else f" LIMIT {int(max_rows)}"
+    # A shared lock keeps the image as it is until its vector is committed.
+    cursor = plpy.cursor(
+        f"SELECT b.{key} AS key, b.{image} AS image {missing}{limit} FOR SHARE OF b SKIP LOCKED"
+    )
+    stored = embed_rows(plpy, collection, cursor, min(total, max_rows or total))
+    left = int(
+        plpy.execute(
+            f"SELECT count(*) AS n {missing} AND NOT EXISTS (SELECT FROM siamese.failures AS f"
+            f" WHERE f.collection_id = {collection.collection_id} AND f.key = b.{key}::text)"
+        )[0]["n"]
+    )
+    if left and max_rows is None:
+        plpy.notice(
+            f'{left} rows of collection "{collection.name}" are not embedded yet,'
+            " because other transactions were changing them",
+            hint="Call backfill again.",
+        )
+    return stored

@@ -1,0 +1,242 @@
+"""Running an ONNX encoder: pixels in, embeddings out, on one core and with little memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from pg_siamese_server.errors import ImageError, ModelError
+from pg_siamese_server.images import InputSpec
+from pg_siamese_server.interrupts import PIECE_SECONDS, signals_blocked
+
+METADATA_KEY = "pg_siamese"
+METRICS = ("cosine", "l2")
+MAX_BATCH = 64
+# Pre-packed weights are a private copy in every session: worth it for small encoders only.
+PREPACK_BELOW_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything about a model but its weights.
+
+    Attributes:
+        input: the encoder's input and decoding limits.
+        metric: ``cosine`` or ``l2``.
+        mean, std: per channel, for float encoders, of pixels scaled to 0..1.
+        weight, bias: calibration, P(match) = 1 / (1 + exp(-(weight * distance + bias))), or None.
+        threshold: distance up to which two images count as a match, or None.
+    """
+
+    input: InputSpec
+    metric: str = "cosine"
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    weight: float | None = None
+    bias: float | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check what InputSpec does not; raises ModelError."""
+        if self.metric not in METRICS:
+            raise ModelError(
+                f'unknown metric "{self.metric}"', hint=f"Use one of {', '.join(METRICS)}."
+            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.input.channels or not all(map(math.isfinite, values)):
+                raise ModelError(f"{name} must have {self.input.channels} finite values")
+        if not all(value > 0 for value in self.std):
+            raise ModelError("std must be positive")
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ModelSpec:
+        """Make a specification from the JSON object that :meth:`to_json` gives."""
+        spec = InputSpec.from_json(value["input"])
+        calibration = value.get("calibration") or {}
+        return cls(
+            input=spec,
+            metric=value.get("metric", "cosine"),
+            mean=tuple(value.get("mean") or (0.0,) * spec.channels),
+            std=tuple(value.get("std") or (1.0,) * spec.channels),
+            weight=calibration.get("weight"),
+            bias=calibration.get("bias"),
+            threshold=value.get("threshold"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object with every field."""
+        calibration = None
+        if self.weight is not None and self.bias is not None:
+            calibration = {"weight": self.weight, "bias": self.bias}
+        return {
+            "input": self.input.to_json(),
+            "metric": self.metric,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "calibration": calibration,
+            "threshold": self.threshold,
+        }
+
+    def match_probability(self, distance: float) -> float | None:
+        """Return the calibrated probability that two images at this distance match, or None."""
+        if self.weight is None or self.bias is None:
+            return None
+        logit = self.weight * distance + self.bias
+        return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, logit))))
+
+
+def pixels_to_input(
+    pixels: NDArray[np.uint8], shape: list[Any], dtype: str, spec: ModelSpec
+) -> NDArray[Any]:
+    """Bring uint8 NHWC pixels to the layout and type of a graph's input.
+
+    Args:
+        pixels: uint8 (batch, height, width, channels).
+        shape: the graph's input shape, for its layout.
+        dtype: ONNX Runtime's type name, ``tensor(uint8)`` or ``tensor(float)``.
+        spec: mean and std for float inputs.
+    """
+    if dtype == "tensor(uint8)":
+        values: NDArray[Any] = pixels
+    else:
+        mean = np.asarray(spec.mean, dtype=np.float32) * np.float32(255)
+        scale = 1.0 / (np.asarray(spec.std, dtype=np.float32) * np.float32(255))
+        values = (pixels.astype(np.float32) - mean) * scale
+    if is_channels_first(shape):
+        values = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+    return values
+
+
+def is_channels_first(shape: list[Any]) -> bool:
+    """Tell NCHW from NHWC by the place of the 1 or 3 channels in a graph's input shape."""
+    return shape[1] in (1, 3) and shape[3] not in (1, 3)
+
+
+@dataclass
+class Encoder:
+    """An ONNX graph opened for inference.
+
+    Args:
+        onnx: the serialised model.
+        spec: how to feed it.
+        threads: intra-op threads of ONNX Runtime.
+    """
+
+    onnx: bytes
+    spec: ModelSpec
+    threads: int = 1
+    _seconds_per_image: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        """Open the session; raises ModelError."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 4
+        if len(self.onnx) > PREPACK_BELOW_BYTES:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            with signals_blocked():
+                self._session = onnxruntime.InferenceSession(
+                    self.onnx, options, providers=["CPUExecutionProvider"]
+                )
+        except Exception as error:  # ONNX Runtime has no common base for its errors
+            raise ModelError(
+                "ONNX Runtime cannot open the model", detail=str(error).splitlines()[0][:300]
+            ) from None
+        self.onnx = b""  # ONNX Runtime has its own copy
+        self._input = self._session.get_inputs()[0]
+        self._output = self._session.get_outputs()[0].name
+        batch = self._input.shape[0]
+        self._max_batch = MAX_BATCH if not isinstance(batch, int) else max(1, batch)
+        self._fixed_batch = isinstance(batch, int)
+
+    def batch_size(self) -> int:
+        """Return how many images to run at once so that a run takes at most PIECE_SECONDS."""
+        if self._fixed_batch or not self._seconds_per_image:
+            return self._max_batch if self._fixed_batch else 1
+        return max(1, min(self._max_batch, int(PIECE_SECONDS / self._seconds_per_image)))
+
+    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed one batch in one call of ONNX Runtime.
+
+        Args:
+            pixels: uint8 (batch, height, width, channels) as :func:`decode_image` makes them.
+
+        Returns:
+            float32 (batch, dimension).
+
+        Raises:
+            ModelError: the graph failed.
+        """
+        count = len(pixels)
+        if self._fixed_batch and count < self._max_batch:
+            filler = np.zeros((self._max_batch - count, *pixels.shape[1:]), dtype=np.uint8)
+            pixels = np.concatenate([pixels, filler])
+        values = pixels_to_input(pixels, self._input.shape, self._input.type, self.spec)
+        started = time.perf_counter()
+        try:
+            (result,) = self._session.run([self._output], {self._input.name: values})
+        except Exception as error:  # as above
+            raise ModelError(
+                "ONNX Runtime cannot run the model", detail=str(error).splitlines()[0][:300]
+            ) from None
+        per_image = (time.perf_counter() - started) / len(pixels)
+        # The first run of a shape plans memory: let later, quicker ones correct it.
+        previous = self._seconds_per_image
+        self._seconds_per_image = per_image if not previous else (previous + per_image) / 2
+        return np.ascontiguousarray(result[:count], dtype=np.float32)
+
+    def embed(
+        self, pixels: NDArray[np.uint8], poll: Callable[[], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Embed any number of images, in batches of bounded time.
+
+        Args:
+            pixels: uint8 (count, height, width, channels).
+            poll: called between batches, may raise to leave.
+
+        Returns:
+            float32 (count, dimension).
+        """
+        parts = []
+        start = 0
+        while start < len(pixels):
+            batch = self.batch_size()
+            parts.append(self.run(pixels[start : start + batch]))
+            start += batch
+            if poll:
+                poll()
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+
+def check_embedding(embedding: NDArray[np.float32], metric: str) -> None:
+    """Refuse an embedding that has no distance to others; raises ImageError."""
+    if not np.isfinite(embedding).all():
+        raise ImageError("encoder gave an embedding that is not finite")
+    if metric == "cosine" and not embedding.any():
+        raise ImageError("encoder gave an embedding of length zero, which has no cosine distance")
+
+
+def metadata_of(session_metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the project's own metadata of an ONNX file, or an empty object."""
+    text = session_metadata.get(METADATA_KEY)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise ModelError(f'metadata "{METADATA_KEY}" of the model is not JSON') from None
+    if not isinstance(value, dict):
+        raise ModelError(f'metadata "{METADATA_KEY}" of the model is not a JSON object')
+    return value

@@ -1,0 +1,229 @@
+"""Where a node keeps index files, and which of them this session has open."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import index_file, interrupts
+from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.errors import IndexFileError
+from pg_siamese_server.index_file import Identity, Rows
+
+MAX_OPEN = 4
+
+# A backend's working directory is the data directory. Kept as found at first use, and not read from
+# the setting data_directory, which only some roles may see.
+_data_directory: Path | None = None
+_open: OrderedDict[tuple[int, int], Generation] = OrderedDict()
+
+
+def directory(plpy: Any, collection_id: int | None = None) -> Path:
+    """Return the directory of this database's index files, or of one collection's."""
+    global _data_directory
+    if _data_directory is None:
+        oid = plpy.execute(
+            "SELECT oid::int8 AS oid FROM pg_catalog.pg_database"
+            " WHERE datname = pg_catalog.current_database()"
+        )[0]["oid"]
+        _data_directory = Path(os.getcwd()) / "pg_siamese" / str(oid)
+    return _data_directory if collection_id is None else _data_directory / str(collection_id)
+
+
+@dataclass
+class Generation:
+    """A generation opened for searching.
+
+    Attributes:
+        index: the FAISS index.
+        rows: which row each vector belongs to.
+        vectors: float32 (index.ntotal, dimension), mapped; row i is the vector at position i.
+        breadth: efSearch for each neighbour asked for.
+    """
+
+    index: Any
+    rows: Rows
+    vectors: NDArray[np.float32]
+    breadth: float
+    is_flat: bool
+    _by_slot: tuple[NDArray[np.int64], NDArray[np.int64]] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        """Set up the buffers of searches."""
+        ids = self.rows.embedding_ids
+        self._first = int(ids[0]) if len(ids) else 0
+        self._dense = len(ids) > 0 and int(ids[-1]) - self._first == len(ids) - 1
+        self._parameters = None if self.is_flat else faiss.SearchParametersHNSW()
+        self._buffers: dict[int, tuple[Any, ...]] = {}
+        self._entry = np.empty((1, 1), dtype=np.int32)
+        self._entry_distance = np.zeros((1, 1), dtype=np.float32)
+        if self.rows.slots is not None:
+            order = np.argsort(self.rows.slots, kind="stable")
+            starts = np.searchsorted(self.rows.slots[order], np.arange(self.index.ntotal + 1))
+            self._by_slot = (order, starts)
+
+    def row_of(self, embedding_id: int) -> int | None:
+        """Return the row of an embedding_id, or None where the file does not hold it."""
+        ids = self.rows.embedding_ids
+        if self._dense:
+            row = embedding_id - self._first
+            return row if 0 <= row < len(ids) else None
+        row = int(ids.searchsorted(embedding_id))
+        return row if row < len(ids) and ids[row] == embedding_id else None
+
+    def rows_of(self, embedding_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of those embedding_ids that the file holds."""
+        ids = self.rows.embedding_ids
+        if not len(ids):
+            return np.empty(0, dtype=np.int64)
+        places = np.minimum(ids.searchsorted(embedding_ids), len(ids) - 1)
+        found: NDArray[np.int64] = places[ids[places] == embedding_ids]
+        return found
+
+    def slot_of(self, row: int) -> int:
+        """Return the FAISS position of a row's vector."""
+        return row if self.rows.slots is None else int(self.rows.slots[row])
+
+    def search(
+        self, query: NDArray[np.float32], count: int, entry: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Find the nearest vectors.
+
+        Args:
+            query: float32 (1, dimension), prepared.
+            count: how many.
+            entry: FAISS position to start from, where the query is itself in the index.
+
+        Returns:
+            FAISS positions, ascending by squared distance, and these; fewer than ``count`` only
+            where the graph ends.
+        """
+        count = min(count, self.index.ntotal)
+        buffers = self._buffers.get(count)
+        if buffers is None:
+            if len(self._buffers) > 32:
+                self._buffers.clear()
+            distances = np.empty((1, count), dtype=np.float32)
+            positions = np.empty((1, count), dtype=np.int64)
+            buffers = (
+                positions,
+                distances,
+                faiss.swig_ptr(distances),
+                faiss.swig_ptr(positions),
+            )
+            self._buffers[count] = buffers
+        positions, distances, distance_pointer, position_pointer = buffers
+        pointer = faiss.swig_ptr(query)
+        if self._parameters is None:
+            self.index.search_c(1, pointer, count, distance_pointer, position_pointer)
+        else:
+            self._parameters.efSearch = max(count, int(self.breadth * count + 0.5))
+            if entry is None:
+                self.index.search_c(
+                    1, pointer, count, distance_pointer, position_pointer, self._parameters
+                )
+            else:
+                self._entry[0, 0] = entry
+                self.index.search_level_0(
+                    1,
+                    pointer,
+                    count,
+                    faiss.swig_ptr(self._entry),
+                    faiss.swig_ptr(self._entry_distance),
+                    distance_pointer,
+                    position_pointer,
+                    1,
+                    1,
+                    self._parameters,
+                )
+        found, squared = positions[0], distances[0]
+        if found[-1] < 0:
+            valid = found >= 0
+            return found[valid], squared[valid]
+        return found, squared
+
+    def expand(
+        self, positions: NDArray[np.int64], squared: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Turn positions into rows: one vector may belong to several."""
+        if self._by_slot is None:
+            return positions, squared
+        order, starts = self._by_slot
+        parts = [order[starts[place] : starts[place + 1]] for place in positions.tolist()]
+        counts = [len(part) for part in parts]
+        rows = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        return rows, np.repeat(squared, counts)
+
+
+def is_open(collection_id: int, generation: int) -> bool:
+    """Whether this session has the generation open."""
+    return (collection_id, generation) in _open
+
+
+def get(plpy: Any, collection: Collection, generation: int) -> Generation:
+    """Return an opened generation, from this session or from the file.
+
+    Raises:
+        IndexFileError: its file can't be used.
+    """
+    key = (collection.collection_id, generation)
+    found = _open.get(key)
+    if found is None:
+        found = _load(plpy, collection, generation)
+        while len(_open) >= MAX_OPEN:
+            _open.popitem(last=False)
+        for other in [item for item in _open if item[0] == key[0] and item[1] < generation]:
+            del _open[other]
+        _open[key] = found
+    return found
+
+
+def identity(collection: Collection, generation: int, build_id: str) -> Identity:
+    """Return what the file of a generation must say of itself."""
+    return Identity(
+        collection_id=collection.collection_id,
+        generation=generation,
+        build_id=build_id,
+        model_sha256=collection.sha256,
+        dimension=collection.dimension,
+        metric=collection.metric,
+    )
+
+
+def _load(plpy: Any, collection: Collection, generation: int) -> Generation:
+    plan = prepare(
+        plpy,
+        "SELECT build_id::text AS build_id, index_type, ef_search FROM siamese.generations"
+        " WHERE generation = $1 AND collection_id = $2",
+        ("bigint", "integer"),
+    )
+    rows = plan.execute([generation, collection.collection_id])
+    if not rows:
+        raise IndexFileError(f"generation {generation} is not in siamese.generations")
+    row = rows[0]
+    with interrupts.signals_blocked():  # FAISS may start threads
+        faiss.omp_set_num_threads(1)
+    file = index_file.read(
+        directory(plpy, collection.collection_id),
+        identity(collection, generation, row["build_id"]),
+        partial(interrupts.check, plpy),
+    )
+    return opened(file.index, file.rows, row["index_type"] == "flat", row["ef_search"] or 10)
+
+
+def opened(index: Any, rows: Rows, is_flat: bool, ef_search: int) -> Generation:
+    """Make a Generation of an index; ``ef_search`` is the breadth for ten neighbours."""
+    storage = index if is_flat else faiss.downcast_index(index.storage)
+    shape = (index.ntotal, index.d)
+    vectors = np.empty(shape, dtype=np.float32)
+    if index.ntotal:
+        vectors = faiss.rev_swig_ptr(storage.get_xb(), index.ntotal * index.d).reshape(shape)
+    return Generation(index, rows, vectors, ef_search / 10, is_flat)

@@ -1,0 +1,275 @@
+"""A FAISS generation on disk: written once, published by rename, checked whenever it is opened.
+
+A generation is two files. ``N.faiss`` is FAISS's own format. ``N.meta`` says what it is (model,
+collection, build) and maps its vectors to rows; it is published last, so a generation without one
+does not exist. Published files are never changed: a backend may have them mapped.
+
+Layout of ``N.meta``: magic, XXH3-128 of all that follows, length of the header, header (JSON), then
+arrays at multiples of 64 bytes, as the header says.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pg_siamese_server.errors import IndexFileError
+from pg_siamese_server.interrupts import raise_if_pending
+
+MAGIC = b"PGSIAM01"
+ALIGNMENT = 64
+BLOCK = 4 * 1024 * 1024
+ARRAY_TYPES = {"int64": np.int64, "int32": np.int32, "uint8": np.uint8}
+
+Poll = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file must be to answer for a collection's generation.
+
+    Attributes:
+        collection_id, generation: of the catalog.
+        build_id: drawn anew for each build, so that numbers reused after a restore don't match.
+        model_sha256: of the ONNX file whose vectors are inside, in hexadecimal.
+        dimension: of the vectors.
+        metric: ``cosine`` (vectors are normalised) or ``l2``.
+    """
+
+    collection_id: int
+    generation: int
+    build_id: str
+    model_sha256: str
+    dimension: int
+    metric: str
+
+
+@dataclass
+class Rows:
+    """Which rows a file holds; one entry a row, ascending by embedding_id.
+
+    Attributes:
+        embedding_ids: int64 (rows,).
+        keys: int64 (rows,) for integer keys; else None, and the two arrays below are set.
+        key_offsets, key_bytes: int64 (rows + 1,) and uint8: UTF-8 text of uuid and text keys.
+        slots: int32 (rows,), the FAISS position of each row's vector, where rows share vectors;
+            None where row i is at position i.
+    """
+
+    embedding_ids: NDArray[np.int64]
+    keys: NDArray[np.int64] | None = None
+    key_offsets: NDArray[np.int64] | None = None
+    key_bytes: NDArray[np.uint8] | None = None
+    slots: NDArray[np.int32] | None = None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays that are there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def key(self, row: int) -> int | str:
+        """Return the key of one row."""
+        if self.keys is not None:
+            return int(self.keys[row])
+        assert self.key_offsets is not None and self.key_bytes is not None
+        start, end = self.key_offsets[row], self.key_offsets[row + 1]
+        return self.key_bytes[start:end].tobytes().decode()
+
+
+@dataclass
+class IndexFile:
+    """An opened generation: the index and its rows, both mapped."""
+
+    index: Any
+    rows: Rows
+
+
+def paths(directory: Path, generation: int) -> tuple[Path, Path]:
+    """Return the paths of a generation's FAISS file and of its sidecar."""
+    return directory / f"{generation}.faiss", directory / f"{generation}.meta"
+
+
+def write(directory: Path, identity: Identity, index: Any, rows: Rows, poll: Poll) -> int:
+    """Write and publish a generation; returns its size in bytes.
+
+    Raises:
+        OSError: the disk is full, or the directory not writable. Nothing is published then.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    faiss_path, meta_path = paths(directory, identity.generation)
+    digest = xxhash.xxh3_128()
+
+    def write_index(file: Any) -> None:
+        errors: list[OSError] = []
+
+        def block(data: bytes) -> None:
+            raise_if_pending()
+            digest.update(data)
+            try:
+                file.write(data)
+            except OSError as error:
+                errors.append(error)
+                raise
+
+        try:
+            writer = faiss.PyCallbackIOWriter(block, BLOCK)
+            faiss.write_index(index, writer)
+        except Exception:  # FAISS turns the call-back's error into one of its own
+            poll()
+            if errors:
+                raise errors[0] from None
+            raise
+
+    _publish(faiss_path, write_index)
+    size = faiss_path.stat().st_size
+    header, body = _sidecar(identity, size, digest.hexdigest(), rows)
+    _publish(meta_path, lambda file: (file.write(header), [file.write(part) for part in body]))
+    return size + meta_path.stat().st_size
+
+
+def _publish(path: Path, fill: Callable[[Any], Any]) -> None:
+    """Write under a temporary name, make it durable, then give it its name."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    try:
+        with open(temporary, "wb", buffering=BLOCK) as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sidecar(
+    identity: Identity, size: int, digest: str, rows: Rows
+) -> tuple[bytes, list[bytes]]:
+    arrays = rows.arrays()
+    header: dict[str, Any] = {
+        "identity": vars(identity),
+        "faiss_bytes": size,
+        "faiss_xxh3": digest,
+        "arrays": [[name, str(value.dtype), len(value)] for name, value in arrays.items()],
+    }
+    text = json.dumps(header).encode()
+    prefix = len(MAGIC) + 16 + 4
+    text += b" " * (-(prefix + len(text)) % ALIGNMENT)
+    body = []
+    for value in arrays.values():
+        data = np.ascontiguousarray(value).tobytes()
+        body.append(data + b"\0" * (-len(data) % ALIGNMENT))
+    rest = len(text).to_bytes(4, "little") + text
+    checksum = xxhash.xxh3_128(rest)
+    for data in body:
+        checksum.update(data)
+    return MAGIC + checksum.digest() + rest, body
+
+
+def read(directory: Path, identity: Identity, poll: Poll) -> IndexFile:
+    """Open a generation, after checking that it is the right one and whole.
+
+    Raises:
+        IndexFileError: it is missing, damaged, or another one.
+    """
+    faiss_path, meta_path = paths(directory, identity.generation)
+    header, rows = _read_sidecar(meta_path, poll)
+    found = header.get("identity")
+    if found != vars(identity):
+        raise IndexFileError(
+            f"index file of generation {identity.generation} belongs to another build",
+        )
+    _check_faiss_file(faiss_path, header, poll)
+    try:
+        index = faiss.read_index(str(faiss_path), faiss.IO_FLAG_MMAP_IFC)
+    except Exception as error:  # FAISS raises RuntimeError for all kinds of damage
+        raise IndexFileError(
+            f"FAISS cannot read the index file of generation {identity.generation}",
+            detail=str(error).splitlines()[0][:200],
+        ) from None
+    vectors = len(rows.embedding_ids) if rows.slots is None else int(rows.slots.max()) + 1
+    if index.ntotal != vectors or index.d != identity.dimension:
+        raise IndexFileError(f"index file of generation {identity.generation} is not consistent")
+    return IndexFile(index, rows)
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise IndexFileError(f'index file "{path.name}" is empty')
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise IndexFileError(f'index file "{path.name}" is missing') from None
+    except OSError as error:
+        raise IndexFileError(
+            f'index file "{path.name}" cannot be opened', detail=f"{error.strerror}."
+        ) from None
+
+
+def _checksum(data: memoryview, poll: Poll) -> Any:
+    digest = xxhash.xxh3_128()
+    for start in range(0, len(data), BLOCK):
+        digest.update(data[start : start + BLOCK])
+        poll()
+    return digest
+
+
+def _read_sidecar(path: Path, poll: Poll) -> tuple[dict[str, Any], Rows]:
+    data = memoryview(_map(path))
+    start = len(MAGIC) + 16
+    if bytes(data[: len(MAGIC)]) != MAGIC:
+        raise IndexFileError(f'"{path.name}" is not an index file of this version')
+    if _checksum(data[start:], poll).digest() != bytes(data[len(MAGIC) : start]):
+        raise IndexFileError(f'index file "{path.name}" is damaged')
+    length = int.from_bytes(data[start : start + 4], "little")
+    header = json.loads(bytes(data[start + 4 : start + 4 + length]))
+    offset = start + 4 + length
+    arrays: dict[str, Any] = {}
+    for name, dtype, count in header["arrays"]:
+        kind = ARRAY_TYPES[dtype]
+        arrays[name] = np.frombuffer(data, kind, count, offset)
+        offset += -(-arrays[name].nbytes // ALIGNMENT) * ALIGNMENT
+    return header, Rows(**arrays)
+
+
+def _check_faiss_file(path: Path, header: dict[str, Any], poll: Poll) -> None:
+    data = _map(path)
+    try:
+        with memoryview(data) as view:
+            whole = (
+                len(view) == header["faiss_bytes"]
+                and _checksum(view, poll).hexdigest() == header["faiss_xxh3"]
+            )
+    finally:
+        data.close()
+    if not whole:
+        raise IndexFileError(f'index file "{path.name}" is damaged')
+
+
+def remove_others(directory: Path, keep: set[int]) -> None:
+    """Remove temporary files and generations that no snapshot needs any more."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        stem = path.name.split(".", 1)[0]
+        if path.suffix == ".tmp" or not stem.isdigit() or int(stem) not in keep:
+            path.unlink(missing_ok=True)

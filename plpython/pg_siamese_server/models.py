@@ -1,0 +1,131 @@
+"""Registering models, and the encoders that this session has opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import interrupts
+from pg_siamese_server.catalog import load_json, prepare
+from pg_siamese_server.encoder import Encoder, ModelSpec, check_embedding
+from pg_siamese_server.errors import (
+    DATA_CORRUPTED,
+    DUPLICATE_OBJECT,
+    NULL_VALUE_NOT_ALLOWED,
+    UNDEFINED_OBJECT,
+    ModelError,
+    SiameseError,
+)
+from pg_siamese_server.images import decode_image
+
+MAX_OPEN_ENCODERS = 4
+
+_specs: dict[int, ModelSpec] = {}
+_encoders: OrderedDict[str, Encoder] = OrderedDict()
+
+
+def spec(plpy: Any, model_id: int) -> ModelSpec:
+    """Return a model's specification; models never change, so it is kept."""
+    found = _specs.get(model_id)
+    if found is None:
+        plan = prepare(
+            plpy, "SELECT specification FROM siamese.models WHERE model_id = $1", ("integer",)
+        )
+        rows = plan.execute([model_id])
+        if not rows:
+            raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
+        found = _specs[model_id] = ModelSpec.from_json(load_json(rows[0]["specification"]))
+    return found
+
+
+def encoder(plpy: Any, model_id: int) -> Encoder:
+    """Return a model's encoder, opened on first use in this session."""
+    plan = prepare(plpy, "SELECT sha256 FROM siamese.models WHERE model_id = $1", ("integer",))
+    rows = plan.execute([model_id])
+    if not rows:
+        raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
+    sha256 = rows[0]["sha256"]
+    found = _encoders.get(sha256)
+    if found is None:
+        plan = prepare(plpy, "SELECT onnx FROM siamese.models WHERE model_id = $1", ("integer",))
+        data = plan.execute([model_id])[0]["onnx"]
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise SiameseError(
+                f"ONNX file of model {model_id} does not have its SHA-256",
+                sqlstate=DATA_CORRUPTED,
+                hint="Restore the row of siamese.models from a backup.",
+            )
+        found = Encoder(data, spec(plpy, model_id))
+        while len(_encoders) >= MAX_OPEN_ENCODERS:
+            _encoders.popitem(last=False)
+        _encoders[sha256] = found
+    else:
+        _encoders.move_to_end(sha256)
+    return found
+
+
+def embed(plpy: Any, model_id: int, images: list[bytes | None]) -> NDArray[np.float32]:
+    """Decode and embed a few images.
+
+    Returns:
+        float32 (images, dimension).
+
+    Raises:
+        ImageError: one of them is bad.
+    """
+    model = encoder(plpy, model_id)
+    poll = partial(interrupts.check, plpy)
+    pixels = np.stack([decode_image(image, model.spec.input, poll) for image in images])
+    result = model.embed(pixels, poll)
+    for embedding in result:
+        check_embedding(embedding, model.spec.metric)
+    return result
+
+
+def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, Any]) -> int:
+    """Check an ONNX file and store it; returns its model_id.
+
+    The same file under the same name and specification is accepted again.
+    """
+    from pg_siamese_server.registration import inspect_model  # parsing ONNX is needed only here
+
+    if not name:
+        raise SiameseError("a model must have a name")
+    if data is None:
+        raise SiameseError("onnx is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
+    found, dimension, metadata = inspect_model(data, given)
+    sha256 = hashlib.sha256(data).hexdigest()
+    specification = found.to_json()
+    plan = prepare(
+        plpy,
+        "INSERT INTO siamese.models (name, sha256, onnx, dimension, specification, metadata)"
+        " VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (name) DO NOTHING RETURNING model_id",
+        ("text", "text", "bytea", "integer", "jsonb", "jsonb"),
+    )
+    rows = plan.execute(
+        [name, sha256, data, dimension, json.dumps(specification), json.dumps(metadata)]
+    )
+    if rows:
+        return int(rows[0]["model_id"])
+    plan = prepare(
+        plpy,
+        "SELECT model_id, sha256, specification FROM siamese.models WHERE name = $1",
+        ("text",),
+    )
+    row = plan.execute([name])[0]
+    if row["sha256"] != sha256 or load_json(row["specification"]) != json.loads(
+        json.dumps(specification)
+    ):
+        raise ModelError(
+            f'model "{name}" already exists',
+            sqlstate=DUPLICATE_OBJECT,
+            detail="It has another ONNX file or specification.",
+            hint="Models never change: register this one under a new name.",
+        )
+    return int(row["model_id"])

@@ -1,0 +1,222 @@
+"""Changes that no index generation knows of, kept per session and brought up to date by snapshot.
+
+Every row of a collection's pending table carries the transaction that wrote it. What all
+transactions before the oldest one still running have written is *settled*: it is read once. What is
+younger is *open*, and read again by each search. So a search costs what is new, not what is pending.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import vectors
+from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.generations import Generation
+
+# Vectors kept in a session at most; with more pending, pgvector scans the table instead.
+MAX_BYTES = 12 * 1024 * 1024
+MAX_CHANGES = 100_000
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot as ``pg_current_snapshot()`` prints it."""
+
+    text: str
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+
+    @classmethod
+    def parse(cls, text: str) -> Snapshot:
+        """Parse ``xmin:xmax:xip,xip``."""
+        xmin, xmax, running = text.split(":")
+        ids = frozenset(map(int, running.split(","))) if running else frozenset()
+        return cls(text, int(xmin), int(xmax), ids)
+
+    def includes(self, other: Snapshot) -> bool:
+        """Whether all that ``other`` sees of other transactions is seen by this one too."""
+        if self.text == other.text:
+            return True
+        if self.xmax < other.xmax:
+            return False
+        return all(xid in other.running for xid in self.running if xid < other.xmax)
+
+
+class Added:
+    """Vectors added since the generation was built."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.keys: list[Any] = []
+        self._parts: list[NDArray[np.float32]] = []
+        self._norms: NDArray[np.float32] | None = None
+        self._gone: tuple[int, int, NDArray[np.bool_]] | None = None
+
+    def extend(self, ids: list[int], keys: list[Any], matrix: NDArray[np.float32]) -> None:
+        """Append rows; matrix is float32 (rows, dimension), prepared."""
+        self.ids.extend(ids)
+        self.keys.extend(keys)
+        self._parts.append(matrix)
+        self._norms = None
+
+    def matrix(self) -> NDArray[np.float32]:
+        """Return all vectors, float32 (rows, dimension)."""
+        if len(self._parts) > 1:
+            self._parts = [np.concatenate(self._parts)]
+        return self._parts[0]
+
+    def rough_distances(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return squared distances less the query's own square: quick, and enough to choose by."""
+        matrix = self.matrix()
+        if self._norms is None:
+            self._norms = np.einsum("ij,ij->i", matrix, matrix)
+        result: NDArray[np.float32] = self._norms - 2 * (matrix @ query[0])
+        return result
+
+    def gone(self, dead: set[int]) -> NDArray[np.bool_]:
+        """Tell which rows are deleted again; ``dead`` only grows."""
+        if self._gone is None or self._gone[:2] != (len(self.ids), len(dead)):
+            mask = np.fromiter((item in dead for item in self.ids), dtype=bool, count=len(self.ids))
+            self._gone = (len(self.ids), len(dead), mask)
+        return self._gone[2]
+
+
+@dataclass
+class Changes:
+    """What a session knows of one collection's pending table, for one generation."""
+
+    generation: int
+    snapshot: Snapshot | None = None
+    horizon: int = 0
+    added: Added = field(default_factory=Added)
+    unfetched: set[int] = field(default_factory=set)
+    dead: set[int] = field(default_factory=set)
+    open_ids: set[int] = field(default_factory=set)
+    open_dead: set[int] = field(default_factory=set)
+    open_added: Added = field(default_factory=Added)
+    _dead_rows: NDArray[np.bool_] | None = None
+
+    def usable_for(self, generation: int, snapshot: Snapshot) -> bool:
+        """Whether what is settled here is so for this snapshot, too."""
+        return self.generation == generation and (
+            self.snapshot is None or snapshot.includes(self.snapshot)
+        )
+
+    def take(
+        self, settled: list[int] | None, opened: list[int] | None, snapshot: Snapshot
+    ) -> None:
+        """Note changes, as embedding_ids, negative for deletions."""
+        if settled:
+            self.dead.update(-change for change in settled if change < 0)
+            self.unfetched.update(change for change in settled if change > 0)
+            self.unfetched -= self.dead
+            self._dead_rows = None
+        self.snapshot = snapshot
+        self.horizon = snapshot.xmin
+        self.open_dead = {-change for change in opened or () if change < 0}
+        self.open_ids = {change for change in opened or () if change > 0} - self.open_dead
+
+    @property
+    def has_additions(self) -> bool:
+        """Whether there may be vectors that the generation does not hold."""
+        return bool(self.added.ids or self.unfetched or self.open_ids)
+
+    def is_too_large(self, dimension: int) -> bool:
+        """Whether a scan by pgvector is better than a copy in this session."""
+        count = len(self.added.ids) + len(self.unfetched) + len(self.open_ids)
+        return count * dimension * 4 > MAX_BYTES
+
+    def fetch(self, plpy: Any, collection: Collection) -> None:
+        """Read the vectors that are not here yet, as the invoker sees them."""
+        if self.unfetched:
+            ids, keys, matrix = _fetch(plpy, collection, sorted(self.unfetched))
+            if ids:
+                self.added.extend(ids, keys, matrix)
+                # One that is not visible was deleted by this very transaction, which may yet be
+                # rolled back: asked for again next time.
+                self.unfetched.difference_update(ids)
+        if set(self.open_added.ids) != self.open_ids:
+            self.open_added = Added()
+            if self.open_ids:
+                self.open_added.extend(*_fetch(plpy, collection, sorted(self.open_ids)))
+
+    def is_dead(self, generation: Generation, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Tell which rows of the generation are deleted or replaced; None where none is at all."""
+        if not self.dead and not self.open_dead:
+            return None
+        if self._dead_rows is None:
+            self._dead_rows = np.zeros(len(generation.rows.embedding_ids), dtype=bool)
+            ids = np.fromiter(self.dead, dtype=np.int64, count=len(self.dead))
+            self._dead_rows[generation.rows_of(ids)] = True
+        result: NDArray[np.bool_] = self._dead_rows[rows]
+        if self.open_dead:
+            ids = np.fromiter(self.open_dead, dtype=np.int64, count=len(self.open_dead))
+            result |= np.isin(generation.rows.embedding_ids[rows], ids)
+        return result
+
+    def dead_count(self) -> int:
+        """How many vectors, of the generation or not, are deleted."""
+        return len(self.dead) + len(self.open_dead)
+
+    def nearest(
+        self, query: NDArray[np.float32], count: int
+    ) -> tuple[list[Any], NDArray[np.float32], float]:
+        """Find the nearest of the added vectors, exactly.
+
+        Returns:
+            Keys and squared distances, in no order, and the distance within which none is missing.
+        """
+        keys: list[Any] = []
+        parts: list[NDArray[np.float32]] = []
+        complete = np.inf
+        for added in (self.added, self.open_added):
+            if not added.ids:
+                continue
+            rough = added.rough_distances(query)
+            gone = added.gone(self.dead)
+            if self.open_dead:
+                gone = gone | np.isin(added.ids, list(self.open_dead))
+            rough[gone] = np.inf
+            if count < len(rough):
+                places = np.argpartition(rough, count)[:count]
+            else:
+                places = np.arange(len(rough))
+            places = places[~gone[places]]
+            exact = vectors.squared_distances(added.matrix()[places], query)
+            if len(places) == count:
+                complete = min(complete, float(exact.max()) * (1 - 1e-5))
+            keys.extend(added.keys[place] for place in places.tolist())
+            parts.append(exact)
+        squared = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+        return keys, squared, complete
+
+    def find(self, embedding_id: int) -> NDArray[np.float32] | None:
+        """Return an added vector, float32 (1, dimension), if it is here."""
+        for added in (self.added, self.open_added):
+            if embedding_id in added.ids:
+                return added.matrix()[added.ids.index(embedding_id)][None]
+        return None
+
+
+def _fetch(
+    plpy: Any, collection: Collection, ids: list[int]
+) -> tuple[list[int], list[Any], NDArray[np.float32]]:
+    key = "e.key" if collection.has_integer_keys else "e.key::text"
+    plan = prepare(
+        plpy,
+        f"SELECT e.embedding_id AS id, {key} AS key,"
+        f" {collection.vector_schema}.vector_send(e.embedding) AS vector"
+        f" FROM {collection.embeddings} AS e WHERE e.embedding_id = ANY($1)",
+        ("bigint[]",),
+    )
+    rows = list(plan.execute([ids]))
+    if not rows:
+        return [], [], np.empty((0, collection.dimension), dtype=np.float32)
+    matrix = vectors.from_send(b"".join(row["vector"] for row in rows), len(rows))
+    prepared = vectors.prepare(matrix, collection.metric)
+    return [row["id"] for row in rows], [row["key"] for row in rows], prepared

@@ -1,0 +1,294 @@
+"""Finding the nearest rows: FAISS and the pending vectors, checked against the table; or pgvector.
+
+Every candidate is checked, as the invoker, against the collection's own table: visibility, row-level
+security and filters decide there. An answer is complete once the k-th row that qualifies is nearer
+than anything that FAISS has not been asked for yet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import interrupts, models, vectors
+from pg_siamese_server.catalog import Collection, collection_by_name, prepare
+from pg_siamese_server.errors import (
+    NO_DATA_FOUND,
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    IndexFileError,
+    SiameseError,
+)
+from pg_siamese_server.filters import Conditions, parse
+
+MAX_K = 10_000
+ENGINES = ("auto", "faiss", "pgvector")
+# The most candidates taken from FAISS before an exact scan is cheaper, as share and bounds.
+CANDIDATE_SHARE = 0.05
+MIN_CANDIDATES = 500
+MAX_CANDIDATES = 20_000
+
+_collections: dict[str, Collection] = {}
+_changes: dict[int, Any] = {}
+_noticed: set[tuple[int, int, str]] = set()
+
+
+@dataclass
+class Request:
+    """What a search function was called with.
+
+    Attributes:
+        collection_name: which collection.
+        image: an image file, or None to search by ``key``.
+        key: of a stored image, which is left out of the answer.
+        k: how many rows.
+        filter: JSON text, or None.
+        candidates: keys to choose among, or None for all.
+        max_distance: the farthest row, or None.
+        engine: ``auto``, ``faiss`` or ``pgvector``.
+    """
+
+    collection_name: str | None
+    image: bytes | None
+    key: int | None
+    k: int | None
+    filter: str | None
+    candidates: list[Any] | None
+    max_distance: float | None
+    engine: str | None
+
+    def check(self) -> None:
+        """Refuse arguments out of range."""
+        if self.k is None or not 1 <= self.k <= MAX_K:
+            raise SiameseError(f"k must be between 1 and {MAX_K}")
+        if self.engine not in ENGINES:
+            raise SiameseError(
+                f'unknown engine "{self.engine}"', hint=f"Use one of {', '.join(ENGINES)}."
+            )
+        if self.max_distance is not None and math.isnan(self.max_distance):
+            raise SiameseError("max_distance is not a number")
+
+
+@dataclass
+class Answer:
+    """Keys and distances of the rows found, nearest first."""
+
+    collection: Collection
+    keys: list[Any]
+    distances: list[float]
+
+
+def search(plpy: Any, request: Request) -> Answer:
+    """Answer a search."""
+    request.check()
+    collection, state = _current_state(plpy, request)
+    if request.key is not None and state["query_id"] is None:
+        raise SiameseError(
+            f'image {request.key} is not in collection "{collection.name}"',
+            sqlstate=NO_DATA_FOUND,
+            detail="There is no such row, or it has no vector, or it is not visible to you.",
+        )
+    embedding = None
+    if request.key is None:
+        embedding = models.embed(plpy, collection.model_id, [request.image])
+    conditions = parse(plpy, collection, request.filter)
+    if request.engine != "pgvector":
+        answer = _with_faiss(plpy, request, collection, state, embedding, conditions)
+        if answer is not None:
+            return answer
+    return _with_pgvector(plpy, request, collection, state, embedding, conditions)
+
+
+def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
+    """One statement reads all that a search must know of its snapshot."""
+    from pg_siamese_server.pending import MAX_CHANGES  # noqa: PLC0415 -- needs NumPy
+
+    stored = "NULL::bigint"
+    types = ["text", "xid8"]
+    if by_key:
+        types.append("bigint")
+        stored = (
+            f"(SELECT e.embedding_id FROM {collection.relation} AS b"
+            f" INNER JOIN {collection.embeddings} AS e ON e.key = b.{collection.key_column}"
+            f" WHERE b.{collection.key_column} = $3)"
+        )
+    relation = plpy.quote_literal(collection.relation)
+    return prepare(
+        plpy,
+        f"SELECT {stored} AS query_id, c.generation, p.settled, p.opened,"
+        " pg_catalog.pg_current_snapshot()::text AS snapshot,"
+        " pg_catalog.row_security_active(c.relation) AS is_restricted"
+        " FROM siamese.collections AS c LEFT JOIN LATERAL (SELECT"
+        " pg_catalog.array_agg(x.change) FILTER (WHERE x.is_settled) AS settled,"
+        " pg_catalog.array_agg(x.change) FILTER (WHERE NOT x.is_settled) AS opened"
+        " FROM (SELECT CASE WHEN y.deleted THEN -y.embedding_id ELSE y.embedding_id END AS change,"
+        " y.xact_id < pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()) AS is_settled"
+        f" FROM {collection.pending} AS y WHERE y.xact_id >= $2 LIMIT {MAX_CHANGES + 1}) AS x"
+        ") AS p ON c.generation IS NOT NULL"
+        f" WHERE c.collection_id = {collection.collection_id} AND c.name = $1"
+        f" AND c.model_id = {collection.model_id} AND c.relation = {relation}::pg_catalog.regclass",
+        tuple(types),
+    )
+
+
+def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
+    """Return the collection and its state in this snapshot.
+
+    A collection is remembered by name. Where the statement finds it no longer as it was (renamed,
+    dropped, made anew), it is looked up again.
+    """
+    name = request.collection_name
+    for _ in range(2):
+        collection = _collections.get(name) if name is not None else None
+        if collection is None:
+            collection = collection_by_name(plpy, name)
+            _collections[collection.name] = collection
+        changes = _changes.get(collection.collection_id)
+        values = [collection.name, str(changes.horizon if changes else 0)]
+        if request.key is not None:
+            values.append(request.key)  # type: ignore[arg-type]
+        try:
+            rows = _state_plan(plpy, collection, request.key is not None).execute(values)
+        except (plpy.spiexceptions.UndefinedTable, plpy.spiexceptions.UndefinedColumn):
+            rows = []
+        if rows:
+            return collection, rows[0]
+        del _collections[collection.name]
+    raise SiameseError(
+        f'collection "{name}" does not match its table any more',
+        sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+        detail="A column or table may have been renamed.",
+        hint="Drop the collection and create it again.",
+    )
+
+
+def _with_faiss(
+    plpy: Any,
+    request: Request,
+    collection: Collection,
+    state: Any,
+    embedding: NDArray[np.float32] | None,
+    conditions: Conditions,
+) -> Answer | None:
+    """Answer by FAISS, or return None where it can't, with a NOTICE if it should have."""
+    required = request.engine == "faiss"
+    generation = state["generation"]
+    if generation is None or request.candidates is not None:
+        if required:
+            reason = (
+                "The collection has no index generation."
+                if generation is None
+                else "A list of candidates is always searched exactly."
+            )
+            raise _no_faiss(reason)
+        return None
+    try:
+        from pg_siamese_server.faiss_search import FaissSearch  # noqa: PLC0415 -- FAISS may be missing
+
+        finder = FaissSearch.open(plpy, collection, state, _changes)
+    except (IndexFileError, ImportError) as error:
+        if required:
+            raise _no_faiss(f"{error}.") from None
+        if (collection.collection_id, generation, str(error)) not in _noticed:
+            _noticed.add((collection.collection_id, generation, str(error)))
+            plpy.notice(
+                f'searching collection "{collection.name}" without its FAISS index: {error}',
+                hint="Answers are exact, but slower. Build the index with build_index.",
+            )
+        return None
+    if finder is None:
+        if required:
+            raise _no_faiss("Too many vectors wait for an index build.")
+        return None
+    found = finder.search(request, embedding, conditions)
+    if found is None:
+        if required:
+            raise _no_faiss("An exact scan is the better way for this k and filter.")
+        return None
+    keys, distances = found
+    return Answer(collection, keys, distances)
+
+
+def _no_faiss(reason: str) -> SiameseError:
+    return SiameseError(
+        "FAISS cannot answer this search",
+        sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+        detail=reason,
+        hint='Use engine "auto".',
+    )
+
+
+def candidate_limit(vectors_indexed: int) -> int:
+    """Return how many candidates FAISS may give before an exact scan is cheaper."""
+    share = int(vectors_indexed * CANDIDATE_SHARE)
+    return max(MIN_CANDIDATES, min(MAX_CANDIDATES, share))
+
+
+def _with_pgvector(
+    plpy: Any,
+    request: Request,
+    collection: Collection,
+    state: Any,
+    embedding: NDArray[np.float32] | None,
+    conditions: Conditions,
+) -> Answer:
+    """Scan all rows that qualify; exact."""
+    where = conditions.copy()
+    if embedding is not None:
+        query = where.parameter(collection.vector_type, vectors.to_text(embedding[0]))
+    else:
+        place = where.parameter("bigint", state["query_id"])
+        query = f"(SELECT q.embedding FROM {collection.embeddings} AS q WHERE q.embedding_id = {place})"
+    operator = f"OPERATOR({collection.vector_schema}.{vectors.OPERATORS[collection.metric]})"
+    distance = f"(e.embedding {operator} {query})"
+    key = f"b.{collection.key_column}"
+    if request.candidates is not None:
+        where.clauses.append(f"{key} = ANY({where.parameter(_candidate_type(collection), request.candidates)})")
+    if request.key is not None:
+        where.clauses.append(f"{key} <> {where.parameter('bigint', request.key)}")
+    if request.max_distance is not None:
+        where.clauses.append(f"{distance} <= {where.parameter('real', request.max_distance)}")
+    condition = f" WHERE {' AND '.join(where.clauses)}" if where.clauses else ""
+    shown, tie = key, key
+    if not collection.has_integer_keys:
+        shown = f"{key}::text"
+        tie = f'{key}::text COLLATE "C"'
+    plan = prepare(
+        plpy,
+        f"SELECT {shown} AS key, {distance} AS distance FROM {collection.relation} AS b"
+        f" INNER JOIN {collection.embeddings} AS e ON e.key = {key}{condition}"
+        f" ORDER BY 2, {tie} LIMIT {int(request.k or 0)}",
+        tuple(where.types),
+    )
+    rows = plan.execute(where.values)
+    return Answer(collection, [row["key"] for row in rows], [row["distance"] for row in rows])
+
+
+def _candidate_type(collection: Collection) -> str:
+    return "bigint[]" if collection.has_integer_keys else collection.key_array
+
+
+def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
+    """Open a collection's encoder and index in this session; returns what is ready."""
+    request = Request(name, None, None, 1, None, None, None, "auto")
+    collection, state = _current_state(plpy, request)
+    encoder = models.encoder(plpy, collection.model_id)
+    spec = encoder.spec.input
+    blank = np.zeros((1, spec.height, spec.width, spec.channels), dtype=np.uint8)
+    encoder.embed(blank, partial(interrupts.check, plpy))
+    result = [("onnxruntime", f"{collection.dimension} dimensions, {spec.width} x {spec.height}")]
+    if state["generation"] is None:
+        return [*result, ("pgvector", "no index generation yet")]
+    try:
+        from pg_siamese_server.faiss_search import FaissSearch  # noqa: PLC0415 -- FAISS may be missing
+
+        finder = FaissSearch.open(plpy, collection, state, _changes)
+    except (IndexFileError, ImportError) as error:
+        return [*result, ("pgvector", str(error))]
+    if finder is None:
+        return [*result, ("pgvector", "too many vectors wait for an index build")]
+    return [*result, ("faiss", f"generation {state['generation']}, {finder.describe()}")]

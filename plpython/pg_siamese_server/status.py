@@ -1,0 +1,131 @@
+"""What administrators look at: index files on this node, and the health of everything."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from pg_siamese_server import __version__, interrupts, models
+from pg_siamese_server.catalog import COLLECTION_QUERY, Collection, prepare
+from pg_siamese_server.errors import SiameseError
+
+PACKAGES = ("numpy", "pillow", "onnxruntime", "faiss-cpu", "onnx", "xxhash")
+TRIGGER_EVENTS = ("insert", "update", "delete", "truncate")
+
+
+def generation_file(plpy: Any, collection_id: int | None, generation: int | None) -> str | None:
+    """Tell whether a generation's file is on this node."""
+    if generation is None or collection_id is None:
+        return None
+    try:
+        from pg_siamese_server import generations, index_file
+    except ImportError:
+        return "FAISS is missing"
+    paths = index_file.paths(generations.directory(plpy, collection_id), generation)
+    return "present" if all(path.is_file() for path in paths) else "missing"
+
+
+def self_check(plpy: Any) -> list[tuple[str, bool, str]]:
+    """Check installation and collections; rows of (subject, ok, detail)."""
+    result = [
+        ("server package", True, f"version {__version__}, Python {sys.version.split()[0]}"),
+        *map(_package, PACKAGES),
+    ]
+    for row in plpy.execute(COLLECTION_QUERY + "ORDER BY c.name"):
+        subject = f'collection "{row["name"]}"'
+        if row["relation"] is None:
+            result.append((subject, False, "its table does not exist any more"))
+            continue
+        result.extend(
+            (f"{subject}: {what}", ok, detail)
+            for what, ok, detail in _collection(plpy, Collection(**row))
+        )
+    return result
+
+
+def _package(name: str) -> tuple[str, bool, str]:
+    module = {"pillow": "PIL", "faiss-cpu": "faiss"}.get(name, name)
+    try:
+        with interrupts.signals_blocked():
+            import_module(module)
+        return (f"package {name}", True, f"version {version(name)}")
+    except ImportError as error:
+        return (f"package {name}", False, f"cannot be imported: {error}")
+
+
+def _collection(plpy: Any, collection: Collection) -> list[tuple[str, bool, str]]:
+    return [
+        _triggers(plpy, collection),
+        _count(
+            plpy,
+            "rows without vector",
+            f"SELECT count(*) AS n FROM {collection.relation} AS b WHERE NOT EXISTS (SELECT FROM"
+            f" {collection.embeddings} AS e WHERE e.key = b.{collection.key_column})"
+            " AND NOT EXISTS (SELECT FROM siamese.failures AS f WHERE f.collection_id ="
+            f" {collection.collection_id} AND f.key = b.{collection.key_column}::text)",
+            "call backfill",
+        ),
+        _count(
+            plpy,
+            "vectors without row",
+            f"SELECT count(*) AS n FROM {collection.embeddings} AS e WHERE NOT EXISTS (SELECT FROM"
+            f" {collection.relation} AS b WHERE e.key = b.{collection.key_column})",
+            "call backfill",
+        ),
+        _model(plpy, collection),
+        _index(plpy, collection),
+    ]
+
+
+def _triggers(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
+    plan = prepare(
+        plpy,
+        "SELECT t.tgname AS name FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = $1"
+        " AND t.tgenabled <> 'D' AND t.tgfoid = 'siamese._on_change()'::regprocedure",
+        ("oid",),
+    )
+    found = {row["name"] for row in plan.execute([collection.relation_oid])}
+    wanted = {f"pg_siamese_{collection.collection_id}_{event}" for event in TRIGGER_EVENTS}
+    missing = ", ".join(sorted(wanted - found))
+    return ("triggers", not missing, f"missing or disabled: {missing}" if missing else "enabled")
+
+
+def _count(plpy: Any, what: str, sql: str, remedy: str) -> tuple[str, bool, str]:
+    number = int(plpy.execute(sql)[0]["n"])
+    return (what, number == 0, f"{number}; {remedy}" if number else "0")
+
+
+def _model(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
+    try:
+        models.encoder(plpy, collection.model_id)
+    except SiameseError as error:
+        return ("model", False, error.message)
+    return ("model", True, f"{collection.dimension} dimensions")
+
+
+def _index(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
+    plan = prepare(
+        plpy,
+        "SELECT g.generation, g.build_id::text AS build_id FROM siamese.generations AS g"
+        " INNER JOIN siamese.collections AS c ON c.generation = g.generation"
+        " WHERE c.collection_id = $1",
+        ("integer",),
+    )
+    rows = plan.execute([collection.collection_id])
+    if not rows:
+        return ("index", True, "none built; pgvector answers")
+    row = rows[0]
+    try:
+        from pg_siamese_server import generations, index_file
+
+        index_file.read(
+            generations.directory(plpy, collection.collection_id),
+            generations.identity(collection, row["generation"], row["build_id"]),
+            partial(interrupts.check, plpy),
+        )
+    except (SiameseError, ImportError) as error:
+        return ("index", False, f"{error}; call build_index")
+    return ("index", True, f"generation {row['generation']} is whole")

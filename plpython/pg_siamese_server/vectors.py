@@ -1,0 +1,57 @@
+"""Vectors between SQL, NumPy and FAISS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+OPERATORS = {"cosine": "<=>", "l2": "<->"}
+
+
+def from_send(data: bytes, count: int) -> NDArray[np.float32]:
+    """Parse concatenated results of pgvector's ``vector_send``.
+
+    Args:
+        data: for each vector two 16-bit words (dimension, unused), then big-endian float32.
+        count: how many vectors.
+
+    Returns:
+        float32 (count, dimension), native byte order.
+    """
+    words = np.frombuffer(data, dtype=">f4").reshape(count, -1)
+    return words[:, 1:].astype(np.float32)
+
+
+def to_text(vector: NDArray[np.float32]) -> str:
+    """Return pgvector's text form; every float32 is kept exactly."""
+    return str(vector.tolist())
+
+
+def prepare(vectors: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
+    """Bring vectors to the form that is indexed: of length one for ``cosine``, else as they are.
+
+    On vectors of length one, squared Euclidean distance is twice the cosine distance, and FAISS
+    builds better graphs with it than with inner products.
+    """
+    if metric != "cosine":
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    return np.ascontiguousarray(vectors / norms[:, None], dtype=np.float32)
+
+
+def distances(squared: NDArray[Any], metric: str) -> NDArray[Any]:
+    """Turn squared Euclidean distances between prepared vectors into the metric's distance."""
+    if metric == "cosine":
+        return squared * np.float32(0.5)
+    return np.sqrt(squared)
+
+
+def squared_distances(
+    matrix: NDArray[np.float32], query: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return squared Euclidean distances of rows to one query (1, dimension); float32 (rows,)."""
+    difference = matrix - query
+    result: NDArray[np.float32] = np.einsum("ij,ij->i", difference, difference)
+    return result

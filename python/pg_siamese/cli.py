@@ -1,0 +1,427 @@
+"""The `pg_siamese` command: load images, search, look at collections, build indexes, train.
+
+Every command takes `--dsn`, a libpq connection string; what it leaves out comes from the usual
+`PG*` variables. Heavy modules are imported where they are used, so that the command starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import psycopg
+import typer
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from pg_siamese.connection import CommandError, connect, describe_error, one_line
+from pg_siamese.terminal import answer_table, errors, notice_bar, output, progress_bar
+from pg_siamese.training.cli import train_command
+
+if TYPE_CHECKING:
+    from pg_siamese.search import Answer, Collection
+
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Shows every failure that is not a bug as one line on stderr, with exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; expected errors end the process instead of showing a traceback."""
+        try:
+            return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt) as error:
+            message = expected(error)
+            if message is None:
+                raise
+            code = error.exit_code if isinstance(error, CommandError) else 1
+            code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else code
+        errors().print(f"[bold red]error:[/] {escape(one_line(message))}", soft_wrap=True)
+        raise typer.Exit(code)
+
+
+def expected(error: BaseException) -> str | None:
+    """What to say of an error that a user can cause, None for one that is a bug."""
+    from pg_siamese.datasets import DataFormatError
+
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, CommandError | DataFormatError):
+        return str(error)
+    if isinstance(error, psycopg.Error):
+        return describe_error(error)
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        named = error.filename is not None and error.strerror is not None
+        return f"{error.filename}: {error.strerror}" if named else str(error)
+    return None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Reflows the docstrings.
+    rich_markup_mode="markdown",
+    help="Similar-image search inside PostgreSQL: load images, search them, look after the index.",
+)
+
+Dsn = Annotated[
+    str | None,
+    typer.Option(help="libpq connection string; else the PG* variables.", show_default=False),
+]
+CollectionName = Annotated[str, typer.Option("--collection", "-c", help="The collection.")]
+
+
+class Engine(StrEnum):
+    """What answers a search."""
+
+    AUTO = "auto"
+    FAISS = "faiss"
+    PGVECTOR = "pgvector"
+
+
+class Resize(StrEnum):
+    """How an image comes to the encoder's size."""
+
+    STRETCH = "stretch"
+    CROP = "crop"
+    PAD = "pad"
+
+
+@app.command()
+def load(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of images (its sub-folders are the labels), an npz file in MedMNIST's "
+            "layout, or an IDX file of images (with --labels).",
+            show_default=False,
+        ),
+    ],
+    collection: CollectionName = "images",
+    table: Annotated[
+        str | None,
+        typer.Option(help="Insert into this table, whatever its collections.", show_default=False),
+    ] = None,
+    image_column: Annotated[
+        str, typer.Option(help="The image column of --table; a collection knows its own.")
+    ] = "image",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this split: train, val, test; can be given again."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="The IDX file of labels.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Name of the data set, else that of SOURCE.", show_default=False),
+    ] = None,
+    skip_rejected: Annotated[
+        bool,
+        typer.Option("--skip-rejected", help="Go on after an image that the server rejects."),
+    ] = False,
+    dsn: Dsn = None,
+) -> None:
+    """Store images in a collection, through its triggers: they are embedded as they go in.
+
+    Files keep their own bytes; pixels of npz and IDX files are stored as PNG. The columns dataset,
+    split, label and source are filled where the table has them. Images whose source is stored
+    already are left out: a second run goes on where the first one stopped.
+    """
+    from pg_siamese.loading import LoadReport, find_target, load_part
+    from pg_siamese.search import find_collection
+    from pg_siamese.sources import read_source
+
+    parts = read_source(source, splits=split, labels=labels, dataset=dataset)
+    report = LoadReport()
+    with connect(dsn) as connection:
+        if table is None:
+            found = find_collection(connection, collection)
+            target = find_target(connection, found.relation, found.image_name)
+        else:
+            target = find_target(connection, table, image_column)
+        for part in parts:
+            with progress_bar(str(part), len(part)) as advance:
+                load_part(
+                    connection,
+                    target,
+                    part,
+                    report=report,
+                    skip_rejected=skip_rejected,
+                    advance=advance,
+                )
+    for rejection in report.rejected:
+        errors().print(
+            f"[yellow]rejected:[/] {escape(rejection.name)}: {escape(rejection.reason)}",
+            soft_wrap=True,
+        )
+    images = "1 image" if report.stored == 1 else f"{report.stored:,} images"
+    there = f" (there already: {report.stored_before:,})" if report.stored_before else ""
+    output().print(f"{images} stored in {escape(target.relation)}{there}")
+
+
+@app.command()
+def query(
+    image: Annotated[
+        Path | None, typer.Argument(help="The image file to search with.", show_default=False)
+    ] = None,
+    id: Annotated[
+        str | None,
+        typer.Option("--id", help="Search with this stored image instead.", show_default=False),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many neighbours.")] = 10,
+    collection: CollectionName = "images",
+    filter: Annotated[
+        str | None,
+        typer.Option(
+            help='Only rows with these column values, as JSON: \'{"label": "pneumonia"}\'.',
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="What answers.")] = Engine.AUTO,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="Write query and neighbours to this PNG file.", show_default=False),
+    ] = None,
+    dsn: Dsn = None,
+) -> None:
+    """Find the stored images most similar to an image file, or to a stored one (--id)."""
+    from pg_siamese.search import find_collection, run_search, search_statement, stored_image
+
+    if (image is None) == (id is None):
+        raise CommandError("give an image file, or --id with the key of a stored image")
+    condition = _json_object(filter)
+    data, label = None if image is None else image.read_bytes(), None
+    with connect(dsn) as connection:
+        found = find_collection(connection, collection)
+        search = search_statement(
+            found, image=data, key=id, k=k, filter=condition, engine=engine.value
+        )
+        if id is not None:
+            data, label = stored_image(connection, found, id)
+        try:
+            answers = run_search(connection, found, search)
+        except Exception as error:
+            # The server can't know the file's name.
+            if image is None or (reason := expected(error)) is None:
+                raise
+            raise CommandError(f"{image}: {reason}") from error
+        output().print(answer_table(found, answers))
+        if sheet is not None and data is not None:
+            name = image.name if image is not None else f"{found.key_name} {id}"
+            _write_sheet(connection, found, answers, name, data, label, sheet)
+            output().print(f"contact sheet: {escape(str(sheet))}", soft_wrap=True)
+
+
+def _write_sheet(
+    connection: psycopg.Connection[Any],
+    collection: Collection,
+    answers: list[Answer],
+    name: str,
+    data: bytes,
+    label: str | None,
+    sheet: Path,
+) -> None:
+    from pg_siamese.figures import SheetRow, contact_sheet
+    from pg_siamese.search import display_pixels, sheet_neighbours
+
+    neighbours = sheet_neighbours(connection, collection, answers)
+    contact_sheet([SheetRow(name, display_pixels(data), label, neighbours)], sheet)
+
+
+def _json_object(text: str | None) -> dict[str, object] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CommandError(f"--filter is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CommandError('--filter is not a JSON object, like {"label": "pneumonia"}')
+    return value
+
+
+@app.command()
+def status(dsn: Dsn = None) -> None:
+    """Show every collection: its table, model, vectors, and the state of its index."""
+    from psycopg.rows import dict_row
+
+    with connect(dsn) as connection, connection.cursor(row_factory=dict_row) as cursor:
+        version = cursor.execute(
+            "SELECT extversion AS version FROM pg_catalog.pg_extension WHERE extname = 'pg_siamese'"
+        ).fetchone()
+        rows = cursor.execute(
+            "SELECT * FROM siamese.collection_status ORDER BY collection"
+        ).fetchall()
+    console = output()
+    console.print(f"pg_siamese {version['version'] if version else '?'}")
+    if not rows:
+        console.print("no collections yet: SELECT siamese.create_collection(), or pg_siamese demo")
+    for row in rows:
+        console.print(f"\n[bold]{escape(str(row.pop('collection')))}[/]")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column(overflow="fold")
+        for name, value in row.items():
+            grid.add_row(f"  {name}", escape(_readable(value)))
+        console.print(grid)
+
+
+def _readable(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@app.command("build-index")
+def build_index(collection: CollectionName = "images", dsn: Dsn = None) -> None:
+    """Build a new generation of a collection's FAISS index; searches go on meanwhile."""
+    from pg_siamese.search import find_collection
+
+    with connect(dsn) as connection:
+        find_collection(connection, collection)
+        try:
+            with notice_bar(connection, f"building the index of {collection}"):
+                row = connection.execute("SELECT siamese.build_index(%s)", (collection,)).fetchone()
+        except KeyboardInterrupt:
+            raise CommandError(
+                "interrupted: the build was cancelled; searches go on with what there was",
+                INTERRUPTED,
+            ) from None
+    output().print(f"generation {row[0] if row else '?'} of {escape(collection)} is current")
+
+
+@app.command("register-model")
+def register_model(
+    file: Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)],
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model's name, else that of the file.", show_default=False),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Input size in pixels, 224 or WIDTHxHEIGHT (where the graph leaves it open).",
+            show_default=False,
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Mean of each channel from 0 to 1, as 0.485,0.456,0.406.", show_default=False
+        ),
+    ] = None,
+    std: Annotated[
+        str | None,
+        typer.Option(
+            help="Standard deviation of each channel, as 0.229,0.224,0.225.", show_default=False
+        ),
+    ] = None,
+    resize: Annotated[
+        Resize | None,
+        typer.Option(help="How an image comes to the input size.", show_default=False),
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="As bilinear or bicubic.", show_default=False)
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Distance between embeddings.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Distance below which two images match.", show_default=False),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help='Match probability as JSON: \'{"weight": -8, "bias": 4}\'.', show_default=False
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Largest image file, in bytes.", show_default=False)
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Largest image, in pixels.", show_default=False)
+    ] = None,
+    dsn: Dsn = None,
+) -> None:
+    """Register an ONNX encoder; the same name and file again changes nothing.
+
+    Encoders of this project say all about their input themselves. For any other one (float32,
+    batch x channels x height x width) the options say what its training used.
+    """
+    from pg_siamese.models import register
+
+    width, height = _size(size)
+    settings: dict[str, object | None] = {
+        "image_width": width,
+        "image_height": height,
+        "mean": _reals("--mean", mean),
+        "std": _reals("--std", std),
+        "resize": resize.value if resize else None,
+        "interpolation": interpolation,
+        "metric": metric,
+        "calibration": calibration,
+        "threshold": threshold,
+        "max_bytes": max_bytes,
+        "max_pixels": max_pixels,
+    }
+    data = file.read_bytes()
+    chosen = name or file.stem
+    with connect(dsn) as connection:
+        model_id = register(connection, chosen, data, settings)
+    output().print(f'model "{escape(chosen)}" is registered as number {model_id}')
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise CommandError(f'--size "{text}" is neither a number like 224 nor WIDTHxHEIGHT')
+    return int(sides[0]), int(sides[-1])
+
+
+def _reals(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise CommandError(
+            f'{option} "{text}" is no list of numbers like 0.485,0.456,0.406'
+        ) from None
+
+
+@app.command()
+def demo(
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            help="The contact sheet, else build/demo/contact_sheet.png.", show_default=False
+        ),
+    ] = None,
+    dsn: Dsn = None,
+) -> None:
+    """Load real images, build the index, search it, and draw the answers."""
+    from pg_siamese.demo import run_demo
+
+    with connect(dsn) as connection:
+        run_demo(connection, sheet)
+
+
+# Imports nothing heavy itself: torch comes when it runs.
+app.command("train")(train_command)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,81 @@
+"""What the set-up prints, and how it runs other programs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+
+class SetupError(RuntimeError):
+    """Something that the set-up can't do itself. The message says what failed and what to do."""
+
+
+def say(text: str) -> None:
+    """Print one line at once, also where the output is a pipe."""
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def step(what: str) -> Iterator[None]:
+    """Print what is being done, and at the end how long it took."""
+    print(f"{what} …", end="", flush=True)
+    start = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        print(" failed", flush=True)
+        raise
+    print(f" {time.monotonic() - start:.1f} s", flush=True)
+
+
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment without what would leak into other programs' Python.
+
+    `PYTHONPATH` in particular: the Makefile sets it for the set-up alone.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return kept | dict(extra or {})
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    failure: str,
+    cwd: Path | str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Run a program and return its standard output; say nothing unless it fails.
+
+    Raises `SetupError` that starts with `failure` and ends with the program's last lines.
+    """
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env=dict(env) if env is not None else clean_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise SetupError(f"{failure}\n  {words[0]}: {error.strerror}") from None
+    if done.returncode:
+        last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-12:]
+        detail = "".join(f"\n  | {line}" for line in last)
+        raise SetupError(f"{failure}\n  command: {shlex.join(words)}{detail}")
+    return done.stdout
+
+
+def fail(error: SetupError) -> int:
+    """Print an error as the last thing of a program and return its exit status."""
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 1

@@ -1,0 +1,259 @@
+"""Contact sheets: a query image and its neighbours, with labels and distances, as one PNG."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with any kind of colour vision. The frames differ in line
+# style too, for prints without colour.
+SAME_COLOUR = "#009E73"
+OTHER_COLOUR = "#D55E00"
+NEUTRAL_COLOUR = "#8A8A8A"
+QUERY_COLOUR = "#222222"
+
+CELL_INCHES = 1.65
+TEXT_INCHES = 0.6
+GAP_INCHES = 0.25
+MARGIN_INCHES = 0.25
+ROW_NAME_INCHES = 0.32
+FRAME_POINTS = 4
+QUERY_GAP_INCHES = 0.3
+TITLE_INCHES = 0.5
+LEGEND_INCHES = 0.15
+LABEL_WIDTH = 22
+# Below this many pixels a side, blocks are clearer than a blur.
+SMALL_IMAGE = 160
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One answer: pixels uint8 (H, W), (H, W, 1) or (H, W, 3), its label and cosine distance.
+
+    ``similarity`` is the calibrated match probability from 0 to 1, None where the model has none.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    label: str | None
+    distance: float
+    similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """A query image, its label (None: not known) and its neighbours, nearest first."""
+
+    name: str
+    pixels: npt.NDArray[np.uint8]
+    label: str | None
+    neighbours: Sequence[Neighbour]
+
+
+def contact_sheet(
+    rows: Sequence[SheetRow], path: str | os.PathLike[str], title: str = "", dpi: int = 150
+) -> Path:
+    """Draw one line of images per row and write it to ``path`` as PNG; returns the path.
+
+    A neighbour with the query's label has a green solid frame, one with another label an orange
+    dashed one, and a grey one where either label is unknown. Raises ValueError for no rows or an
+    array that is no image, OSError where the file can't be written.
+    """
+    if not rows:
+        raise ValueError("a contact sheet needs at least one row")
+    figure = draw_sheet(rows, title)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the target and renamed, so that a viewer never shows half a picture.
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=dpi)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
+    """The figure that :func:`contact_sheet` writes. No pyplot: no display, no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = max(len(row.neighbours) for row in rows)
+    row_height = ROW_NAME_INCHES + CELL_INCHES + TEXT_INCHES
+    head = TITLE_INCHES if title else 0.1
+    width = 2 * MARGIN_INCHES + CELL_INCHES
+    width += columns * (CELL_INCHES + GAP_INCHES) + (QUERY_GAP_INCHES if columns else 0)
+    height = head + len(rows) * row_height + LEGEND_INCHES + MARGIN_INCHES
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def cell(left: float, top: float) -> Axes:
+        box = (left / width, 1 - (top + CELL_INCHES) / height)
+        return figure.add_axes((*box, CELL_INCHES / width, CELL_INCHES / height))
+
+    if title:
+        figure.text(
+            MARGIN_INCHES / width, 1 - 0.3 / height, title, size=13, weight="bold", va="center"
+        )
+    for number, row in enumerate(rows):
+        top = head + number * row_height
+        figure.text(
+            MARGIN_INCHES / width,
+            1 - (top + ROW_NAME_INCHES * 0.45) / height,
+            row.name,
+            size=10,
+            weight="bold",
+            color="#444444",
+            va="center",
+        )
+        top += ROW_NAME_INCHES
+        _draw_cell(
+            cell(MARGIN_INCHES, top), row.pixels, QUERY_COLOUR, "solid", row.label or "", "query"
+        )
+        for column, neighbour in enumerate(row.neighbours):
+            left = MARGIN_INCHES + QUERY_GAP_INCHES + (column + 1) * (CELL_INCHES + GAP_INCHES)
+            colour, style = _frame(row.label, neighbour.label)
+            measure = f"distance {neighbour.distance:.3f}"
+            if neighbour.similarity is not None:
+                measure += f"  ·  match {neighbour.similarity:.0%}"
+            _draw_cell(
+                cell(left, top), neighbour.pixels, colour, style, neighbour.label or "", measure
+            )
+    _draw_legend(figure, rows, height)
+    return figure
+
+
+def _frame(query: str | None, neighbour: str | None) -> tuple[str, str]:
+    if query is None or neighbour is None:
+        return NEUTRAL_COLOUR, "solid"
+    return (SAME_COLOUR, "solid") if query == neighbour else (OTHER_COLOUR, "dashed")
+
+
+def _draw_cell(
+    axes: Axes,
+    pixels: npt.NDArray[np.uint8],
+    colour: str,
+    style: str,
+    label: str,
+    measure: str,
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    image = square(pixels)
+    small = max(image.shape[:2]) < SMALL_IMAGE
+    axes.imshow(
+        image,
+        cmap="gray",
+        vmin=0,
+        vmax=255,
+        interpolation="nearest" if small else "antialiased",
+        aspect="equal",
+    )
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_frame_on(False)
+    border = FRAME_POINTS / 72 / CELL_INCHES
+    axes.add_patch(
+        Rectangle(
+            (-border, -border),
+            1 + 2 * border,
+            1 + 2 * border,
+            transform=axes.transAxes,
+            clip_on=False,
+            fill=False,
+            edgecolor=colour,
+            linewidth=FRAME_POINTS,
+            linestyle=(0, (2.0, 0.9)) if style == "dashed" else style,
+            joinstyle="miter",
+            capstyle="butt",
+        )
+    )
+    lines = textwrap.wrap(label, LABEL_WIDTH, max_lines=2, placeholder=" …") or [""]
+    axes.annotate(
+        "\n".join(lines),
+        (0.5, 0),
+        xytext=(0, -9),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        size=8.5,
+        weight="bold",
+        color=colour,
+        linespacing=1.1,
+    )
+    axes.annotate(
+        measure,
+        (0.5, 0),
+        xytext=(0, -10 - 10.5 * len(lines)),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        size=7.5,
+        color="#333333",
+    )
+
+
+def _draw_legend(figure: Figure, rows: Sequence[SheetRow], height: float) -> None:
+    from matplotlib.lines import Line2D
+
+    frames = {_frame(row.label, each.label) for row in rows for each in row.neighbours}
+    texts = {
+        SAME_COLOUR: "same label as the query",
+        OTHER_COLOUR: "another label",
+        NEUTRAL_COLOUR: "label not known",
+    }
+    if frames <= {(NEUTRAL_COLOUR, "solid")}:
+        return
+    shown = sorted(frames, key=lambda frame: list(texts).index(frame[0]))
+    handles = [
+        Line2D([], [], color=colour, lw=3.5, linestyle="-" if style == "solid" else (0, (1.6, 0.8)))
+        for colour, style in shown
+    ]
+    figure.legend(
+        handles,
+        [texts[colour] for colour, _ in shown],
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.04 / height),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=8.5,
+        handlelength=2.6,
+    )
+
+
+def square(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """``pixels`` centred on a white square: uint8 (S, S) for grey, (S, S, 3) for RGB.
+
+    Takes (H, W), (H, W, 1) and (H, W, 3); raises ValueError for any other shape or type.
+    """
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    grey = pixels.ndim == 2
+    if pixels.dtype != np.uint8 or not (grey or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        raise ValueError(
+            f"not an image: {pixels.dtype} {pixels.shape}, wanted uint8 (H, W), (H, W, 1) or "
+            "(H, W, 3)"
+        )
+    height, width = pixels.shape[:2]
+    if not height or not width:
+        raise ValueError("not an image: it has no pixels")
+    side = max(height, width)
+    if height == width:
+        return pixels
+    canvas = np.full((side, side, *pixels.shape[2:]), 255, dtype=np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = pixels
+    return canvas

@@ -1,0 +1,292 @@
+"""Collections and searches as the command line sees them: every search is one SQL statement."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import psycopg
+from psycopg import RawCursor, sql
+
+from pg_siamese.connection import CommandError
+
+if TYPE_CHECKING:
+    from pg_siamese.figures import Neighbour
+
+DEFAULT_COLLECTION = "images"
+# Pixels a side at most of an image that is shown; larger ones are reduced.
+DISPLAY_PIXELS = 512
+EXIF_ORIENTATION = 0x0112
+TURNED = 5  # this orientation and those above turn width into height
+INTEGER_TYPES = frozenset({"smallint", "integer", "bigint"})
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A collection's table, as the catalogue has it.
+
+    ``relation``, ``key_column``, ``image_column`` and ``shown_columns`` are quoted where SQL needs
+    it and go into statements as they are; ``key_name`` and ``image_name`` are the plain names.
+    """
+
+    name: str
+    model: str
+    relation: str
+    key_column: str
+    key_name: str
+    key_type: str
+    image_column: str
+    image_name: str
+    shown_columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One neighbour. ``key`` is the row's key as text, ``values`` its columns that are shown.
+
+    ``distance`` is in the model's metric (cosine distance for the models that ship), and
+    ``similarity`` the calibrated match probability, None where the model has none.
+    """
+
+    rank: int
+    key: str
+    distance: float
+    similarity: float | None
+    values: dict[str, str | None]
+
+    @property
+    def label(self) -> str | None:
+        """The row's label, None where the table has no such column."""
+        return self.values.get("label")
+
+
+@dataclass(frozen=True)
+class Search:
+    """A statement with ``$1``-style parameters, as an analyst would write it, and their values."""
+
+    sql: str
+    parameters: tuple[object, ...]
+
+
+def collection_names(connection: psycopg.Connection[Any]) -> list[str]:
+    """The names of all collections, sorted."""
+    rows = connection.execute("SELECT name FROM siamese.collections ORDER BY 1")
+    return [str(name) for (name,) in rows]
+
+
+def find_collection(connection: psycopg.Connection[Any], name: str) -> Collection:
+    """Look up a collection; raises CommandError, naming those there are, where it is not there."""
+    row = connection.execute(
+        """
+        SELECT m.name, c.relation::text, quote_ident(c.key_column), c.key_column,
+               format_type(a.atttypid, NULL), quote_ident(c.image_column), c.image_column,
+               ARRAY(SELECT quote_ident(d.attname)
+                       FROM unnest(ARRAY['dataset', 'split', 'label']) WITH ORDINALITY AS w (n, o)
+                       JOIN pg_catalog.pg_attribute AS d
+                         ON d.attname = w.n AND d.attrelid = c.relation AND NOT d.attisdropped
+                      ORDER BY w.o)
+          FROM siamese.collections AS c
+          JOIN siamese.models AS m ON m.model_id = c.model_id
+          JOIN pg_catalog.pg_attribute AS a
+            ON a.attrelid = c.relation AND a.attname = c.key_column AND NOT a.attisdropped
+         WHERE c.name = %s
+        """,
+        (name,),
+    ).fetchone()
+    if row is None:
+        known = ", ".join(collection_names(connection)) or "none yet"
+        raise CommandError(f'there is no collection "{name}"; there are: {known}')
+    model, relation, key_column, key_name, key_type, image_column, image_name, shown = row
+    return Collection(
+        name=name,
+        model=model,
+        relation=relation,
+        key_column=key_column,
+        key_name=key_name,
+        key_type=key_type,
+        image_column=image_column,
+        image_name=image_name,
+        shown_columns=tuple(shown),
+    )
+
+
+def search_statement(
+    collection: Collection,
+    *,
+    image: bytes | None = None,
+    key: str | None = None,
+    k: int = 10,
+    filter: dict[str, object] | None = None,
+    engine: str = "auto",
+    prefix: str = "siamese.",
+) -> Search:
+    """The statement that finds the ``k`` rows nearest to an image, or to the stored row ``key``.
+
+    ``prefix`` qualifies the extension's functions. Result columns: rank, key, distance,
+    similarity, then the collection's ``shown_columns``. Keys of any type work: integers through
+    similar_images, others through similar_rows (which gives no calibrated similarity).
+    """
+    if (image is None) == (key is None):
+        raise ValueError("give an image or a key, and not both")
+    parameters: list[object] = []
+    integer = collection.key_type in INTEGER_TYPES
+    stored = f"SELECT {collection.image_column} FROM {collection.relation}"
+    stored += f" WHERE {collection.key_column} = $1"
+    if image is not None:
+        parameters.append(image)
+        query = "image => $1"
+    elif integer:
+        parameters.append(_integer(str(key)))
+        query = "image_id => $1"
+    else:
+        # similar_rows has no form by key: the stored row comes first, and is left out below.
+        parameters.append(key)
+        query = f"image => ({stored})"
+    own = key is not None and not integer
+    options = f", k => {k + own}"
+    # A table can be in several collections, so similar_rows is told which one.
+    if collection.name != DEFAULT_COLLECTION or not integer:
+        options += f", collection => {sql.quote(collection.name)}"
+    if filter is not None:
+        options += f", filter => {sql.quote(json.dumps(filter, ensure_ascii=False))}"
+    if engine != "auto":
+        options += f", engine => {sql.quote(engine)}"
+    if integer:
+        key_column = collection.key_column
+        join = "USING (image_id)"
+        if key_column != "image_id":
+            join = f"ON i.{key_column} = s.image_id"
+        columns = ["s.rank", f"i.{collection.key_column}", "s.distance", "s.similarity"]
+        columns += [f"i.{column}" for column in collection.shown_columns]
+        text = (
+            f"SELECT {', '.join(columns)}\n"
+            f"  FROM {prefix}similar_images({query}{options}) AS s\n"
+            f"  JOIN {collection.relation} AS i {join}\n"
+            " ORDER BY s.rank"
+        )
+    else:
+        columns = [
+            "row_number() OVER (ORDER BY s.distance)",
+            f"(s.item).{collection.key_column}",
+            "s.distance",
+            "NULL::real",
+        ]
+        columns += [f"(s.item).{column}" for column in collection.shown_columns]
+        text = (
+            f"SELECT {', '.join(columns)}\n"
+            f"  FROM {prefix}similar_rows(NULL::{collection.relation}, {query}{options}) AS s\n"
+            + (f" WHERE (s.item).{collection.key_column} <> $1\n" if own else "")
+            + f" ORDER BY s.distance, (s.item).{collection.key_column}\n LIMIT {k}"
+        )
+    return Search(text, tuple(parameters))
+
+
+def run_search(
+    connection: psycopg.Connection[Any], collection: Collection, search: Search
+) -> list[Answer]:
+    """Run a statement of :func:`search_statement`."""
+    with RawCursor(connection) as cursor:
+        cursor.execute(search.sql.encode(), search.parameters)
+        return [
+            Answer(
+                rank=int(rank),
+                key=str(key),
+                distance=float(distance),
+                similarity=None if similarity is None else float(similarity),
+                values={
+                    name: None if value is None else str(value)
+                    for name, value in zip(collection.shown_columns, values, strict=True)
+                },
+            )
+            for rank, key, distance, similarity, *values in cursor.fetchall()
+        ]
+
+
+def stored_images(
+    connection: psycopg.Connection[Any], collection: Collection, keys: Sequence[str]
+) -> dict[str, bytes]:
+    """The image bytes of the rows with these keys (as text), by key."""
+    with RawCursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT {collection.key_column}::text, {collection.image_column}"
+            f" FROM {collection.relation}"
+            f" WHERE {collection.key_column} = ANY ($1::text[]::{collection.key_type}[])".encode(),
+            (list(keys),),
+        )
+        return {key: bytes(image) for key, image in cursor.fetchall() if image is not None}
+
+
+def sheet_neighbours(
+    connection: psycopg.Connection[Any], collection: Collection, answers: Sequence[Answer]
+) -> list[Neighbour]:
+    """The answers with their pixels, for a contact sheet; rows deleted meanwhile are left out."""
+    from pg_siamese.figures import Neighbour
+
+    images = stored_images(connection, collection, [answer.key for answer in answers])
+    return [
+        Neighbour(
+            pixels=display_pixels(images[answer.key]),
+            label=answer.label,
+            distance=answer.distance,
+            similarity=answer.similarity,
+        )
+        for answer in answers
+        if answer.key in images
+    ]
+
+
+def stored_image(
+    connection: psycopg.Connection[Any], collection: Collection, key: str
+) -> tuple[bytes, str | None]:
+    """The image and the label (None where the table has none) of the row with this key.
+
+    Raises CommandError where there is no such row, or no image in it.
+    """
+    label = "label::text" if "label" in collection.shown_columns else "NULL"
+    with RawCursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT {collection.image_column}, {label} FROM {collection.relation}"
+            f" WHERE {collection.key_column} = $1::text::{collection.key_type}".encode(),
+            (key,),
+        )
+        row = cursor.fetchone()
+    if row is None or row[0] is None:
+        raise CommandError(f'collection "{collection.name}" has no image "{key}"')
+    return bytes(row[0]), row[1]
+
+
+def display_pixels(data: bytes) -> npt.NDArray[np.uint8]:
+    """Decode an image file for showing: uint8 (H, W, 3), at its own size up to 512 pixels a side.
+
+    It is the server's own decoder, so what is shown is what the encoder sees. Raises CommandError
+    for a file that the server would reject.
+    """
+    from PIL import Image
+
+    from pg_siamese_server.errors import ImageError
+    from pg_siamese_server.images import FORMATS, InputSpec, decode_image
+
+    try:
+        # First as one pixel: past this, the file is a whole image whose size can be trusted.
+        decode_image(data, InputSpec(width=1, height=1))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if image.getexif().get(EXIF_ORIENTATION, 1) >= TURNED:
+                width, height = height, width
+        scale = min(1.0, DISPLAY_PIXELS / max(width, height))
+        spec = InputSpec(width=max(1, round(width * scale)), height=max(1, round(height * scale)))
+        return decode_image(data, spec)
+    except ImageError as error:
+        raise CommandError(f"not an image that can be shown: {error}") from None
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise CommandError(f'"{text}" is no key: this collection has integers') from None

@@ -1,0 +1,99 @@
+"""What the terminal shows: results as tables, progress bars, and the server's notices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import psycopg
+
+    from pg_siamese.search import Answer, Collection
+
+# 'building index of collection "images": 40% (28000 of 70000 vectors)'
+PROGRESS_NOTICE = re.compile(r"^(?P<what>.+): \d+% \((?P<done>\d+) of (?P<total>\d+) \w+\)")
+
+
+def output() -> Console:
+    """The console for results; made anew, since tests exchange ``sys.stdout``."""
+    return Console(highlight=False)
+
+
+def errors() -> Console:
+    """The console for progress, notices and errors: stderr."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields a function that moves it on by so many steps."""
+    with _progress(errors()) as progress:
+        task = progress.add_task(escape(description), total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def notice_bar(connection: psycopg.Connection[Any], description: str) -> Iterator[None]:
+    """A bar that the server moves by its progress notices; other notices are printed above it."""
+    console = errors()
+    with _progress(console) as progress:
+        task = progress.add_task(escape(description), total=None)
+
+        def show(diagnostic: psycopg.errors.Diagnostic) -> None:
+            message = diagnostic.message_primary or ""
+            if found := PROGRESS_NOTICE.match(message):
+                progress.update(task, completed=int(found["done"]), total=int(found["total"]))
+            else:
+                severity = (diagnostic.severity or "NOTICE").lower()
+                progress.console.print(f"{severity}: {escape(message)}", soft_wrap=True)
+
+        connection.execute("SET client_min_messages = notice")
+        connection.add_notice_handler(show)
+        try:
+            yield
+        finally:
+            connection.remove_notice_handler(show)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+
+
+def answer_table(collection: Collection, answers: list[Answer]) -> Table:
+    """The neighbours as a table for the terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column(collection.key_name, justify="right")
+    table.add_column("distance", justify="right")
+    # A model without calibration has no match probability to show.
+    calibrated = any(answer.similarity is not None for answer in answers)
+    if calibrated:
+        table.add_column("similarity", justify="right")
+    for name in collection.shown_columns:
+        table.add_column(name, overflow="fold")
+    for answer in answers:
+        cells = [str(answer.rank), escape(answer.key), f"{answer.distance:.4f}"]
+        if calibrated:
+            cells.append("" if answer.similarity is None else f"{answer.similarity:.3f}")
+        cells += [escape(value or "") for value in answer.values.values()]
+        table.add_row(*cells)
+    return table

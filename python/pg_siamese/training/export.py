@@ -1,0 +1,141 @@
+"""Export to ONNX, with the metadata that the database reads, and the checks of the result."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+METADATA_KEY = "pg_siamese"
+OPSET = 18
+
+
+def fold_batch_norms(module: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode, each Sequential's convolution + batch norm as one."""
+    module = copy.deepcopy(module).eval()
+    for part in module.modules():
+        if (
+            isinstance(part, nn.Sequential)
+            and len(part) == 2
+            and isinstance(part[0], nn.Conv2d)
+            and isinstance(part[1], nn.BatchNorm2d)
+        ):
+            part[0], part[1] = fuse_conv_bn_eval(part[0], part[1]), nn.Identity()
+    return module
+
+
+def export_encoder(
+    encoder: nn.Module, path: Path, metadata: dict[str, Any], size: tuple[int, int] = (28, 28)
+) -> None:
+    """Write an encoder as ONNX: uint8 `image` (batch, H, W, 3) to float32 `embedding` (batch, d).
+
+    `metadata` goes into the file's metadata_props as JSON under the key `pg_siamese`. The file
+    appears whole or not at all. Raises `onnx.checker.ValidationError` for a broken graph.
+    """
+    example = torch.zeros((2, *size, 3), dtype=torch.uint8)
+    # The exporter warns that torchvision, of which nothing is used here, is not installed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            fold_batch_norms(encoder),
+            (example,),
+            input_names=["image"],
+            output_names=["embedding"],
+            opset_version=OPSET,
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _strip(model)
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata, ensure_ascii=False))
+    onnx.checker.check_model(model, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(model.SerializeToString(deterministic=True))
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    # The exporter writes Python stack traces, with the paths of this machine, into every node.
+    del model.metadata_props[:]
+    graph = model.graph
+    del graph.metadata_props[:]
+    graph.doc_string = ""
+    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """Return the project's metadata of an ONNX file; raises `KeyError` where it has none."""
+    model = onnx.load_model(str(path), load_external_data=False)
+    values = {item.key: item.value for item in model.metadata_props}
+    metadata: dict[str, Any] = json.loads(values[METADATA_KEY])
+    return metadata
+
+
+def open_session(path: Path | str, threads: int = 1) -> onnxruntime.InferenceSession:
+    """Open an encoder in ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def embed_onnx(
+    path: Path | str, pixels: npt.NDArray[np.uint8], batch_size: int = 256, threads: int = 1
+) -> npt.NDArray[np.float32]:
+    """Embed uint8 pixels (N, H, W, 3) in ONNX Runtime; float32 (N, d)."""
+    session = open_session(path, threads)
+    return np.concatenate(
+        [
+            session.run(["embedding"], {"image": pixels[start : start + batch_size]})[0]
+            for start in range(0, len(pixels), batch_size)
+        ]
+    )
+
+
+def least_cosine(encoder: nn.Module, path: Path | str, pixels: npt.NDArray[np.uint8]) -> float:
+    """Return the least cosine between PyTorch's and ONNX Runtime's embedding of an image."""
+    from pg_siamese.training.learner import embed
+
+    expected = embed(encoder, torch.from_numpy(pixels))
+    return float(np.einsum("nd,nd->n", expected, embed_onnx(path, pixels)).min())
+
+
+def images_per_second(path: Path | str, batch_size: int = 32, seconds: float = 2.0) -> float:
+    """Measure one thread of ONNX Runtime: images a second, the best of ten stretches."""
+    session = open_session(path)
+    shape = session.get_inputs()[0].shape[1:]
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
+    session.run(None, {"image": pixels})
+    best = 0.0
+    for _ in range(10):
+        start, runs = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < seconds / 10:
+            session.run(None, {"image": pixels})
+            runs += 1
+        best = max(best, runs * batch_size / elapsed)
+    return best

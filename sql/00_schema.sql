@@ -1,0 +1,49 @@
+\echo Use "CREATE EXTENSION pg_siamese CASCADE" to load this file. \quit
+
+COMMENT ON SCHEMA siamese IS 'similar-image search: models, collections and search functions';
+
+CREATE FUNCTION siamese._load() RETURNS void
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
+AS $python$
+import sys
+
+directory = '@SITE_PACKAGES@'
+if directory not in sys.path:
+    sys.path.insert(0, directory)
+try:
+    import pg_siamese_server
+    from pg_siamese_server import api
+except ImportError as error:
+    plpy.error(
+        'could not load the server package of pg_siamese',
+        sqlstate='58P01',
+        detail=f'{error}.',
+        hint=f'Reinstall pg_siamese; its packages belong in "{directory}".',
+    )
+if pg_siamese_server.__version__ != '@VERSION@':
+    plpy.error(
+        f'this session has loaded version {pg_siamese_server.__version__} of pg_siamese, '
+        'but the extension is of version @VERSION@',
+        sqlstate='55000',
+        hint='Start a new session; where that does not help, reinstall pg_siamese.',
+    )
+GD['pg_siamese @VERSION@'] = api
+$python$;
+COMMENT ON FUNCTION siamese._load() IS 'load the server package into this session';
+
+CREATE FUNCTION siamese._caller() RETURNS name
+LANGUAGE sql STABLE PARALLEL SAFE
+AS $$
+    SELECT CASE pg_catalog.current_setting('role')
+        WHEN 'none' THEN session_user
+        ELSE pg_catalog.current_setting('role')::name
+    END
+$$;
+COMMENT ON FUNCTION siamese._caller()
+IS 'the role that the session acts as, also inside functions that run with their owner''s rights';
+
+CREATE FUNCTION siamese._xact_id() RETURNS xid8
+LANGUAGE sql IMMUTABLE PARALLEL UNSAFE
+AS $$ SELECT pg_catalog.pg_current_xact_id() $$;
+COMMENT ON FUNCTION siamese._xact_id()
+IS 'current transaction; declared immutable to serve generated columns, which dumps leave out and restores draw anew';

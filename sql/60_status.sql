@@ -1,0 +1,90 @@
+CREATE FUNCTION siamese._collection_counts(collection_id integer)
+RETURNS TABLE (rows_embedded bigint, pending bigint, dead bigint)
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN QUERY EXECUTE format(
+        'SELECT
+            (SELECT count(*) FROM siamese.embedding_%1$s),
+            (SELECT count(*) FROM siamese.pending_%1$s AS p
+                INNER JOIN siamese.embedding_%1$s AS e USING (embedding_id) WHERE NOT p.deleted),
+            (SELECT count(*) FROM siamese.pending_%1$s AS p WHERE p.deleted
+                AND NOT EXISTS (SELECT FROM siamese.pending_%1$s AS a
+                    WHERE a.embedding_id = p.embedding_id AND NOT a.deleted))', collection_id);
+END
+$$;
+COMMENT ON FUNCTION siamese._collection_counts(integer) IS 'counts for the view collection_status';
+
+CREATE FUNCTION siamese._generation_file(collection_id integer, generation bigint) RETURNS text
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    plpy.execute('SELECT siamese._load()')
+return GD['pg_siamese @VERSION@'].generation_file(plpy, collection_id, generation)
+$python$;
+COMMENT ON FUNCTION siamese._generation_file(integer, bigint)
+IS 'whether a generation''s file is on this node: present or missing';
+
+CREATE VIEW siamese.collection_status AS
+SELECT
+    c.name AS collection,
+    c.relation,
+    m.name AS model,
+    m.dimension,
+    c.on_error,
+    n.rows_embedded,
+    n.pending,
+    n.dead,
+    n.dead::real / nullif(g.rows, 0) AS dead_share,
+    (SELECT count(*) FROM siamese.failures AS f WHERE f.collection_id = c.collection_id) AS failures,
+    c.generation,
+    g.rows AS rows_indexed,
+    g.recall,
+    g.built_at,
+    siamese._generation_file(c.collection_id, c.generation) AS generation_file
+FROM siamese.collections AS c
+INNER JOIN siamese.models AS m ON c.model_id = m.model_id
+LEFT JOIN siamese.generations AS g ON c.generation = g.generation
+CROSS JOIN LATERAL siamese._collection_counts(c.collection_id) AS n;
+COMMENT ON VIEW siamese.collection_status
+IS 'collections with their vectors, what waits for the next index build, and the state of the index';
+
+CREATE VIEW siamese.index_generations AS
+SELECT
+    c.name AS collection,
+    g.generation,
+    c.generation IS NOT DISTINCT FROM g.generation AS is_current,
+    siamese._generation_file(c.collection_id, g.generation) AS generation_file,
+    g.rows,
+    g.vectors,
+    g.index_type,
+    g.m,
+    g.ef_construction,
+    g.ef_search,
+    g.recall,
+    g.bytes,
+    g.seconds,
+    g.built_at
+FROM siamese.generations AS g
+INNER JOIN siamese.collections AS c ON g.collection_id = c.collection_id;
+COMMENT ON VIEW siamese.index_generations IS 'FAISS generations of all collections';
+
+CREATE VIEW siamese.embedding_failures AS
+SELECT c.name AS collection, f.key, f.sqlstate, f.message, f.failed_at
+FROM siamese.failures AS f
+INNER JOIN siamese.collections AS c ON f.collection_id = c.collection_id;
+COMMENT ON VIEW siamese.embedding_failures
+IS 'rows that could not be embedded, with the reason; a row leaves it when its image is mended';
+
+CREATE FUNCTION siamese.self_check() RETURNS TABLE (subject text, ok boolean, detail text)
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    plpy.execute('SELECT siamese._load()')
+return GD['pg_siamese @VERSION@'].self_check(plpy)
+$python$;
+COMMENT ON FUNCTION siamese.self_check()
+IS 'check the installation and every collection: packages, triggers, vectors, index files';

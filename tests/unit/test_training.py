@@ -1,0 +1,365 @@
+"""Training: sampling, augmentation, evaluation, calibration, and a whole small run to ONNX."""
+
+# ruff: noqa: E402 - what is imported below needs what is skipped over above
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lightning")
+pytest.importorskip("pytorch_metric_learning")
+
+import onnx
+from typer.testing import CliRunner
+
+from pg_siamese.datasets import LabelledImages
+from pg_siamese.training import cli, export, loop
+from pg_siamese.training.calibration import calibrate, score_pairs
+from pg_siamese.training.data import Augmenter, DataSplits, JoinedImages, hold_out
+from pg_siamese.training.encoder import ResidualEncoder
+from pg_siamese.training.evaluation import Embedded, nearest, retrieval, retrieval_by_set, right_set
+from pg_siamese.training.experiments import EXPERIMENTS, Augmentation, Experiment
+from pg_siamese.training.learner import embed
+from pg_siamese.training.sampling import balanced_pairs, class_sampler
+
+
+def striped(name: str, split: str, count: int, seed: int, grey: bool) -> LabelledImages:
+    """Noisy stripes, across or down: two classes that need a convolution to tell them apart."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    wave = np.sin(np.arange(28) * (0.8 if grey else 1.6)) * 60 + 128
+    images = np.where(labels[:, None, None] == 0, wave[None, :, None], wave[None, None, :])
+    images = images + random.normal(0, 20, (count, 28, 28))
+    pixels = images.clip(0, 255).astype(np.uint8)
+    if not grey:
+        pixels = np.repeat(pixels[..., None], 3, axis=3)
+    return LabelledImages(name, split, pixels, labels, ("across", "down"))
+
+
+def two_sets(seed: int) -> list[DataSplits]:
+    return [
+        DataSplits(*(striped(name, s, n, 10 * i + j, name == "grey") for j, (s, n) in parts))
+        for i, name in enumerate(("grey", "colour"))
+        for parts in [list(enumerate((("train", 96), ("val", 24), ("test", 24))))]
+    ]
+
+
+TINY = Experiment(
+    name="tiny",
+    title="A tiny encoder",
+    load=two_sets,
+    augmentation={"grey": Augmentation(shift=1), "colour": Augmentation(brightness=0.1)},
+    intended_use="Tests.",
+    limits="Knows nothing but stripes.",
+    epochs=4,
+    dimension=16,
+    stem=(8, 2),
+    stages=((16, 2), (32, 2)),
+    batch_size=32,
+    average_decay=0.9,
+)
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def test_joined_sets_label_the_class_of_the_set() -> None:
+    joined = JoinedImages([s.train for s in two_sets(0)])
+    assert joined.names == ("grey", "colour")
+    assert joined.classes == ("grey: across", "grey: down", "colour: across", "colour: down")
+    assert joined.pixels.shape == (192, 28, 28, 3)
+    assert torch.bincount(joined.labels).tolist() == [48] * 4
+    assert torch.equal(joined.sets, joined.labels // 2)
+    pixels, labels, sets = joined.__getitems__([191, 0])
+    assert labels.tolist() == [3, 0]
+    assert sets.tolist() == [1, 0]
+    assert torch.equal(pixels[1], joined[0][0])
+
+
+def test_joined_sets_must_be_of_one_size() -> None:
+    small = LabelledImages("small", "train", np.zeros((1, 8, 8), np.uint8), np.array([0]), ("a",))
+    with pytest.raises(ValueError, match="different sizes"):
+        JoinedImages([small, two_sets(0)[0].train])
+
+
+def test_hold_out_is_stratified_disjoint_and_repeatable() -> None:
+    images = np.arange(100, dtype=np.uint8)[:, None, None] + np.zeros((1, 2, 2), np.uint8)
+    labels = np.repeat([0, 1], [80, 20])
+    whole = LabelledImages("set", "train", images, labels, ("a", "b"))
+    train, val = hold_out(whole, 10, seed=1)
+    assert np.bincount(val.labels).tolist() == [8, 2]
+    assert (train.split, val.split) == ("train", "val")
+    seen = np.concatenate([train.images[:, 0, 0], val.images[:, 0, 0]])
+    assert sorted(seen.tolist()) == list(range(100))
+    again = hold_out(whole, 10, seed=1)[1]
+    assert (again.images == val.images).all()
+
+
+def test_no_augmentation_changes_nothing() -> None:
+    augment = Augmenter(("a", "b"), {"a": Augmentation(), "b": Augmentation(flip_vertical=1)})
+    pixels = torch.randint(0, 256, (6, 28, 28, 3), dtype=torch.uint8)
+    sets = torch.tensor([0, 1, 0, 1, 0, 1])
+    changed = augment(pixels, sets)
+    assert torch.allclose(changed[sets == 0], pixels[sets == 0].float(), atol=0.01)
+    assert torch.allclose(changed[sets == 1], pixels[sets == 1].flip(1).float(), atol=0.01)
+
+
+def test_augmentation_is_random_bounded_and_seeded() -> None:
+    augment = Augmenter(("a",), {"a": Augmentation(180, 3, 0.2, 0.3, 0.5, 0.5, 0.5)})
+    pixels = torch.randint(0, 256, (8, 28, 28, 3), dtype=torch.uint8)
+    sets = torch.zeros(8, dtype=torch.int64)
+    torch.manual_seed(1)
+    first = augment(pixels, sets)
+    second = augment(pixels, sets)
+    torch.manual_seed(1)
+    assert torch.equal(first, augment(pixels, sets))
+    assert not torch.equal(first, second)
+    assert first.shape == pixels.shape
+    assert first.min() >= 0 and first.max() <= 255
+
+
+def test_every_set_of_an_experiment_has_its_augmentation() -> None:
+    medical = EXPERIMENTS["medical"].augmentation
+    assert set(medical) == {
+        "breastmnist",
+        "dermamnist",
+        "ham10000_28",
+        "pneumoniamnist",
+        "retinamnist",
+    }
+    assert set(EXPERIMENTS["fashion_mnist"].augmentation) == {"fashion_mnist"}
+    assert medical["pneumoniamnist"].flip_vertical == 0
+
+
+# --- sampling ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("balance", "share"), [(0.0, 0.1), (1.0, 0.5), (0.5, 0.25)])
+def test_sampler_draws_rare_classes_as_often_as_told(balance: float, share: float) -> None:
+    labels = torch.cat([torch.zeros(9000), torch.ones(1000)]).long()
+    drawn = labels[list(class_sampler(labels, balance, seed=0))]
+    assert len(drawn) == 10_000
+    assert drawn.float().mean() == pytest.approx(share, abs=0.02)
+    assert list(class_sampler(labels, balance, 0)) == list(class_sampler(labels, balance, 0))
+
+
+def test_pairs_are_half_and_half_and_of_both_kinds() -> None:
+    sets = np.repeat([0, 1, 2], [50, 500, 20])
+    labels = sets * 2 + np.random.default_rng(0).integers(0, 2, 570)
+    first, second, match = balanced_pairs(labels, sets, 4000, seed=3)
+    assert match.mean() == 0.5
+    assert ((labels[first] == labels[second]) == match).all()
+    assert (first != second).all()
+    assert np.bincount(sets[first]) / 4000 == pytest.approx([1 / 3] * 3, abs=0.03)
+    assert (sets[first] == sets[second])[~match].mean() == 0.5
+    again = balanced_pairs(labels, sets, 4000, seed=3)
+    assert (again[0] == first).all() and (again[1] == second).all()
+
+
+def test_pairs_where_one_kind_is_missing() -> None:
+    labels = np.array([0, 0, 1, 1])
+    first, second, match = balanced_pairs(labels, np.zeros(4, np.int64), 100, seed=0)
+    assert ((labels[first] == labels[second]) == match).all()
+    with pytest.raises(ValueError, match="no pair of different classes"):
+        balanced_pairs(np.zeros(4, np.int64), np.zeros(4, np.int64), 10, seed=0)
+    with pytest.raises(ValueError, match="no pair of one class"):
+        balanced_pairs(np.arange(4), np.zeros(4, np.int64), 10, seed=0)
+
+
+# --- evaluation -------------------------------------------------------------------------------
+
+
+def test_retrieval_figures_by_hand() -> None:
+    neighbours = np.array(
+        [
+            [1, 0, 1, 0, 0],  # AP = (1 + 2/3) / 2; class 0 has the majority
+            [0, 0, 0, 0, 0],  # nothing relevant
+            [2, 1, 2, 1, 0],  # a tie of 1 and 2 counts for either; AP = (1/2 + 2/4) / 2
+        ]
+    )
+    score = retrieval(neighbours, np.array([1, 1, 1]))
+    assert score.map5 == pytest.approx(100 * ((1 + 2 / 3) / 2 + 0 + 0.5) / 3)
+    assert score.mmv5 == pytest.approx(100 / 3)
+    assert score.acc1 == pytest.approx(100 / 3)
+    assert score.acc3 == pytest.approx(200 / 3)
+    assert score.acc5 == pytest.approx(200 / 3)
+
+
+def test_nearest_is_exact_and_ties_go_to_the_lower_index() -> None:
+    gallery = np.eye(4, dtype=np.float32)[[0, 1, 1, 2, 3, 1]]
+    assert nearest(gallery[1:2], gallery, 3).tolist() == [[1, 2, 5]]
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(300, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = np.argsort(-(vectors[:20] @ vectors.T), axis=1, kind="stable")[:, :7]
+    assert (nearest(vectors[:20], vectors, 7) == expected).all()
+
+
+def test_retrieval_stays_within_each_set() -> None:
+    # Set 1's vectors equal set 0's but carry other labels.
+    vectors = np.tile(np.eye(2, dtype=np.float32).repeat(5, axis=0), (2, 1))
+    labels = np.repeat([0, 1, 2, 3], 5)
+    sets = np.repeat([0, 1], 10)
+    everything = Embedded(vectors, labels, sets)
+    scores = retrieval_by_set(everything, everything, ("a", "b"))
+    assert {name: score.map5 for name, score in scores.items()} == {"a": 100, "b": 100}
+    assert right_set(everything, everything) == 50
+
+
+def test_calibration_recovers_a_known_curve() -> None:
+    random = np.random.default_rng(0)
+    distances = random.uniform(0, 2, 40_000)
+    match = random.random(40_000) < 1 / (1 + np.exp(6 * distances - 4))
+    calibration = calibrate(distances, match)
+    assert calibration.weight == pytest.approx(-6, rel=0.05)
+    assert calibration.bias == pytest.approx(4, rel=0.05)
+    assert 0.4 < calibration.threshold < 0.9
+    score = score_pairs(distances, match, calibration)
+    assert 0.7 < score.accuracy < 1
+    assert 0 < score.log_loss < math.log(2)
+
+
+def test_threshold_parts_what_can_be_parted() -> None:
+    distances = np.array([0.1, 0.2, 0.6, 0.8])
+    match = np.array([True, True, False, False])
+    calibration = calibrate(distances, match)
+    assert calibration.threshold == pytest.approx(0.4)
+    assert score_pairs(distances, match, calibration).accuracy == 1
+
+
+# --- encoder, training, export ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(28, 28), (17, 30)])
+def test_encoder_gives_unit_vectors(size: tuple[int, int]) -> None:
+    encoder = ResidualEncoder(dimension=24).eval()
+    pixels = torch.randint(0, 256, (3, *size, 3), dtype=torch.uint8)
+    vectors = encoder(pixels)
+    assert vectors.shape == (3, 24)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert torch.allclose(vectors, encoder(pixels.float()))
+
+
+def test_folding_batch_norms_changes_nothing_but_the_speed() -> None:
+    encoder = ResidualEncoder(dimension=8, stem=(8, 1), stages=((16, 2), (16, 1)))
+    pixels = torch.randint(0, 256, (16, 28, 28, 3), dtype=torch.uint8)
+    encoder.train()
+    for _ in range(3):
+        encoder(pixels)
+    folded = export.fold_batch_norms(encoder)
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in folded.modules())
+    assert torch.allclose(folded(pixels), encoder.eval()(pixels), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, loop.Trained]:
+    folder = tmp_path_factory.mktemp("tiny")
+    result = loop.fit(
+        TINY, command="pg_siamese train tiny", log_folder=folder / "log", threads=1, say=print
+    )
+    export.export_encoder(result.encoder, folder / "tiny.onnx", result.metadata)
+    return folder / "tiny.onnx", result
+
+
+def test_export_equals_pytorch(trained: tuple[Path, loop.Trained]) -> None:
+    path, result = trained
+    assert loop.check(result, path) >= 0.9999
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 28, 28, 3), np.uint8)
+    expected = embed(result.encoder, torch.from_numpy(pixels))
+    for batch_size in (1, 5, 33):
+        found = export.embed_onnx(path, pixels, batch_size)
+        assert found.dtype == np.float32
+        assert np.abs(found - expected).max() < 1e-4
+        assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-5
+
+
+def test_a_file_of_another_encoder_is_noticed(trained: tuple[Path, loop.Trained]) -> None:
+    path, result = trained
+    other = dataclasses.replace(result, encoder=ResidualEncoder(16, (8, 2), ((16, 2), (32, 2))))
+    with pytest.raises(loop.ExportError, match="cosine"):
+        loop.check(other, path)
+
+
+def test_it_learned(trained: tuple[Path, loop.Trained]) -> None:
+    metrics = trained[1].metadata["training"]["metrics"]
+    assert metrics["test"]["retrieval"]["grey"]["map5"] > 90
+    assert metrics["test"]["retrieval"]["colour"]["map5"] > 90
+    assert metrics["test"]["pairs"]["accuracy"] > 0.75
+
+
+def test_the_file_keeps_to_the_contract(trained: tuple[Path, loop.Trained]) -> None:
+    path, result = trained
+    model = onnx.load(str(path))
+    assert model.opset_import[0].version >= 17
+    assert {item.key for item in model.metadata_props} == {"pg_siamese"}
+    (image,), (embedding,) = model.graph.input, model.graph.output
+    assert (image.name, embedding.name) == ("image", "embedding")
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert embedding.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    shape = image.type.tensor_type.shape.dim
+    assert shape[0].dim_param
+    assert [d.dim_value for d in shape[1:]] == [28, 28, 3]
+    assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
+    assert {item.domain for item in model.opset_import} == {""}
+    # Nothing of the machine that made it: stack traces, paths.
+    assert b".py" not in path.read_bytes()
+    metadata = export.read_metadata(path)
+    assert metadata == json.loads(json.dumps(result.metadata))
+    assert metadata["calibration"]["weight"] < 0
+    assert 0 < metadata["threshold"] < 2
+    assert metadata["classes"][0] == "grey: across"
+    assert metadata["input"] == {
+        "width": 28,
+        "height": 28,
+        "channels": 3,
+        "resize": "stretch",
+        "interpolation": "bicubic",
+    }
+
+
+def test_one_seed_gives_one_encoder(tmp_path: Path) -> None:
+    short = dataclasses.replace(TINY, epochs=1)
+    first, second, other = (
+        loop.fit(
+            dataclasses.replace(short, seed=seed),
+            command="",
+            log_folder=tmp_path,
+            threads=1,
+            test=False,
+            say=print,
+        ).encoder.state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+# --- command ----------------------------------------------------------------------------------
+
+
+def test_command_writes_model_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    arguments = ["train", "tiny", "--epochs", "1", "--threads", "1", "--seed", "5"]
+    arguments += ["--output", str(tmp_path / "tiny.onnx"), "--log-folder", str(tmp_path / "log")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    metadata = export.read_metadata(tmp_path / "tiny.onnx")
+    assert metadata["training"]["command"] == "pg_siamese train tiny --epochs 1 --seed 5"
+    card = (tmp_path / "tiny.md").read_text()
+    assert card.startswith("# A tiny encoder\n")
+    assert "Knows nothing but stripes." in card
+    assert str(tmp_path) not in card
+    assert list((tmp_path / "log").rglob("events.out.tfevents*"))
+
+
+def test_command_says_what_there_is() -> None:
+    result = CliRunner().invoke(cli.app, ["train", "none"])
+    assert result.exit_code == 2
+    assert "fashion_mnist" in result.output
