@@ -196,19 +196,17 @@ class Cluster:
     def pid(self) -> int | None:
         """Return the postmaster's process id, or None where it doesn't run."""
         try:
-            lines = (self.data / "postmaster.pid").read_text().splitlines()
-            pid = int(lines[0])
-            os.kill(pid, 0)
+            pid = int((self.data / "postmaster.pid").read_text().split(maxsplit=1)[0])
         except PermissionError:
-            pass
+            raise SetupError(f"{self.folder} belongs to another user") from None
         except (OSError, ValueError, IndexError):
             return None
         # After a crash another program may have got the number.
-        with contextlib.suppress(OSError):
+        try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if os.fsencode(self.data) not in command:
-                return None
-        return pid
+        except OSError:
+            return None
+        return pid if os.fsencode(self.data) in command else None
 
     def destroy(self) -> None:
         """Stop the server and remove the folder with everything in it."""

@@ -57,6 +57,8 @@ def ensure(extras: Collection[str] = ()) -> Built:
     # First, because the user that the build folder must be open to comes with PostgreSQL.
     system = postgres.ensure_installed(ROOT / "build")
     build = build_folder()
+    if not os.access(build, os.W_OK):
+        raise SetupError(f"{build} belongs to another user: work in a clone of your own")
     with _only_one(build):
         vector = pgvector.ensure(system, build)
         environments.ensure_server(build / "server")
@@ -97,7 +99,7 @@ def main(arguments: Collection[str] | None = None) -> int:
         ensure(extras)
         if chosen.bench:
             ensure_fashion_mnist()
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
         return 130

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(cluster.dsn())
         else:
             say(status(cluster))
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         return fail(error)
     return 0
 

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         write(chosen.folder, chosen.site_packages)
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         return fail(error)
     return 0
 

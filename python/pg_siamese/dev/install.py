@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pg_config = Path(chosen.pg_config) if chosen.pg_config else find_pg_config()
         prefix = chosen.prefix or f"/usr/local/lib/pg_siamese/{version()}"
         install(pg_config, Path(prefix).absolute(), chosen.destdir)
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
         return 130

@@ -74,7 +74,7 @@ def run(
     return done.stdout
 
 
-def fail(error: SetupError) -> int:
+def fail(error: SetupError | OSError) -> int:
     """Print an error as the last thing of a program and return its exit status."""
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
