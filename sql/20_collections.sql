@@ -288,7 +288,7 @@ CREATE FUNCTION siamese.create_collection(
     image_column text DEFAULT 'image',
     model text DEFAULT NULL,
     on_error text DEFAULT 'reject',
-    backfill boolean DEFAULT true
+    backfill boolean DEFAULT TRUE
 ) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp

@@ -38,7 +38,10 @@ SELECT
     n.pending,
     n.dead,
     n.dead::real / nullif(g.rows, 0) AS dead_share,
-    (SELECT count(*) FROM siamese.failures AS f WHERE f.collection_id = c.collection_id) AS failures,
+    (
+        SELECT count(*) FROM siamese.failures AS f
+        WHERE f.collection_id = c.collection_id
+    ) AS failures,
     c.generation,
     g.rows AS rows_indexed,
     g.recall,
@@ -55,7 +58,7 @@ CREATE VIEW siamese.index_generations AS
 SELECT
     c.name AS collection,
     g.generation,
-    c.generation IS NOT DISTINCT FROM g.generation AS is_current,
+    coalesce(c.generation = g.generation, false) AS is_current,
     siamese._generation_file(c.collection_id, g.generation) AS generation_file,
     g.rows,
     g.vectors,

@@ -1,7 +1,7 @@
 """Entry points: what the bodies of the extension's PL/Python functions call.
 
-Each reports the package's own errors the way PostgreSQL does, and ends with a look at interrupts, so
-that a late cancel hits this statement and not the next one of the session.
+Each reports the package's own errors the way PostgreSQL does, and ends with a look at interrupts,
+so that a late cancel hits this statement and not the next one of the session.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pg_siamese_server.errors import (  # noqa: E402
 
 # Their threads inherit the mask; PostgreSQL's signal handlers stay in the main thread.
 with interrupts.signals_blocked():
-    from pg_siamese_server import search as _search  # noqa: E402
+    from pg_siamese_server import search as _search
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 DISK_ERRORS = {errno.ENOSPC: "53100", errno.EDQUOT: "53100"}
@@ -238,7 +238,11 @@ def _distance(plpy: Any, model_id: int, images: list[bytes | None]) -> list[floa
     metric = models.spec(plpy, model_id).metric
     prepared = vectors.prepare(models.embed(plpy, model_id, images), metric)
     return [
-        float(vectors.distances(vectors.squared_distances(prepared[i : i + 1], prepared[j : j + 1]), metric)[0])
+        float(
+            vectors.distances(
+                vectors.squared_distances(prepared[i : i + 1], prepared[j : j + 1]), metric
+            )[0]
+        )
         for i, j in itertools.combinations(range(len(images)), 2)
     ]
 

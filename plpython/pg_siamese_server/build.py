@@ -80,7 +80,7 @@ def build_index(
 ) -> int:
     """Build, publish and make current a new generation; returns its number.
 
-    Runs beside inserts, updates, deletes and searches; builds of one collection wait for each other.
+    Runs beside inserts, updates, deletes and searches; builds of a collection wait for each other.
     """
     started = time.monotonic()
     options = Options(m, ef_construction, target_recall, threads or _default_threads(plpy))
@@ -252,9 +252,9 @@ def _index(
     matrix: NDArray[np.float32], options: Options, progress: _Progress, poll: index_file.Poll
 ) -> tuple[Any, bool]:
     if len(matrix) < FLAT_BELOW:
-        index = faiss.IndexFlatL2(matrix.shape[1])
-        index.add(matrix)
-        return index, True
+        flat = faiss.IndexFlatL2(matrix.shape[1])
+        flat.add(matrix)
+        return flat, True
     index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
     index.hnsw.efConstruction = options.ef_construction
     # Full neighbour lists at the lowest level: the same recall at half the search breadth.
@@ -315,9 +315,7 @@ def _calibrate(
     return best
 
 
-def _search(
-    index: Any, query: NDArray[np.float32], count: int, breadth: int
-) -> NDArray[np.int64]:
+def _search(index: Any, query: NDArray[np.float32], count: int, breadth: int) -> NDArray[np.int64]:
     parameters = faiss.SearchParametersHNSW()
     parameters.efSearch = breadth
     found: NDArray[np.int64] = index.search(query, count, params=parameters)[1][0]
@@ -347,7 +345,7 @@ def _make_current(
     before: dict[str, Any],
     embedding_ids: NDArray[np.int64],
 ) -> None:
-    """Switch the collection to the new generation, and take what it covers off the pending table."""
+    """Switch to the new generation, and take what it covers off the pending table."""
     switched = plpy.execute(
         f"UPDATE siamese.collections SET generation = {generation}"
         f" WHERE collection_id = {collection.collection_id} AND epoch = {before['epoch']}"

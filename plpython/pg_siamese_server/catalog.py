@@ -11,6 +11,7 @@ from pg_siamese_server.errors import UNDEFINED_OBJECT, SiameseError
 # Prepared plans outlive transactions and follow changes of their tables by themselves.
 _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
 MAX_PLANS = 200
+OPERATORS = {"cosine": "<=>", "l2": "<->"}
 
 COLLECTION_QUERY = """
 SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
@@ -70,6 +71,11 @@ class Collection:
     def vector_type(self) -> str:
         """The type vector, with the schema that pgvector is installed in."""
         return f"{self.vector_schema}.vector"
+
+    @property
+    def distance_operator(self) -> str:
+        """pgvector's operator of the metric."""
+        return f"OPERATOR({self.vector_schema}.{OPERATORS[self.metric]})"
 
 
 def prepare(plpy: Any, sql: str, types: tuple[str, ...] = ()) -> Any:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from pg_siamese_server.filters import Conditions
     from pg_siamese_server.search import Request
 
+CANDIDATE_SHARE = 0.05
+MIN_CANDIDATES = 500
+MAX_CANDIDATES = 20_000
+
 
 class FaissSearch:
     """One search, or several, of one snapshot."""
@@ -140,7 +144,7 @@ class FaissSearch:
         return vector, None
 
     def _first_count(self, k: int, is_plain: bool) -> int:
-        """Choose how many to ask FAISS for at first: all may qualify, but for the dead and itself."""
+        """Choose how many to ask FAISS for at first: most, if not all, will qualify."""
         count = k + (self.query_id is not None)
         if not is_plain:
             return 6 * count
@@ -151,11 +155,11 @@ class FaissSearch:
         return count
 
     def _most_candidates(self) -> int:
-        from pg_siamese_server.search import candidate_limit  # noqa: PLC0415 -- it imports this module
-
-        vectors_indexed = self.index.index.ntotal
-        # A flat index is scanned whole anyway, and then the list is complete.
-        return sys.maxsize if self.index.is_flat else candidate_limit(vectors_indexed)
+        """Return how many candidates FAISS may give before an exact scan is cheaper."""
+        if self.index.is_flat:  # scanned whole anyway, and then the list is complete
+            return sys.maxsize
+        share = int(self.index.index.ntotal * CANDIDATE_SHARE)
+        return max(MIN_CANDIDATES, min(MAX_CANDIDATES, share))
 
     def _candidates(
         self, query: NDArray[np.float32], entry: int | None, count: int
@@ -202,8 +206,8 @@ class FaissSearch:
             self.plpy,
             f"SELECT {key} AS key, {collection.vector_schema}.vector_send(e.embedding) AS vector"
             f" FROM {collection.pending} AS p INNER JOIN {collection.embeddings} AS e"
-            " ON e.embedding_id = p.embedding_id WHERE NOT p.deleted ORDER BY e.embedding"
-            f" OPERATOR({collection.vector_schema}.{vectors.OPERATORS[collection.metric]}) $1 LIMIT $2",
+            " ON e.embedding_id = p.embedding_id WHERE NOT p.deleted"
+            f" ORDER BY e.embedding {collection.distance_operator} $1 LIMIT $2",
             (collection.vector_type, "bigint"),
         )
         rows = list(plan.execute([vectors.to_text(query[0]), count]))

@@ -116,7 +116,8 @@ def decode_image(
     """Decode an image file and bring it to the encoder's size.
 
     PNG, JPEG, TIFF, BMP, WebP and GIF (first frame or page); EXIF orientation is applied; 16-bit
-    grey is scaled from its full range; alpha is composited on white; CMYK and palettes are converted.
+    grey is scaled from its full range; alpha is composited on white; CMYK and palettes are
+    converted.
 
     Args:
         data: the bytes of the file.

@@ -160,9 +160,7 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _sidecar(
-    identity: Identity, size: int, digest: str, rows: Rows
-) -> tuple[bytes, list[bytes]]:
+def _sidecar(identity: Identity, size: int, digest: str, rows: Rows) -> tuple[bytes, list[bytes]]:
     arrays = rows.arrays()
     header: dict[str, Any] = {
         "identity": vars(identity),

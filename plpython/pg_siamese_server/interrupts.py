@@ -37,7 +37,7 @@ def pending() -> bool:
 
 
 def check(plpy: Any) -> None:
-    """Let PostgreSQL handle a pending interrupt; raises its error (57014, 57P01) if it is a cancel."""
+    """Let PostgreSQL handle a pending interrupt; a cancel raises its error (57014, 57P01)."""
     if _flag.value:
         plpy.execute("SELECT 1")
 

@@ -1,21 +1,23 @@
 """Changes that no index generation knows of, kept per session and brought up to date by snapshot.
 
-Every row of a collection's pending table carries the transaction that wrote it. What all
-transactions before the oldest one still running have written is *settled*: it is read once. What is
-younger is *open*, and read again by each search. So a search costs what is new, not what is pending.
+Every row of a collection's pending table carries the transaction that wrote it. What transactions
+before the oldest one still running have written is *settled*: it is read once. What is younger is
+*open*, and read again by each search. So a search costs what is new, not what is pending.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import vectors
 from pg_siamese_server.catalog import Collection, prepare
-from pg_siamese_server.generations import Generation
+
+if TYPE_CHECKING:  # needs FAISS, which may be missing
+    from pg_siamese_server.generations import Generation
 
 # Vectors kept in a session at most; with more pending, pgvector scans the table instead.
 MAX_BYTES = 12 * 1024 * 1024
@@ -107,9 +109,7 @@ class Changes:
             self.snapshot is None or snapshot.includes(self.snapshot)
         )
 
-    def take(
-        self, settled: list[int] | None, opened: list[int] | None, snapshot: Snapshot
-    ) -> None:
+    def take(self, settled: list[int] | None, opened: list[int] | None, snapshot: Snapshot) -> None:
         """Note changes, as embedding_ids, negative for deletions."""
         if settled:
             self.dead.update(-change for change in settled if change < 0)
@@ -199,7 +199,8 @@ class Changes:
         """Return an added vector, float32 (1, dimension), if it is here."""
         for added in (self.added, self.open_added):
             if embedding_id in added.ids:
-                return added.matrix()[added.ids.index(embedding_id)][None]
+                vector: NDArray[np.float32] = added.matrix()[added.ids.index(embedding_id)][None]
+                return vector
         return None
 
 

@@ -1,8 +1,8 @@
 """Finding the nearest rows: FAISS and the pending vectors, checked against the table; or pgvector.
 
-Every candidate is checked, as the invoker, against the collection's own table: visibility, row-level
-security and filters decide there. An answer is complete once the k-th row that qualifies is nearer
-than anything that FAISS has not been asked for yet.
+Every candidate is checked, as the invoker, against the collection's own table: visibility,
+row-level security and filters decide there. An answer is complete once the k-th row that qualifies
+is nearer than anything that FAISS has not been asked for yet.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ from pg_siamese_server.errors import (
     SiameseError,
 )
 from pg_siamese_server.filters import Conditions, parse
+from pg_siamese_server.pending import MAX_CHANGES
 
 MAX_K = 10_000
 ENGINES = ("auto", "faiss", "pgvector")
-# The most candidates taken from FAISS before an exact scan is cheaper, as share and bounds.
-CANDIDATE_SHARE = 0.05
-MIN_CANDIDATES = 500
-MAX_CANDIDATES = 20_000
 
 _collections: dict[str, Collection] = {}
 _changes: dict[int, Any] = {}
@@ -105,8 +102,6 @@ def search(plpy: Any, request: Request) -> Answer:
 
 def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
     """One statement reads all that a search must know of its snapshot."""
-    from pg_siamese_server.pending import MAX_CHANGES  # noqa: PLC0415 -- needs NumPy
-
     stored = "NULL::bigint"
     types = ["text", "xid8"]
     if by_key:
@@ -187,7 +182,7 @@ def _with_faiss(
             raise _no_faiss(reason)
         return None
     try:
-        from pg_siamese_server.faiss_search import FaissSearch  # noqa: PLC0415 -- FAISS may be missing
+        from pg_siamese_server.faiss_search import FaissSearch
 
         finder = FaissSearch.open(plpy, collection, state, _changes)
     except (IndexFileError, ImportError) as error:
@@ -222,12 +217,6 @@ def _no_faiss(reason: str) -> SiameseError:
     )
 
 
-def candidate_limit(vectors_indexed: int) -> int:
-    """Return how many candidates FAISS may give before an exact scan is cheaper."""
-    share = int(vectors_indexed * CANDIDATE_SHARE)
-    return max(MIN_CANDIDATES, min(MAX_CANDIDATES, share))
-
-
 def _with_pgvector(
     plpy: Any,
     request: Request,
@@ -242,12 +231,15 @@ def _with_pgvector(
         query = where.parameter(collection.vector_type, vectors.to_text(embedding[0]))
     else:
         place = where.parameter("bigint", state["query_id"])
-        query = f"(SELECT q.embedding FROM {collection.embeddings} AS q WHERE q.embedding_id = {place})"
-    operator = f"OPERATOR({collection.vector_schema}.{vectors.OPERATORS[collection.metric]})"
-    distance = f"(e.embedding {operator} {query})"
+        query = (
+            f"(SELECT q.embedding FROM {collection.embeddings} AS q WHERE q.embedding_id = {place})"
+        )
+    distance = f"(e.embedding {collection.distance_operator} {query})"
     key = f"b.{collection.key_column}"
     if request.candidates is not None:
-        where.clauses.append(f"{key} = ANY({where.parameter(_candidate_type(collection), request.candidates)})")
+        where.clauses.append(
+            f"{key} = ANY({where.parameter(_candidate_type(collection), request.candidates)})"
+        )
     if request.key is not None:
         where.clauses.append(f"{key} <> {where.parameter('bigint', request.key)}")
     if request.max_distance is not None:
@@ -284,7 +276,7 @@ def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
     if state["generation"] is None:
         return [*result, ("pgvector", "no index generation yet")]
     try:
-        from pg_siamese_server.faiss_search import FaissSearch  # noqa: PLC0415 -- FAISS may be missing
+        from pg_siamese_server.faiss_search import FaissSearch
 
         finder = FaissSearch.open(plpy, collection, state, _changes)
     except (IndexFileError, ImportError) as error:

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-OPERATORS = {"cosine": "<=>", "l2": "<->"}
-
 
 def from_send(data: bytes, count: int) -> NDArray[np.float32]:
     """Parse concatenated results of pgvector's ``vector_send``.
@@ -45,7 +43,8 @@ def distances(squared: NDArray[Any], metric: str) -> NDArray[Any]:
     """Turn squared Euclidean distances between prepared vectors into the metric's distance."""
     if metric == "cosine":
         return squared * np.float32(0.5)
-    return np.sqrt(squared)
+    result: NDArray[Any] = np.sqrt(squared)
+    return result
 
 
 def squared_distances(
