@@ -91,7 +91,7 @@ def test_labels_and_distances_are_written() -> None:
     texts = {text.get_text() for axes in figure.axes for text in axes.texts}
     texts |= {text.get_text() for text in figure.texts}
     assert {"title", "pneumoniamnist", "normal", "query", "ill"} <= texts
-    assert "distance 0.123  ·  match 87%" in texts
+    assert "distance 0.1234  ·  match 87%" in texts
 
 
 def test_rows_may_have_different_numbers_of_neighbours() -> None:

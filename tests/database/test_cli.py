@@ -24,19 +24,10 @@ from pg_siamese.cli import app
 from pg_siamese.connection import connect, schema_prefix
 from pg_siamese.demo import things_to_try
 from pg_siamese.sources import png
+from tests.conftest import Connection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from typer.testing import Result
-
-Connection = psycopg.Connection[Any]
-
-
-@pytest.fixture
-def db(dsn: str) -> Iterator[Connection]:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        yield connection
 
 
 def run(*arguments: str) -> Result:
@@ -305,7 +296,7 @@ def test_status_and_build_index(loaded: str) -> None:
     result = run("build-index", "--dsn", loaded)
     assert result.exit_code == 0, result.output
     assert "is current" in result.stdout
-    assert "40/40" in result.stderr
+    assert "100%" in result.stderr
     after = works("status", "--dsn", loaded)
     assert re.search(r"pending +0\b", after)
     assert len(answers(works("query", "--id", "1", "--engine", "faiss", "--dsn", loaded))) == 10

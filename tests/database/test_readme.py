@@ -1,0 +1,134 @@
+"""Every code block of the README, run against a real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psycopg
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from tests.conftest import Connection, Pictures
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+ROLES = ("analyst", "curator")
+
+
+def blocks(language: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == language]
+
+
+def test_all_languages_are_run() -> None:
+    assert {name for name, _ in BLOCKS} == {"sql", "sh", "python"}
+
+
+@pytest.fixture
+def filled(db: Connection, pictures: Pictures) -> Iterator[Connection]:
+    db.execute(
+        "INSERT INTO siamese.images (image, label, dataset, split)"
+        " SELECT i, l, 'xrays', 'train' FROM unnest(%s::bytea[], %s::text[]) AS u (i, l)",
+        (pictures.files[:100], pictures.labels[:100]),
+    )
+    db.execute("SELECT siamese.build_index()")
+    yield db
+    for role in ROLES:
+        if db.execute("SELECT FROM pg_roles WHERE rolname = %s", (role,)).fetchone():
+            db.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
+            db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+def test_sql(filled: Connection, queries: Pictures) -> None:
+    for block in blocks("sql"):
+        for statement in re.split(r";[ ]*(?:--[^\n]*)?\n", block):
+            if not statement.strip():
+                continue
+            values = (queries.files[0],) * statement.count("$1")
+            cursor = filled.execute(statement.replace("%", "%%").replace("$1", "%b"), values)
+            if cursor.description and "embedding_failures" not in statement:
+                assert cursor.fetchall(), statement
+    checks = filled.execute("SELECT subject, detail FROM self_check() WHERE NOT ok").fetchall()
+    assert checks == []
+
+
+def test_python(
+    filled: Connection,
+    dsn: str,
+    queries: Pictures,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "query.png").write_bytes(queries.files[0])
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), {"dsn": dsn})
+    finally:
+        os.chdir(before)
+    assert len(capsys.readouterr().out.splitlines()) == 10
+
+
+def foreign_encoder(path: Path) -> None:
+    """Write a tiny float32 NCHW encoder: the mean of each channel, mixed."""
+    weights = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["x"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "encoder",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 64, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path)
+
+
+def test_shell(
+    filled: Connection, dsn: str, pictures: Pictures, queries: Pictures, tmp_path: Path
+) -> None:
+    (tmp_path / "query.png").write_bytes(queries.files[0])
+    for place in range(20):
+        folder = tmp_path / "pictures" / pictures.labels[place]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{place}.png").write_bytes(pictures.files[place])
+    foreign_encoder(tmp_path / "resnet.onnx")
+    parameters = conninfo_to_dict(dsn)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PGHOST": str(parameters["host"]),
+        "PGPORT": str(parameters["port"]),
+        "PGUSER": str(parameters["user"]),
+        "PGDATABASE": str(parameters["dbname"]),
+    }
+    for block in blocks("sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[0] == "make":  # these run the tests themselves: only that they are there
+                words, folder = ["make", "-n", *words[1:]], ROOT
+            else:
+                folder = tmp_path
+            done = subprocess.run(
+                words, cwd=folder, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert (tmp_path / "answer.png").stat().st_size > 1000
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute(
+            "SELECT dimension FROM siamese.models WHERE name = 'resnet'"
+        ).fetchone()
+    assert row == (8,)
