@@ -55,7 +55,7 @@ class FaissSearch:
         changes = kept.get(collection.collection_id)
         if changes is None or not changes.usable_for(generation, snapshot):
             read_from_start = changes is None or not changes.horizon
-            changes = kept[collection.collection_id] = Changes(generation)
+            changes = kept[collection.collection_id] = Changes(generation, index)
             if not read_from_start:
                 settled, opened = cls._read_changes(plpy, collection)
         if len(settled or ()) + len(opened or ()) > MAX_CHANGES:
@@ -174,7 +174,7 @@ class FaissSearch:
             if len(positions) < index.index.ntotal:
                 complete = float(squared[-1]) if len(positions) else 0.0
             rows, squared = index.expand(positions, squared)
-            dead = self.changes.is_dead(index, rows)
+            dead = self.changes.is_dead(rows)
             if dead is not None:
                 rows, squared = rows[~dead], squared[~dead]
             if index.rows.keys is not None:

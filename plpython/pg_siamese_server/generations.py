@@ -46,13 +46,13 @@ class Generation:
         index: the FAISS index.
         rows: which row each vector belongs to.
         vectors: float32 (index.ntotal, dimension), mapped; row i is the vector at position i.
-        breadth: efSearch for each neighbour asked for.
+        ef_search: breadth of a search for up to ten neighbours; grows with more.
     """
 
     index: Any
     rows: Rows
     vectors: NDArray[np.float32]
-    breadth: float
+    ef_search: int
     is_flat: bool
     _by_slot: tuple[NDArray[np.int64], NDArray[np.int64]] | None = field(default=None)
 
@@ -125,7 +125,7 @@ class Generation:
         if self._parameters is None:
             self.index.search_c(1, pointer, count, distance_pointer, position_pointer)
         else:
-            self._parameters.efSearch = max(count, int(self.breadth * count + 0.5))
+            self._parameters.efSearch = max(self.ef_search, self.ef_search * count // 10)
             if entry is None:
                 self.index.search_c(
                     1, pointer, count, distance_pointer, position_pointer, self._parameters
@@ -226,4 +226,4 @@ def opened(index: Any, rows: Rows, is_flat: bool, ef_search: int) -> Generation:
     vectors = np.empty(shape, dtype=np.float32)
     if index.ntotal:
         vectors = faiss.rev_swig_ptr(storage.get_xb(), index.ntotal * index.d).reshape(shape)
-    return Generation(index, rows, vectors, ef_search / 10, is_flat)
+    return Generation(index, rows, vectors, ef_search, is_flat)

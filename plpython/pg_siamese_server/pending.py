@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # needs FAISS, which may be missing
 
 # Vectors kept in a session at most; with more pending, pgvector scans the table instead.
 MAX_BYTES = 12 * 1024 * 1024
-MAX_CHANGES = 100_000
+MAX_CHANGES = 300_000
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,30 @@ class Added:
 
 @dataclass
 class Changes:
-    """What a session knows of one collection's pending table, for one generation."""
+    """What a session knows of one collection's pending table, for one generation.
+
+    Attributes:
+        generation: its number.
+        index: the generation itself.
+        snapshot: the last one that this was brought up to date for.
+        horizon: transactions before it are settled.
+        added, unfetched: settled additions, with their vectors and still without.
+        dead: settled deletions of what is not in the generation.
+        open_ids, open_added, open_dead: what the last snapshot saw of transactions not settled.
+    """
 
     generation: int
+    index: Generation
     snapshot: Snapshot | None = None
     horizon: int = 0
     added: Added = field(default_factory=Added)
     unfetched: set[int] = field(default_factory=set)
     dead: set[int] = field(default_factory=set)
     open_ids: set[int] = field(default_factory=set)
-    open_dead: set[int] = field(default_factory=set)
     open_added: Added = field(default_factory=Added)
+    open_dead: set[int] = field(default_factory=set)
     _dead_rows: NDArray[np.bool_] | None = None
+    _dead_row_count: int = 0
 
     def usable_for(self, generation: int, snapshot: Snapshot) -> bool:
         """Whether what is settled here is so for this snapshot, too."""
@@ -112,10 +124,10 @@ class Changes:
     def take(self, settled: list[int] | None, opened: list[int] | None, snapshot: Snapshot) -> None:
         """Note changes, as embedding_ids, negative for deletions."""
         if settled:
-            self.dead.update(-change for change in settled if change < 0)
-            self.unfetched.update(change for change in settled if change > 0)
+            changes = np.array(settled, dtype=np.int64)
+            self.unfetched.update(changes[changes > 0].tolist())
+            self._bury(-changes[changes < 0])
             self.unfetched -= self.dead
-            self._dead_rows = None
         self.snapshot = snapshot
         self.horizon = snapshot.xmin
         self.open_dead = {-change for change in opened or () if change < 0}
@@ -145,23 +157,36 @@ class Changes:
             if self.open_ids:
                 self.open_added.extend(*_fetch(plpy, collection, sorted(self.open_ids)))
 
-    def is_dead(self, generation: Generation, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+    def _bury(self, ids: NDArray[np.int64]) -> None:
+        """Note settled deletions: a bit for each row of the generation, a set for others."""
+        if not len(ids):
+            return
+        rows = self.index.rows_of(ids)
+        if len(rows):
+            if self._dead_rows is None:
+                self._dead_rows = np.zeros(len(self.index.rows.embedding_ids), dtype=bool)
+            self._dead_rows[rows] = True
+            self._dead_row_count += len(rows)
+        if len(rows) < len(ids):
+            held = self.index.rows.embedding_ids[rows]
+            self.dead.update(ids[~np.isin(ids, held)].tolist())
+
+    def is_dead(self, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """Tell which rows of the generation are deleted or replaced; None where none is at all."""
-        if not self.dead and not self.open_dead:
+        if self._dead_rows is None and not self.open_dead:
             return None
         if self._dead_rows is None:
-            self._dead_rows = np.zeros(len(generation.rows.embedding_ids), dtype=bool)
-            ids = np.fromiter(self.dead, dtype=np.int64, count=len(self.dead))
-            self._dead_rows[generation.rows_of(ids)] = True
-        result: NDArray[np.bool_] = self._dead_rows[rows]
+            result = np.zeros(len(rows), dtype=bool)
+        else:
+            result = self._dead_rows[rows]
         if self.open_dead:
             ids = np.fromiter(self.open_dead, dtype=np.int64, count=len(self.open_dead))
-            result |= np.isin(generation.rows.embedding_ids[rows], ids)
+            result |= np.isin(self.index.rows.embedding_ids[rows], ids)
         return result
 
     def dead_count(self) -> int:
-        """How many vectors, of the generation or not, are deleted."""
-        return len(self.dead) + len(self.open_dead)
+        """How many rows of the generation are deleted or replaced, at most."""
+        return self._dead_row_count + len(self.open_dead)
 
     def nearest(
         self, query: NDArray[np.float32], count: int
