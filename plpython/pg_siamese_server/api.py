@@ -15,8 +15,15 @@ from typing import Any, TypeVar
 
 # Before NumPy, FAISS and ONNX Runtime are imported: a backend is one process among many, and
 # threads of its own are started for index builds only.
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
+for _name, _value in (
+    ("OMP_NUM_THREADS", "1"),
+    ("OPENBLAS_NUM_THREADS", "1"),
+    (
+        "OMP_WAIT_POLICY",
+        "PASSIVE",
+    ),  # waiting threads must not take the processor from other backends
+):
+    os.environ.setdefault(_name, _value)
 
 from pg_siamese_server import interrupts  # noqa: E402 -- after the environment
 from pg_siamese_server.catalog import load_json, model_id_by_name, prepare  # noqa: E402
