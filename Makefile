@@ -15,17 +15,20 @@ ARGS ?=
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-12s %s\n' "$$name" "$$text"; done
 
-# Before anything else is there: Python itself, with venv.
+# Before anything else is there: Python itself, with venv. The first attempt goes without apt-get update,
+# since that takes longer than the rest; it fails where the lists are missing or old.
+APT_PYTHON := apt-get install -qq -y --no-install-recommends python3 python3-venv
 python:
 	@$(PYTHON) -c 'import venv, ensurepip, tomllib' 2>/dev/null || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "Installing Python (python3 python3-venv) …"; \
-	    export DEBIAN_FRONTEND=noninteractive; \
-	    ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 || apt-get update -qq; \
-	    apt-get install -qq -y --no-install-recommends python3 python3-venv >/dev/null || { \
-	      apt-get update -qq && apt-get install -qq -y --no-install-recommends python3 python3-venv >/dev/null; }; \
+	    export DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes; \
+	    $(APT_PYTHON) >/dev/null 2>&1 || { apt-get update -qq && $(APT_PYTHON) >/dev/null; } || { \
+	      echo "error: apt-get could not install python3 python3-venv: check the network, then run it again" >&2; exit 1; }; \
+	    $(PYTHON) -c 'import venv, ensurepip, tomllib' || { \
+	      echo "error: $(PYTHON) must be Python 3.11 or later: set PYTHON" >&2; exit 1; }; \
 	  else \
-	    echo "error: $(PYTHON) 3.11 or later with venv is missing: apt-get install python3 python3-venv" >&2; exit 1; \
+	    echo "error: Python 3.11 or later with venv is missing: apt-get install python3 python3-venv" >&2; exit 1; \
 	  fi; }
 
 deps: python ## install what is missing: PostgreSQL, PL/Python, pgvector, Python environments

@@ -127,7 +127,7 @@ def insert_images(db: Connection, files: list[bytes], labels: list[str] | None =
     cursor = db.execute(
         "INSERT INTO siamese.images (image, label)"
         " SELECT * FROM unnest(%s::bytea[], %s::text[]) RETURNING image_id",
-        (files, labels or [None] * len(files)),
+        (files, labels or list[str | None]([None] * len(files))),
         binary=True,
     )
     return [row[0] for row in cursor.fetchall()]

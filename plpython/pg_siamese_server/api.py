@@ -28,7 +28,6 @@ for _name, _value in (
 from pg_siamese_server import interrupts  # noqa: E402 -- after the environment
 from pg_siamese_server.catalog import load_json, model_id_by_name, prepare  # noqa: E402
 from pg_siamese_server.errors import (  # noqa: E402
-    FEATURE_NOT_SUPPORTED,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     SiameseError,
 )
@@ -162,16 +161,9 @@ def similar_images(
     if by_key and image_id is None:
         raise SiameseError("image_id is null", sqlstate="22004")
     request = _search.Request(
-        collection, image, image_id, k, filter_, candidates, max_distance, engine
+        collection, image, image_id, k, filter_, candidates, max_distance, engine, integer_keys=True
     )
-    answer = _search.search(plpy, request)
-    if not answer.collection.has_integer_keys:
-        raise SiameseError(
-            f'collection "{answer.collection.name}" has keys of type {answer.collection.key_type}',
-            sqlstate=FEATURE_NOT_SUPPORTED,
-            hint="Use similar_rows.",
-        )
-    return _ranked(plpy, answer)
+    return _ranked(plpy, _search.search(plpy, request))
 
 
 @_entry

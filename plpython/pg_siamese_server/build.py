@@ -25,7 +25,7 @@ LOCK_CLASS = "hashtext('pg_siamese build')"
 READ_VALUES = 1_500_000
 MIN_READ_ROWS = 500
 READ_IDS = 20_000
-FLAT_BELOW = 2_000
+FLAT_BELOW = 10_000  # a scan of so few takes no longer than a walk through a graph
 NOTICE_SECONDS = 1.0
 CALIBRATION_QUERIES = 200
 NEIGHBOURS = 10
@@ -49,7 +49,7 @@ class Options:
             ("target_recall", self.target_recall, 0.5, 1.0),
             ("threads", self.threads, 1, 64),
         ):
-            if not low <= value <= high:
+            if value is None or not low <= value <= high:
                 raise SiameseError(f"{name} must be between {low} and {high}")
 
 
@@ -92,21 +92,15 @@ def build_index(
         f" WHERE collection_id = {collection.collection_id}"
     )[0]
     directory = generations.directory(plpy, collection.collection_id)
-    # Sessions with an older snapshot may still want the generation before this one; no other.
-    index_file.remove_others(directory, {before["generation"] or 0})
+    index_file.remove_temporary(directory)
 
     poll = partial(interrupts.check, plpy)
     rows, matrix = _read(plpy, collection)
     matrix = vectors.prepare(matrix, collection.metric)
     unique = _share_equal_vectors(rows, matrix, poll)
     progress = _Progress(plpy, collection.name, max(1, len(unique)), started)
-    index, is_flat = _index(unique, options, progress, poll)
-    ef_search, recall = (None, 1.0) if is_flat else _calibrate(index, unique, options, poll)
-    if recall < options.target_recall:
-        plpy.warning(
-            f'index of collection "{collection.name}" reaches a recall of {recall:.3f} only',
-            hint="Build with a larger m or ef_construction.",
-        )
+    index, ef_search, recall = _index(unique, options, progress, poll)
+    is_flat = ef_search is None
 
     generation = int(
         plpy.execute(
@@ -150,6 +144,10 @@ def build_index(
         ]
     )
     _make_current(plpy, collection, generation, before, rows.embedding_ids)
+    # Sessions with an older snapshot may still want the generation before this one; no other. Not
+    # earlier: in a transaction of REPEATABLE READ, what was current before may be out of date, and
+    # only making this one current tells.
+    index_file.remove_others(directory, {generation, before["generation"] or generation})
     return generation
 
 
@@ -250,15 +248,12 @@ def _share_equal_vectors(
 
 def _index(
     matrix: NDArray[np.float32], options: Options, progress: _Progress, poll: index_file.Poll
-) -> tuple[Any, bool]:
+) -> tuple[Any, int | None, float]:
+    """Return an index, efSearch for ten neighbours (None for a flat index) and its recall."""
     if len(matrix) < FLAT_BELOW:
-        flat = faiss.IndexFlatL2(matrix.shape[1])
-        flat.add(matrix)
-        return flat, True
+        return _flat(matrix), None, 1.0
     index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
     index.hnsw.efConstruction = options.ef_construction
-    # Full neighbour lists at the lowest level: the same recall at half the search breadth.
-    index.keep_max_size_level0 = True
     for start, end in _portions(len(matrix)):
         with signals_blocked():
             faiss.omp_set_num_threads(options.threads)
@@ -266,7 +261,21 @@ def _index(
             faiss.omp_set_num_threads(1)
         poll()
         progress.report(end)
-    return index, False
+    ef_search, recall = _calibrate(index, matrix, options, poll)
+    if recall >= options.target_recall:
+        return index, ef_search, recall
+    progress.plpy.notice(
+        f'graph index of collection "{progress.name}" reaches a recall of {recall:.3f} only',
+        detail="A flat index takes its place: exact, but the slower the more vectors there are.",
+        hint="Build with a larger m and ef_construction, or a lower target_recall.",
+    )
+    return _flat(matrix), None, 1.0
+
+
+def _flat(matrix: NDArray[np.float32]) -> Any:
+    index = faiss.IndexFlatL2(matrix.shape[1])
+    index.add(matrix)
+    return index
 
 
 def _portions(count: int) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pg_siamese_server.errors import UNDEFINED_OBJECT, SiameseError
@@ -24,14 +24,19 @@ SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
         WHERE x.extname = 'vector') AS vector_schema
 FROM siamese.collections AS c
 INNER JOIN siamese.models AS m USING (model_id)
-LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation
+-- An empty table can become a view (before PostgreSQL 16), whose functions would run as us.
+LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation AND r.relkind = 'r'
 LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace
 """
 
 
 @dataclass(frozen=True)
 class Collection:
-    """A row of ``siamese.collections``; names are quoted, ready for SQL text."""
+    """A row of ``siamese.collections``; names are quoted, ready for SQL text.
+
+    ``plans`` holds the plans of its searches, by purpose: to build their SQL anew, only to look
+    them up by it, would take a good part of a search's time.
+    """
 
     collection_id: int
     name: str
@@ -46,6 +51,7 @@ class Collection:
     sha256: str
     metric: str
     vector_schema: str
+    plans: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def embeddings(self) -> str:

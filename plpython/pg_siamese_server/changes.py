@@ -123,7 +123,8 @@ class _Batch:
 
     keys: list[Any] = field(default_factory=list)
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
-    failures: list[tuple[Any, SiameseError]] = field(default_factory=list)
+    # Text only: an exception would hold on to its frames, and so to the open cursor.
+    failures: list[tuple[Any, str, str]] = field(default_factory=list)
 
 
 def _fetched(cursor: Any) -> Iterator[list[Any]]:
@@ -169,6 +170,7 @@ def embed_rows(plpy: Any, collection: Collection, cursor: Any, total: int | None
                 f'embedding collection "{collection.name}":'
                 f" {min(100, 100 * seen // total)}% ({seen} of {total} rows)"
             )
+    cursor.close()
     return stored
 
 
@@ -208,7 +210,7 @@ def _encode(
 
 def _fail(collection: Collection, batch: _Batch, key: Any, error: ImageError) -> None:
     if collection.on_error == "quarantine":
-        batch.failures.append((key, error))
+        batch.failures.append((key, error.sqlstate, error.message))
         return
     raise ImageError(
         f"{error.message} (row {collection.key_column} = {key} of table {collection.relation})",
@@ -229,14 +231,14 @@ def _store(
             f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
             (collection.key_array, f"{collection.vector_type}[]"),
         ).execute([batch.keys, [vectors.to_text(vector) for vector in embeddings]])
-    for key, error in batch.failures:
+    for key, sqlstate, message in batch.failures:
         prepare(
             plpy,
             "INSERT INTO siamese.failures (collection_id, key, sqlstate, message)"
             " VALUES ($1, $2, $3, $4) ON CONFLICT (collection_id, key) DO UPDATE"
             " SET sqlstate = excluded.sqlstate, message = excluded.message, failed_at = now()",
             ("integer", "text", "text", "text"),
-        ).execute([collection.collection_id, str(key), error.sqlstate, error.message])
+        ).execute([collection.collection_id, str(key), sqlstate, message])
 
 
 def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
@@ -265,7 +267,11 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     total = int(plpy.execute(f"SELECT count(*) AS n {missing}")[0]["n"])
     if not total:
         return 0
-    limit = "" if max_rows is None else f" LIMIT {int(max_rows)}"
+    # Rows that failed before come last, so that they never keep others out.
+    limit = "" if max_rows is None else (
+        " ORDER BY EXISTS (SELECT FROM siamese.failures AS f WHERE f.collection_id ="
+        f" {collection.collection_id} AND f.key = b.{key}::text) LIMIT {int(max_rows)}"
+    )
     # A shared lock keeps the image as it is until its vector is committed.
     cursor = plpy.cursor(
         f"SELECT b.{key} AS key, b.{image} AS image {missing}{limit} FOR SHARE OF b SKIP LOCKED"

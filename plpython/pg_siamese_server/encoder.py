@@ -55,6 +55,16 @@ class ModelSpec:
                 raise ModelError(f"{name} must have {self.input.channels} finite values")
         if not all(value > 0 for value in self.std):
             raise ModelError("std must be positive")
+        if (self.weight is None) != (self.bias is None):
+            raise ModelError("calibration must have both a weight and a bias")
+        for name in ("weight", "bias", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            ):
+                raise ModelError(f"{name} must be a finite number")
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ModelSpec:
@@ -158,14 +168,14 @@ class Encoder:
         self._input = self._session.get_inputs()[0]
         self._output = self._session.get_outputs()[0].name
         batch = self._input.shape[0]
-        self._max_batch = MAX_BATCH if not isinstance(batch, int) else max(1, batch)
+        self.max_batch = MAX_BATCH if not isinstance(batch, int) else max(1, batch)
         self._fixed_batch = isinstance(batch, int)
 
     def batch_size(self) -> int:
         """Return how many images to run at once so that a run takes at most PIECE_SECONDS."""
         if self._fixed_batch or not self._seconds_per_image:
-            return self._max_batch if self._fixed_batch else 1
-        return max(1, min(self._max_batch, int(PIECE_SECONDS / self._seconds_per_image)))
+            return self.max_batch if self._fixed_batch else 1
+        return max(1, min(self.max_batch, int(PIECE_SECONDS / self._seconds_per_image)))
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed one batch in one call of ONNX Runtime.
@@ -180,8 +190,8 @@ class Encoder:
             ModelError: the graph failed.
         """
         count = len(pixels)
-        if self._fixed_batch and count < self._max_batch:
-            filler = np.zeros((self._max_batch - count, *pixels.shape[1:]), dtype=np.uint8)
+        if self._fixed_batch and count < self.max_batch:
+            filler = np.zeros((self.max_batch - count, *pixels.shape[1:]), dtype=np.uint8)
             pixels = np.concatenate([pixels, filler])
         values = pixels_to_input(pixels, self._input.shape, self._input.type, self.spec)
         started = time.perf_counter()
@@ -191,6 +201,12 @@ class Encoder:
             raise ModelError(
                 "ONNX Runtime cannot run the model", detail=str(error).splitlines()[0][:300]
             ) from None
+        if not isinstance(result, np.ndarray) or result.ndim != 2 or result.dtype.kind not in "fiu":
+            raise ModelError(
+                "model's output is not a batch of embeddings",
+                detail="An encoder gives one row of numbers for each image, "
+                f"not {_described(result)}.",
+            )
         per_image = (time.perf_counter() - started) / len(pixels)
         # The first run of a shape plans memory: let later, quicker ones correct it.
         previous = self._seconds_per_image
@@ -220,6 +236,12 @@ class Encoder:
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
 
+def _described(output: Any) -> str:
+    if not isinstance(output, np.ndarray):
+        return f"a {type(output).__name__}"
+    return f"shape {list(output.shape)} of type {output.dtype}"
+
+
 def check_embedding(embedding: NDArray[np.float32], metric: str) -> None:
     """Refuse an embedding that has no distance to others; raises ImageError."""
     if not np.isfinite(embedding).all():
@@ -228,13 +250,17 @@ def check_embedding(embedding: NDArray[np.float32], metric: str) -> None:
         raise ImageError("encoder gave an embedding of length zero, which has no cosine distance")
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def metadata_of(session_metadata: dict[str, str]) -> dict[str, Any]:
     """Return the project's own metadata of an ONNX file, or an empty object."""
     text = session_metadata.get(METADATA_KEY)
     if not text:
         return {}
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant)
     except ValueError:
         raise ModelError(f'metadata "{METADATA_KEY}" of the model is not JSON') from None
     if not isinstance(value, dict):

@@ -50,9 +50,11 @@ class FaissSearch:
         """
         generation = state["generation"]
         index = generations.get(plpy, collection, generation)
-        snapshot = Snapshot.parse(state["snapshot"])
         settled, opened = state["settled"], state["opened"]
         changes = kept.get(collection.collection_id)
+        if changes is not None and changes.is_up_to_date(generation, state["snapshot"], opened):
+            return cls(plpy, collection, state, index, changes)
+        snapshot = Snapshot.parse(state["snapshot"])
         if changes is None or not changes.usable_for(generation, snapshot):
             read_from_start = changes is None or not changes.horizon
             changes = kept[collection.collection_id] = Changes(generation, index)
@@ -182,12 +184,14 @@ class FaissSearch:
             else:
                 keys = [index.rows.key(row) for row in rows.tolist()]
         distances = squared.tolist()
-        if self.changes.has_additions:
+        more_to_sort = self.changes.has_additions
+        if more_to_sort:
             more, near, complete_here = self._pending(query, count)
             keys = keys + more
             distances = distances + near.tolist()
             complete = min(complete, complete_here)
-        if distances != sorted(distances) or len(set(distances)) < len(distances):
+        # FAISS sorts by distance; equal distances are for the keys to order.
+        if more_to_sort or len(set(distances)) < len(distances):
             order = sorted(range(len(keys)), key=lambda place: (distances[place], keys[place]))
             keys = [keys[place] for place in order]
             distances = [distances[place] for place in order]
@@ -253,6 +257,17 @@ class FaissSearch:
         if not keys:
             return
         collection = self.collection
+        plan = None if conditions.clauses else collection.plans.get("check")
+        if plan is None:
+            plan, values = self._check_plan(keys, conditions)
+        else:
+            values = [keys]
+        found = {row["key"] for row in plan.execute(values)}
+        for item in keys:
+            checked[item] = item in found
+
+    def _check_plan(self, keys: list[Any], conditions: Conditions) -> tuple[Any, list[Any]]:
+        collection = self.collection
         where = conditions.copy()
         type_name = "bigint[]" if collection.has_integer_keys else collection.key_array
         key = f"b.{collection.key_column}"
@@ -263,13 +278,22 @@ class FaissSearch:
             f"SELECT {shown} AS key FROM {collection.relation} AS b WHERE {' AND '.join(clauses)}",
             tuple(where.types),
         )
-        found = {row["key"] for row in plan.execute(where.values)}
-        for item in keys:
-            checked[item] = item in found
+        if not conditions.clauses:
+            collection.plans["check"] = plan
+        return plan, where.values
 
 
 def _squared_limit(max_distance: float, metric: str) -> float:
     """Return the squared Euclidean distance between prepared vectors that a distance means."""
     if max_distance < 0:
         return -1.0
-    return 2 * max_distance if metric == "cosine" else max_distance * max_distance
+    if metric == "cosine":
+        return 2 * max_distance
+    # The largest square whose root, as callers see it, is still within.
+    distance = np.float32(max_distance)
+    limit = distance * distance
+    while np.isfinite(limit) and np.sqrt(np.nextafter(limit, np.float32(np.inf))) <= distance:
+        limit = np.nextafter(limit, np.float32(np.inf))
+    while np.sqrt(limit) > distance:
+        limit = np.nextafter(limit, np.float32(0))
+    return float(limit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
 from pg_siamese_server.catalog import Collection, prepare
@@ -14,9 +13,9 @@ from pg_siamese_server.errors import FEATURE_NOT_SUPPORTED, UNDEFINED_COLUMN, Si
 # full, so that nobody's search_path decides what "=" means.
 COLUMNS_QUERY = """
 SELECT a.attname AS name, quote_ident(a.attname) AS quoted,
-    pg_catalog.format_type(a.atttypid, NULL) AS type,
-    CASE WHEN b.typtype = 'b' AND b.typcategory <> 'A' THEN quote_ident(n.nspname)
-        ELSE 'pg_catalog' END AS operator_schema
+    pg_catalog.format_type(a.atttypid, -1) AS type, b.typcategory = 'A' AS is_array,
+    b.oid = 'pg_catalog.bytea'::regtype AS is_binary,
+    CASE WHEN b.typtype = 'b' THEN quote_ident(n.nspname) ELSE 'pg_catalog' END AS operator_schema
 FROM pg_catalog.pg_attribute AS a
 INNER JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
 INNER JOIN pg_catalog.pg_type AS b
@@ -69,7 +68,7 @@ def parse(plpy: Any, collection: Collection, text: str | None) -> Conditions:
     conditions = Conditions()
     if text is None:
         return conditions
-    value = json.loads(text, parse_float=Decimal)
+    value = json.loads(text, parse_int=str, parse_float=str)  # whatever PostgreSQL makes of them
     if not isinstance(value, dict):
         raise SiameseError(
             "filter is not a JSON object",
@@ -86,35 +85,28 @@ def parse(plpy: Any, collection: Collection, text: str | None) -> Conditions:
 def _condition(conditions: Conditions, column: Any, wanted: Any) -> str:
     name = f"b.{column['quoted']}"
     operator = f"OPERATOR({column['operator_schema']}.=)"
-    if column["type"] == "bytea":
+    if column["is_binary"] or column["is_array"]:
         raise SiameseError(
-            f'filter on column "{column["name"]}" of type bytea is not supported',
+            f'filter on column "{column["name"]}" of type {column["type"]} is not supported',
             sqlstate=FEATURE_NOT_SUPPORTED,
         )
     if wanted is None:
         return f"{name} IS NULL"
+    # Sent as text and cast in SQL: PL/Python's own conversions take any string for a true boolean.
     if not isinstance(wanted, list):
-        place = conditions.parameter(column["type"], _scalar(column, wanted))
-        return f"{name} {operator} {place}"
+        place = conditions.parameter("text", _scalar(column, wanted))
+        return f"{name} {operator} CAST({place} AS {column['type']})"
     values = [_scalar(column, item) for item in wanted if item is not None]
-    place = conditions.parameter(f"{column['type']}[]", values)
-    clause = f"{name} {operator} ANY({place})"
+    place = conditions.parameter("text[]", values)
+    clause = f"{name} {operator} ANY(CAST({place} AS {column['type']}[]))"
     return f"({clause} OR {name} IS NULL)" if None in wanted else clause
 
 
-def _scalar(column: Any, value: Any) -> Any:
-    """Return a JSON scalar as PL/Python passes it best: bool for boolean, else text."""
+def _scalar(column: Any, value: Any) -> str:
+    """Return a JSON scalar as text."""
     if isinstance(value, list | dict):
         raise SiameseError(
             f'filter value of column "{column["name"]}" is not a scalar',
             hint="Values are strings, numbers, booleans or null, or an array of these.",
         )
-    if column["type"] == "boolean":
-        if isinstance(value, bool):
-            return value
-        raise SiameseError(
-            f'filter value of boolean column "{column["name"]}" is neither true nor false'
-        )
-    if isinstance(value, bool):
-        return json.dumps(value)
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value)

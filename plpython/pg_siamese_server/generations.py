@@ -65,6 +65,7 @@ class Generation:
         self._buffers: dict[int, tuple[Any, ...]] = {}
         self._entry = np.empty((1, 1), dtype=np.int32)
         self._entry_distance = np.zeros((1, 1), dtype=np.float32)
+        self._entry_pointers = faiss.swig_ptr(self._entry), faiss.swig_ptr(self._entry_distance)
         if self.rows.slots is not None:
             order = np.argsort(self.rows.slots, kind="stable")
             starts = np.searchsorted(self.rows.slots[order], np.arange(self.index.ntotal + 1))
@@ -136,8 +137,7 @@ class Generation:
                     1,
                     pointer,
                     count,
-                    faiss.swig_ptr(self._entry),
-                    faiss.swig_ptr(self._entry_distance),
+                    *self._entry_pointers,
                     distance_pointer,
                     position_pointer,
                     1,

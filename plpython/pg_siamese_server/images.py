@@ -7,9 +7,9 @@ This is the only decode path of the project: training, clients and the server al
 from __future__ import annotations
 
 import io
-import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -36,10 +36,17 @@ INTERPOLATIONS = {
 BACKGROUND = (255, 255, 255, 255)
 
 # A smaller file is decoded in a few milliseconds: not worth a look at interrupts at each read.
-POLL_FROM_BYTES = 256 * 1024
-
-# Sizes are checked here, against the limits of the model, before anything is allocated.
-Image.MAX_IMAGE_PIXELS = None
+POLL_FROM_BYTES = 16 * 1024
+# Resampling takes memory and time by the length of a side: 1.5 GB for 1 x 25,000,000 pixels.
+MAX_SIDE = 65_535
+# Each scan of a JPEG goes over the whole picture, however few bytes it has; cameras and tools write
+# a dozen at most.
+MAX_JPEG_SCANS = 100
+MANY_JPEG_SCANS = 16
+MANY_SCANS_BLOCK = 512
+# All text and profiles of a PNG together, unpacked. Pillow's own limit is 64 MB.
+MAX_PNG_TEXT_BYTES = 4 * 1024 * 1024
+TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 322, 323
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         """Check each field; raises ModelError."""
+        for name in ("width", "height", "channels", "max_bytes", "max_pixels"):
+            if type(getattr(self, name)) is not int:
+                raise ModelError(f"{name} of the encoder input is not an integer")
         if not (1 <= self.width <= 4096 and 1 <= self.height <= 4096):
             raise ModelError(
                 f"encoder input of {self.width} x {self.height} pixels is out of range",
@@ -140,19 +150,25 @@ def decode_image(
             sqlstate=PROGRAM_LIMIT_EXCEEDED,
             detail=f"The model's limit is {spec.max_bytes} bytes.",
         )
-    size = _webp_size(data)
-    if size is not None:
-        _check_size(size, spec)
+    scans = _jpeg_scans(data)
+    large = len(data) >= POLL_FROM_BYTES or scans > MANY_JPEG_SCANS
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _pillow_limits(spec):
             warnings.simplefilter("ignore")  # odd metadata; the pixels are what counts
-            polled = poll if len(data) >= POLL_FROM_BYTES else None
-            stream = _PolledFile(data, polled) if polled else io.BytesIO(data)
+            stream = _PolledFile(data, poll) if poll and large else io.BytesIO(data)
             with Image.open(stream, formats=FORMATS) as image:
-                _check_size(image.size, spec)
-                return _to_array(image, spec)
+                _check_size(image, spec)
+                if scans > MANY_JPEG_SCANS:
+                    image.decodermaxblock = MANY_SCANS_BLOCK
+                return _to_array(image, spec, poll)
     except ImageError:
         raise
+    except Image.DecompressionBombError:
+        raise ImageError(
+            "image is too large",
+            sqlstate=PROGRAM_LIMIT_EXCEEDED,
+            detail=f"The model's limit is {spec.max_pixels} pixels.",
+        ) from None
     except MemoryError:
         raise ImageError(
             "image does not fit into memory", sqlstate=PROGRAM_LIMIT_EXCEEDED
@@ -178,45 +194,70 @@ def _reason(error: Exception) -> str:
     return f"{text[:1].upper()}{text[1:200].rstrip('.')}."
 
 
-def _check_size(size: tuple[int, int], spec: InputSpec) -> None:
-    width, height = size
+@contextmanager
+def _pillow_limits(spec: InputSpec) -> Iterator[None]:
+    """Hold Pillow to the model's limits where it allocates before it tells a size (GIF, WebP)."""
+    from PIL import PngImagePlugin  # Pillow loads it with the first image anyway
+
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_MEMORY
+    Image.MAX_IMAGE_PIXELS = spec.max_pixels / 2  # type: ignore[assignment] -- twice this is refused
+    PngImagePlugin.MAX_TEXT_MEMORY = MAX_PNG_TEXT_BYTES
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_MEMORY = before
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Count the scans of a JPEG file, and refuse very many; 0 for other formats."""
+    if data[:2] != b"\xff\xd8":
+        return 0
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_JPEG_SCANS:
+        raise ImageError(
+            f"JPEG image has {scans} scans",
+            sqlstate=PROGRAM_LIMIT_EXCEEDED,
+            detail=f"The limit is {MAX_JPEG_SCANS}.",
+        )
+    return scans
+
+
+def _check_size(image: Image.Image, spec: InputSpec) -> None:
+    width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"image of {width} x {height} pixels has no content")
-    if width * height > spec.max_pixels:
+    if width * height > spec.max_pixels or max(width, height) > MAX_SIDE:
         raise ImageError(
             f"image of {width} x {height} pixels is too large",
+            sqlstate=PROGRAM_LIMIT_EXCEEDED,
+            detail=f"The model's limit is {spec.max_pixels} pixels, {MAX_SIDE} on a side.",
+        )
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(TIFF_TILE_WIDTH, 1) * tags.get(TIFF_TILE_LENGTH, 1) > spec.max_pixels:
+        raise ImageError(
+            "image has tiles that are too large",
             sqlstate=PROGRAM_LIMIT_EXCEEDED,
             detail=f"The model's limit is {spec.max_pixels} pixels.",
         )
 
 
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Read the canvas size of a WebP file, whose decoder allocates before Pillow tells the size."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
-        return None
-    kind, body = data[12:16], data[20:30]
-    if len(body) < 10:
-        return None
-    if kind == b"VP8X":
-        return (
-            1 + int.from_bytes(body[4:7], "little"),
-            1 + int.from_bytes(body[7:10], "little"),
-        )
-    if kind == b"VP8 ":
-        width, height = struct.unpack("<HH", body[6:10])
-        return width & 0x3FFF, height & 0x3FFF
-    if kind == b"VP8L":
-        bits = int.from_bytes(body[1:5], "little")
-        return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
-    return None
-
-
-def _to_array(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
+def _to_array(
+    image: Image.Image, spec: InputSpec, poll: Callable[[], None] | None
+) -> NDArray[np.uint8]:
+    poll = poll or _no_poll
+    image.load()
+    poll()
     oriented = ImageOps.exif_transpose(_to_eight_bits(image))
+    poll()
     converted = _convert(oriented, "RGB" if spec.channels == 3 else "L")
+    poll()
     resized = _resize(converted, spec)
     pixels = np.asarray(resized, dtype=np.uint8)
     return np.ascontiguousarray(pixels.reshape(spec.height, spec.width, spec.channels))
+
+
+def _no_poll() -> None:
+    pass
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -234,8 +275,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         )
     else:
         return image
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values[values == transparent] = 65535  # white, as BACKGROUND
     scaled = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    scaled.info.update(image.info)
     exif = image.getexif()
     if exif:
         scaled.info["exif"] = exif.tobytes()
@@ -259,5 +302,11 @@ def _resize(image: Image.Image, spec: InputSpec) -> Image.Image:
     if spec.resize == "crop":
         return ImageOps.fit(image, target, method=method)
     if spec.resize == "pad":
-        return ImageOps.pad(image, target, method=method)
+        # Not ImageOps.pad, which lets a side of less than half a pixel vanish, and all with it.
+        factor = min(spec.width / image.width, spec.height / image.height)
+        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        padded = Image.new(image.mode, target)
+        place = (round((spec.width - size[0]) * 0.5), round((spec.height - size[1]) * 0.5))
+        padded.paste(image.resize(size, method), place)
+        return padded
     return image.resize(target, method)

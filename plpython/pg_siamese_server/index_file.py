@@ -263,11 +263,15 @@ def _check_faiss_file(path: Path, header: dict[str, Any], poll: Poll) -> None:
         raise IndexFileError(f'index file "{path.name}" is damaged')
 
 
+def remove_temporary(directory: Path) -> None:
+    """Remove what builds left that did not come to their end."""
+    for path in directory.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def remove_others(directory: Path, keep: set[int]) -> None:
-    """Remove temporary files and generations that no snapshot needs any more."""
-    if not directory.is_dir():
-        return
+    """Remove generations that no snapshot needs any more."""
     for path in directory.iterdir():
         stem = path.name.split(".", 1)[0]
-        if path.suffix == ".tmp" or not stem.isdigit() or int(stem) not in keep:
+        if not stem.isdigit() or int(stem) not in keep:
             path.unlink(missing_ok=True)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # needs FAISS, which may be missing
 # Vectors kept in a session at most; with more pending, pgvector scans the table instead.
 MAX_BYTES = 12 * 1024 * 1024
 MAX_CHANGES = 300_000
+# Error of a sum of float32 products, relative to the lengths of the vectors.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,15 @@ class Snapshot:
 
     text: str
     xmin: int
-    xmax: int
-    running: frozenset[int]
 
     @classmethod
     def parse(cls, text: str) -> Snapshot:
-        """Parse ``xmin:xmax:xip,xip``."""
-        xmin, xmax, running = text.split(":")
-        ids = frozenset(map(int, running.split(","))) if running else frozenset()
-        return cls(text, int(xmin), int(xmax), ids)
+        """Parse ``xmin:xmax:xip,xip``; on a standby the list of running transactions is empty."""
+        return cls(text, int(text.split(":", 1)[0]))
 
     def includes(self, other: Snapshot) -> bool:
-        """Whether all that ``other`` sees of other transactions is seen by this one too."""
-        if self.text == other.text:
-            return True
-        if self.xmax < other.xmax:
-            return False
-        return all(xid in other.running for xid in self.running if xid < other.xmax)
+        """Whether all transactions that are settled for ``other`` are settled for this one, too."""
+        return self.xmin >= other.xmin
 
 
 class Added:
@@ -72,13 +66,17 @@ class Added:
             self._parts = [np.concatenate(self._parts)]
         return self._parts[0]
 
-    def rough_distances(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return squared distances less the query's own square: quick, and enough to choose by."""
+    def rough_distances(self, query: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        """Return squared distances less the query's own square, and how far they may be off.
+
+        Quick, and enough to choose by. Where vectors are long and close together, the difference of
+        large numbers loses most of its digits.
+        """
         matrix = self.matrix()
         if self._norms is None:
             self._norms = np.einsum("ij,ij->i", matrix, matrix)
         result: NDArray[np.float32] = self._norms - 2 * (matrix @ query[0])
-        return result
+        return result, ROUNDING * float(self._norms.max() + query[0] @ query[0])
 
     def gone(self, dead: set[int]) -> NDArray[np.bool_]:
         """Tell which rows are deleted again; ``dead`` only grows."""
@@ -119,6 +117,18 @@ class Changes:
         """Whether what is settled here is so for this snapshot, too."""
         return self.generation == generation and (
             self.snapshot is None or snapshot.includes(self.snapshot)
+        )
+
+    def is_up_to_date(self, generation: int, snapshot: str, opened: list[int] | None) -> bool:
+        """Whether this very snapshot was taken already, and with nothing left to fetch."""
+        return (
+            self.snapshot is not None
+            and self.snapshot.text == snapshot
+            and self.generation == generation
+            and not opened
+            and not self.open_ids
+            and not self.open_dead
+            and not self.unfetched
         )
 
     def take(self, settled: list[int] | None, opened: list[int] | None, snapshot: Snapshot) -> None:
@@ -202,7 +212,7 @@ class Changes:
         for added in (self.added, self.open_added):
             if not added.ids:
                 continue
-            rough = added.rough_distances(query)
+            rough, error = added.rough_distances(query)
             gone = added.gone(self.dead)
             if self.open_dead:
                 gone = gone | np.isin(added.ids, list(self.open_dead))
@@ -214,7 +224,7 @@ class Changes:
             places = places[~gone[places]]
             exact = vectors.squared_distances(added.matrix()[places], query)
             if len(places) == count:
-                complete = min(complete, float(exact.max()) * (1 - 1e-5))
+                complete = min(complete, float(exact.max()) - error)
             keys.extend(added.keys[place] for place in places.tolist())
             parts.append(exact)
         squared = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)

@@ -13,6 +13,7 @@ from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ModelError
 
 MAX_ONNX_BYTES = 512 * 1024 * 1024
 MAX_DIMENSION = 16000  # of pgvector's type vector
+MAX_BATCH_EFFECT = 0.02  # relative to the length of the embedding
 # Operator sets that ONNX Runtime brings itself; any other needs code from elsewhere.
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 INPUT_TYPES = ("tensor(uint8)", "tensor(float)")
@@ -131,7 +132,10 @@ def _specification(
     first = is_channels_first(shape)
     channels = shape[1] if first else shape[3]
     height, width = (shape[2], shape[3]) if first else (shape[1], shape[2])
-    merged = {**metadata.get("input", {}), **given.get("input", {})}
+    described = metadata.get("input") or {}
+    if not isinstance(described, dict):
+        raise ModelError("model's metadata is not understood", detail="Its input is not an object.")
+    merged = {**described, **given.get("input", {})}
     for name, fixed in (("width", width), ("height", height), ("channels", channels)):
         if isinstance(fixed, int):
             if merged.setdefault(name, fixed) != fixed:
@@ -155,23 +159,32 @@ def _specification(
 
 
 def _trial_run(data: bytes, spec: ModelSpec) -> int:
-    """Embed two different images; return the dimension."""
+    """Embed two very different images, alone and together; return the dimension."""
     encoder = Encoder(data, spec)
     shape = (2, spec.input.height, spec.input.width, spec.input.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    result = encoder.embed(pixels)
-    if result.ndim != 2 or result.shape[0] != 2:
+    pixels[1] //= 8
+    alone = np.concatenate([encoder.run(image[None]) for image in pixels])
+    together = encoder.run(pixels) if encoder.max_batch > 1 else alone
+    if len(alone) != 2 or len(together) != 2:
         raise ModelError(
-            f"model's output has shape {list(result.shape)} for two images",
-            detail="An encoder gives one row of numbers for each image.",
+            "model's output is not a batch of embeddings",
+            detail=f"It has shape {list(together.shape)} for two images.",
         )
-    dimension = int(result.shape[1])
+    dimension = int(together.shape[1])
     if not 1 <= dimension <= MAX_DIMENSION:
         raise ModelError(
             f"model's embeddings have {dimension} dimensions",
             sqlstate=PROGRAM_LIMIT_EXCEEDED,
             detail=f"The type vector has at most {MAX_DIMENSION}.",
         )
-    if not np.isfinite(result).all():
+    if not (np.isfinite(together).all() and np.isfinite(alone).all()):
         raise ModelError("model's output is not finite")
+    # Rounding, and the scales of dynamic quantisation, may differ with the batch; no more than that.
+    difference = np.linalg.norm(together - alone, axis=1)
+    if (difference > MAX_BATCH_EFFECT * np.linalg.norm(together, axis=1)).any():
+        raise ModelError(
+            "model's embedding of an image depends on the other images of its batch",
+            hint="Export the model in evaluation mode.",
+        )
     return dimension

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pg_siamese_server import interrupts, models, vectors
 from pg_siamese_server.catalog import Collection, collection_by_name, prepare
 from pg_siamese_server.errors import (
+    FEATURE_NOT_SUPPORTED,
     NO_DATA_FOUND,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     IndexFileError,
@@ -47,6 +48,7 @@ class Request:
         candidates: keys to choose among, or None for all.
         max_distance: the farthest row, or None.
         engine: ``auto``, ``faiss`` or ``pgvector``.
+        integer_keys: whether the caller can take integer keys only.
     """
 
     collection_name: str | None
@@ -57,6 +59,7 @@ class Request:
     candidates: list[Any] | None
     max_distance: float | None
     engine: str | None
+    integer_keys: bool = False
 
     def check(self) -> None:
         """Refuse arguments out of range."""
@@ -102,6 +105,10 @@ def search(plpy: Any, request: Request) -> Answer:
 
 def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
     """One statement reads all that a search must know of its snapshot."""
+    purpose = "state by key" if by_key else "state"
+    plan = collection.plans.get(purpose)
+    if plan is not None:
+        return plan
     stored = "NULL::bigint"
     types = ["text", "xid8"]
     if by_key:
@@ -112,8 +119,7 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
             f" WHERE b.{collection.key_column} = $3)"
         )
     relation = plpy.quote_literal(collection.relation)
-    return prepare(
-        plpy,
+    plan = collection.plans[purpose] = plpy.prepare(
         f"SELECT {stored} AS query_id, c.generation, p.settled, p.opened,"
         " pg_catalog.pg_current_snapshot()::text AS snapshot,"
         " pg_catalog.row_security_active(c.relation) AS is_restricted"
@@ -126,8 +132,9 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
         ") AS p ON c.generation IS NOT NULL"
         f" WHERE c.collection_id = {collection.collection_id} AND c.name = $1"
         f" AND c.model_id = {collection.model_id} AND c.relation = {relation}::pg_catalog.regclass",
-        tuple(types),
+        types,
     )
+    return plan
 
 
 def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
@@ -142,6 +149,12 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
         if collection is None:
             collection = collection_by_name(plpy, name)
             _collections[collection.name] = collection
+        if request.integer_keys and not collection.has_integer_keys:
+            raise SiameseError(
+                f'collection "{collection.name}" has keys of type {collection.key_type}',
+                sqlstate=FEATURE_NOT_SUPPORTED,
+                hint="Use similar_rows.",
+            )
         changes = _changes.get(collection.collection_id)
         values = [collection.name, str(changes.horizon if changes else 0)]
         if request.key is not None:
@@ -243,7 +256,9 @@ def _with_pgvector(
     if request.key is not None:
         where.clauses.append(f"{key} <> {where.parameter('bigint', request.key)}")
     if request.max_distance is not None:
-        where.clauses.append(f"{distance} <= {where.parameter('real', request.max_distance)}")
+        # As real, which is what callers see of it.
+        limit = where.parameter("real", request.max_distance)
+        where.clauses.append(f"{distance}::real <= {limit}")
     condition = f" WHERE {' AND '.join(where.clauses)}" if where.clauses else ""
     shown, tie = key, key
     if not collection.has_integer_keys:

@@ -7,6 +7,7 @@ Every command takes `--dsn`, a libpq connection string; what it leaves out comes
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pg_siamese.search import Answer, Collection
 
 INTERRUPTED = 130
+SHEET_NEIGHBOURS = 64  # a sheet is for looking at
 
 
 class Commands(TyperGroup):
@@ -186,7 +188,7 @@ def query(
     engine: Annotated[Engine, typer.Option(help="What answers.")] = Engine.AUTO,
     sheet: Annotated[
         Path | None,
-        typer.Option(help="Write query and neighbours to this PNG file.", show_default=False),
+        typer.Option(help="Draw query and neighbours (at most 64) as PNG.", show_default=False),
     ] = None,
     dsn: Dsn = None,
 ) -> None:
@@ -230,7 +232,7 @@ def _write_sheet(
     from pg_siamese.figures import SheetRow, contact_sheet
     from pg_siamese.search import display_pixels, sheet_neighbours
 
-    neighbours = sheet_neighbours(connection, collection, answers)
+    neighbours = sheet_neighbours(connection, collection, answers[:SHEET_NEIGHBOURS])
     contact_sheet([SheetRow(name, display_pixels(data), label, neighbours)], sheet)
 
 
@@ -279,6 +281,8 @@ def _readable(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, datetime):
+        return value.astimezone().isoformat(" ", "seconds")
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

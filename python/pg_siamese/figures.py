@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ QUERY_GAP_INCHES = 0.3
 TITLE_INCHES = 0.5
 LEGEND_INCHES = 0.15
 LABEL_WIDTH = 22
+# Neighbours beside each other; more go on in the next line.
+COLUMNS = 8
 # Below this many pixels a side, blocks are clearer than a blur.
 SMALL_IMAGE = 160
 
@@ -89,12 +92,14 @@ def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = max(len(row.neighbours) for row in rows)
-    row_height = ROW_NAME_INCHES + CELL_INCHES + TEXT_INCHES
+    columns = min(COLUMNS, max(len(row.neighbours) for row in rows))
+    line_height = CELL_INCHES + TEXT_INCHES
+    lines = [max(1, math.ceil(len(row.neighbours) / COLUMNS)) for row in rows]
     head = TITLE_INCHES if title else 0.1
     width = 2 * MARGIN_INCHES + CELL_INCHES
     width += columns * (CELL_INCHES + GAP_INCHES) + (QUERY_GAP_INCHES if columns else 0)
-    height = head + len(rows) * row_height + LEGEND_INCHES + MARGIN_INCHES
+    height = head + len(rows) * ROW_NAME_INCHES + sum(lines) * line_height
+    height += LEGEND_INCHES + MARGIN_INCHES
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
 
@@ -106,8 +111,8 @@ def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
         figure.text(
             MARGIN_INCHES / width, 1 - 0.3 / height, title, size=13, weight="bold", va="center"
         )
-    for number, row in enumerate(rows):
-        top = head + number * row_height
+    top = head
+    for row, row_lines in zip(rows, lines, strict=True):
         figure.text(
             MARGIN_INCHES / width,
             1 - (top + ROW_NAME_INCHES * 0.45) / height,
@@ -121,15 +126,22 @@ def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
         _draw_cell(
             cell(MARGIN_INCHES, top), row.pixels, QUERY_COLOUR, "solid", row.label or "", "query"
         )
-        for column, neighbour in enumerate(row.neighbours):
+        for number, neighbour in enumerate(row.neighbours):
+            line, column = divmod(number, COLUMNS)
             left = MARGIN_INCHES + QUERY_GAP_INCHES + (column + 1) * (CELL_INCHES + GAP_INCHES)
             colour, style = _frame(row.label, neighbour.label)
-            measure = f"distance {neighbour.distance:.3f}"
+            measure = f"distance {neighbour.distance:.4f}"
             if neighbour.similarity is not None:
                 measure += f"  ·  match {neighbour.similarity:.0%}"
             _draw_cell(
-                cell(left, top), neighbour.pixels, colour, style, neighbour.label or "", measure
+                cell(left, top + line * line_height),
+                neighbour.pixels,
+                colour,
+                style,
+                neighbour.label or "",
+                measure,
             )
+        top += row_lines * line_height
     _draw_legend(figure, rows, height)
     return figure
 

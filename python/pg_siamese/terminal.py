@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import psycopg
@@ -29,7 +32,9 @@ PROGRESS_NOTICE = re.compile(r"^(?P<what>.+): \d+% \((?P<done>\d+) of (?P<total>
 
 def output() -> Console:
     """The console for results; made anew, since tests exchange ``sys.stdout``."""
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    # A file or a pipe has no width of its own to wrap at.
+    return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def errors() -> Console:
@@ -66,13 +71,27 @@ def notice_bar(connection: psycopg.Connection[Any], description: str) -> Iterato
             yield
         finally:
             connection.remove_notice_handler(show)
+        # The server reports now and then, not at the end; of short work it reports nothing.
+        total = progress.tasks[task].total or 1
+        progress.update(task, completed=total, total=total)
+
+
+class _Count(ProgressColumn):
+    """How many of how many, where that is known."""
+
+    def render(self, task: Task) -> Text:
+        """The text for a task."""
+        if task.total is None or task.total <= 1:
+            return Text("")
+        return Text(f"{task.completed:,.0f} of {task.total:,.0f}")
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        _Count(),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     )

@@ -27,6 +27,8 @@ from pg_siamese.sources import png
 from tests.conftest import Connection
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from typer.testing import Result
 
 
@@ -44,7 +46,8 @@ def fails(*arguments: str) -> str:
     """Run a command that must fail as it should; return its error, which is one line."""
     result = run(*arguments)
     assert result.exit_code == 1, result.output
-    lines = [line for line in result.stderr.splitlines() if "━" not in line]
+    # Progress bars are on stderr too.
+    lines = [line for line in result.stderr.splitlines() if not re.search(r"━|\d% ", line)]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
@@ -229,7 +232,8 @@ def loaded(dsn: str, tmp_path: Path) -> str:
 
 def answers(output: str) -> list[list[str]]:
     """The cells of the table that query prints."""
-    return [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()[1:]]
+    lines = [line.strip() for line in output.splitlines()[1:]]
+    return [re.split(r"\s{2,}", line) for line in lines if line[:1].isdigit()]
 
 
 def test_a_stored_image_finds_itself_by_file_but_not_by_id(
@@ -436,3 +440,29 @@ def fails_at_the_end(*arguments: str) -> str:
     result = run(*arguments)
     assert result.exit_code == 1, result.output
     return result.stderr.splitlines()[-1]
+
+
+# --- other roles ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(loaded: str, db: Connection) -> Iterator[str]:
+    """A connection string for a role that may search."""
+    db.execute("CREATE ROLE cli_reader LOGIN")
+    try:
+        db.execute("SELECT siamese.grant_usage('cli_reader')")
+        yield make_conninfo(loaded, user="cli_reader")
+    finally:
+        db.execute("DROP OWNED BY cli_reader")
+        db.execute("DROP ROLE cli_reader")
+
+
+def test_a_reader_can_query_and_nothing_else(reader: str, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    found = answers(works("query", "--id", "1", "-k", "3", "--sheet", str(sheet), "--dsn", reader))
+    assert len(found) == 3
+    assert sheet.exists()
+    assert "permission denied" in fails("build-index", "--dsn", reader)
+    assert "permission denied" in fails("status", "--dsn", reader)
+    folder = str(picture_folder(tmp_path / "pets"))
+    assert "permission denied" in fails("load", folder, "--dsn", reader)

@@ -99,6 +99,17 @@ def test_rows_may_have_different_numbers_of_neighbours() -> None:
     assert len(figure.axes) == 3 + 1 + 2 + 1
 
 
+def test_many_neighbours_take_several_lines() -> None:
+    """A picture as wide as a hundred images would be no use."""
+    few, many = draw_sheet([row("a", *"b" * 8)]), draw_sheet([row("a", *"b" * 20)])
+    assert many.get_figwidth() == few.get_figwidth()
+    assert len(many.axes) == 21
+    tops = {round(axes.get_position().y1, 3) for axes in many.axes}
+    assert len(tops) == 3
+    boxes = [axes.get_position() for axes in many.axes]
+    assert all(box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0 and box.y1 <= 1 for box in boxes)
+
+
 def test_the_grey_scale_is_not_stretched() -> None:
     # A dark image stays dark: its own range isn't taken as black to white.
     figure = draw_sheet([row("a", pixels=np.full((28, 28), 40, np.uint8))])

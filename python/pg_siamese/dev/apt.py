@@ -15,6 +15,7 @@ from pg_siamese.dev.report import SetupError, clean_environment, run, step
 
 _LISTS = Path("/var/lib/apt/lists")
 _CREATE_CLUSTER = Path("/etc/postgresql-common/createcluster.conf")
+_RETRIES = ("-o", "Acquire::Retries=3")
 _NETWORK = "check the network (and http_proxy, where there is a proxy), then run it again"
 
 
@@ -38,11 +39,11 @@ def os_release() -> dict[str, str]:
 def update() -> None:
     """Refresh the system's package lists. Raises `SetupError`."""
     with step("Refreshing the package lists"):
-        run(
-            ["apt-get", "update", "-qq"],
-            env=_environment(),
-            failure=f"apt-get update failed: {_NETWORK}",
-        )
+        failure = f"apt-get update failed: {_NETWORK}"
+        run(["apt-get", "update", "-qq", *_RETRIES], env=_environment(), failure=failure)
+        # apt only warns of archives that it can't reach; one of several may be dispensable.
+        if not any(_LISTS.glob("*_Packages*")):
+            raise SetupError(failure)
 
 
 def candidate(package: str) -> str | None:
@@ -75,7 +76,7 @@ def install(packages: Sequence[str], what: str) -> None:
             f"  ask an administrator to run: apt-get install --no-install-recommends {names}"
         )
     command = ["apt-get", "install", "-qq", "-y", "--no-install-recommends"]
-    command += ["-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=120", *packages]
+    command += ["-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=120", *_RETRIES, *packages]
     failure = f"apt-get could not install {names}: {_NETWORK}"
 
     def attempt() -> None:
@@ -235,7 +236,7 @@ class PrivateApt:
     def get(self, *arguments: str, failure: str) -> list[Path]:
         """Run apt-get here and return the files in the download folder. Raises `SetupError`."""
         run(
-            ["apt-get", "-c", self._config, "-qq", *arguments],
+            ["apt-get", "-c", self._config, "-qq", *_RETRIES, *arguments],
             cwd=self.folder / "download",
             env=_environment(),
             failure=f"{failure}: {_NETWORK}",

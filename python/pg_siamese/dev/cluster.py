@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -165,6 +166,7 @@ class Cluster:
         if self.running():
             return False
         self._check_version()
+        self._remove_stale_pid_file()
         self._write_configuration()
         self._check_socket()
         try:
@@ -182,6 +184,8 @@ class Cluster:
         if not self.running():
             return False
         self._run("pg_ctl", "stop", "-w", "-t", "120", "-D", self.data, "-m", mode)
+        if self.socket_folder.parent != self.folder:
+            shutil.rmtree(self.socket_folder, ignore_errors=True)
         return True
 
     def restart(self) -> None:
@@ -212,8 +216,6 @@ class Cluster:
         """Stop the server and remove the folder with everything in it."""
         with contextlib.suppress(SetupError):
             self.stop("immediate")
-        if self.socket_folder.parent != self.folder:
-            shutil.rmtree(self.socket_folder, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- SQL ------------------------------------------------------------------------------------
@@ -296,6 +298,20 @@ class Cluster:
                 "restore into a new folder"
             )
 
+    def _remove_stale_pid_file(self) -> None:
+        """Remove what a killed server left, once none of its processes is there any more.
+
+        PostgreSQL refuses to start where the number in the file belongs to any process of the
+        same user: another program by now, or a zombie in a container without an init.
+        """
+        file = self.data / "postmaster.pid"
+        deadline = time.monotonic() + 5
+        while file.exists() and time.monotonic() < deadline:
+            if not _processes_in(self.data):
+                file.unlink()
+            else:  # they notice within moments that their parent is gone
+                time.sleep(0.05)
+
     def _write_configuration(self) -> None:
         settings = self.settings | {
             "listen_addresses": "",
@@ -327,7 +343,10 @@ class Cluster:
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(str(path))
-            except OSError:
+            except (ConnectionRefusedError, FileNotFoundError):
+                # Nobody listens: what is there was left by a killed server.
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + ".lock").unlink(missing_ok=True)
                 return
         raise SetupError(f"another server listens on {path}: stop it first")
 
@@ -336,6 +355,16 @@ class Cluster:
             lines = self.log.read_text(errors="replace").splitlines()[-10:]
             return f"the end of {self.log}:" + "".join(f"\n  | {line}" for line in lines)
         return f"there is no log file {self.log}"
+
+
+def _processes_in(folder: Path) -> list[int]:
+    """Return the processes whose working folder this is: of a server, that is its data folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone, or another user's
+            if os.readlink(entry / "cwd") == str(folder):
+                found.append(int(entry.name))
+    return found
 
 
 def _quote(value: str) -> str:
@@ -356,7 +385,7 @@ def create_database(cluster: Cluster, database: str = DATABASE) -> None:
     there = cluster.sql(
         "SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'", database
     )
-    note = cluster.folder / f"extension-{database}.sha256"
+    note = cluster.folder / f"extension-{quote(database, safe='')}.sha256"
     script = cluster.installation.extensions / f"pg_siamese--{version()}.sql"
     current = hashlib.sha256(script.read_bytes()).hexdigest()
     if not there:

@@ -99,6 +99,11 @@ def main(arguments: Collection[str] | None = None) -> int:
         ensure(extras)
         if chosen.bench:
             ensure_fashion_mnist()
+        elif chosen.test:
+            try:
+                ensure_fashion_mnist()
+            except SetupError as error:
+                say(f"Without Fashion-MNIST some tests are skipped; {error}")
     except (SetupError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:

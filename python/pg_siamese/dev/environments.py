@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pg_siamese.dev.project import ROOT, Stamp, digest
-from pg_siamese.dev.report import SetupError, clean_environment, run, say, step
+from pg_siamese.dev.report import SetupError, run, say, step
 
 CONSTRAINTS = ROOT / "python" / "constraints.txt"
 _FAILED = (
@@ -42,7 +42,8 @@ def _pip(venv: Path, what: str, *arguments: str | Path, constrained: bool = True
     command += ["--no-input", "--disable-pip-version-check", "--no-warn-script-location"]
     if constrained:
         command += ["--constraint", CONSTRAINTS]
-    run([*command, *arguments], env=clean_environment(), failure=_FAILED.format(what=what))
+    # Three lines: the last of pip's retries says the cause, and pip's own conclusion follows.
+    run([*command, *arguments], failure=_FAILED.format(what=what), lines=3)
 
 
 def make_server(venv: Path) -> None:

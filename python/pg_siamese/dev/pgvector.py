@@ -69,7 +69,7 @@ def _build(system: Installation, built: Path) -> None:
         apt.private_apt([archive.stanza("deb-src", [_SUITE])]) as private,
         tempfile.TemporaryDirectory(prefix="pg_siamese-pgvector-") as name,
     ):
-        private.get("update", failure=failure)
+        private.get("update", "-o", "APT::Update::Error-Mode=any", failure=failure)
         files = private.get("source", "--download-only", "pgvector", failure=failure)
         tarball = next(file for file in files if ".orig.tar." in file.name)
         source, tree = Path(name) / "source", Path(name) / "tree"

@@ -49,10 +49,11 @@ def run(
     failure: str,
     cwd: Path | str | None = None,
     env: Mapping[str, str] | None = None,
+    lines: int = 12,
 ) -> str:
     """Run a program and return its standard output; say nothing unless it fails.
 
-    Raises `SetupError` that starts with `failure` and ends with the program's last lines.
+    Raises `SetupError` that starts with `failure` and ends with the program's last `lines`.
     """
     words = [str(word) for word in command]
     try:
@@ -68,8 +69,8 @@ def run(
     except OSError as error:
         raise SetupError(f"{failure}\n  {words[0]}: {error.strerror}") from None
     if done.returncode:
-        last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-12:]
-        detail = "".join(f"\n  | {line}" for line in last)
+        last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        detail = "".join(f"\n  | {line}" for line in last[-lines:])
         raise SetupError(f"{failure}\n  command: {shlex.join(words)}{detail}")
     return done.stdout
 

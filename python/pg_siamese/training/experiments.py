@@ -47,7 +47,7 @@ class Experiment:
     dropout: float = 0.0
     margin: float = 0.2
     scale: float = 16.0
-    balance: float = 0.5
+    balance: float = 1.0
     batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -117,7 +117,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Scientific Data 10:41, 2023). Train without the HAM10000 file for a model that is "
             "free of this restriction."
         ),
-        epochs=30,
+        epochs=20,
     ),
     "fashion_mnist": Experiment(
         name="fashion_mnist",
@@ -135,7 +135,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "The validation part is held out of the 60,000 train images, which are the gallery's "
             "source too."
         ),
-        epochs=12,
+        epochs=8,
         balance=0.0,
         batch_size=256,
         validate_every=4,
