@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shlex
 import time
@@ -18,7 +19,9 @@ from rich.markup import escape
 from pg_siamese import datasets
 from pg_siamese.connection import CommandError, schema_prefix
 from pg_siamese.datasets import DataNotFoundError, LabelledImages
+from pg_siamese.dev.deps import ensure_fashion_mnist
 from pg_siamese.dev.project import ROOT
+from pg_siamese.dev.report import SetupError
 from pg_siamese.figures import SheetRow, contact_sheet
 from pg_siamese.loading import LoadReport, find_target, load_part
 from pg_siamese.models import register
@@ -122,6 +125,8 @@ def find_data() -> DemoData:
             if stand_in in sets:
                 console.print(f"{stand_in} stands in for {name}, which is not here")
         return DemoData("medical", "medmnist", sets)
+    with contextlib.suppress(SetupError):  # load_fashion_mnist says what is missing
+        ensure_fashion_mnist()
     try:
         fashion = {split: datasets.load_fashion_mnist(split) for split in ("train", "test")}
     except DataNotFoundError as error:
