@@ -65,6 +65,8 @@ AS $$
 DECLARE
     found siamese.collections;
     known integer;
+    keys text[];
+    distances real[];
     relation oid := (SELECT t.typrelid FROM pg_catalog.pg_type AS t WHERE t.oid = pg_catalog.pg_typeof($1));
 BEGIN
     SELECT pg_catalog.count(*) INTO known FROM siamese.collections AS c
@@ -78,12 +80,16 @@ BEGIN
     END IF;
     SELECT c.* INTO found FROM siamese.collections AS c
     WHERE c.relation = relation AND (collection IS NULL OR c.name = collection);
+    -- First by itself: joined to an empty table, the search would never run, and a bad image go unnoticed.
+    SELECT pg_catalog.array_agg(s.key ORDER BY s.rank), pg_catalog.array_agg(s.distance ORDER BY s.rank)
+    INTO keys, distances
+    FROM siamese._similar_keys(image, k, found.name, filter, candidates, max_distance, engine) AS s;
     RETURN QUERY EXECUTE pg_catalog.format(
-        'SELECT b, s.distance
-        FROM siamese._similar_keys($1, $2, $3, $4, $5, $6, $7) AS s
-        INNER JOIN %s AS b ON b.%I = s.key::%s
-        ORDER BY s.rank', found.relation, found.key_column, found.key_type)
-    USING image, k, found.name, filter, candidates, max_distance, engine;
+        'SELECT b, u.distance
+        FROM unnest($1::%1$s[], $2) WITH ORDINALITY AS u (key, distance, rank)
+        INNER JOIN %2$s AS b ON b.%3$I = u.key
+        ORDER BY u.rank', found.key_type, found.relation, found.key_column)
+    USING keys, distances;
 END
 $$;
 COMMENT ON FUNCTION siamese.similar_rows(anyelement, bytea, integer, text, jsonb, text[], real, text)

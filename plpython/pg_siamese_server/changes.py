@@ -266,6 +266,7 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     )
     total = int(plpy.execute(f"SELECT count(*) AS n {missing}")[0]["n"])
     if not total:
+        _forget_old_failures(plpy, collection)
         return 0
     # Rows that failed before come last, so that they never keep others out.
     limit = "" if max_rows is None else (
@@ -277,6 +278,7 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
         f"SELECT b.{key} AS key, b.{image} AS image {missing}{limit} FOR SHARE OF b SKIP LOCKED"
     )
     stored = embed_rows(plpy, collection, cursor, min(total, max_rows or total))
+    _forget_old_failures(plpy, collection)
     left = int(
         plpy.execute(
             f"SELECT count(*) AS n {missing} AND NOT EXISTS (SELECT FROM siamese.failures AS f"
@@ -290,3 +292,13 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
             hint="Call backfill again.",
         )
     return stored
+
+
+def _forget_old_failures(plpy: Any, collection: Collection) -> None:
+    """Remove failures of rows that have a vector now, or are gone."""
+    plpy.execute(
+        f"DELETE FROM siamese.failures AS f WHERE f.collection_id = {collection.collection_id}"
+        f" AND NOT EXISTS (SELECT FROM {collection.relation} AS b"
+        f" WHERE b.{collection.key_column} = f.key::{collection.key_type} AND NOT EXISTS"
+        f" (SELECT FROM {collection.embeddings} AS e WHERE e.key = b.{collection.key_column}))"
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +17,14 @@ from numpy.typing import NDArray
 
 from pg_siamese_server.errors import ImageError, ModelError
 from pg_siamese_server.images import InputSpec
-from pg_siamese_server.interrupts import PIECE_SECONDS, signals_blocked
+from pg_siamese_server.interrupts import PIECE_SECONDS, pending, signals_blocked
 
 METADATA_KEY = "pg_siamese"
 METRICS = ("cosine", "l2")
 MAX_BATCH = 64
 # Pre-packed weights are a private copy in every session: worth it for small encoders only.
 PREPACK_BELOW_BYTES = 16 * 1024 * 1024
+WATCH_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,15 @@ class Encoder:
             return self.max_batch if self._fixed_batch else 1
         return max(1, min(self.max_batch, int(PIECE_SECONDS / self._seconds_per_image)))
 
-    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def run(
+        self, pixels: NDArray[np.uint8], poll: Callable[[], None] | None = None
+    ) -> NDArray[np.float32]:
         """Embed one batch in one call of ONNX Runtime.
 
         Args:
             pixels: uint8 (batch, height, width, channels) as :func:`decode_image` makes them.
+            poll: called where PostgreSQL has an interrupt waiting during the run of a slow graph;
+                may raise to leave.
 
         Returns:
             float32 (batch, dimension).
@@ -195,12 +202,7 @@ class Encoder:
             pixels = np.concatenate([pixels, filler])
         values = pixels_to_input(pixels, self._input.shape, self._input.type, self.spec)
         started = time.perf_counter()
-        try:
-            (result,) = self._session.run([self._output], {self._input.name: values})
-        except Exception as error:  # as above
-            raise ModelError(
-                "ONNX Runtime cannot run the model", detail=str(error).splitlines()[0][:300]
-            ) from None
+        result = self._run({self._input.name: values}, poll)
         if not isinstance(result, np.ndarray) or result.ndim != 2 or result.dtype.kind not in "fiu":
             raise ModelError(
                 "model's output is not a batch of embeddings",
@@ -212,6 +214,25 @@ class Encoder:
         previous = self._seconds_per_image
         self._seconds_per_image = per_image if not previous else (previous + per_image) / 2
         return np.ascontiguousarray(result[:count], dtype=np.float32)
+
+    def _run(self, feed: dict[str, NDArray[Any]], poll: Callable[[], None] | None) -> Any:
+        """Run the graph; leave a slow one, or one of unknown speed, when an interrupt waits."""
+        options = onnxruntime.RunOptions()
+        watched = poll is not None and not 0 < self._seconds_per_image <= PIECE_SECONDS
+        try:
+            if not watched:
+                return self._session.run([self._output], feed)[0]
+            with _left_on_interrupt(options):
+                return self._session.run([self._output], feed, options)[0]
+        except Exception as error:  # as above
+            if not options.terminate:
+                raise ModelError(
+                    "ONNX Runtime cannot run the model", detail=str(error).splitlines()[0][:300]
+                ) from None
+        assert poll is not None
+        poll()
+        # It was none that cancels.
+        return self._run(feed, None)
 
     def embed(
         self, pixels: NDArray[np.uint8], poll: Callable[[], None] | None = None
@@ -229,11 +250,32 @@ class Encoder:
         start = 0
         while start < len(pixels):
             batch = self.batch_size()
-            parts.append(self.run(pixels[start : start + batch]))
+            parts.append(self.run(pixels[start : start + batch], poll))
             start += batch
             if poll:
                 poll()
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+
+@contextmanager
+def _left_on_interrupt(options: onnxruntime.RunOptions) -> Iterator[None]:
+    """Let a thread end a run, with an error, when PostgreSQL has an interrupt waiting."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_SECONDS):
+            if pending():
+                options.terminate = True
+                return
+
+    thread = threading.Thread(target=watch)
+    with signals_blocked():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _described(output: Any) -> str:

@@ -27,7 +27,8 @@ from pg_siamese_server.images import decode_image
 MAX_OPEN_ENCODERS = 4
 
 _specs: dict[int, ModelSpec] = {}
-_encoders: OrderedDict[str, Encoder] = OrderedDict()
+# One ONNX file may serve several models that differ in how it is fed.
+_encoders: OrderedDict[tuple[str, ModelSpec], Encoder] = OrderedDict()
 
 
 def spec(plpy: Any, model_id: int) -> ModelSpec:
@@ -51,7 +52,8 @@ def encoder(plpy: Any, model_id: int) -> Encoder:
     if not rows:
         raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
     sha256 = rows[0]["sha256"]
-    found = _encoders.get(sha256)
+    key = (sha256, spec(plpy, model_id))
+    found = _encoders.get(key)
     if found is None:
         plan = prepare(plpy, "SELECT onnx FROM siamese.models WHERE model_id = $1", ("integer",))
         data = plan.execute([model_id])[0]["onnx"]
@@ -61,12 +63,12 @@ def encoder(plpy: Any, model_id: int) -> Encoder:
                 sqlstate=DATA_CORRUPTED,
                 hint="Restore the row of siamese.models from a backup.",
             )
-        found = Encoder(data, spec(plpy, model_id))
+        found = Encoder(data, key[1])
         while len(_encoders) >= MAX_OPEN_ENCODERS:
             _encoders.popitem(last=False)
-        _encoders[sha256] = found
+        _encoders[key] = found
     else:
-        _encoders.move_to_end(sha256)
+        _encoders.move_to_end(key)
     return found
 
 

@@ -49,7 +49,7 @@ def write_card(
         f"{experiment.stem[0]} channels, residual blocks of "
         f"{', '.join(str(c) for c, _ in experiment.stages)} channels, mean, linear layer |",
         f"| Speed | {speed:,.0f} images a second on one thread of ONNX Runtime at batch 32, where "
-        "it was trained |",
+        "it was trained (CPU time) |",
         f"| Agreement with PyTorch | cosine of at least {cosine:.6f} |",
         "",
         "## Intended use",
@@ -64,8 +64,8 @@ def write_card(
         f" over 'which class of which data set' ({len(metadata['classes'])} classes), "
         f"{experiment.epochs} epochs of AdamW, batches of {experiment.batch_size}, random flips, "
         "rotation, shift, zoom, brightness and contrast; the exponential moving average of the "
-        "weights is what was exported. Settings were chosen on the validation splits; the test "
-        "splits were used for this card only.",
+        f"weights is what was exported. {_draws(experiment.balance)} Settings were chosen on the "
+        "validation splits, none on the test splits.",
         "",
         "| data set | train | validation | test | licence |",
         "| --- | --- | --- | --- | --- |",
@@ -124,3 +124,11 @@ def write_card(
     path = model.with_suffix(".md")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def _draws(balance: float) -> str:
+    if balance == 0:
+        return "Every image is equally likely to be drawn."
+    if balance == 1:
+        return "Every class is equally likely to be drawn."
+    return f"A class of n images is drawn in proportion to n ** {1 - balance:g}."
