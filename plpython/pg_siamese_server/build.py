@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +28,8 @@ MIN_READ_ROWS = 500
 READ_IDS = 20_000
 FLAT_BELOW = 10_000  # a scan of so few takes no longer than a walk through a graph
 NOTICE_SECONDS = 1.0
-CALIBRATION_QUERIES = 200
+CALIBRATION_QUERIES = 1_000
+SEARCH_AT_ONCE = 50
 NEIGHBOURS = 10
 BREADTHS = (10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 
@@ -97,9 +99,14 @@ def build_index(
     poll = partial(interrupts.check, plpy)
     rows, matrix = _read(plpy, collection)
     matrix = vectors.prepare(matrix, collection.metric)
-    unique = _share_equal_vectors(rows, matrix, poll)
-    progress = _Progress(plpy, collection.name, max(1, len(unique)), started)
-    index, ef_search, recall = _index(unique, options, progress, poll)
+    matrix, slots = _share_equal_vectors(matrix, poll)
+    levels = None
+    if len(matrix) >= FLAT_BELOW:
+        matrix, slots, levels = _from_top_to_bottom(matrix, slots, options.m)
+    if slots is not None:
+        rows.place(slots, len(matrix))
+    progress = _Progress(plpy, collection.name, max(1, len(matrix)), started)
+    index, ef_search, recall = _index(matrix, levels, options, progress, poll)
     is_flat = ef_search is None
 
     generation = int(
@@ -133,7 +140,7 @@ def build_index(
             collection.collection_id,
             build_id,
             len(rows.embedding_ids),
-            len(unique),
+            len(matrix),
             "flat" if is_flat else "hnsw",
             None if is_flat else options.m,
             None if is_flat else options.ef_construction,
@@ -212,17 +219,18 @@ def _read(plpy: Any, collection: Collection) -> tuple[Rows, NDArray[np.float32]]
 
 
 def _share_equal_vectors(
-    rows: Rows, matrix: NDArray[np.float32], poll: index_file.Poll
-) -> NDArray[np.float32]:
-    """Keep one of each group of equal vectors, and note in ``rows`` who shares it.
+    matrix: NDArray[np.float32], poll: index_file.Poll
+) -> tuple[NDArray[np.float32], NDArray[np.int32] | None]:
+    """Keep one of each group of equal vectors.
 
-    Copies of an image fill each other's neighbour lists and cut the graph into islands.
+    Copies of an image would fill each other's neighbour lists and cut the graph into islands.
 
     Returns:
-        float32 (distinct vectors, dimension).
+        The distinct vectors, float32 (distinct, dimension), and which of them each row has, int32
+        (rows,), or None where all are distinct.
     """
     if len(matrix) < 2:
-        return matrix
+        return matrix, None
     odd = np.random.default_rng(0).integers(1, 2**62, matrix.shape[1], dtype=np.uint64) * 2 + 1
     hashes = np.empty(len(matrix), dtype=np.uint64)
     block = max(1, READ_VALUES // matrix.shape[1])
@@ -235,30 +243,53 @@ def _share_equal_vectors(
     close = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) + 1
     same[close] = (matrix[order[close]] == matrix[order[close - 1]]).all(axis=1)
     if not same.any():
-        return matrix
+        return matrix, None
     first = order[~same]  # of each group, in the order of hashes
     group = np.cumsum(~same) - 1
     rank = np.empty(len(first), dtype=np.int32)
     rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
     slots = np.empty(len(matrix), dtype=np.int32)
     slots[order] = rank[group]
-    rows.slots = slots
-    return np.ascontiguousarray(matrix[np.sort(first)])
+    return np.ascontiguousarray(matrix[np.sort(first)]), slots
+
+
+def _from_top_to_bottom(
+    matrix: NDArray[np.float32], slots: NDArray[np.int32] | None, m: int
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
+    """Draw each vector's level in the graph, and put the vectors in the order of their levels.
+
+    FAISS inserts the highest levels of a call first, which makes a better graph than insertion by
+    chance. Since we insert in many calls, to be able to leave in between, we sort beforehand.
+
+    Returns:
+        The vectors, which of them each row has, and their levels, counted from 1 as FAISS does.
+    """
+    # Geometric with ratio 1/m: Malkov and Yashunin, arXiv 1603.09320, section 4.1.
+    uniform = 1 - np.random.default_rng(0).random(len(matrix))
+    levels = np.floor(-np.log(uniform) / np.log(m)).astype(np.int32) + 1
+    order = np.argsort(-levels, kind="stable")
+    place = np.empty(len(order), dtype=np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
+    return matrix[order], place if slots is None else place[slots], levels[order]
 
 
 def _index(
-    matrix: NDArray[np.float32], options: Options, progress: _Progress, poll: index_file.Poll
+    matrix: NDArray[np.float32],
+    levels: NDArray[np.int32] | None,
+    options: Options,
+    progress: _Progress,
+    poll: index_file.Poll,
 ) -> tuple[Any, int | None, float]:
     """Return an index, efSearch for ten neighbours (None for a flat index) and its recall."""
-    if len(matrix) < FLAT_BELOW:
+    if levels is None:
         return _flat(matrix), None, 1.0
     index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
     index.hnsw.efConstruction = options.ef_construction
+    levels = np.minimum(levels, index.hnsw.assign_probas.size())
     for start, end in _portions(len(matrix)):
-        with signals_blocked():
-            faiss.omp_set_num_threads(options.threads)
+        faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
+        with _threads(options.threads):
             index.add(matrix[start:end])
-            faiss.omp_set_num_threads(1)
         poll()
         progress.report(end)
     ef_search, recall = _calibrate(index, matrix, options, poll)
@@ -301,22 +332,17 @@ def _calibrate(
         efSearch for ten neighbours, and the recall at 10 measured with it.
     """
     generator = np.random.default_rng(0)
-    places = generator.choice(len(matrix), CALIBRATION_QUERIES, replace=False)
-    queries = matrix[places].copy()
-    half = CALIBRATION_QUERIES // 2
-    for query in range(half):
-        near = _search(index, queries[query : query + 1], 6, 64)
-        poll()
-        queries[query] = (queries[query] + matrix[near[-1]]) / 2
-    truth = _exact(matrix, queries, poll)
+    count = min(CALIBRATION_QUERIES, len(matrix))
+    queries = matrix[generator.choice(len(matrix), count, replace=False)]
+    half = count // 2
+    near = _search(index, queries[:half], NEIGHBOURS, BREADTHS[-1], options, poll)
+    queries[:half] = (queries[:half] + matrix[near[:, NEIGHBOURS // 2]]) / 2
+    truth = _exact(matrix, queries, options, poll)
     best = (BREADTHS[-1], 0.0)
     for breadth in BREADTHS:
-        hits = []
-        for query in range(len(queries)):
-            found = _search(index, queries[query : query + 1], NEIGHBOURS, breadth)
-            hits.append(len(np.intersect1d(found, truth[query])) / NEIGHBOURS)
-            poll()
-        recall = float(min(np.mean(hits[:half]), np.mean(hits[half:])))
+        found = _search(index, queries, NEIGHBOURS, breadth, options, poll)
+        hits = (found[:, :, None] == truth[:, None, :]).any(axis=2).mean(axis=1)
+        recall = float(min(hits[:half].mean(), hits[half:].mean()))
         if recall > best[1]:
             best = (breadth, recall)
         if recall >= options.target_recall:
@@ -324,27 +350,55 @@ def _calibrate(
     return best
 
 
-def _search(index: Any, query: NDArray[np.float32], count: int, breadth: int) -> NDArray[np.int64]:
+def _search(
+    index: Any,
+    queries: NDArray[np.float32],
+    count: int,
+    breadth: int,
+    options: Options,
+    poll: index_file.Poll,
+) -> NDArray[np.int64]:
+    """Return the neighbours that the graph finds; int64 (queries, count)."""
     parameters = faiss.SearchParametersHNSW()
     parameters.efSearch = breadth
-    found: NDArray[np.int64] = index.search(query, count, params=parameters)[1][0]
-    return found
+    found = []
+    for start in range(0, len(queries), SEARCH_AT_ONCE):
+        with _threads(options.threads):
+            part = queries[start : start + SEARCH_AT_ONCE]
+            found.append(index.search(part, count, params=parameters)[1])
+        poll()
+    return np.concatenate(found)
 
 
 def _exact(
-    matrix: NDArray[np.float32], queries: NDArray[np.float32], poll: index_file.Poll
+    matrix: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    options: Options,
+    poll: index_file.Poll,
 ) -> NDArray[np.int64]:
     """Return the true nearest neighbours of queries; int64 (queries, NEIGHBOURS)."""
-    block = max(1_000, 4_000_000 // matrix.shape[1])
+    block = max(1_000, 1_000_000 // matrix.shape[1])
     distances, places = [], []
     for start in range(0, len(matrix), block):
         part = matrix[start : start + block]
-        near, where = faiss.knn(queries, part, min(NEIGHBOURS, len(part)))
+        with _threads(options.threads):
+            near, where = faiss.knn(queries, part, min(NEIGHBOURS, len(part)))
         distances.append(near)
         places.append(where + start)
         poll()
     order = np.argsort(np.concatenate(distances, axis=1), axis=1)[:, :NEIGHBOURS]
     return np.take_along_axis(np.concatenate(places, axis=1), order, axis=1)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let FAISS use threads, for builds only; they never handle PostgreSQL's signals."""
+    with signals_blocked():
+        faiss.omp_set_num_threads(count)
+        try:
+            yield
+        finally:
+            faiss.omp_set_num_threads(1)
 
 
 def _make_current(

@@ -13,19 +13,21 @@ _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
 MAX_PLANS = 200
 OPERATORS = {"cosine": "<=>", "l2": "<->"}
 
+# Run with the caller's search_path. Casts to the very types that PostgreSQL's own functions and
+# operators take leave no better match for those of somebody else, in another schema of that path.
 COLLECTION_QUERY = """
 SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
-    quote_ident(n.nspname) || '.' || quote_ident(r.relname) AS relation,
-    quote_ident(c.key_column) AS key_column, c.key_type,
-    quote_ident(c.image_column) AS image_column, c.on_error, c.model_id, m.dimension,
+    quote_ident(n.nspname::text) || '.' || quote_ident(r.relname::text) AS relation,
+    quote_ident(c.key_column::text) AS key_column, c.key_type,
+    quote_ident(c.image_column::text) AS image_column, c.on_error, c.model_id, m.dimension,
     m.sha256, m.specification ->> 'metric' AS metric,
-    (SELECT quote_ident(v.nspname) FROM pg_catalog.pg_extension AS x
+    (SELECT quote_ident(v.nspname::text) FROM pg_catalog.pg_extension AS x
         INNER JOIN pg_catalog.pg_namespace AS v ON x.extnamespace = v.oid
         WHERE x.extname = 'vector') AS vector_schema
 FROM siamese.collections AS c
 INNER JOIN siamese.models AS m USING (model_id)
 -- An empty table can become a view (before PostgreSQL 16), whose functions would run as us.
-LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation AND r.relkind = 'r'
+LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation::oid AND r.relkind = 'r'
 LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace
 """
 

@@ -269,9 +269,13 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
         _forget_old_failures(plpy, collection)
         return 0
     # Rows that failed before come last, so that they never keep others out.
-    limit = "" if max_rows is None else (
-        " ORDER BY EXISTS (SELECT FROM siamese.failures AS f WHERE f.collection_id ="
-        f" {collection.collection_id} AND f.key = b.{key}::text) LIMIT {int(max_rows)}"
+    limit = (
+        ""
+        if max_rows is None
+        else (
+            " ORDER BY EXISTS (SELECT FROM siamese.failures AS f WHERE f.collection_id ="
+            f" {collection.collection_id} AND f.key = b.{key}::text) LIMIT {int(max_rows)}"
+        )
     )
     # A shared lock keeps the image as it is until its vector is committed.
     cursor = plpy.cursor(

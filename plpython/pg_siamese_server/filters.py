@@ -12,10 +12,10 @@ from pg_siamese_server.errors import FEATURE_NOT_SUPPORTED, UNDEFINED_COLUMN, Si
 # Equality of a type from an extension lives beside the type; for all others in pg_catalog. Named in
 # full, so that nobody's search_path decides what "=" means.
 COLUMNS_QUERY = """
-SELECT a.attname AS name, quote_ident(a.attname) AS quoted,
+SELECT a.attname AS name, quote_ident(a.attname::text) AS quoted,
     pg_catalog.format_type(a.atttypid, -1) AS type, b.typcategory = 'A' AS is_array,
-    b.oid = 'pg_catalog.bytea'::regtype AS is_binary,
-    CASE WHEN b.typtype = 'b' THEN quote_ident(n.nspname) ELSE 'pg_catalog' END AS operator_schema
+    b.oid = 'pg_catalog.bytea'::regtype::oid AS is_binary,
+    CASE WHEN b.typtype = 'b' THEN quote_ident(n.nspname::text) ELSE 'pg_catalog' END AS operator_schema
 FROM pg_catalog.pg_attribute AS a
 INNER JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
 INNER JOIN pg_catalog.pg_type AS b

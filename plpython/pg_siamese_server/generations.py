@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,6 @@ class Generation:
     vectors: NDArray[np.float32]
     ef_search: int
     is_flat: bool
-    _by_slot: tuple[NDArray[np.int64], NDArray[np.int64]] | None = field(default=None)
 
     def __post_init__(self) -> None:
         """Set up the buffers of searches."""
@@ -66,10 +65,6 @@ class Generation:
         self._entry = np.empty((1, 1), dtype=np.int32)
         self._entry_distance = np.zeros((1, 1), dtype=np.float32)
         self._entry_pointers = faiss.swig_ptr(self._entry), faiss.swig_ptr(self._entry_distance)
-        if self.rows.slots is not None:
-            order = np.argsort(self.rows.slots, kind="stable")
-            starts = np.searchsorted(self.rows.slots[order], np.arange(self.index.ntotal + 1))
-            self._by_slot = (order, starts)
 
     def row_of(self, embedding_id: int) -> int | None:
         """Return the row of an embedding_id, or None where the file does not hold it."""
@@ -152,15 +147,18 @@ class Generation:
 
     def expand(
         self, positions: NDArray[np.int64], squared: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    ) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
         """Turn positions into rows: one vector may belong to several."""
-        if self._by_slot is None:
+        by_slot, starts = self.rows.by_slot, self.rows.slot_starts
+        if by_slot is None:
             return positions, squared
-        order, starts = self._by_slot
-        parts = [order[starts[place] : starts[place + 1]] for place in positions.tolist()]
-        counts = [len(part) for part in parts]
-        rows = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-        return rows, np.repeat(squared, counts)
+        if starts is None:
+            return by_slot[positions], squared
+        counts = starts[positions + 1] - starts[positions]
+        if len(positions) == counts.sum():
+            return by_slot[starts[positions]], squared
+        parts = [by_slot[starts[place] : starts[place + 1]] for place in positions.tolist()]
+        return np.concatenate(parts), np.repeat(squared, counts)
 
 
 def is_open(collection_id: int, generation: int) -> bool:

@@ -200,7 +200,7 @@ def _pillow_limits(spec: InputSpec) -> Iterator[None]:
     from PIL import PngImagePlugin  # Pillow loads it with the first image anyway
 
     before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_MEMORY
-    Image.MAX_IMAGE_PIXELS = spec.max_pixels / 2  # type: ignore[assignment] -- twice this is refused
+    Image.MAX_IMAGE_PIXELS = max(1, spec.max_pixels // 2)  # Pillow refuses twice this
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_PNG_TEXT_BYTES
     try:
         yield

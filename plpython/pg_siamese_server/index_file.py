@@ -62,8 +62,10 @@ class Rows:
         embedding_ids: int64 (rows,).
         keys: int64 (rows,) for integer keys; else None, and the two arrays below are set.
         key_offsets, key_bytes: int64 (rows + 1,) and uint8: UTF-8 text of uuid and text keys.
-        slots: int32 (rows,), the FAISS position of each row's vector, where rows share vectors;
-            None where row i is at position i.
+        slots: int32 (rows,), the FAISS position of each row's vector; None where it is the row's.
+        by_slot: int32 (rows,), the rows in the order of their positions; set where slots is.
+        slot_starts: int32 (vectors + 1,), where the rows of each position begin in by_slot; None
+            where every row has a vector of its own.
     """
 
     embedding_ids: NDArray[np.int64]
@@ -71,6 +73,16 @@ class Rows:
     key_offsets: NDArray[np.int64] | None = None
     key_bytes: NDArray[np.uint8] | None = None
     slots: NDArray[np.int32] | None = None
+    by_slot: NDArray[np.int32] | None = None
+    slot_starts: NDArray[np.int32] | None = None
+
+    def place(self, slots: NDArray[np.int32], vectors: int) -> None:
+        """Note where each row's vector is, among so many vectors."""
+        self.slots = slots
+        self.by_slot = np.argsort(slots, kind="stable").astype(np.int32)
+        if vectors < len(slots):
+            bounds = np.searchsorted(slots[self.by_slot], np.arange(vectors + 1))
+            self.slot_starts = bounds.astype(np.int32)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays that are there, by name."""
@@ -203,7 +215,7 @@ def read(directory: Path, identity: Identity, poll: Poll) -> IndexFile:
             f"FAISS cannot read the index file of generation {identity.generation}",
             detail=str(error).splitlines()[0][:200],
         ) from None
-    vectors = len(rows.embedding_ids) if rows.slots is None else int(rows.slots.max()) + 1
+    vectors = len(rows.embedding_ids if rows.slot_starts is None else rows.slot_starts[1:])
     if index.ntotal != vectors or index.d != identity.dimension:
         raise IndexFileError(f"index file of generation {identity.generation} is not consistent")
     return IndexFile(index, rows)

@@ -181,7 +181,7 @@ class Changes:
             held = self.index.rows.embedding_ids[rows]
             self.dead.update(ids[~np.isin(ids, held)].tolist())
 
-    def is_dead(self, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+    def is_dead(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_] | None:
         """Tell which rows of the generation are deleted or replaced; None where none is at all."""
         if self._dead_rows is None and not self.open_dead:
             return None

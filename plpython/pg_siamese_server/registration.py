@@ -180,7 +180,7 @@ def _trial_run(data: bytes, spec: ModelSpec) -> int:
         )
     if not (np.isfinite(together).all() and np.isfinite(alone).all()):
         raise ModelError("model's output is not finite")
-    # Rounding, and the scales of dynamic quantisation, may differ with the batch; no more than that.
+    # Rounding and the scales of dynamic quantisation may differ with the batch; no more than that.
     difference = np.linalg.norm(together - alone, axis=1)
     if (difference > MAX_BATCH_EFFECT * np.linalg.norm(together, axis=1)).any():
         raise ModelError(

@@ -131,7 +131,7 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
         f" FROM {collection.pending} AS y WHERE y.xact_id >= $2 LIMIT {MAX_CHANGES + 1}) AS x"
         ") AS p ON c.generation IS NOT NULL"
         f" WHERE c.collection_id = {collection.collection_id} AND c.name = $1"
-        f" AND c.model_id = {collection.model_id} AND c.relation = {relation}::pg_catalog.regclass",
+        f" AND c.model_id = {collection.model_id} AND c.relation::oid = {relation}::regclass::oid",
         types,
     )
     return plan

@@ -1,0 +1,1 @@
+"""Benchmarks: pg_siamese beside pgvector, FAISS alone and ONNX Runtime alone, in one run."""

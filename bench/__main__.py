@@ -1,0 +1,54 @@
+"""Run the benchmarks: ``python -m bench``, with ``--large`` at a million vectors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import psycopg
+from rich.console import Console
+
+from bench import runs
+from bench.session import QueryError
+from pg_siamese.dev.report import SetupError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main() -> int:
+    """Run, print the table, write the JSON file; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--large", action="store_true", help="search and build at 1,000,000 x 64")
+    parser.add_argument(
+        "--quick", action="store_true", help="small, to try the script: figures mean nothing"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder of the JSON file (bench/results)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="exit with status 1 where a bar is missed"
+    )
+    chosen = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    began = time.monotonic()
+    try:
+        if chosen.large:
+            report = runs.large(runs.LARGE_QUICK if chosen.quick else runs.LARGE, console)
+        else:
+            report = runs.standard(runs.STANDARD_QUICK if chosen.quick else runs.STANDARD, console)
+    except (SetupError, QueryError, psycopg.Error, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    report.print(console)
+    folder = chosen.output or (None if chosen.quick else RESULTS)
+    where = "" if folder is None else f"; written to {report.write(folder).name}"
+    console.print(f"{time.monotonic() - began:.0f} s{where}")
+    return int(chosen.check and not all(bar.met for bar in report.bars))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""What is searched: Fashion-MNIST, through the triggers, or a mixture of clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.exact import Vectors
+from bench.session import Session, bytea_array, connect
+from pg_siamese.datasets import load_fashion_mnist
+from pg_siamese.dev.cluster import Cluster
+from pg_siamese.dev.project import ROOT
+from pg_siamese.sources import png
+from pg_siamese_server.encoder import ModelSpec
+
+MODEL = ROOT / "models" / "fashion_mnist.onnx"
+ROWS_A_STATEMENT = 1000
+COPY_ROWS = 50_000
+# The mixture: directions in which clusters lie and spread, their deviation in each (that of the
+# centres is 1), and that of the noise in all dimensions.
+INNER, SPREAD, NOISE = 16, 0.5, 0.05
+
+
+def fashion_mnist(count: int) -> NDArray[np.uint8]:
+    """Return the pictures of clothes, uint8 (count, 28, 28); all 70,000 at most."""
+    parts = [load_fashion_mnist(split).images for split in ("train", "test")]
+    return np.concatenate(parts)[:count]
+
+
+def new_pictures(pictures: NDArray[np.uint8], count: int, seed: int) -> list[bytes]:
+    """Return PNG files of pictures that are not stored: mirrored and moved by up to two pixels."""
+    generator = np.random.default_rng(seed)
+    chosen = pictures[generator.choice(len(pictures), count, replace=count > len(pictures))]
+    moves = generator.integers(-2, 3, (count, 2))
+    return [
+        png(np.roll(picture[:, ::-1], tuple(move), axis=(0, 1)))
+        for picture, move in zip(chosen, moves, strict=True)
+    ]
+
+
+def register(cluster: Cluster) -> ModelSpec:
+    """Register the shipped encoder for pictures of clothes; returns its specification."""
+    with connect(cluster.dsn()) as admin:
+        admin.execute("SELECT siamese.register_model('fashion_mnist', %s)", (MODEL.read_bytes(),))
+        row = admin.execute("SELECT specification FROM siamese.models").fetchone()
+    assert row is not None
+    return ModelSpec.from_json(row[0])
+
+
+def insert(session: Session, table: str, files: list[bytes]) -> None:
+    """Insert image files the ordinary way, so that a trigger embeds them."""
+    for start in range(0, len(files), ROWS_A_STATEMENT):
+        part = bytea_array(files[start : start + ROWS_A_STATEMENT])
+        statement = f"INSERT INTO {table} (image) SELECT * FROM unnest($1::bytea[])"
+        insertion = session.prepare("", statement, 0)
+        insertion(part)
+
+
+def copy_vectors(cluster: Cluster, source: str) -> None:
+    """Make pgvector's table: the same vectors, in the order of their rows."""
+    with connect(cluster.dsn()) as admin:
+        admin.execute(
+            "CREATE TABLE bench.vectors AS"
+            f" SELECT key AS image_id, embedding FROM {source} ORDER BY key"
+        )
+        admin.execute("ALTER TABLE bench.vectors ADD PRIMARY KEY (image_id)")
+
+
+def read_vectors(cluster: Cluster) -> Vectors:
+    """Read all vectors of pgvector's table."""
+    ids, parts = [], []
+    statement = "COPY bench.vectors (image_id, embedding) TO STDOUT (FORMAT binary)"
+    with connect(cluster.dsn()) as reader, reader.cursor().copy(statement) as copy:
+        copy.set_types(["int8", "bytea"])
+        for image_id, data in copy.rows():
+            ids.append(image_id)
+            parts.append(data[4:])  # after dimension and flags
+    matrix = np.frombuffer(b"".join(parts), dtype=">f4").reshape(len(ids), -1)
+    order = np.argsort(ids)
+    return Vectors(np.asarray(ids)[order], matrix[order].astype(np.float32))
+
+
+def mixture(count: int, dimension: int, clusters: int, seed: int = 0) -> Vectors:
+    """Return unit vectors in clusters: float32 (count, dimension).
+
+    A mixture of Gaussians that vary in INNER directions only, plus a little noise in all, as the
+    embeddings of trained encoders do. (With noise that fills all dimensions neither engine gets to
+    a recall of 0.99 at any setting that one would use.)
+    """
+    generator = np.random.default_rng(seed)
+    centres = generator.standard_normal((clusters, INNER), dtype=np.float32)
+    inner = centres[generator.integers(0, clusters, count)]
+    inner += np.float32(SPREAD) * generator.standard_normal((count, INNER), dtype=np.float32)
+    basis = np.linalg.qr(generator.standard_normal((dimension, INNER)))[0].T.astype(np.float32)
+    matrix = np.float32(NOISE) * generator.standard_normal((count, dimension), dtype=np.float32)
+    matrix += inner @ basis
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    return Vectors(np.arange(1, count + 1, dtype=np.int64), matrix)
+
+
+def load_mixture(cluster: Cluster, vectors: Vectors) -> None:
+    """Make collection ``large`` with these vectors.
+
+    There are no images behind them: the collection is created while its table is empty, and then
+    triggers are off, as in a restore, while rows, vectors and the notes that no index holds them
+    yet are put in as a trigger would have left them.
+    """
+    with connect(cluster.dsn()) as admin:
+        admin.execute(
+            "CREATE TABLE bench.large (image_id bigint PRIMARY KEY, image bytea NOT NULL)"
+        )
+        admin.execute("SELECT siamese.create_collection('large', 'bench.large')")
+        row = admin.execute(
+            "SELECT collection_id FROM siamese.collections WHERE name = 'large'"
+        ).fetchone()
+    assert row is not None
+    table, pending = f"siamese.embedding_{row[0]}", f"siamese.pending_{row[0]}"
+    with Session(cluster.dsn(), session_replication_role="replica") as session:
+        session.copy("bench.large (image_id, image)", _rows(vectors.ids))
+        session.copy(f"{table} (key, embedding)", _vector_rows(vectors))
+        session.run(f"INSERT INTO {pending} (embedding_id) SELECT embedding_id FROM {table}")
+    copy_vectors(cluster, table)
+
+
+_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_TRAILER = b"\xff\xff"
+
+
+def _rows(ids: NDArray[np.int64]) -> Iterator[bytes]:
+    """Yield COPY's binary format of rows (bigint, bytea of one byte)."""
+    record = np.zeros(
+        len(ids),
+        dtype=[("n", ">i2"), ("l1", ">i4"), ("id", ">i8"), ("l2", ">i4"), ("image", "u1")],
+    )
+    record["n"], record["l1"], record["id"], record["l2"] = 2, 8, ids, 1
+    yield _HEADER
+    yield record.tobytes()
+    yield _TRAILER
+
+
+def _vector_rows(vectors: Vectors) -> Iterator[bytes]:
+    """Yield COPY's binary format of rows (bigint, vector)."""
+    dimension = vectors.matrix.shape[1]
+    layout = [
+        ("n", ">i2"),
+        ("l1", ">i4"),
+        ("id", ">i8"),
+        ("l2", ">i4"),
+        ("dimension", ">i2"),
+        ("unused", ">i2"),
+        ("values", ">f4", (dimension,)),
+    ]
+    yield _HEADER
+    for start in range(0, len(vectors.ids), COPY_ROWS):
+        part = slice(start, start + COPY_ROWS)
+        record = np.zeros(len(vectors.ids[part]), dtype=layout)
+        record["n"], record["l1"], record["id"] = 2, 8, vectors.ids[part]
+        record["l2"], record["dimension"] = 4 + 4 * dimension, dimension
+        record["values"] = vectors.matrix[part]
+        yield record.tobytes()
+    yield _TRAILER

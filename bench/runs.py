@@ -1,0 +1,184 @@
+"""The two runs: 70,000 images with everything, and a million vectors for search and build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from bench import build, connections, data, insert, machine, search
+from bench.exact import Truth
+from bench.report import Bar, Report
+from bench.server import LARGE_SETTINGS, SETTINGS, server
+from bench.session import Session
+from pg_siamese.sources import png
+from pg_siamese_server.encoder import Encoder
+from pg_siamese_server.images import decode_image
+
+PENDING_ROWS = 5_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    rows: int
+    queries: int
+    builds: int
+    insert_files: int = 0
+    connections: int = 0
+
+
+STANDARD = Size(rows=70_000, queries=3_000, builds=3, insert_files=12_000, connections=15)
+STANDARD_QUICK = Size(rows=8_000, queries=400, builds=1, insert_files=1_000, connections=3)
+LARGE = Size(rows=1_000_000, queries=2_000, builds=1)
+LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
+DIMENSION, CLUSTERS = 64, 500
+
+
+def _sample(ids: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    chosen: NDArray[np.int64] = np.random.default_rng(seed).choice(ids, count, replace=False)
+    return chosen
+
+
+def standard(size: Size, console: Console) -> Report:
+    """Measure everything on Fashion-MNIST, which goes in through the triggers."""
+    with server(SETTINGS) as cluster:
+        facts = machine.facts(cluster)
+        console.print(f"Embedding {size.rows:,} images …")
+        pictures = data.fashion_mnist(size.rows)
+        spec = data.register(cluster)
+        stored = [png(picture) for picture in pictures]
+        new = data.new_pictures(pictures, size.queries, seed=1)
+        with Session(cluster.dsn()) as session:
+            session.run("SELECT siamese.create_collection()")
+            data.insert(session, "siamese.images", stored)
+        data.copy_vectors(cluster, "siamese.embedding_1")
+        build.vacuum(cluster)
+        report = Report("standard", facts, SETTINGS, vars(size))
+
+        console.print("Building indexes …")
+        report.lines += build.build(cluster, "images", size.builds)
+        build.vacuum(cluster)
+
+        console.print("Searching …")
+        vectors = data.read_vectors(cluster)
+        own = _sample(vectors.ids, size.queries, seed=2)
+        truth = Truth.of(vectors, vectors.of(own), own)
+        report.lines += search.by_id(cluster, "images", truth)
+        encoder = Encoder(data.MODEL.read_bytes(), spec)
+        embedded = encoder.embed(np.stack([decode_image(file, spec.input) for file in new]))
+        report.lines += search.by_image(cluster, "images", Truth.of(vectors, embedded), new)
+
+        console.print("Opening connections …")
+        keys = own.tolist()
+        report.lines += connections.first_searches(cluster, "images", keys, new, size.connections)
+        report.lines += connections.memory(cluster, "images", keys[:200], new[:200])
+
+        console.print("Inserting …")
+        report.lines += insert.insert(
+            cluster, spec, data.MODEL.read_bytes(), stored[: size.insert_files]
+        )
+
+        console.print("Searching with pending rows …")
+        more = data.new_pictures(pictures, PENDING_ROWS, seed=3)
+        with Session(cluster.dsn()) as session:
+            report.lines += search.pending(
+                cluster, "images", own, lambda: data.insert(session, "siamese.images", more)
+            )
+        report.bars += _standard_bars(report)
+    return report
+
+
+def _standard_bars(report: Report) -> list[Bar]:
+    def figure(section: str, name: str) -> float:
+        return report.line(section, name).figure()
+
+    bars = _search_bars(report, 1.0)
+    section = search.PENDING_SECTION
+    none = [figure(section, name) for name in search.NONE_PENDING]
+    bars.append(
+        Bar(
+            "search with 5,000 pending rows, times the search with none",
+            figure(section, search.PENDING) / float(np.mean(none)),
+            3.0,
+            "times",
+            is_most=True,
+        )
+    )
+    rows = 10_000
+    if any(line.section == insert.section(rows) for line in report.lines):
+        share = figure(insert.section(rows), insert.ALONE) / figure(
+            insert.section(rows), insert.TRIGGER
+        )
+        bars.append(
+            Bar("10,000-row insert, share of decode + ONNX Runtime alone", 100 * share, 80, "%")
+        )
+    for name in (connections.BY_ID, connections.BY_IMAGE):
+        line = report.line(connections.FIRST, name)
+        bars.append(
+            Bar(f"first search of a connection {name}", line.figure(), 250, "ms", is_most=True)
+        )
+    memory = [line.figure() for line in report.lines if line.section == connections.MEMORY]
+    bars.append(
+        Bar("private memory of a session that searches", max(memory), 60, "MiB", is_most=True)
+    )
+    return bars
+
+
+def _search_bars(report: Report, times: float) -> list[Bar]:
+    section = search.BY_ID
+    mine, theirs = report.line(section, search.OURS), report.line(section, search.PGVECTOR)
+    assert mine.recall is not None and theirs.recall is not None
+    return [
+        Bar(f"recall@10 by stored id, {search.OURS}", mine.recall, search.TARGET),
+        Bar(f"recall@10 by stored id, {search.PGVECTOR}", theirs.recall, search.TARGET),
+        Bar(
+            "search by stored id, times as fast as pgvector",
+            theirs.figure() / mine.figure(),
+            times,
+            "times",
+        ),
+    ]
+
+
+def large(size: Size, console: Console) -> Report:
+    """Measure search and build on a mixture of clusters."""
+    with server(LARGE_SETTINGS) as cluster:
+        facts = machine.facts(cluster)
+        console.print(f"Loading {size.rows:,} x {DIMENSION} vectors …")
+        data.register(cluster)
+        vectors = data.mixture(size.rows, DIMENSION, CLUSTERS)
+        data.load_mixture(cluster, vectors)
+        build.vacuum(cluster)
+        parameters = vars(size) | {
+            "dimension": DIMENSION,
+            "clusters": CLUSTERS,
+            "inner_dimensions": data.INNER,
+            "spread": data.SPREAD,
+            "noise": data.NOISE,
+        }
+        report = Report("large", facts, LARGE_SETTINGS, parameters)
+
+        console.print("Building indexes …")
+        report.lines += build.build(cluster, "large", size.builds)
+        build.vacuum(cluster)
+
+        console.print("Searching …")
+        own = _sample(vectors.ids, size.queries, seed=2)
+        truth = Truth.of(vectors, vectors.of(own), own)
+        report.lines += search.by_id(cluster, "large", truth)
+        report.bars += _search_bars(report, 2.0)
+        mine = report.line(build.SECTION, build.OURS)
+        theirs = report.line(build.SECTION, search.PGVECTOR)
+        report.bars.append(
+            Bar(
+                "index build, times as fast as pgvector",
+                theirs.figure() / mine.figure(),
+                3.0,
+                "times",
+            )
+        )
+    return report

@@ -1,0 +1,275 @@
+"""Searching: similar_images beside pgvector's HNSW, FAISS alone and an empty call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.exact import K, Truth
+from bench.report import Line
+from bench.server import index_file
+from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints
+from bench.timing import Summary, round_robin
+from pg_siamese.dev.cluster import Cluster
+
+OURS = "similar_images"
+PGVECTOR = "pgvector HNSW"
+FAISS = "FAISS alone"
+EMPTY = "empty PL/Python call"
+TEN_ROWS = "PL/Python call that returns 10 rows"
+EMBEDDING = "embed_image"
+
+BY_ID = "search by stored id"
+BY_IMAGE = "search by new image"
+PENDING_SECTION = "search by stored id, one session"
+PENDING = "5,000 pending"
+NONE_PENDING = ("none pending", "none pending, after a build")
+
+TARGET = 0.99
+# hnsw.ef_search; below 10 there can't be ten rows.
+BREADTHS = (10, 11, 12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 100, 128, 160, 200, 300, 400, 600, 800)
+BLOCK = 20
+WARM_UP = 200
+
+# The same two columns as from similar_images; the query vector is a sub-select, run once a search.
+_DISTANCE = "embedding <=> ({query})"
+PGVECTOR_BY_ID = (
+    "SELECT image_id, {d} AS distance FROM bench.vectors WHERE image_id <> $1 ORDER BY {d} LIMIT 10"
+).format(d=_DISTANCE.format(query="SELECT embedding FROM bench.vectors WHERE image_id = $1"))
+PGVECTOR_BY_IMAGE = (
+    "SELECT image_id, {d} AS distance FROM bench.vectors ORDER BY {d} LIMIT 10"
+).format(d=_DISTANCE.format(query="SELECT siamese.embed_image($1, 'fashion_mnist')"))
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Someone who answers queries by number.
+
+    Attributes:
+        call: what is timed.
+        ids: turns what ``call`` returned into ids; None where that is no answer.
+        note: settings.
+    """
+
+    call: Callable[[int], Any]
+    ids: Callable[[Any], list[int]] | None = None
+    note: str = ""
+
+
+def ours(session: Session, collection: str, by_image: bool) -> Any:
+    """Prepare ``similar_images``, after making sure that FAISS answers."""
+    kind, oid = ("image", BYTEA) if by_image else ("image_id", BIGINT)
+    arguments = f"{kind} => $1, k => {K}, collection => '{collection}'"
+    statement = f"SELECT image_id, distance FROM siamese.similar_images({arguments})"
+    return session.prepare(f"ours_{kind}", statement, oid)
+
+
+def check_engine(session: Session, collection: str) -> None:
+    """Fail unless FAISS answers for the collection."""
+    ready = session.run(f"SELECT engine FROM siamese.warm_up('{collection}')")
+    assert ("faiss",) in ready, f"FAISS does not answer for {collection}"
+
+
+class PgVector:
+    """pgvector's HNSW index on the copy of the vectors, at its fastest setting that will do."""
+
+    def __init__(self, session: Session, by_image: bool) -> None:
+        self.session = session
+        # Planned once, as it should be: a generic plan is the faster one here.
+        session.set("plan_cache_mode", "force_generic_plan")
+        kind, oid = ("image", BYTEA) if by_image else ("image_id", BIGINT)
+        statement = PGVECTOR_BY_IMAGE if by_image else PGVECTOR_BY_ID
+        self.search = session.prepare(f"pgvector_{kind}", statement, oid)
+        name = f"pgvector_{kind}"
+        value = "'\\x00'" if by_image else "1"
+        plan = "\n".join(str(row[0]) for row in session.run(f"EXPLAIN EXECUTE {name}({value})"))
+        assert "Index Scan using vectors_embedding_idx" in plan, plan
+        self.breadth = 0
+
+    def tune(self, values: list[bytes], truth: Truth) -> float:
+        """Choose the smallest ef_search whose recall on these very queries is enough."""
+        recall = 0.0
+        for breadth in BREADTHS:
+            self.session.set("hnsw.ef_search", str(breadth))
+            self.breadth = breadth
+            recall = truth.recall([first_bigints(self.search(value)) for value in values])
+            if recall >= TARGET:
+                break
+        return recall
+
+
+class FaissAlone:
+    """FAISS in this process, on the same index file and with the same breadth."""
+
+    def __init__(self, cluster: Cluster, collection: str, truth: Truth) -> None:
+        faiss.omp_set_num_threads(1)
+        self.index = faiss.read_index(str(index_file(cluster, collection)), faiss.IO_FLAG_MMAP_IFC)
+        with connect(cluster.dsn()) as admin:
+            row = admin.execute(
+                "SELECT c.collection_id, g.ef_search, g.vectors = g.rows"
+                " FROM siamese.generations AS g"
+                " JOIN siamese.collections AS c USING (generation) WHERE c.name = %s",
+                (collection,),
+            ).fetchone()
+            assert row is not None
+            # Where no two rows share a vector, positions are rows in the order of embedding_id.
+            keys = admin.execute(
+                f"SELECT key FROM siamese.embedding_{row[0]} ORDER BY embedding_id"
+            ).fetchall()
+        self.keys = [key for (key,) in keys] if row[2] else None
+        self.count = K + (truth.own is not None)
+        self.breadth = max(self.count, round(row[1] * self.count / 10))
+        self.parameters = faiss.SearchParametersHNSW()
+        self.parameters.efSearch = self.breadth
+        self.truth = truth
+
+    def call(self, number: int) -> Any:
+        """Search for one of the queries."""
+        query = self.truth.queries[number : number + 1]
+        return number, self.index.search(query, self.count, params=self.parameters)[1][0]
+
+    def ids(self, answer: tuple[int, NDArray[np.int64]]) -> list[int]:
+        """Turn positions into ids, and leave out the query's own."""
+        assert self.keys is not None
+        number, positions = answer
+        own = None if self.truth.own is None else self.truth.own[number]
+        found = [self.keys[position] for position in positions.tolist()]
+        return [key for key in found if key != own][:K]
+
+    def contestant(self, note: str) -> Contestant:
+        """Return what competes."""
+        ids = None if self.keys is None else self.ids
+        return Contestant(self.call, ids, f"efSearch {self.breadth}, {note}")
+
+
+def empty_calls(session: Session) -> dict[str, Contestant]:
+    """Make two functions that do nothing, which is the least that a call costs."""
+    session.run(
+        "CREATE FUNCTION bench.empty(value bigint) RETURNS bigint LANGUAGE plpython3u STABLE"
+        " AS 'return value'"
+    )
+    session.run(
+        "CREATE FUNCTION bench.ten_rows(value bigint) RETURNS TABLE (rank integer, image_id bigint,"
+        " distance real, similarity real) LANGUAGE plpython3u STABLE ROWS 10"
+        " AS 'return [(rank, value, 0.1, 0.9) for rank in range(10)]'"
+    )
+    empty = session.prepare("empty", "SELECT bench.empty($1)", BIGINT)
+    ten = session.prepare("ten", "SELECT image_id, distance FROM bench.ten_rows($1)", BIGINT)
+    return {
+        EMPTY: Contestant(lambda number: empty(bigint(number))),
+        TEN_ROWS: Contestant(lambda number: ten(bigint(number))),
+    }
+
+
+def compete(
+    section: str, contestants: dict[str, Contestant], truth: Truth, count: int
+) -> list[Line]:
+    """Time the contestants on the same queries, in turns; one line each."""
+    calls = {name: contestant.call for name, contestant in contestants.items()}
+    seconds, answers = round_robin(calls, count, BLOCK, WARM_UP)
+    lines = []
+    for name, contestant in contestants.items():
+        recall = None
+        if contestant.ids is not None:
+            recall = truth.recall([contestant.ids(answer) for answer in answers[name]])
+        lines.append(
+            Line(section, name, Summary.of(seconds[name]), recall=recall, note=contestant.note)
+        )
+    return lines
+
+
+def by_id(cluster: Cluster, collection: str, truth: Truth) -> list[Line]:
+    """Search by stored id."""
+    assert truth.own is not None
+    values = [bigint(int(key)) for key in truth.own]
+    with Session(cluster.dsn()) as mine, Session(cluster.dsn()) as theirs:
+        check_engine(mine, collection)
+        search = ours(mine, collection, by_image=False)
+        rival = PgVector(theirs, by_image=False)
+        rival.tune(values, truth)
+        alone = FaissAlone(cluster, collection, truth)
+        contestants = {
+            OURS: Contestant(partial(_nth, search, values), first_bigints, index_note(cluster)),
+            PGVECTOR: Contestant(
+                partial(_nth, rival.search, values), first_bigints, f"ef_search {rival.breadth}"
+            ),
+            FAISS: alone.contestant("in a Python process"),
+            **empty_calls(mine),
+        }
+        lines = compete(BY_ID, contestants, truth, len(values))
+        assert not mine.notices, mine.notices
+    return lines
+
+
+def by_image(cluster: Cluster, collection: str, truth: Truth, files: list[bytes]) -> list[Line]:
+    """Search by new image."""
+    with Session(cluster.dsn()) as mine, Session(cluster.dsn()) as theirs:
+        check_engine(mine, collection)
+        search = ours(mine, collection, by_image=True)
+        rival = PgVector(theirs, by_image=True)
+        rival.tune(files, truth)
+        alone = FaissAlone(cluster, collection, truth)
+        embed = mine.prepare("embed", "SELECT siamese.embed_image($1, 'fashion_mnist')", BYTEA)
+        contestants = {
+            OURS: Contestant(partial(_nth, search, files), first_bigints, index_note(cluster)),
+            PGVECTOR: Contestant(
+                partial(_nth, rival.search, files),
+                first_bigints,
+                f"ef_search {rival.breadth}, query by embed_image",
+            ),
+            FAISS: alone.contestant("embeddings at hand"),
+            EMBEDDING: Contestant(partial(_nth, embed, files)),
+        }
+        lines = compete(BY_IMAGE, contestants, truth, len(files))
+        assert not mine.notices, mine.notices
+    return lines
+
+
+def pending(
+    cluster: Cluster, collection: str, ids: NDArray[np.int64], add: Callable[[], None]
+) -> list[Line]:
+    """Search in one session: with nothing pending, with what ``add`` adds, and after a build.
+
+    The machine may get slower or faster meanwhile, so that there is a measurement without pending
+    rows before and after the one with them.
+    """
+    values = [bigint(int(key)) for key in ids]
+    lines = []
+    with Session(cluster.dsn()) as session, connect(cluster.dsn()) as admin:
+        search = ours(session, collection, by_image=False)
+        steps: list[tuple[str, Callable[[], object]]] = [
+            (NONE_PENDING[0], lambda: None),
+            (PENDING, add),
+            (
+                NONE_PENDING[1],
+                lambda: admin.execute("SELECT siamese.build_index(%s)", (collection,)),
+            ),
+        ]
+        for name, step in steps:
+            step()
+            call = partial(_nth, search, values)
+            seconds, _ = round_robin({name: call}, len(values), BLOCK, WARM_UP)
+            lines.append(Line(PENDING_SECTION, name, Summary.of(seconds[name])))
+        assert not session.notices, session.notices
+    return lines
+
+
+def index_note(cluster: Cluster) -> str:
+    """Say how the current index was built."""
+    with connect(cluster.dsn()) as admin:
+        row = admin.execute(
+            "SELECT m, ef_construction, ef_search, recall FROM siamese.index_generations"
+            " WHERE is_current"
+        ).fetchone()
+    assert row is not None
+    return f"m {row[0]}, ef_construction {row[1]}; the build chose ef_search {row[2]}"
+
+
+def _nth(search: Callable[[bytes], Any], values: list[bytes], number: int) -> Any:
+    return search(values[number])

@@ -1,0 +1,55 @@
+"""The benchmark's own server: a throw-away cluster, set up as for production."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.session import connect
+from pg_siamese.dev.cluster import Cluster, create_database
+
+# The disk is waited for, as in production. Autovacuum would strike in the middle of a
+# measurement: tables are vacuumed and analysed before it, all sides' alike.
+SETTINGS = {
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "full_page_writes": "on",
+    "shared_buffers": "1GB",
+    "maintenance_work_mem": "1GB",
+    "max_parallel_maintenance_workers": "2",
+    "max_wal_size": "8GB",
+    "checkpoint_timeout": "30min",
+    "jit": "off",
+    "autovacuum": "off",
+}
+# At a million vectors: pgvector's table, graph and build all fit into memory.
+LARGE_SETTINGS = SETTINGS | {"shared_buffers": "3GB", "maintenance_work_mem": "3GB"}
+
+
+@contextmanager
+def server(settings: dict[str, str]) -> Iterator[Cluster]:
+    """Start a cluster with the extension in its database; nothing of it is left at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="pg_siamese-bench-", dir="/tmp"))
+    cluster = Cluster(folder, settings=settings)
+    try:
+        cluster.start()
+        create_database(cluster)
+        with connect(cluster.dsn()) as admin:
+            admin.execute("CREATE SCHEMA bench")
+        yield cluster
+    finally:
+        cluster.destroy()
+
+
+def index_file(cluster: Cluster, collection: str) -> Path:
+    """Return the FAISS file of a collection's current generation."""
+    with connect(cluster.dsn()) as admin:
+        row = admin.execute(
+            "SELECT d.oid, c.collection_id, c.generation FROM siamese.collections AS c,"
+            " pg_database AS d WHERE c.name = %s AND d.datname = current_database()",
+            (collection,),
+        ).fetchone()
+    assert row is not None
+    return cluster.data / "pg_siamese" / str(row[0]) / str(row[1]) / f"{row[2]}.faiss"

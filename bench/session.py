@@ -1,0 +1,162 @@
+"""A connection as thin as libpq: what is timed is the server, not the driver."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg.adapt import PyFormat, Transformer
+
+BIGINT = 20
+BYTEA = 17
+BYTEA_ARRAY = 1001
+_BINARY = pq.Format.BINARY
+
+
+class QueryError(RuntimeError):
+    """The server refused a statement, or warned of something that a benchmark must not overlook."""
+
+
+class Session:
+    """One connection over the Unix socket, with prepared statements in the binary format.
+
+    Args:
+        dsn: connection string.
+        settings: configuration settings of the session.
+    """
+
+    def __init__(self, dsn: str, **settings: str) -> None:
+        self.connection = pq.PGconn.connect(dsn.encode())
+        if self.connection.status != pq.ConnStatus.OK:
+            raise QueryError(self.connection.error_message.decode().strip())
+        self.notices: list[str] = []
+        self.connection.notice_handler = lambda result: self.notices.append(
+            (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode()
+        )
+        for name, value in settings.items():
+            self.set(name, value)
+
+    def __enter__(self) -> Session:
+        """Return the session itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.finish()
+
+    @property
+    def pid(self) -> int:
+        """The backend's process id."""
+        return self.connection.backend_pid
+
+    def set(self, name: str, value: str) -> None:
+        """Change a setting of this session."""
+        self.run("SELECT pg_catalog.set_config($1, $2, false)", name.encode(), value.encode())
+
+    def run(self, sql: str, *values: bytes) -> list[tuple[str | None, ...]]:
+        """Run one statement with text parameters; return its rows as text."""
+        result = self.connection.exec_params(sql.encode(), values)
+        self._check(result)
+        return [
+            tuple(
+                None if (item := result.get_value(row, column)) is None else item.decode()
+                for column in range(result.nfields)
+            )
+            for row in range(result.ntuples)
+        ]
+
+    def value(self, sql: str, *values: bytes) -> str:
+        """Run one statement and return the only value of its answer as text."""
+        return str(self.run(sql, *values)[0][0])
+
+    def timed(self, sql: str) -> float:
+        """Run one statement and return how many seconds it took."""
+        began = time.perf_counter()
+        self.run(sql)
+        return time.perf_counter() - began
+
+    def prepare(self, name: str, sql: str, *types: int) -> Prepared:
+        """Prepare a statement; ``types`` are the OIDs of its parameters."""
+        self._check(self.connection.prepare(name.encode(), sql.encode(), types))
+        return Prepared(self.connection, name.encode(), len(types))
+
+    def copy(self, table: str, parts: Iterable[bytes]) -> None:
+        """Load rows in COPY's binary format, which ``parts`` make up together."""
+        self._check(self.connection.exec_(f"COPY {table} FROM STDIN (FORMAT binary)".encode()))
+        for part in parts:
+            self.connection.put_copy_data(part)
+        self.connection.put_copy_end()
+        while (result := self.connection.get_result()) is not None:
+            self._check(result)
+
+    def _check(self, result: Any) -> None:
+        if result.status not in (
+            pq.ExecStatus.TUPLES_OK,
+            pq.ExecStatus.COMMAND_OK,
+            pq.ExecStatus.COPY_IN,
+        ):
+            raise QueryError(result.error_message.decode().strip())
+
+
+class Prepared:
+    """A prepared statement; parameters and results are binary."""
+
+    def __init__(self, connection: Any, name: bytes, parameters: int) -> None:
+        self.connection = connection
+        self.name = name
+        self.formats = [_BINARY] * parameters
+
+    def __call__(self, *values: bytes) -> Any:
+        """Execute; raises QueryError."""
+        result = self.connection.exec_prepared(self.name, values, self.formats, _BINARY)
+        if result.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
+            raise QueryError(result.error_message.decode().strip())
+        return result
+
+
+def bigint(value: int) -> bytes:
+    """Return the binary form of a bigint."""
+    return struct.pack(">q", value)
+
+
+def bytea_array(values: list[bytes]) -> bytes:
+    """Return the binary form of a bytea[]."""
+    (data,) = Transformer().dump_sequence([values], [PyFormat.BINARY])
+    assert data is not None
+    return bytes(data)
+
+
+def first_bigints(result: Any) -> list[int]:
+    """Return the first column, of type bigint, of a binary result."""
+    return [
+        struct.unpack(">q", bytes(result.get_value(row, 0)))[0] for row in range(result.ntuples)
+    ]
+
+
+def private_bytes(pid: int) -> int:
+    """Return the memory that a process shares with no other."""
+    total = 0
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(("Private_Clean:", "Private_Dirty:")):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def connect(dsn: str) -> psycopg.Connection[Any]:
+    """Open an ordinary connection, for work that is not timed."""
+    return psycopg.connect(dsn, autocommit=True)

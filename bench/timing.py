@@ -1,0 +1,85 @@
+"""Timing several contestants fairly on a machine that may be noisy."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A distribution of seconds, in milliseconds."""
+
+    count: int
+    median_ms: float
+    mean_ms: float
+    p5_ms: float
+    p95_ms: float
+    p99_ms: float
+
+    @classmethod
+    def of(cls, seconds: NDArray[np.float64] | list[float]) -> Summary:
+        """Summarise measured seconds."""
+        values = np.asarray(seconds, dtype=np.float64) * 1000
+        p5, median, p95, p99 = np.percentile(values, (5, 50, 95, 99))
+        return cls(
+            len(values), *(round(float(x), 5) for x in (median, values.mean(), p5, p95, p99))
+        )
+
+    def to_json(self) -> dict[str, float]:
+        """Return a JSON object with every field."""
+        return asdict(self)
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep Python's garbage collector out of what is timed."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def round_robin(
+    calls: Mapping[str, Callable[[int], Any]], count: int, block: int, warm_up: int = 0
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, list[Any]]]:
+    """Time ``count`` calls of each contestant, taking turns.
+
+    In each turn a contestant gets the same ``block`` calls as the others, and the order rotates:
+    whatever else the machine does hits all alike, and none is always the one that comes first.
+
+    Args:
+        calls: name to a function of the number of the call, 0 to count - 1.
+        count: timed calls of each.
+        block: calls in a row.
+        warm_up: calls of each beforehand that are not timed.
+
+    Returns:
+        Seconds, and what the calls returned, by name.
+    """
+    names = list(calls)
+    seconds = {name: np.zeros(count) for name in names}
+    answers: dict[str, list[Any]] = {name: [None] * count for name in names}
+    for call in calls.values():
+        for number in range(min(warm_up, count)):
+            call(number)
+    clock = time.perf_counter
+    with no_collector():
+        for turn, start in enumerate(range(0, count, block)):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                call, own, kept = calls[name], seconds[name], answers[name]
+                for number in range(start, min(count, start + block)):
+                    began = clock()
+                    kept[number] = call(number)
+                    own[number] = clock() - began
+    return seconds, answers

@@ -1,0 +1,22 @@
+"""Damaged images and decompression bombs neither crash a backend nor eat its memory.
+
+In full: ``python -m tests.stress images --count 20000``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.bars.bad_images import BadImages
+from tests.bars.process import private_bytes
+from tests.conftest import Connection
+
+
+def test_damaged_files_and_bombs(connect: Callable[[], Connection]) -> None:
+    try:
+        private_bytes(connect().info.backend_pid)
+    except OSError as error:
+        pytest.skip(f"memory of the server can't be read here: {error}")
+    BadImages(connect, count=2000).run()

@@ -1,0 +1,42 @@
+"""Time-outs and cancels stop inserts, backfills, searches and index builds within a second.
+
+In full: ``python -m tests.stress cancel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import psycopg
+import pytest
+
+from tests.bars.cancel import Cancel
+from tests.bars.gallery import gallery, insert
+from tests.conftest import Connection
+
+
+def test_long_statements_stop_within_a_second(connect: Callable[[], Connection]) -> None:
+    Cancel(connect, gallery(500), rows=40_000, vectors=30_000, moments=6, layers=40).run()
+
+
+def test_a_timeout_never_strikes_the_next_statement(db: Connection) -> None:
+    images = gallery(500)
+    insert(db, images.files[:300])
+    db.execute("SELECT build_index()")
+    random = np.random.default_rng(0)
+    struck = 0
+    for number in range(300):
+        file = images.files[300 + number % 200]
+        # From before the search begins until after it has ended.
+        db.execute("SELECT set_config('statement_timeout', %s, false)", (f"{random.integers(1, 6)}",))
+        try:
+            with db.pipeline() if number % 2 else db.transaction():
+                db.execute("SELECT * FROM similar_images(%s, 10)", (file,))
+        except psycopg.errors.QueryCanceled:
+            struck += 1
+        db.execute("SET statement_timeout = 0")
+        db.execute("SELECT count(*) FROM siamese.images")
+    assert db.execute("SELECT count(*) FROM siamese.images").fetchone() == (300,)
+    if not struck:
+        pytest.skip("this machine is too quick for the time-outs tried")

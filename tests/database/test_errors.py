@@ -1,0 +1,179 @@
+"""Bad input: each a clear error with a proper SQLSTATE that names the row or the argument."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from tests.conftest import Connection, Pictures, insert_images
+from tests.support import encode, sql_error
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(b"\0" * 100)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (header, body)
+    )
+
+
+GOOD = encode(np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8))
+BAD_IMAGES = {
+    "empty": (b"", "22P03", "image is empty"),
+    "truncated": (GOOD[:200], "22P03", "image cannot be decoded"),
+    "text": (b"this is no image", "22P03", "image cannot be decoded"),
+    "bomb": (png_header(50_000, 50_000), "54000", "is too large"),
+}
+
+
+@pytest.mark.parametrize(("image", "sqlstate", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_bad_image_in_a_statement(
+    shared: Connection, image: bytes, sqlstate: str, message: str
+) -> None:
+    """The row is named, wherever in the statement it is, and nothing of the statement stays."""
+    row = "row image_id = 77 of table siamese.images"
+    with sql_error(sqlstate, message, row):
+        shared.execute(
+            "INSERT INTO images (image_id, image)"
+            " SELECT * FROM unnest(%s::bigint[], %s::bytea[])",
+            ([75, 76, 77, 78], [GOOD, GOOD, image, GOOD]),
+        )
+    assert shared.execute("SELECT count(*) FROM images").fetchone() == (0,)
+    assert shared.execute("SELECT count(*) FROM siamese.embedding_1").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "similar_images(%(image)s)",
+        "classify_image(%(image)s)",
+        "similar_rows(NULL::images, %(image)s)",
+        "embed_image(%(image)s)",
+        "image_distance(%(good)s, %(image)s)",
+        "same_class(%(image)s, %(good)s)",
+        "any_two_match(%(good)s, %(image)s, %(good)s)",
+    ],
+)
+def test_bad_image_in_a_call(shared: Connection, call: str) -> None:
+    for image, sqlstate, message in BAD_IMAGES.values():
+        with sql_error(sqlstate, message):
+            shared.execute(f"SELECT {call}", {"image": image, "good": GOOD})
+    null = call.replace("%(image)s", "NULL::bytea")
+    with sql_error("22004", "image is null"):
+        shared.execute(f"SELECT {null}", {"good": GOOD})
+
+
+def test_null_image_in_a_row(db: Connection) -> None:
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
+    db.execute("SELECT create_collection('t', 't')")
+    with sql_error("22004", "image is null (row id = 5 of table public.t)"):
+        db.execute("INSERT INTO t VALUES (5, NULL)")
+
+
+@pytest.mark.parametrize(
+    ("call", "sqlstate", "message"),
+    [
+        ("similar_images(1, k => 0)", "22023", "k must be between 1 and 10000"),
+        ("similar_images(1, k => -1)", "22023", "k must be between"),
+        ("similar_images(1, k => 1000000)", "22023", "k must be between 1 and 10000"),
+        ("similar_images(1, k => NULL)", "22023", "k must be between"),
+        ("similar_images(1, engine => 'magic')", "22023", 'unknown engine "magic"'),
+        ("similar_images(1, engine => NULL)", "22023", "unknown engine"),
+        ("similar_images(1, max_distance => 'NaN')", "22023", "max_distance is not a number"),
+        ("similar_images(1, collection => 'none')", "42704", 'collection "none" does not exist'),
+        ("similar_images(1, collection => NULL)", "42704", "collection is null"),
+        ("similar_images(NULL::bigint)", "22004", "image_id is null"),
+        ("similar_images(12345)", "P0002", 'image 12345 is not in collection "images"'),
+        ("similar_rows(1, '')", "42704", "integer has 0 collections"),
+        ("similar_rows(NULL::models, '')", "42704", "models has 0 collections"),
+        ("similar_rows(NULL::images, '', collection => 'x')", "42704", "0 collections"),
+        ("classify_image('', k => 0)", "22023", "k must be between"),
+        ("classify_image('', collection => 'none')", "42704", 'collection "none"'),
+        ("embed_image('', 'none')", "42704", 'model "none" does not exist'),
+        ("image_distance('', '', 'none')", "42704", 'model "none" does not exist'),
+        ("same_class('', '', 'none')", "42704", 'model "none" does not exist'),
+        ("any_two_match('')", "22023", "at least two images"),
+        ("warm_up('none')", "42704", 'collection "none" does not exist'),
+        ("warm_up(NULL)", "42704", "collection is null"),
+        ("backfill('none')", "42704", 'collection "none" does not exist'),
+        ("backfill(NULL)", "42704", "collection is null"),
+        ("backfill(max_rows => 0)", "22023", "max_rows must be positive"),
+        ("build_index('none')", "42704", 'collection "none" does not exist'),
+        ("build_index(NULL)", "42704", "collection is null"),
+        ("build_index(m => 3)", "22023", "m must be between 4 and 64"),
+        ("build_index(m => NULL)", "22023", "m must be between"),
+        ("build_index(ef_construction => 0)", "22023", "ef_construction must be between"),
+        ("build_index(target_recall => 2)", "22023", "target_recall must be between"),
+        ("build_index(target_recall => 'NaN')", "22023", "target_recall must be between"),
+        ("build_index(threads => 1000)", "22023", "threads must be between"),
+        ("create_collection(NULL)", "22023", "must have a name"),
+        ("create_collection('')", "22023", "must have a name"),
+        ("create_collection()", "42710", 'collection "images" already exists'),
+        ("create_collection('x', on_error => 'ignore')", "22023", "ignore"),
+        ("create_collection('x', on_error => NULL)", "22023", "on_error"),
+        ("create_collection('x', model => 'none')", "42704", 'model "none" does not exist'),
+        ("create_collection('x', image_column => NULL)", "42703", "does not exist"),
+        ("create_collection('x', image_column => 'none')", "42703", 'column "none"'),
+        ("create_collection('x', image_column => 'label')", "42804", "has type text, not bytea"),
+        ("create_collection('x', key_column => 'none')", "42703", 'column "none"'),
+        ("create_collection('x', key_column => 'label')", "42P16", "is not a key"),
+        ("create_collection('x', key_column => 'inserted_at')", "0A000", "has type timestamp"),
+        ("create_collection('x', 99999999::regclass)", "42703", "does not exist"),
+        ("drop_collection('none')", "42704", 'collection "none" does not exist'),
+        ("drop_collection(NULL)", "42704", "does not exist"),
+        ("drop_model('none')", "42704", 'model "none" does not exist'),
+        ("drop_model(NULL)", "42704", "does not exist"),
+        ("register_model(NULL, '')", "22023", "must have a name"),
+        ("register_model('', '')", "22023", "must have a name"),
+        ("register_model('x', NULL)", "22004", "onnx is null"),
+        ("register_model('x', '')", "22023", "not an ONNX file"),
+        ("grant_usage('nobody at all')", "42704", 'role "nobody at all" does not exist'),
+        ("grant_usage(NULL)", "42704", "does not exist"),
+        ("grant_admin('nobody at all')", "42704", 'role "nobody at all" does not exist'),
+    ],
+)
+def test_bad_argument(shared: Connection, call: str, sqlstate: str, message: str) -> None:
+    with sql_error(sqlstate, message):
+        shared.execute(f"SELECT siamese.{call}")
+
+
+def test_session_works_on_after_errors(db: Connection, pictures: Pictures) -> None:
+    ids = insert_images(db, pictures.files[:20])
+    for _ in range(3):
+        with sql_error("22P03", "cannot be decoded"):
+            insert_images(db, [pictures.files[0], b"bad"])
+        with sql_error("42703", "nothing"):
+            db.execute("SELECT similar_images(%s, filter => '{\"nothing\": 1}')", (ids[0],))
+    with db.transaction():
+        for _ in range(3):
+            with sql_error("22P03", "cannot be decoded"), db.transaction():
+                insert_images(db, [b"bad"])
+        more = insert_images(db, pictures.files[20:21])
+    found = db.execute("SELECT image_id FROM similar_images(%s, k => 100)", (ids[0],)).fetchall()
+    assert {row[0] for row in found} == {*ids[1:], *more}
+
+
+def test_error_inside_an_exception_block(db: Connection, pictures: Pictures) -> None:
+    """PL/pgSQL's EXCEPTION rolls back to a savepoint: what was open must not be left behind."""
+    db.execute(
+        """
+        CREATE FUNCTION try(images bytea[]) RETURNS text LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO siamese.images (image) SELECT unnest(images);
+            RETURN 'fine';
+        EXCEPTION WHEN invalid_binary_representation THEN
+            RETURN 'bad';
+        END $$
+        """
+    )
+    good = pictures.files[:5]
+    answers = [
+        db.execute("SELECT try(%s::bytea[])", (images,)).fetchone()
+        for images in (good, [*good, b"x"], [b"", *good], good)
+    ]
+    assert answers == [("fine",), ("bad",), ("bad",), ("fine",)]
+    assert db.execute("SELECT count(*) FROM siamese.embedding_1").fetchone() == (10,)

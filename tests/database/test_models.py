@@ -1,0 +1,229 @@
+"""Models: registering, refusing, dropping; encoders of other kinds give the vectors they should."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+from PIL import Image
+
+from tests.conftest import Connection, Pictures, insert_images
+from tests.support import Array, encode, grid, grid_encoder, sql_error
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def embedding(db: Connection, image: bytes, model: str) -> Array:
+    row = db.execute("SELECT embed_image(%s, %s)::real[]", (image, model)).fetchone()
+    assert row
+    return np.array(row[0])
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Array:
+    """uint8 (60, 90, 3)."""
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((90, 60), Image.Resampling.BICUBIC))
+
+
+def test_metadata_is_read(db: Connection, onnx: bytes) -> None:
+    row = db.execute(
+        "SELECT sha256, dimension, metadata ->> 'name', specification -> 'input' ->> 'width',"
+        " specification ->> 'metric', specification -> 'calibration' ->> 'weight',"
+        " (specification ->> 'threshold')::real, onnx = %s FROM models WHERE name = 'medical'",
+        (onnx,),
+    ).fetchone()
+    assert row
+    assert row[0] == hashlib.sha256(onnx).hexdigest()
+    assert (row[1], row[2], row[3], row[4]) == (64, "medical", "28", "cosine")
+    assert row[5] is not None and row[6] > 0 and row[7]
+
+
+def test_registering_again(db: Connection, onnx: bytes) -> None:
+    first = db.execute("SELECT model_id FROM models WHERE name = 'medical'").fetchone()
+    again = db.execute("SELECT register_model('medical', %s)", (onnx,)).fetchone()
+    other = db.execute("SELECT register_model('copy', %s)", (onnx,)).fetchone()
+    assert again == first != other
+    with sql_error("42710", 'model "medical" already exists', "under a new name"):
+        db.execute("SELECT register_model('medical', %s, resize => 'crop')", (onnx,))
+    with sql_error("42710", 'model "medical" already exists'):
+        foreign = grid_encoder(("n", 3, 8, 8), pool=4)
+        db.execute("SELECT register_model('medical', %s)", (foreign,))
+
+
+def test_foreign_encoder(db: Connection, photograph: Array) -> None:
+    """float32 NCHW of another size, with mean, standard deviation and interpolation."""
+    model = grid_encoder(("n", 3, 32, 40), pool=8)
+    db.execute(
+        "SELECT register_model('foreign', %s, mean => %s::real[], std => %s::real[],"
+        " interpolation => 'bilinear')",
+        (model, MEAN, STD),
+    )
+    shown = Image.fromarray(photograph).resize((40, 32), Image.Resampling.BILINEAR)
+    found = embedding(db, encode(photograph), "foreign")
+    np.testing.assert_allclose(found, grid(np.asarray(shown), 8, MEAN, STD), atol=1e-4)
+
+
+def test_resize_modes(db: Connection, photograph: Array) -> None:
+    model = grid_encoder(("n", 3, 30, 30), pool=10)
+    image, padded = Image.fromarray(photograph), Image.new("RGB", (30, 30))
+    padded.paste(image.resize((30, 20)), (0, 5))
+    for mode, shown in (
+        ("stretch", image.resize((30, 30))),
+        ("crop", image.resize((30, 30), box=(15, 0, 75, 60))),
+        ("pad", padded),
+    ):
+        db.execute("SELECT register_model(%s, %s, resize => %s)", (mode, model, mode))
+        found = embedding(db, encode(photograph), mode)
+        expected = grid(np.asarray(shown), 10, [0.0] * 3, [1.0] * 3)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (("n", 3, "h", "w"), TensorProto.FLOAT),
+        (("n", "h", "w", 3), TensorProto.UINT8),
+        (("n", 1, "h", "w"), TensorProto.FLOAT),
+        ((1, 3, 16, 24), TensorProto.FLOAT),
+        ((4, 16, 24, 3), TensorProto.FLOAT),
+    ],
+    ids=str,
+)
+def test_layouts(
+    db: Connection, photograph: Array, shape: tuple[int | str, ...], dtype: int
+) -> None:
+    """Dynamic sizes, NHWC, one channel, and batches of a fixed size."""
+    model = grid_encoder(shape, dtype, pool=8)
+    db.execute(
+        "SELECT register_model('layout', %s, image_width => 24, image_height => 16)", (model,)
+    )
+    image = Image.fromarray(photograph)
+    channels = 1 if 1 in shape[1:] else 3
+    small = np.asarray(image.convert("L" if channels == 1 else "RGB").resize((24, 16)))
+    scale = 1.0 if dtype == TensorProto.FLOAT else 1 / 255
+    expected = grid(small.reshape(16, 24, channels), 8, [0.0] * channels, [scale] * channels)
+    np.testing.assert_allclose(embedding(db, encode(photograph), "layout"), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", ["n", 1, 4])
+def test_collection_of_a_foreign_encoder(
+    db: Connection, pictures: Pictures, batch: int | str
+) -> None:
+    """Whole batches, part batches and single images give the same vectors."""
+    model = grid_encoder((batch, 3, 32, 32), pool=8)
+    db.execute("SELECT register_model('foreign', %s, metric => 'l2')", (model,))
+    db.execute("CREATE TABLE scans (scan_id integer PRIMARY KEY, image bytea)")
+    db.execute("SELECT create_collection('scans', 'scans', model => 'foreign')")
+    db.execute(
+        "INSERT INTO scans SELECT * FROM unnest(%s::int[], %s::bytea[])",
+        (list(range(70)), pictures.files[:70]),
+    )
+    rows = db.execute(
+        "SELECT max(e.embedding <-> embed_image(s.image, 'foreign')), count(*)"
+        " FROM scans AS s JOIN siamese.embedding_2 AS e ON e.key = s.scan_id"
+    ).fetchone()
+    assert rows and rows[0] < 1e-4 and rows[1] == 70
+
+
+def test_limits_of_a_model(db: Connection, photograph: Array) -> None:
+    model = grid_encoder(("n", 3, 8, 8), pool=4)
+    db.execute("SELECT register_model('small', %s, max_pixels => 5399)", (model,))
+    db.execute("SELECT register_model('short', %s, max_bytes => 100)", (model,))
+    with sql_error("54000", "image", "is too large", "5399 pixels"):
+        embedding(db, encode(photograph), "small")
+    with sql_error("54000", "bytes is too large", "100 bytes"):
+        embedding(db, encode(photograph), "short")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not an ONNX file"),
+        (b"junk", "not an ONNX file"),
+        (grid_encoder(("n", 4, 8, 8), pool=4), "not a batch of images"),
+        (grid_encoder(("n", 3, 8, 8), TensorProto.INT64, pool=4), "not a batch of images"),
+        (grid_encoder(("n", 3, "h", "w"), pool=4), "image_width and image_height"),
+        (grid_encoder(("n", 3, 8, 8), pool=4, offset=float("nan")), "not finite"),
+    ],
+)
+def test_refused(shared: Connection, data: bytes, message: str) -> None:
+    with sql_error("22023", message):
+        shared.execute("SELECT register_model('bad', %s)", (data,))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("metric => 'dot'", 'unknown metric "dot"'),
+        ("resize => 'zoom'", 'unknown resize mode "zoom"'),
+        ("interpolation => 'cubic'", 'unknown interpolation "cubic"'),
+        ("image_width => 9", "width of 8, not 9"),
+        ("mean => '{0,0}'", "mean must have 3"),
+        ("std => '{1,1,0}'", "std must be positive"),
+        ("calibration => '{\"weight\": 1}'", "both a weight and a bias"),
+        ("threshold => 'NaN'", "threshold must be a finite number"),
+        ("max_bytes => 0", "must be positive"),
+    ],
+)
+def test_wrong_argument(shared: Connection, argument: str, message: str) -> None:
+    model = grid_encoder(("n", 3, 8, 8), pool=4)
+    with sql_error("22023", message):
+        shared.execute(f"SELECT register_model('bad', %s, {argument})", (model,))
+
+
+def test_calibration_given_at_registration(db: Connection, photograph: Array) -> None:
+    model = grid_encoder(("n", 3, 8, 8), pool=4)
+    db.execute(
+        "SELECT register_model('head', %s, metric => 'l2',"
+        """ calibration => '{"weight": -2, "bias": 1}', threshold => 0.25)""",
+        (model,),
+    )
+    one, other = encode(photograph), encode(photograph[:, ::-1].copy())
+    row: Any = db.execute(
+        "SELECT same_class(%(a)s, %(b)s, 'head'), image_distance(%(a)s, %(b)s, 'head')",
+        {"a": one, "b": other},
+    ).fetchone()
+    assert row[0] == pytest.approx(1 / (1 + np.exp(2 * row[1] - 1)), rel=1e-5)
+
+
+def test_drop_model(db: Connection, onnx: bytes) -> None:
+    db.execute("SELECT register_model('spare', %s)", (onnx,))
+    db.execute("SELECT drop_model('spare')")
+    assert db.execute("SELECT count(*) FROM models").fetchone() == (1,)
+    with sql_error("42704", 'model "spare" does not exist'):
+        db.execute("SELECT drop_model('spare')")
+
+
+def test_drop_model_in_use(db: Connection, pictures: Pictures) -> None:
+    insert_images(db, pictures.files[:3])
+    with sql_error("2BP01", 'cannot drop model "medical"', "images"):
+        db.execute("SELECT drop_model('medical')")
+    db.execute("SELECT drop_collection('images'), drop_model('medical')")
+    assert db.execute("SELECT count(*) FROM models").fetchone() == (0,)
+
+
+def test_model_whose_bytes_have_changed(db: Connection, pictures: Pictures) -> None:
+    """Law 3: a vector belongs to one model, by its SHA-256."""
+    db.execute("UPDATE models SET onnx = onnx || '\\x00'")
+    with sql_error("XX001", "SHA-256"):
+        insert_images(db, pictures.files[:1])
+
+
+def test_default_model(db: Connection, onnx: bytes, photograph: Array) -> None:
+    image = encode(photograph)
+    db.execute("SELECT register_model('other', %s)", (grid_encoder(("n", 3, 8, 8), pool=4),))
+    row = db.execute("SELECT embed_image(%(i)s) = embed_image(%(i)s, 'medical')", {"i": image})
+    assert row.fetchone() == (True,)  # that of collection "images"
+    db.execute("SELECT drop_collection('images')")
+    with sql_error("22023", "there are 2 models", "Name a model"):
+        db.execute("SELECT embed_image(%s)", (image,))
+    db.execute("SELECT drop_model('medical')")
+    row = db.execute("SELECT vector_dims(embed_image(%s))", (image,))
+    assert row.fetchone() == (12,)
+    db.execute("SELECT drop_model('other')")
+    with sql_error("22023", "there are 0 models", "Register a model first"):
+        db.execute("SELECT embed_image(%s)", (image,))

@@ -1,0 +1,623 @@
+"""Searches answer exactly what their snapshot holds, by whichever engine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from psycopg import sql
+
+from tests.conftest import Connection, Pictures, insert_images
+from tests.support import assert_exact, exact_distances, grid_encoder, sql_error
+
+ENGINES = ("faiss", "pgvector", "auto")
+
+
+def search(db: Connection, query: bytes | int, k: int = 10, **options: Any) -> list[Any]:
+    """Rows (rank, image_id, distance, similarity) of collection ``images``."""
+    kinds = {"filter": "jsonb", "candidates": "bigint[]", "max_distance": "real", "engine": "text"}
+    extra = "".join(f", {name} => %({name})s::{kinds.get(name, 'text')}" for name in options)
+    kind = "bytea" if isinstance(query, bytes) else "bigint"
+    return db.execute(
+        f"SELECT * FROM similar_images(%(query)s::{kind}, k => %(k)s{extra})",
+        {"query": query, "k": k, **options},
+    ).fetchall()
+
+
+def keys(rows: list[Any]) -> list[int]:
+    return [row[1] for row in rows]
+
+
+@pytest.fixture
+def ids(db: Connection, pictures: Pictures) -> list[int]:
+    """300 images, 250 of them in the index."""
+    first = insert_images(db, pictures.files[:250], pictures.labels[:250])
+    db.execute("SELECT build_index()")
+    return first + insert_images(db, pictures.files[250:300], pictures.labels[250:300])
+
+
+@pytest.fixture
+def notices(db: Connection) -> list[str]:
+    """Notices of the first connection."""
+    found: list[str] = []
+    db.add_notice_handler(lambda notice: found.append(notice.message_primary or ""))
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_exact(db: Connection, ids: list[int], queries: Pictures, engine: str) -> None:
+    for query in queries.files[:10]:
+        truth = exact_distances(db, query)
+        assert_exact(search(db, query, engine=engine), truth, 10)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_after_each_kind_of_change(
+    db: Connection, ids: list[int], pictures: Pictures, queries: Pictures, engine: str
+) -> None:
+    def check() -> None:
+        for query in queries.files[:4]:
+            assert_exact(search(db, query, 20, engine=engine), exact_distances(db, query), 20)
+
+    db.execute("DELETE FROM images WHERE image_id % 5 = 0")
+    check()
+    db.execute(
+        "UPDATE images SET image = %s WHERE image_id = ANY(%s)", (queries.files[0], ids[1:4])
+    )
+    check()
+    nearest = search(db, queries.files[0], 3, engine=engine)
+    assert set(keys(nearest)) == set(ids[1:4])
+    insert_images(db, pictures.files[300:330])
+    check()
+    db.execute("SELECT build_index()")
+    check()
+    db.execute("DELETE FROM images WHERE image_id % 2 = 0")
+    check()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_by_id(db: Connection, ids: list[int], pictures: Pictures, engine: str) -> None:
+    """The stored image itself is left out, indexed or not; its copies are not."""
+    copy = insert_images(db, [pictures.files[3]])[0]
+    for place in (3, 270):
+        truth = exact_distances(db, pictures.files[place])
+        del truth[ids[place]]
+        assert_exact(search(db, ids[place], engine=engine), truth, 10)
+    assert search(db, ids[3], 1, engine=engine)[0][1] == copy
+    assert search(db, copy, 1, engine=engine)[0][1] == ids[3]
+    assert search(db, ids[3], candidates=[ids[3]]) == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equal_distances_are_in_the_order_of_keys(
+    db: Connection, pictures: Pictures, engine: str
+) -> None:
+    copies = [7, 3, 90, 1, 50, 20]
+    db.execute(
+        "INSERT INTO images (image_id, image) SELECT *, %s FROM unnest(%s::bigint[])",
+        (pictures.files[0], copies),
+    )
+    db.execute("INSERT INTO images (image_id, image) VALUES (2, %s)", (pictures.files[1],))
+    db.execute("SELECT build_index()")
+    assert keys(search(db, pictures.files[0], 6, engine=engine)) == sorted(copies)
+    assert keys(search(db, 20, 5, engine=engine)) == [1, 3, 7, 50, 90]
+    assert keys(search(db, 2, 6, engine=engine)) == sorted(copies)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_k_beyond_the_table(
+    db: Connection, ids: list[int], queries: Pictures, engine: str
+) -> None:
+    """Law 9: fewer than k rows only when fewer qualify."""
+    assert_exact(search(db, queries.files[0], 10_000, engine=engine), exact_distances(db, queries.files[0]), 300)
+    assert len(search(db, ids[0], 10_000, engine=engine)) == 299
+    assert len(search(db, ids[0], 1, engine=engine)) == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_empty_collection(db: Connection, pictures: Pictures, engine: str) -> None:
+    if engine != "faiss":
+        assert search(db, pictures.files[0], engine=engine) == []
+    db.execute("SELECT build_index()")
+    assert search(db, pictures.files[0], engine=engine) == []
+    new = insert_images(db, pictures.files[:1])
+    assert keys(search(db, pictures.files[0], engine=engine)) == new
+    db.execute("DELETE FROM images; SELECT build_index()")
+    assert search(db, pictures.files[0], engine=engine) == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_max_distance(
+    db: Connection, ids: list[int], queries: Pictures, engine: str
+) -> None:
+    """Inclusive, in the very number that a search gave."""
+    for query in queries.files[:5]:
+        truth = exact_distances(db, query)
+        found = search(db, query, 20, engine=engine)
+        limit = found[7][2]
+        within = search(db, query, 100, engine=engine, max_distance=limit)
+        assert within == [row for row in found if row[2] <= limit]
+        assert len(within) == pytest.approx(sum(one <= limit for one in truth.values()), abs=1)
+    assert len(search(db, query, 500, engine=engine, max_distance=float("inf"))) == 300
+    assert search(db, query, engine=engine, max_distance=-0.5) == []
+    assert keys(search(db, ids[0], 300, engine=engine, max_distance=2.0)) != []
+
+
+@pytest.mark.parametrize("engine", ["pgvector", "auto"])
+def test_candidates(db: Connection, ids: list[int], queries: Pictures, engine: str) -> None:
+    chosen = ids[10:40] + [10**12]
+    query = queries.files[0]
+    truth = exact_distances(db, query, f"b.image_id = ANY('{{{','.join(map(str, chosen))}}}')")
+    assert_exact(search(db, query, 12, candidates=chosen, engine=engine), truth, 12)
+    assert len(search(db, query, 100, candidates=chosen * 2, engine=engine)) == 30
+    assert search(db, query, candidates=[], engine=engine) == []
+    assert search(db, query, candidates=[None], engine=engine) == []
+    nearest = search(db, query, 5, candidates=chosen, max_distance=sorted(truth.values())[2] + 1e-6)
+    assert len(nearest) == 3
+    with sql_error("55000", "FAISS cannot answer", "candidates"):
+        search(db, query, candidates=chosen, engine="faiss")
+
+
+def test_similarity_is_calibrated(db: Connection, ids: list[int], queries: Pictures) -> None:
+    head = db.execute("SELECT specification -> 'calibration' FROM models").fetchone()
+    assert head
+    for _, key, distance, similarity in search(db, queries.files[0], 5):
+        logit = head[0]["weight"] * distance + head[0]["bias"]
+        assert similarity == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-4)
+        row = db.execute(
+            "SELECT same_class(image, %s) FROM images WHERE image_id = %s", (queries.files[0], key)
+        ).fetchone()
+        assert row and row[0] == pytest.approx(similarity, abs=1e-3)
+
+
+def test_euclidean_model(db: Connection, pictures: Pictures, queries: Pictures) -> None:
+    """Long embeddings that lie close together, with and without an index, and pending ones."""
+    model = grid_encoder(("n", 3, 28, 28), pool=14, offset=2000.0)
+    db.execute("SELECT register_model('far', %s, metric => 'l2')", (model,))
+    db.execute("SELECT create_collection('far', 'images', model => 'far')")
+    insert_images(db, pictures.files[:100])
+    db.execute("SELECT build_index('far')")
+    insert_images(db, pictures.files[100:300])
+    for query in queries.files[:5]:
+        truth = dict(
+            db.execute(
+                "SELECT key, embedding <-> embed_image(%s, 'far') FROM siamese.embedding_2", (query,)
+            ).fetchall()
+        )
+        for engine in ("auto", "pgvector"):
+            found = search(db, query, 15, collection="far", engine=engine)
+            assert_exact([(*row[:2], row[2], None) for row in found], truth, 15)
+            limit = found[6][2]
+            within = search(db, query, 15, collection="far", engine=engine, max_distance=limit)
+            assert within == [row for row in found if row[2] <= limit]
+
+
+def test_engine_errors(db: Connection, pictures: Pictures) -> None:
+    insert_images(db, pictures.files[:5])
+    with sql_error("55000", "FAISS cannot answer", "no index generation", "auto"):
+        search(db, pictures.files[0], engine="faiss")
+    assert len(search(db, pictures.files[0])) == 5
+
+
+# Index files: a cache. Whatever happens to them costs speed, never an answer.
+
+
+def index_directory(db: Connection) -> Path:
+    row = db.execute(
+        "SELECT current_setting('data_directory') || '/pg_siamese/' || oid FROM pg_database"
+        " WHERE datname = current_database()"
+    ).fetchone()
+    assert row
+    return Path(row[0])
+
+
+def test_lost_directory(
+    db: Connection,
+    ids: list[int],
+    connect: Callable[..., Connection],
+    queries: Pictures,
+    notices: list[str],
+) -> None:
+    query = queries.files[0]
+    before = search(db, query)
+    shutil.rmtree(index_directory(db))
+    assert search(db, query) == before  # this session has the file open
+    fresh = connect()
+    fresh.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
+    for _ in range(3):
+        assert_exact(search(fresh, query), exact_distances(db, query), 10)
+    assert len(notices) == 1  # it says so once
+    assert 'searching collection "images" without its FAISS index' in notices[0]
+    assert "is missing" in notices[0]
+    with sql_error("55000", "FAISS cannot answer", "is missing"):
+        search(fresh, query, engine="faiss")
+    status = "SELECT generation_file FROM collection_status"
+    assert db.execute(status).fetchone() == ("missing",)
+    fresh.execute("SELECT build_index()")
+    assert db.execute(status).fetchone() == ("present",)
+    assert_exact(search(fresh, query, engine="faiss"), exact_distances(db, query), 10)
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def unreadable(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("suffix", ["faiss", "meta"])
+@pytest.mark.parametrize("damage", [torn, empty, flipped, unreadable, Path.unlink])
+def test_damaged_files(
+    db: Connection,
+    pictures: Pictures,
+    connect: Callable[..., Connection],
+    suffix: str,
+    damage: Callable[[Path], None],
+) -> None:
+    insert_images(db, pictures.files[:30])
+    db.execute("SELECT build_index()")
+    (path,) = index_directory(db).glob(f"*/*.{suffix}")
+    damage(path)
+    fresh = connect()
+    query = pictures.files[40]
+    assert_exact(search(fresh, query), exact_distances(db, query), 10)
+    with sql_error("55000", "FAISS cannot answer"):
+        search(fresh, query, engine="faiss")
+    row = fresh.execute("SELECT ok FROM self_check() WHERE subject ~ 'index$'").fetchone()
+    assert row == (False,)
+
+
+def test_foreign_file(
+    db: Connection, pictures: Pictures, connect: Callable[..., Connection]
+) -> None:
+    """As after a restore: right names and whole, but of another build."""
+    insert_images(db, pictures.files[:30])
+    db.execute("SELECT build_index()")
+    directory = next(index_directory(db).iterdir())
+    kept = directory.parent / "kept"
+    shutil.copytree(directory, kept)
+    db.execute("DELETE FROM images")
+    insert_images(db, pictures.files[30:60])
+    row = db.execute("SELECT build_index()").fetchone()
+    assert row
+    for path in kept.iterdir():
+        shutil.copy(path, directory / f"{row[0]}{path.suffix}")
+    query = pictures.files[40]
+    assert_exact(search(connect(), query), exact_distances(db, query), 10)
+    with sql_error("55000", "belongs to another build"):
+        search(connect(), query, engine="faiss")
+
+
+def test_only_two_generations_are_kept(db: Connection, pictures: Pictures) -> None:
+    insert_images(db, pictures.files[:5])
+    for _ in range(4):
+        db.execute("SELECT build_index()")
+    found = db.execute("SELECT generation FROM index_generations ORDER BY 1").fetchall()
+    assert found == [(3,), (4,)]
+    names = sorted(path.name for path in index_directory(db).glob("*/*"))
+    assert names == ["3.faiss", "3.meta", "4.faiss", "4.meta"]
+
+
+def test_failed_build_changes_nothing(
+    db: Connection, ids: list[int], queries: Pictures
+) -> None:
+    with db.transaction(force_rollback=True):
+        db.execute("SELECT build_index()")
+    assert_exact(search(db, queries.files[0], engine="faiss"), exact_distances(db, queries.files[0]), 10)
+    db.execute("SELECT build_index()")
+    assert len(list(index_directory(db).glob("*/*"))) == 4
+    assert_exact(search(db, queries.files[0], engine="faiss"), exact_distances(db, queries.files[0]), 10)
+
+
+# Snapshots.
+
+
+def test_repeatable_read_older_than_builds_and_deletes(
+    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+) -> None:
+    old, query = connect(), queries.files[0]
+    truth = exact_distances(db, query)
+    old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM images LIMIT 1")
+    db.execute("DELETE FROM images WHERE image_id % 2 = 0")
+    db.execute("UPDATE images SET image = %s", (queries.files[5],))
+    for _ in range(3):
+        assert_exact(search(old, query, 50), truth, 50)
+        db.execute("SELECT build_index()")
+    assert_exact(search(old, query, 50), truth, 50)
+    assert len(search(old, ids[1], 300)) == 299
+    old.execute("COMMIT")
+    assert_exact(search(old, query, 50), exact_distances(db, query), 50)
+
+
+def test_build_in_an_old_snapshot_harms_nothing(
+    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+) -> None:
+    old = connect()
+    old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM images LIMIT 1")
+    db.execute("SELECT build_index()")
+    with sql_error("40001", "could not serialize"):
+        old.execute("SELECT build_index()")
+    old.execute("ROLLBACK")
+    assert_exact(
+        search(connect(), queries.files[0], engine="faiss"),
+        exact_distances(db, queries.files[0]),
+        10,
+    )
+
+
+def test_cursor_older_than_other_searches_of_its_session(
+    db: Connection, ids: list[int], pictures: Pictures, queries: Pictures
+) -> None:
+    query = queries.files[0]
+    declare = "DECLARE {} CURSOR FOR SELECT * FROM similar_images(%s, k => 400, engine => 'faiss')"
+    with db.transaction():
+        truths = []
+        for step in range(4):
+            truths.append(exact_distances(db, query))
+            db.execute(declare.format(f"c{step}"), (query,))
+            assert_exact(search(db, query, 400), truths[-1], 400)
+            if step == 0:
+                db.execute("DELETE FROM images WHERE image_id % 3 = 0")
+            elif step == 1:
+                db.execute("UPDATE images SET image = %s WHERE image_id %% 3 = 1", (query,))
+            elif step == 2:
+                insert_images(db, pictures.files[300:340])
+        for step in (0, 2, 1, 3):
+            assert_exact(db.execute(f"FETCH ALL c{step}").fetchall(), truths[step], 400)
+            assert_exact(search(db, query, 400), truths[3], 400)
+
+
+def test_cursor_older_than_commits_of_others(
+    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+) -> None:
+    """What a newer snapshot has settled must not be taken for settled by an older one."""
+    session, query = connect(), queries.files[0]
+    truth = exact_distances(db, query)
+    with session.transaction():
+        session.execute(
+            "DECLARE c CURSOR FOR SELECT * FROM similar_images(%s, k => 400, engine => 'faiss')",
+            (query,),
+        )
+        db.execute("DELETE FROM images WHERE image_id % 2 = 0")
+        insert_images(db, queries.files[:5])
+        db.execute("SELECT txid_current()")
+        assert_exact(search(session, query, 400), exact_distances(db, query), 400)
+        assert_exact(session.execute("FETCH ALL c").fetchall(), truth, 400)
+        assert_exact(search(session, query, 400), exact_distances(db, query), 400)
+
+
+def test_imported_snapshot_older_than_the_sessions_last(
+    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+) -> None:
+    keeper, session, query = connect(), connect(), queries.files[0]
+    truth = exact_distances(db, query)
+    keeper.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    row = keeper.execute("SELECT pg_export_snapshot()").fetchone()
+    assert row
+    db.execute("DELETE FROM images WHERE image_id % 2 = 0")
+    insert_images(db, queries.files[:5])
+    assert_exact(search(session, query, 400), exact_distances(db, query), 400)
+    session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(row[0]))
+    assert_exact(search(session, query, 400), truth, 400)
+    session.execute("COMMIT")
+    assert_exact(search(session, query, 400), exact_distances(db, query), 400)
+
+
+def test_one_statement_sees_one_snapshot(db: Connection, ids: list[int]) -> None:
+    """A statement that deletes and searches sees the rows as they were when it began."""
+    row = db.execute(
+        "WITH gone AS (DELETE FROM images RETURNING image_id)"
+        " SELECT (SELECT count(*) FROM similar_images(%s, k => 400)), (SELECT count(*) FROM gone)",
+        (ids[0],),
+    ).fetchone()
+    assert row == (299, 300)
+    assert db.execute("SELECT count(*) FROM images").fetchone() == (0,)
+
+
+def test_running_transactions_are_not_seen(
+    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+) -> None:
+    """Also when the build happens while they run, and whichever way they end."""
+    busy, query = [connect(), connect()], queries.files[0]
+    for place, session in enumerate(busy):
+        session.execute("BEGIN")
+        session.execute("DELETE FROM images WHERE image_id %% 10 = %s", (place,))
+        insert_images(session, queries.files[place : place + 1])
+    db.execute("SELECT build_index()")
+    assert_exact(search(db, query, 400), exact_distances(db, query), 400)
+    busy[0].execute("COMMIT")
+    assert_exact(search(db, query, 400), exact_distances(db, query), 400)
+    busy[1].execute("ROLLBACK")
+    assert_exact(search(db, query, 400), exact_distances(db, query), 400)
+    db.execute("SELECT build_index()")
+    assert_exact(search(db, query, 400), exact_distances(db, query), 400)
+
+
+# Row-level security.
+
+
+@pytest.fixture
+def readers(
+    new_role: Callable[[], str], db: Connection, ids: list[int], pictures: Pictures
+) -> tuple[str, str]:
+    """Two roles, the first of which sees images with an even id only, and the second all."""
+    one, other = new_role(), new_role()
+    for role in (one, other):
+        db.execute("SELECT grant_usage(%s)", (role,))
+    db.execute("ALTER TABLE images ENABLE ROW LEVEL SECURITY")
+    db.execute(f"CREATE POLICY even ON images TO {one} USING (image_id % 2 = 0)")
+    db.execute(f"CREATE POLICY all_rows ON images TO {other} USING (true)")
+    db.execute("DELETE FROM images WHERE image_id % 7 = 0")
+    return one, other
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_row_level_security(
+    db: Connection,
+    readers: tuple[str, str],
+    connect: Callable[..., Connection],
+    queries: Pictures,
+    engine: str,
+) -> None:
+    session = connect(user=readers[0])
+    for query in queries.files[:4]:
+        truth = exact_distances(db, query, "b.image_id %% 2 = 0")
+        assert_exact(search(session, query, 30, engine=engine), truth, 30)
+        assert_exact(search(session, query, 500, engine=engine), truth, 500)
+    with sql_error("P0002", "not in collection"):
+        search(session, 1, engine=engine)
+    assert all(key % 2 == 0 for key in keys(search(session, 2, 100, engine=engine)))
+
+
+def test_set_role_between_searches(
+    db: Connection, readers: tuple[str, str], pictures: Pictures, queries: Pictures
+) -> None:
+    """What one role has been shown, the next must not be."""
+    query = queries.files[0]
+    every = exact_distances(db, query)
+    even = {key: distance for key, distance in every.items() if key % 2 == 0}
+    for role, truth in [(None, every), (0, even), (1, every), (0, even), (None, every)]:
+        if role is not None:
+            db.execute(f"SET ROLE {readers[role]}")
+        assert_exact(search(db, query, 500), truth, 500)
+        db.execute("RESET ROLE")
+    insert_images(db, pictures.files[400:420])
+    every = exact_distances(db, query)
+    db.execute(f"SET ROLE {readers[0]}")
+    even = {key: distance for key, distance in every.items() if key % 2 == 0}
+    assert_exact(search(db, query, 500), even, 500)
+
+
+# A graph index, of vectors that never were images.
+
+
+class Large:
+    """Collection ``t`` of 12,000 vectors, of which the first 11,500 are in a graph index."""
+
+    def __init__(self, db: Connection) -> None:
+        self.db = db
+        generator = np.random.default_rng(0)
+        centres = generator.normal(size=(300, 64))
+        points = centres[generator.integers(0, 300, 12_000)] + generator.normal(size=(12_000, 64))
+        points /= np.linalg.norm(points, axis=1, keepdims=True)
+        self.points = points.astype(np.float32)
+        db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, n int)")
+        db.execute("SELECT create_collection('t', 't')")
+        db.execute("SET session_replication_role = replica")
+        db.execute("INSERT INTO t SELECT i, '', i FROM generate_series(0, 11999) AS i")
+        db.execute("RESET session_replication_role")
+        self.copy(range(11_500))
+        row = db.execute("SELECT build_index('t')").fetchone()
+        assert row
+        index = db.execute(
+            "SELECT index_type, recall FROM index_generations WHERE generation = %s", row
+        )
+        self.kind, self.recall = index.fetchone()  # type: ignore[misc]
+        self.copy(range(11_500, 12_000))
+        db.execute(
+            "INSERT INTO siamese.pending_2 (embedding_id)"
+            " SELECT embedding_id FROM siamese.embedding_2 WHERE key >= 11500"
+        )
+
+    def copy(self, places: range) -> None:
+        with (
+            self.db.cursor() as cursor,
+            cursor.copy("COPY siamese.embedding_2 (key, embedding) FROM STDIN") as copy,
+        ):
+            for place in places:
+                copy.write_row((place, str(self.points[place].tolist())))
+
+    def nearest(self, key: int, allowed: np.ndarray[Any, Any], k: int) -> list[int]:
+        order = np.argsort(1 - self.points @ self.points[key], kind="stable")
+        return [place for place in order.tolist() if allowed[place] and place != key][:k]
+
+    def recall_of(self, allowed: np.ndarray[Any, Any], k: int = 10, **options: Any) -> float:
+        """Search by 40 ids; check that all answers are full and qualify; return the recall."""
+        hits = 0
+        for key in range(100, 12_000, 300):
+            if not allowed[key]:
+                continue
+            truth = self.nearest(key, allowed, k)
+            found = keys(search(self.db, key, k, collection="t", **options))
+            assert len(set(found)) == len(found) == len(truth)
+            assert all(allowed[one] and one != key for one in found)
+            hits += len(set(found) & set(truth)) / len(truth)
+        return hits / sum(allowed[key] for key in range(100, 12_000, 300))
+
+
+@pytest.fixture(scope="module")
+def large(shared: Connection) -> Large:
+    return Large(shared)
+
+
+@pytest.mark.parametrize("k", [1, 10, 200])
+def test_graph(large: Large, k: int) -> None:
+    assert large.kind == "hnsw" and large.recall >= 0.99
+    assert large.recall_of(np.ones(12_000, bool), k) >= 0.97
+
+
+@pytest.mark.parametrize("share", [1, 2, 10, 100, 1000])
+def test_graph_with_a_filter(large: Large, share: int) -> None:
+    allowed = np.arange(12_000) % share == 100 % share
+    db = large.db
+    with db.transaction(force_rollback=True):
+        db.execute(f"UPDATE t SET n = n % {share}")
+        recall = large.recall_of(allowed, filter=f'{{"n": {100 % share}}}')
+    assert recall >= 0.97
+
+
+def test_graph_after_deletions(large: Large) -> None:
+    """From four fifths to nearly all: every answer stays full."""
+    with large.db.transaction(force_rollback=True):
+        for share in (5, 10):
+            large.db.execute(f"DELETE FROM t WHERE id % {share} <> 0")
+            assert large.recall_of(np.arange(12_000) % share == 0) >= 0.97
+        large.db.execute("DELETE FROM t WHERE id % 1000 <> 100")
+        assert large.recall_of(np.arange(12_000) % 1000 == 100) >= 0.99
+
+
+def test_graph_cannot_answer_all(large: Large) -> None:
+    with sql_error("55000", "FAISS cannot answer", "exact scan is the better way"):
+        search(large.db, 5, 10_000, collection="t", engine="faiss")
+    assert len(search(large.db, 5, 10_000, collection="t")) == 10_000
+
+
+def test_graph_with_max_distance(large: Large) -> None:
+    for key in (5, 500, 11_900):
+        distances = 1 - large.points @ large.points[key]
+        limit = float(np.sort(distances)[30]) + 1e-5
+        within = set(np.flatnonzero(distances <= limit).tolist()) - {key}
+        found = keys(search(large.db, key, 300, collection="t", max_distance=limit))
+        assert len(set(found) & within) >= 0.95 * len(within) and set(found) <= within
+
+
+def test_graph_with_many_copies(db: Connection, pictures: Pictures) -> None:
+    """Copies of an image fill each other's neighbour lists; and all of them must be found."""
+    db.execute(
+        "INSERT INTO images (image) SELECT image FROM unnest(%s::bytea[]) AS image,"
+        " generate_series(1, 40)",
+        (pictures.files[:20],),
+    )
+    db.execute("SELECT build_index()")
+    row = db.execute("SELECT rows, vectors FROM index_generations").fetchone()
+    assert row and row[0] == 800 and row[1] < 800
+    for file in pictures.files[:5]:
+        found = search(db, file, 40, engine="faiss")
+        assert max(row[2] for row in found) < 1e-6 and len(set(keys(found))) == 40

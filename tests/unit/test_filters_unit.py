@@ -1,0 +1,124 @@
+"""Filters: from JSON to SQL text with parameters, without a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pg_siamese_server import filters
+from pg_siamese_server.catalog import Collection
+from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.filters import Conditions, parse
+
+COLLECTION = Collection(
+    1, "c", 1, "public.t", "id", "bigint", "image", "reject", 1, 4, "", "cosine", "public"
+)
+
+
+@pytest.fixture(autouse=True)
+def columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of every name; of type text, but for some."""
+    types = {"n": "integer", "flag": "boolean", "data": "bytea", "list": "integer[]"}
+
+    def find(plpy: Any, collection: Collection, names: list[str]) -> dict[str, Any]:
+        return {
+            name: {
+                "name": name,
+                "quoted": name if name.isalpha() else '"' + name.replace('"', '""') + '"',
+                "type": types.get(name, "text"),
+                "is_array": name == "list",
+                "is_binary": name == "data",
+                "operator_schema": "pg_catalog",
+            }
+            for name in names
+        }
+
+    monkeypatch.setattr(filters, "columns", find)
+
+
+def conditions(text: str | None) -> Conditions:
+    return parse(None, COLLECTION, text)
+
+
+@pytest.mark.parametrize("text", [None, "{}"])
+def test_no_filter(text: str | None) -> None:
+    assert conditions(text) == Conditions()
+
+
+@pytest.mark.parametrize(
+    ("text", "clause", "types", "values"),
+    [
+        ('{"label": "x"}', "b.label OPERATOR(pg_catalog.=) CAST($1 AS text)", ["text"], ["x"]),
+        ('{"n": 5}', "b.n OPERATOR(pg_catalog.=) CAST($1 AS integer)", ["text"], ["5"]),
+        (
+            '{"flag": false}',
+            "b.flag OPERATOR(pg_catalog.=) CAST($1 AS boolean)",
+            ["text"],
+            ["false"],
+        ),
+        ('{"label": null}', "b.label IS NULL", [], []),
+        (
+            '{"n": [1, "2", 3.50]}',
+            "b.n OPERATOR(pg_catalog.=) ANY(CAST($1 AS integer[]))",
+            ["text[]"],
+            [["1", "2", "3.50"]],
+        ),
+        (
+            '{"n": [1, null]}',
+            "(b.n OPERATOR(pg_catalog.=) ANY(CAST($1 AS integer[])) OR b.n IS NULL)",
+            ["text[]"],
+            [["1"]],
+        ),
+        ('{"n": []}', "b.n OPERATOR(pg_catalog.=) ANY(CAST($1 AS integer[]))", ["text[]"], [[]]),
+    ],
+)
+def test_condition(text: str, clause: str, types: list[str], values: list[Any]) -> None:
+    assert conditions(text) == Conditions([clause], types, values)
+
+
+def test_all_columns_must_match() -> None:
+    found = conditions('{"label": "x", "n": 1}')
+    assert len(found.clauses) == 2
+    assert "$1" in found.clauses[0] and "$2" in found.clauses[1]
+
+
+def test_values_never_become_sql() -> None:
+    found = conditions('{"label": "\'; DROP TABLE t; --"}')
+    assert found.values == ["'; DROP TABLE t; --"]
+    assert "DROP" not in found.clauses[0]
+    assert conditions('{"a\\"b": "x"}').clauses[0].startswith('b."a""b" ')
+
+
+def test_numbers_keep_their_digits() -> None:
+    number = "0.1000000000000000055511151231257827"
+    assert conditions(f'{{"n": {number}}}').values == [number]
+    assert conditions(f'{{"n": {"9" * 5000}}}').values == ["9" * 5000]
+
+
+def test_copies_are_independent() -> None:
+    one = conditions('{"n": 1}')
+    other = one.copy()
+    assert other.parameter("bigint", 7) == "$2"
+    assert one == conditions('{"n": 1}')
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '"x"', "null", "true"])
+def test_not_an_object(text: str) -> None:
+    with pytest.raises(SiameseError, match="filter is not a JSON object") as caught:
+        conditions(text)
+    assert caught.value.sqlstate == "22023"
+
+
+@pytest.mark.parametrize("value", ['{"a": 1}', "[[1]]", "[{}]"])
+def test_not_a_scalar(value: str) -> None:
+    with pytest.raises(SiameseError, match='column "n" is not a scalar') as caught:
+        conditions(f'{{"n": {value}}}')
+    assert caught.value.sqlstate == "22023"
+
+
+@pytest.mark.parametrize("column", ["data", "list"])
+def test_types_without_filters(column: str) -> None:
+    with pytest.raises(SiameseError, match=f'column "{column}" of type') as caught:
+        conditions(f'{{"{column}": "x"}}')
+    assert caught.value.sqlstate == "0A000"

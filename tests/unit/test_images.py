@@ -1,0 +1,368 @@
+"""Decoding: every format and mode, limits, and files that are no images."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from pg_siamese_server.errors import ImageError, ModelError
+from pg_siamese_server.images import FORMATS, InputSpec, decode_image
+from tests.conftest import Pictures, pictures_of
+from tests.support import Array, encode
+
+WIDTH, HEIGHT = 12, 8
+SPEC = InputSpec(WIDTH, HEIGHT)
+GREY_SPEC = InputSpec(WIDTH, HEIGHT, channels=1)
+
+
+@pytest.fixture(scope="module")
+def colour() -> Array:
+    """A real photograph's corner (or noise, where there is none): uint8 (8, 12, 3)."""
+    found = pictures_of("retinamnist", "train", 1).pixels[0]
+    if found.ndim == 3:
+        return np.ascontiguousarray(found[10 : 10 + HEIGHT, 8 : 8 + WIDTH])
+    return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def grey(colour: Array) -> Array:
+    return np.ascontiguousarray(colour[..., 0])
+
+
+def three(grey: Array) -> Array:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def save(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("PNG", {"interlace": 1}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}),
+        ("WEBP", {"lossless": True}),
+    ],
+)
+def test_lossless_formats(kind: str, options: dict[str, Any], colour: Array, grey: Array) -> None:
+    found = decode_image(encode(colour, kind, **options), SPEC)
+    assert found.dtype == np.uint8 and found.flags.c_contiguous
+    np.testing.assert_array_equal(found, colour)
+    np.testing.assert_array_equal(decode_image(encode(grey, kind, **options), SPEC), three(grey))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_formats(kind: str, colour: Array) -> None:
+    smooth = np.asarray(Image.fromarray(colour).resize((4, 4)).resize((WIDTH, HEIGHT)))
+    found = decode_image(encode(smooth, kind, quality=95), SPEC)
+    assert np.abs(found.astype(int) - smooth).mean() < 4
+
+
+def test_grey_jpeg(grey: Array) -> None:
+    data = encode(grey, "JPEG", quality=95)
+    found = decode_image(data, SPEC)
+    assert (found[..., 0] == found[..., 1]).all() and (found[..., 0] == found[..., 2]).all()
+    np.testing.assert_array_equal(found[..., :1], decode_image(data, GREY_SPEC))
+
+
+def test_cmyk_jpeg() -> None:
+    """Red of full ink, not its negative."""
+    red = save(Image.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert np.abs(decode_image(red, SPEC).astype(int) - [254, 0, 0]).max() < 8
+
+
+def test_to_one_channel(colour: Array) -> None:
+    found = decode_image(encode(colour), GREY_SPEC)
+    assert found.shape == (HEIGHT, WIDTH, 1)
+    luma = colour @ [0.299, 0.587, 0.114]
+    assert np.abs(found[..., 0] - luma).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled(kind: str, grey: Array) -> None:
+    """Pillow's own conversion would turn all above 255 white."""
+    deep = grey.astype(np.uint16) * 257
+    np.testing.assert_array_equal(decode_image(encode(deep, kind), SPEC), three(grey))
+    np.testing.assert_array_equal(decode_image(encode(deep // 256, kind), SPEC) // 2, 0)
+
+
+def test_sixteen_bit_big_endian_tiff(grey: Array) -> None:
+    image = Image.frombytes("I;16B", (WIDTH, HEIGHT), (grey.astype(">u2") * 257).tobytes())
+    np.testing.assert_array_equal(decode_image(save(image, "TIFF"), SPEC), three(grey))
+
+
+def png_chunks(header: tuple[int, int], rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of WIDTH x HEIGHT made by hand; header is (bit depth, colour type)."""
+    ihdr = struct.pack(">IIBBBBB", WIDTH, HEIGHT, *header, 0, 0, 0)
+    parts = [(b"IHDR", ihdr), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+
+
+def test_sixteen_bit_colour(colour: Array) -> None:
+    rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in colour)
+    found = decode_image(png_chunks((16, 2), rows), SPEC)
+    assert np.abs(found.astype(int) - colour).max() <= 1
+
+
+def test_sixteen_bit_with_transparent_value(grey: Array) -> None:
+    deep = grey.astype(np.uint16) * 257
+    deep[0, 0], deep[0, 1] = 0x0100, 0
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    found = decode_image(png_chunks((16, 0), rows, (b"tRNS", b"\x01\x00")), SPEC)
+    assert found[0, 0].tolist() == [255] * 3  # transparent, so the background
+    assert found[0, 1].tolist() == [0] * 3
+    np.testing.assert_array_equal(found[1:], three(grey)[1:])
+
+
+def test_alpha_is_laid_on_white(colour: Array) -> None:
+    alpha = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
+    alpha[:4] = 0
+    found = decode_image(encode(np.concatenate([colour, alpha], axis=2)), SPEC)
+    assert (found[:4] == 255).all()
+    np.testing.assert_array_equal(found[4:], colour[4:])
+    half = np.dstack([np.zeros((HEIGHT, WIDTH), np.uint8), np.full((HEIGHT, WIDTH), 128, np.uint8)])
+    assert set(decode_image(encode(half), SPEC).ravel()) <= {126, 127, 128}
+
+
+def test_palette(colour: Array) -> None:
+    image = Image.fromarray(colour).quantize(16)
+    expected = np.asarray(image.convert("RGB"))
+    for kind in ("PNG", "GIF", "BMP", "TIFF"):
+        np.testing.assert_array_equal(decode_image(save(image, kind), SPEC), expected)
+    clear = int(np.asarray(image)[0, 0])
+    found = decode_image(save(image, "PNG", transparency=clear), SPEC)
+    hidden = np.asarray(image) == clear
+    assert (found[hidden] == 255).all()
+    np.testing.assert_array_equal(found[~hidden], expected[~hidden])
+
+
+def test_one_bit(grey: Array) -> None:
+    image = Image.fromarray(grey > 100)
+    for kind in ("PNG", "TIFF", "BMP", "GIF"):
+        found = decode_image(save(image, kind), SPEC)
+        np.testing.assert_array_equal(found, three(np.where(grey > 100, 255, 0)))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_first_frame(kind: str, grey: Array) -> None:
+    frames = [Image.fromarray(grey).convert("RGB"), Image.new("RGB", (WIDTH, HEIGHT), "red")]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    data = save(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
+    np.testing.assert_array_equal(decode_image(data, SPEC), three(grey))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(kind: str, orientation: int) -> None:
+    upright = Image.new("RGB", (WIDTH, HEIGHT), "black")
+    upright.paste("white", (0, 0, WIDTH // 2, HEIGHT // 2))
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    # Stored as the camera had it: turning it by its tag makes it upright.
+    stored = next(
+        turned
+        for turned in [upright, *(upright.transpose(way) for way in Image.Transpose)]
+        if ImageOps.exif_transpose(with_exif(turned, tag)).tobytes() == upright.tobytes()
+    )
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
+    found = decode_image(save(stored, kind, exif=tag, **options), SPEC)
+    assert np.abs(found.astype(int) - np.asarray(upright)).max() < 40
+
+
+def with_exif(image: Image.Image, exif: Image.Exif) -> Image.Image:
+    copy = image.copy()
+    copy.info["exif"] = exif.tobytes()
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_exif_orientation_of_sixteen_bits(kind: str, grey: Array) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = 3  # turned by 180 degrees
+    image = Image.fromarray(np.ascontiguousarray(grey[::-1, ::-1]).astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decode_image(save(image, kind, exif=tag), SPEC), three(grey))
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_stretch(method: str, colour: Array) -> None:
+    found = decode_image(encode(colour), InputSpec(5, 6, interpolation=method))
+    expected = Image.fromarray(colour).resize((5, 6), getattr(Image.Resampling, method.upper()))
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+def test_crop() -> None:
+    """The short side is brought to the size; the ends of the long one are left out."""
+    wide = np.zeros((10, 40, 3), np.uint8)
+    wide[:, :10] = wide[:, 30:] = 255
+    assert (decode_image(encode(wide), InputSpec(10, 10, resize="crop")) == 0).all()
+
+
+def test_pad() -> None:
+    white = np.full((10, 40, 3), 255, np.uint8)
+    found = decode_image(encode(white), InputSpec(20, 20, resize="pad"))
+    assert (found[:7] == 0).all() and (found[13:] == 0).all()
+    assert (found[8:12] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])
+def test_extreme_shapes(mode: str, size: tuple[int, int]) -> None:
+    data = save(Image.new("RGB", size, "white"), "PNG")
+    assert decode_image(data, InputSpec(28, 28, resize=mode)).max() == 255
+
+
+def test_real_images(pictures: Pictures) -> None:
+    for pixels, file in zip(pictures.pixels[:50], pictures.files[:50], strict=True):
+        found = decode_image(file, InputSpec(28, 28))
+        np.testing.assert_array_equal(found, pixels if pixels.ndim == 3 else three(pixels))
+
+
+def refuse(data: bytes | None, sqlstate: str, message: str, spec: InputSpec = SPEC) -> None:
+    with pytest.raises(ImageError, match=message) as caught:
+        decode_image(data, spec)
+    assert caught.value.sqlstate == sqlstate
+
+
+def test_no_image(grey: Array) -> None:
+    refuse(None, "22004", "image is null")
+    refuse(b"", "22P03", "image is empty")
+    refuse(b"not an image", "22P03", "cannot be decoded")
+    refuse(b"\0" * 1000, "22P03", "cannot be decoded")
+    refuse(b"RIFF\0\0\0\0WEBP", "22P03", "cannot be decoded")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_truncated(kind: str, pictures: Pictures) -> None:
+    data = encode(pictures.pixels[0], kind)
+    for length in (4, 12, 30, len(data) // 2, len(data) * 3 // 4):
+        refuse(data[:length], "22P03", "cannot be decoded")
+
+
+@pytest.mark.parametrize("kind", ["ICO", "PPM", "TGA", "PCX", "SGI", "EPS", "JPEG2000", "ICNS"])
+def test_other_formats(kind: str, colour: Array) -> None:
+    """Each format is a parser that untrusted bytes would reach."""
+    image = Image.fromarray(colour).resize((32, 32))
+    refuse(save(image, kind), "22P03", "cannot be decoded")
+
+
+def test_limit_of_bytes(colour: Array) -> None:
+    data = encode(colour)
+    decode_image(data, InputSpec(WIDTH, HEIGHT, max_bytes=len(data)))
+    limit = InputSpec(WIDTH, HEIGHT, max_bytes=len(data) - 1)
+    refuse(data, "54000", f"{len(data)} bytes is too large", limit)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_limit_of_pixels(kind: str, colour: Array) -> None:
+    data = encode(colour, kind)
+    decode_image(data, InputSpec(WIDTH, HEIGHT, max_pixels=WIDTH * HEIGHT))
+    limit = InputSpec(WIDTH, HEIGHT, max_pixels=WIDTH * HEIGHT - 1)
+    refuse(data, "54000", "is too large", limit)
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = (
+        struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    )
+    body = zlib.compress(b"\0" * 100)
+    data = (
+        struct.pack(">I", len(body))
+        + b"IDAT"
+        + body
+        + struct.pack(">I", zlib.crc32(b"IDAT" + body))
+    )
+    return b"\x89PNG\r\n\x1a\n" + chunk + data
+
+
+def test_bombs_are_refused_by_their_header() -> None:
+    refuse(png_header(50_000, 50_000), "54000", "is too large")
+    refuse(png_header(2**31 - 1, 1), "54000", "is too large")
+
+
+def webp(kind: bytes, body: bytes) -> bytes:
+    chunk = kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        webp(b"VP8X", b"\0\0\0\0" + (16_382).to_bytes(3, "little") * 2),
+        webp(b"VP8 ", b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 16_383, 16_383)),
+        webp(b"VP8L", b"\x2f" + struct.pack("<I", 16_382 | 16_382 << 14) + b"\0" * 5),
+    ],
+    ids=["VP8X", "VP8", "VP8L"],
+)
+def test_webp_size_is_read_before_its_decoder_allocates(data: bytes) -> None:
+    refuse(data, "54000", "is too large")
+
+
+def test_thirty_two_bits_have_no_range(grey: Array) -> None:
+    for values in (grey.astype(np.int32), grey.astype(np.float32)):
+        refuse(encode(values, "TIFF"), "22P03", "32 bits")
+
+
+def test_damaged_files_never_crash(pictures: Pictures) -> None:
+    generator = np.random.default_rng(0)
+    for kind in FORMATS:
+        data = encode(pictures.pixels[0], kind)
+        for _ in range(60):
+            mutated = np.frombuffer(data, np.uint8).copy()
+            places = generator.integers(0, len(mutated), 4)
+            mutated[places] = generator.integers(0, 256, 4)
+            try:
+                assert decode_image(mutated.tobytes(), SPEC).shape == (HEIGHT, WIDTH, 3)
+            except ImageError as error:
+                assert error.sqlstate in ("22P03", "54000")
+
+
+def test_long_decodes_can_be_left() -> None:
+    class CancelledError(Exception):
+        sqlstate = "57014"
+
+    def cancel() -> None:
+        raise CancelledError
+
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    with pytest.raises(CancelledError):
+        decode_image(encode(noise), SPEC, cancel)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"width": 0},
+        {"height": 5000},
+        {"width": 8.0},
+        {"channels": 4},
+        {"resize": "zoom"},
+        {"interpolation": "cubic"},
+        {"max_bytes": 0},
+        {"max_pixels": -1},
+    ],
+)
+def test_specification_is_checked(given: dict[str, Any]) -> None:
+    with pytest.raises(ModelError):
+        InputSpec(**{"width": 8, "height": 8, **given})
+
+
+def test_specification_survives_json() -> None:
+    spec = InputSpec(8, 9, channels=1, resize="pad", interpolation="nearest", max_bytes=7)
+    assert InputSpec.from_json({**spec.to_json(), "unknown": 1}) == spec

@@ -1,0 +1,237 @@
+"""Index files: written once, published whole, and refused when anything about them is wrong."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID
+
+import faiss
+import numpy as np
+import pytest
+
+from pg_siamese_server import index_file
+from pg_siamese_server.errors import IndexFileError
+from pg_siamese_server.generations import opened
+from pg_siamese_server.index_file import Identity, Rows
+from tests.support import Array
+
+DIMENSION = 8
+IDENTITY = Identity(3, 5, "a2c0a0de-0000-4000-8000-000000000000", "ab" * 32, DIMENSION, "cosine")
+
+
+def no_poll() -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Array:
+    return np.random.default_rng(0).normal(size=(60, DIMENSION)).astype(np.float32)
+
+
+def flat(matrix: Array) -> faiss.Index:
+    index = faiss.IndexFlatL2(DIMENSION)
+    index.add(matrix)
+    return index
+
+
+def integer_rows(count: int) -> Rows:
+    return Rows(np.arange(10, 10 + count), keys=np.arange(count) * 7 - 3)
+
+
+@pytest.fixture
+def directory(tmp_path: Path, matrix: Array) -> Path:
+    """A directory with one published generation."""
+    index_file.write(tmp_path / "3", IDENTITY, flat(matrix), integer_rows(60), no_poll)
+    return tmp_path / "3"
+
+
+def test_round_trip(directory: Path, matrix: Array) -> None:
+    file = index_file.read(directory, IDENTITY, no_poll)
+    np.testing.assert_array_equal(file.index.reconstruct_n(0, 60), matrix)
+    np.testing.assert_array_equal(file.rows.embedding_ids, np.arange(10, 70))
+    assert [file.rows.key(row) for row in (0, 1, 59)] == [-3, 4, 410]
+
+
+def test_size_is_that_of_both_files(tmp_path: Path, matrix: Array) -> None:
+    size = index_file.write(tmp_path, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+    assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_hnsw_round_trip(tmp_path: Path, matrix: Array) -> None:
+    index = faiss.IndexHNSWFlat(DIMENSION, 16)
+    index.add(matrix)
+    index_file.write(tmp_path, IDENTITY, index, integer_rows(60), no_poll)
+    file = index_file.read(tmp_path, IDENTITY, no_poll)
+    generation = opened(file.index, file.rows, False, 40)
+    np.testing.assert_array_equal(generation.vectors, matrix)
+    for query in (7, 31):
+        positions, squared = generation.search(matrix[query : query + 1], 5, None)
+        truth = ((matrix - matrix[query]) ** 2).sum(axis=1)
+        np.testing.assert_array_equal(positions, np.argsort(truth)[:5])
+        np.testing.assert_allclose(squared, np.sort(truth)[:5], atol=1e-5)
+        np.testing.assert_array_equal(
+            generation.search(matrix[query : query + 1], 5, query)[0], positions
+        )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["", "a", "Ä€𝄞", "with 'quotes\" and\nlines", "x" * 1000],
+        [str(UUID(int=number)) for number in range(5)],
+    ],
+    ids=["text", "uuid"],
+)
+def test_text_keys(keys: list[str], tmp_path: Path, matrix: Array) -> None:
+    data = [key.encode() for key in keys]
+    offsets = np.concatenate([[0], np.cumsum([len(item) for item in data])])
+    rows = Rows(
+        np.arange(5), key_offsets=offsets, key_bytes=np.frombuffer(b"".join(data), dtype=np.uint8)
+    )
+    index_file.write(tmp_path, IDENTITY, flat(matrix[:5]), rows, no_poll)
+    found = index_file.read(tmp_path, IDENTITY, no_poll).rows
+    assert [found.key(row) for row in range(5)] == keys
+
+
+def test_shared_vectors(tmp_path: Path, matrix: Array) -> None:
+    rows = Rows(np.arange(5), keys=np.arange(5) * 10)
+    rows.place(np.array([0, 1, 0, 2, 0], dtype=np.int32), 3)
+    index_file.write(tmp_path, IDENTITY, flat(matrix[:3]), rows, no_poll)
+    file = index_file.read(tmp_path, IDENTITY, no_poll)
+    generation = opened(file.index, file.rows, True, 10)
+    positions, squared = generation.search(matrix[:1], 2, None)
+    found, distances = generation.expand(positions, squared)
+    assert found.tolist()[:3] == [0, 2, 4] and len(found) == 4
+    assert distances.tolist()[:3] == [0.0] * 3
+    assert [generation.slot_of(row) for row in range(5)] == [0, 1, 0, 2, 0]
+
+
+def test_empty(tmp_path: Path) -> None:
+    nothing = np.empty((0, DIMENSION), np.float32)
+    index_file.write(tmp_path, IDENTITY, flat(nothing), integer_rows(0), no_poll)
+    file = index_file.read(tmp_path, IDENTITY, no_poll)
+    generation = opened(file.index, file.rows, True, 10)
+    assert file.index.ntotal == 0
+    assert generation.row_of(1) is None
+    assert len(generation.rows_of(np.array([1, 2]))) == 0
+
+
+def test_rows_by_embedding_id(matrix: Array) -> None:
+    dense = opened(flat(matrix), integer_rows(60), True, 10)
+    sparse = opened(flat(matrix[:3]), Rows(np.array([2, 5, 9]), keys=np.arange(3)), True, 10)
+    assert [dense.row_of(number) for number in (9, 10, 69, 70)] == [None, 0, 59, None]
+    assert [sparse.row_of(number) for number in (1, 2, 3, 9, 10)] == [None, 0, None, 2, None]
+    assert sparse.rows_of(np.array([9, 4, 2, 99])).tolist() == [2, 0]
+
+
+def test_nothing_but_the_two_files(directory: Path) -> None:
+    assert sorted(path.name for path in directory.iterdir()) == ["5.faiss", "5.meta"]
+
+
+def test_files_are_new_ones_each_time(directory: Path, matrix: Array) -> None:
+    """A published file is never changed: a backend may have it mapped."""
+    before = index_file.read(directory, IDENTITY, no_poll)
+    inodes = {path.name: path.stat().st_ino for path in directory.iterdir()}
+    index_file.write(directory, IDENTITY, flat(-matrix), integer_rows(60), no_poll)
+    assert all(path.stat().st_ino != inodes[path.name] for path in directory.iterdir())
+    np.testing.assert_array_equal(before.index.reconstruct_n(0, 60), matrix)
+    after = index_file.read(directory, IDENTITY, no_poll)
+    np.testing.assert_array_equal(after.index.reconstruct_n(0, 60), -matrix)
+
+
+def test_failed_write_publishes_nothing(
+    tmp_path: Path, matrix: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        index_file.write(tmp_path, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+    assert not list(tmp_path.iterdir())
+
+
+def refuse(directory: Path, message: str, identity: Identity = IDENTITY) -> None:
+    with pytest.raises(IndexFileError) as caught:
+        index_file.read(directory, identity, no_poll)
+    assert message in caught.value.message
+    assert caught.value.sqlstate == "55000"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"collection_id": 4},
+        {"build_id": "b2c0a0de-0000-4000-8000-000000000000"},
+        {"model_sha256": "cd" * 32},
+        {"dimension": 16},
+        {"metric": "l2"},
+    ],
+)
+def test_foreign_file(directory: Path, other: dict[str, object]) -> None:
+    refuse(directory, "another build", replace(IDENTITY, **other))  # type: ignore[arg-type]
+
+
+def test_other_generation(directory: Path) -> None:
+    refuse(directory, "missing", replace(IDENTITY, generation=6))
+    for path in list(directory.iterdir()):
+        path.rename(path.with_stem("6"))
+    refuse(directory, "another build", replace(IDENTITY, generation=6))
+
+
+@pytest.mark.parametrize("suffix", [".faiss", ".meta"])
+def test_missing_file(directory: Path, suffix: str) -> None:
+    (directory / f"5{suffix}").unlink()
+    refuse(directory, "missing")
+
+
+@pytest.mark.parametrize("suffix", [".faiss", ".meta"])
+def test_torn_file(directory: Path, suffix: str) -> None:
+    path = directory / f"5{suffix}"
+    data = path.read_bytes()
+    for length in (0, 1, 7, 8, 20, 24, 30, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        refuse(directory, "index file")
+    path.write_bytes(data + b"\0")
+    refuse(directory, "damaged")
+
+
+@pytest.mark.parametrize("suffix", [".faiss", ".meta"])
+def test_every_byte_counts(directory: Path, suffix: str) -> None:
+    path = directory / f"5{suffix}"
+    data = bytearray(path.read_bytes())
+    for place in range(0, len(data), 7):
+        data[place] ^= 0x40
+        path.write_bytes(data)
+        refuse(directory, "index file")
+        data[place] ^= 0x40
+    path.write_bytes(data)
+    index_file.read(directory, IDENTITY, no_poll)
+
+
+def test_directory_in_place_of_a_file(directory: Path) -> None:
+    (directory / "5.meta").unlink()
+    (directory / "5.meta").mkdir()
+    refuse(directory, "cannot be opened")
+
+
+def test_remove_others(directory: Path) -> None:
+    for name in ("4.faiss", "4.meta", "6.faiss", "7.faiss.tmp", "strange"):
+        (directory / name).touch()
+    index_file.remove_temporary(directory)
+    assert not (directory / "7.faiss.tmp").exists()
+    index_file.remove_others(directory, {5, 6})
+    assert sorted(path.name for path in directory.iterdir()) == ["5.faiss", "5.meta", "6.faiss"]
+
+
+def test_reading_can_be_left(directory: Path) -> None:
+    class CancelledError(Exception):
+        pass
+
+    def cancel() -> None:
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        index_file.read(directory, IDENTITY, cancel)
