@@ -26,6 +26,7 @@ from tests.bars.cancel import Cancel
 from tests.bars.gallery import MODELS, Connection, gallery
 from tests.bars.memory import Memory
 from tests.bars.mixed import Mixed
+from tests.bars.parity import Parity
 from tests.bars.recall import Recall
 
 DATABASE = "stress"
@@ -101,12 +102,21 @@ def memory(options: argparse.Namespace) -> None:
         Memory(connect, gallery(rows + 500), rows, statements=10_000).run()
 
 
+def parity(options: argparse.Namespace) -> None:
+    """Vectors inside and outside of PostgreSQL, both models, 500 images of each data set."""
+    del options
+    for model in ("medical", "fashion_mnist"):
+        with database() as connect:
+            Parity(connect, model=model).run()
+
+
 FORMS: dict[str, Callable[[argparse.Namespace], None]] = {
     "recall": recall,
     "mixed": mixed,
     "cancel": cancel,
     "images": images,
     "memory": memory,
+    "parity": parity,
 }
 
 

@@ -136,5 +136,3 @@ def grid(pixels: Array, pool: int, mean: Sequence[float], std: Sequence[float]) 
     height, width, channels = values.shape
     squares = values.reshape(height // pool, pool, width // pool, pool, channels).mean(axis=(1, 3))
     return squares.transpose(2, 0, 1).ravel()
-
-

@@ -12,28 +12,33 @@ MEGABYTE = 1024 * 1024
 SAMPLE_SECONDS = 0.002
 
 
-def _kilobytes(path: Path, *names: str) -> int:
-    total = 0
-    for line in path.read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name in names:
-            total += int(rest.split()[0])
-    return total
+def _kilobytes(line: str) -> int:
+    return int(line.split()[1])
 
 
 def private_bytes(pid: int) -> int:
     """Return the memory that a process shares with none.
 
+    Without mappings that are shared by their kind: the kernel counts pages of PostgreSQL's shared
+    memory, and of index files, as private while only one process has touched them.
+
     Raises:
         PermissionError: the process is another user's.
     """
-    path = Path(f"/proc/{pid}/smaps_rollup")
-    return 1024 * _kilobytes(path, "Private_Clean", "Private_Dirty")
+    total, is_shared = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name = line.split(maxsplit=1)[0]
+        if not name.endswith(":"):  # address range, permissions, …
+            is_shared = line.split()[1].endswith("s")
+        elif name in ("Private_Clean:", "Private_Dirty:") and not is_shared:
+            total += _kilobytes(line)
+    return 1024 * total
 
 
 def anonymous_bytes(pid: int) -> int:
     """Return the memory that a process has allocated; quick to read."""
-    return 1024 * _kilobytes(Path(f"/proc/{pid}/status"), "RssAnon")
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * next(_kilobytes(line) for line in lines if line.startswith("RssAnon:"))
 
 
 @dataclass

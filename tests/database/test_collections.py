@@ -16,7 +16,7 @@ def rows_near(db: Connection, table: str, image: bytes, **options: object) -> li
     """Keys (column ``id``) that similar_rows finds, nearest first."""
     extra = "".join(f", {name} => {value}" for name, value in options.items())
     found = db.execute(
-        f'SELECT (item).id FROM similar_rows(NULL::{table}, %s, k => 100{extra})', (image,)
+        f"SELECT (item).id FROM similar_rows(NULL::{table}, %s, k => 100{extra})", (image,)
     )
     return [row[0] for row in found]
 
@@ -25,7 +25,7 @@ KEYS = {
     "integer": [1, 2**31 - 1, -5],
     "bigint": [1, 2**63 - 1, -(2**63)],
     "uuid": [UUID(int=1), UUID(int=2**128 - 1), UUID("12345678-1234-5678-1234-567812345678")],
-    "text": ["plain", "", "it's \"quoted\" \\ Ä€ {a,b} NULL"],
+    "text": ["plain", "", 'it\'s "quoted" \\ Ä€ {a,b} NULL'],
     'text COLLATE "C"': ["a", "B", "NULL"],
 }
 

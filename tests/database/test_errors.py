@@ -38,8 +38,7 @@ def test_bad_image_in_a_statement(
     row = "row image_id = 77 of table siamese.images"
     with sql_error(sqlstate, message, row):
         shared.execute(
-            "INSERT INTO images (image_id, image)"
-            " SELECT * FROM unnest(%s::bigint[], %s::bytea[])",
+            "INSERT INTO images (image_id, image) SELECT * FROM unnest(%s::bigint[], %s::bytea[])",
             ([75, 76, 77, 78], [GOOD, GOOD, image, GOOD]),
         )
     assert shared.execute("SELECT count(*) FROM images").fetchone() == (0,)

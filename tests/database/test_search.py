@@ -109,11 +109,13 @@ def test_equal_distances_are_in_the_order_of_keys(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_k_beyond_the_table(
-    db: Connection, ids: list[int], queries: Pictures, engine: str
-) -> None:
+def test_k_beyond_the_table(db: Connection, ids: list[int], queries: Pictures, engine: str) -> None:
     """Law 9: fewer than k rows only when fewer qualify."""
-    assert_exact(search(db, queries.files[0], 10_000, engine=engine), exact_distances(db, queries.files[0]), 300)
+    assert_exact(
+        search(db, queries.files[0], 10_000, engine=engine),
+        exact_distances(db, queries.files[0]),
+        300,
+    )
     assert len(search(db, ids[0], 10_000, engine=engine)) == 299
     assert len(search(db, ids[0], 1, engine=engine)) == 1
 
@@ -131,9 +133,7 @@ def test_empty_collection(db: Connection, pictures: Pictures, engine: str) -> No
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_max_distance(
-    db: Connection, ids: list[int], queries: Pictures, engine: str
-) -> None:
+def test_max_distance(db: Connection, ids: list[int], queries: Pictures, engine: str) -> None:
     """Inclusive, in the very number that a search gave."""
     for query in queries.files[:5]:
         truth = exact_distances(db, query)
@@ -185,7 +185,8 @@ def test_euclidean_model(db: Connection, pictures: Pictures, queries: Pictures) 
     for query in queries.files[:5]:
         truth = dict(
             db.execute(
-                "SELECT key, embedding <-> embed_image(%s, 'far') FROM siamese.embedding_2", (query,)
+                "SELECT key, embedding <-> embed_image(%s, 'far') FROM siamese.embedding_2",
+                (query,),
             ).fetchall()
         )
         for engine in ("auto", "pgvector"):
@@ -314,15 +315,17 @@ def test_only_two_generations_are_kept(db: Connection, pictures: Pictures) -> No
     assert names == ["3.faiss", "3.meta", "4.faiss", "4.meta"]
 
 
-def test_failed_build_changes_nothing(
-    db: Connection, ids: list[int], queries: Pictures
-) -> None:
+def test_failed_build_changes_nothing(db: Connection, ids: list[int], queries: Pictures) -> None:
     with db.transaction(force_rollback=True):
         db.execute("SELECT build_index()")
-    assert_exact(search(db, queries.files[0], engine="faiss"), exact_distances(db, queries.files[0]), 10)
+    assert_exact(
+        search(db, queries.files[0], engine="faiss"), exact_distances(db, queries.files[0]), 10
+    )
     db.execute("SELECT build_index()")
     assert len(list(index_directory(db).glob("*/*"))) == 4
-    assert_exact(search(db, queries.files[0], engine="faiss"), exact_distances(db, queries.files[0]), 10)
+    assert_exact(
+        search(db, queries.files[0], engine="faiss"), exact_distances(db, queries.files[0]), 10
+    )
 
 
 # Snapshots.

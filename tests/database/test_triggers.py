@@ -138,7 +138,10 @@ def test_update_of_another_column(table: Table) -> None:
 
 def test_update_of_keys(table: Table) -> None:
     table.db.execute("UPDATE t SET id = id + 100 WHERE id < 5")
-    assert table.images() == {**{key: key for key in range(5, 10)}, **{k + 100: k for k in range(5)}}
+    assert table.images() == {
+        **{key: key for key in range(5, 10)},
+        **{k + 100: k for k in range(5)},
+    }
     table.db.execute("UPDATE t SET id = id - 100, image = %s WHERE id >= 103", (table.files[30],))
 
 
