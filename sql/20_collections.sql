@@ -314,6 +314,12 @@ DECLARE
     key_type text;
     collection_id integer;
 BEGIN
+    -- Rows that were committed after an older snapshot would get neither trigger nor backfill.
+    IF current_setting('transaction_isolation') NOT LIKE 'read %' THEN
+        RAISE EXCEPTION 'create_collection cannot run in a % transaction',
+            upper(current_setting('transaction_isolation'))
+        USING ERRCODE = 'active_sql_transaction', HINT = 'Use READ COMMITTED.';
+    END IF;
     IF name IS NULL OR name = '' THEN
         RAISE EXCEPTION 'a collection must have a name' USING ERRCODE = 'invalid_parameter_value';
     END IF;

@@ -135,4 +135,5 @@ def grid(pixels: Array, pool: int, mean: Sequence[float], std: Sequence[float]) 
     values = (pixels / 255 - np.asarray(mean)) / np.asarray(std)
     height, width, channels = values.shape
     squares = values.reshape(height // pool, pool, width // pool, pool, channels).mean(axis=(1, 3))
-    return squares.transpose(2, 0, 1).ravel()
+    embedding: Array = squares.transpose(2, 0, 1).ravel()
+    return embedding

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -155,6 +157,7 @@ def build_index(
     # earlier: in a transaction of REPEATABLE READ, what was current before may be out of date, and
     # only making this one current tells.
     index_file.remove_others(directory, {generation, before["generation"] or generation})
+    _remove_abandoned(plpy)
     return generation
 
 
@@ -451,3 +454,33 @@ def _drop_dead_additions(plpy: Any, collection: Collection) -> None:
         f"DELETE FROM {collection.pending} AS p WHERE NOT p.deleted AND NOT EXISTS ("
         f"SELECT FROM {collection.embeddings} AS e WHERE e.embedding_id = p.embedding_id)"
     )
+
+
+def _remove_abandoned(plpy: Any) -> None:
+    """Remove the files of collections and databases that are no more.
+
+    Dropping can't do it: a transaction may be rolled back, and DROP DATABASE never asks us. A
+    collection that this transaction can't see may be one that another has made and not committed;
+    then that other one holds the lock of its index build.
+    """
+    isolation = plpy.execute("SELECT current_setting('transaction_isolation') AS name")[0]["name"]
+    if not isolation.startswith("read "):  # may not see what there is by now
+        return
+    own = generations.directory(plpy)
+    for path in _numbered(own):
+        lock = f"pg_try_advisory_xact_lock({LOCK_CLASS}, {int(path.name)})"
+        known = f"SELECT FROM siamese.collections WHERE collection_id = {int(path.name)}"
+        if (
+            not plpy.execute(known).nrows()
+            and plpy.execute(f"SELECT {lock} AS free")[0]["free"]
+            and not plpy.execute(known).nrows()
+        ):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in _numbered(own.parent):
+        known = f"SELECT FROM pg_catalog.pg_database WHERE oid = {int(path.name)}"
+        if not plpy.execute(known).nrows():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _numbered(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.name.isdigit()]

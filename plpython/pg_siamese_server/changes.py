@@ -146,7 +146,7 @@ def embed_rows(plpy: Any, collection: Collection, cursor: Any, total: int | None
         plpy: PL/Python's module.
         collection: where they belong.
         cursor: an open cursor.
-        total: how many rows are expected, to report progress; None for no report.
+        total: how many rows are expected, in a backfill, which reports its progress; else None.
 
     Returns:
         How many vectors were stored.
@@ -161,9 +161,8 @@ def embed_rows(plpy: Any, collection: Collection, cursor: Any, total: int | None
         encoder = encoder or models.encoder(plpy, collection.model_id)
         batch = _decode(plpy, collection, encoder, rows)
         embeddings = _encode(plpy, collection, encoder, batch)
-        stored += len(embeddings)
+        stored += _store(plpy, collection, batch, embeddings, is_backfill=total is not None)
         seen += len(rows)
-        _store(plpy, collection, batch, embeddings)
         if total and time.monotonic() - noticed >= NOTICE_SECONDS:
             noticed = time.monotonic()
             plpy.notice(
@@ -221,16 +220,24 @@ def _fail(collection: Collection, batch: _Batch, key: Any, error: ImageError) ->
 
 
 def _store(
-    plpy: Any, collection: Collection, batch: _Batch, embeddings: NDArray[np.float32]
-) -> None:
+    plpy: Any,
+    collection: Collection,
+    batch: _Batch,
+    embeddings: NDArray[np.float32],
+    is_backfill: bool,
+) -> int:
+    stored = 0
     if batch.keys:
-        prepare(
+        # A row that was changed after a backfill began has got its vector from the trigger.
+        conflict = " ON CONFLICT (key) DO NOTHING" if is_backfill else ""
+        result = prepare(
             plpy,
             f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding)"
-            f" SELECT * FROM unnest($1, $2) RETURNING embedding_id)"
+            f" SELECT * FROM unnest($1, $2){conflict} RETURNING embedding_id)"
             f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
             (collection.key_array, f"{collection.vector_type}[]"),
         ).execute([batch.keys, [vectors.to_text(vector) for vector in embeddings]])
+        stored = int(result.nrows())
     for key, sqlstate, message in batch.failures:
         prepare(
             plpy,
@@ -239,6 +246,7 @@ def _store(
             " SET sqlstate = excluded.sqlstate, message = excluded.message, failed_at = now()",
             ("integer", "text", "text", "text"),
         ).execute([collection.collection_id, str(key), sqlstate, message])
+    return stored
 
 
 def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:

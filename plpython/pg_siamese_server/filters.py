@@ -15,7 +15,8 @@ COLUMNS_QUERY = """
 SELECT a.attname AS name, quote_ident(a.attname::text) AS quoted,
     pg_catalog.format_type(a.atttypid, -1) AS type, b.typcategory = 'A' AS is_array,
     b.oid = 'pg_catalog.bytea'::regtype::oid AS is_binary,
-    CASE WHEN b.typtype = 'b' THEN quote_ident(n.nspname::text) ELSE 'pg_catalog' END AS operator_schema
+    CASE WHEN b.typtype = 'b' THEN quote_ident(n.nspname::text) ELSE 'pg_catalog' END
+        AS operator_schema
 FROM pg_catalog.pg_attribute AS a
 INNER JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
 INNER JOIN pg_catalog.pg_type AS b

@@ -280,6 +280,7 @@ class Content:
         for column, value in (condition or {}).items():
             excluded |= self.columns[column] != value
         query: npt.NDArray[Any]
+        argument: tuple[str, int | bytes]
         if row is not None:
             excluded[row] = True
             query, argument = self.vectors[row], ("bigint", int(self.ids[row]))

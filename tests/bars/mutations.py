@@ -74,9 +74,7 @@ def samples(pixels: npt.NDArray[np.uint8]) -> dict[str, bytes]:
     }
 
 
-def mutated(
-    pictures: npt.NDArray[np.uint8], count: int, seed: int
-) -> Iterator[tuple[str, bytes]]:
+def mutated(pictures: npt.NDArray[np.uint8], count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     """Yield damaged files, with a name each.
 
     Args:
@@ -126,9 +124,12 @@ def _flip(data: bytes, random: np.random.Generator) -> bytes:
 
 
 def _number_at(data: bytes, place: int, random: np.random.Generator) -> bytes:
-    size, order = int(random.choice([1, 2, 4])), str(random.choice(["little", "big"]))
-    number = int(random.choice(NUMBERS)) & (256**size - 1)
-    return data[:place] + number.to_bytes(size, order) + data[place + size :]  # type: ignore[arg-type]
+    size = int(random.choice([1, 2, 4]))
+    number = (int(random.choice(NUMBERS)) & (256**size - 1)).to_bytes(size, "little")
+    if random.random() < 0.5:
+        number = number[::-1]
+    result: bytes = data[:place] + number + data[place + size :]
+    return result
 
 
 def _edit_header(data: bytes, random: np.random.Generator) -> bytes:
@@ -262,7 +263,9 @@ def bombs(picture: npt.NDArray[np.uint8]) -> dict[str, bytes]:
         "png iTXt": text(b"iTXt", b"\0\1\0\0\0", zeros),
         "png 63 x zTXt": text(b"zTXt", b"\0\0", one_megabyte, 63),
         "png too much data": png_file(28, 28, 8, 0, zeros),
-        "jpeg 65,500 x 65,500": jpeg[:frame] + struct.pack(">HH", 65_500, 65_500) + jpeg[frame + 4 :],
+        "jpeg 65,500 x 65,500": jpeg[:frame]
+        + struct.pack(">HH", 65_500, 65_500)
+        + jpeg[frame + 4 :],
         "jpeg 5,000 scans": progressive[:-2] + last_scan * 5000 + progressive[-2:],
         "gif screen": gif_file(65_535, 10, 0),
         "gif frame": gif_file(10, 65_535, 0),

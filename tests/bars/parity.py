@@ -38,7 +38,7 @@ def torch_encoder(path: Path) -> Any:
         for node in graph.node
         if node.op_type == "Conv"
     }
-    stages = []
+    stages: list[tuple[int, int]] = []
     while (name := f"blocks.{len(stages)}.first.0.weight") in weights:
         stages.append((weights[name].shape[0], strides[name]))
     network = fold_batch_norms(

@@ -237,18 +237,16 @@ class Recall:
         """Insert, delete and update some rows."""
         start = (step * 131) % (len(self.images) - self.held_out - 60)
         insert(session, self.images.files[start : start + 60], start)
-        session.execute(
-            "DELETE FROM siamese.images WHERE image_id %% 29 = %s", (step % 29,)
-        )
+        session.execute("DELETE FROM siamese.images WHERE image_id %% 29 = %s", (step % 29,))
         session.execute(
             "UPDATE siamese.images AS a SET image = b.image FROM siamese.images AS b"
             " WHERE a.image_id %% 31 = %s AND b.image_id = a.image_id + 3",
             (step % 31,),
         )
 
-    def some_query(self, content: Content, number: int) -> list[dict[str, int]]:
+    def some_query(self, content: Content, number: int) -> list[dict[str, Any]]:
         """Return searches: by an image that was never inserted, and by some row, if any."""
-        queries = [{"image": len(self.images) - 1 - number % self.held_out}]
+        queries: list[dict[str, Any]] = [{"image": len(self.images) - 1 - number % self.held_out}]
         if len(content.ids):
             queries.append({"row": int(self._random.integers(len(content.ids)))})
         return queries

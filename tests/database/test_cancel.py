@@ -29,7 +29,9 @@ def test_a_timeout_never_strikes_the_next_statement(db: Connection) -> None:
     for number in range(300):
         file = images.files[300 + number % 200]
         # From before the search begins until after it has ended.
-        db.execute("SELECT set_config('statement_timeout', %s, false)", (f"{random.integers(1, 6)}",))
+        db.execute(
+            "SELECT set_config('statement_timeout', %s, false)", (f"{random.integers(1, 6)}",)
+        )
         try:
             with db.pipeline() if number % 2 else db.transaction():
                 db.execute("SELECT * FROM similar_images(%s, 10)", (file,))

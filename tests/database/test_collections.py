@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -21,7 +22,7 @@ def rows_near(db: Connection, table: str, image: bytes, **options: object) -> li
     return [row[0] for row in found]
 
 
-KEYS = {
+KEYS: dict[str, list[Any]] = {
     "integer": [1, 2**31 - 1, -5],
     "bigint": [1, 2**63 - 1, -(2**63)],
     "uuid": [UUID(int=1), UUID(int=2**128 - 1), UUID("12345678-1234-5678-1234-567812345678")],
@@ -227,14 +228,15 @@ def test_two_collections_on_one_table(db: Connection, pictures: Pictures) -> Non
     db.execute("UPDATE images SET image = %s WHERE image_id = %s", (pictures.files[50], ids[3]))
     db.execute("DELETE FROM images WHERE image_id = %s", (ids[4],))
     for name, number, operator in (("images", 1, "<=>"), ("grid", 2, "<->")):
-        model = db.execute("SELECT model FROM collection_status WHERE collection = %s", (name,))
+        used = db.execute("SELECT model FROM collection_status WHERE collection = %s", (name,))
         truth = db.execute(
             f"SELECT key, (embedding {operator} embed_image(%s, %s))::real"
             f" FROM siamese.embedding_{number} ORDER BY 2, 1 LIMIT 10",
-            (pictures.files[50], model.fetchone()[0]),  # type: ignore[index]
+            (pictures.files[50], used.fetchone()[0]),  # type: ignore[index]
         ).fetchall()
         found = db.execute(
-            "SELECT image_id, distance FROM similar_images(%s, collection => %s, engine => 'faiss')",
+            "SELECT image_id, distance"
+            " FROM similar_images(%s, collection => %s, engine => 'faiss')",
             (pictures.files[50], name),
         ).fetchall()
         assert found[0][0] == ids[3]
@@ -325,6 +327,19 @@ def test_dropped_table(
     assert db.execute("SELECT count(*) FROM collection_status").fetchone() == (2,)
     db.execute("SELECT drop_collection('t')")
     assert db.execute("SELECT count(*) FROM collection_status").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_creation_needs_a_new_snapshot(
+    db: Connection, connect: Callable[..., Connection], pictures: Pictures, level: str
+) -> None:
+    """Rows committed after an older one would get neither trigger nor backfill."""
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
+    other = connect()
+    other.execute(f"BEGIN ISOLATION LEVEL {level}; SELECT FROM t")
+    db.execute("INSERT INTO t VALUES (1, %s)", (pictures.files[0],))
+    with sql_error("25001", f"cannot run in a {level} transaction", "READ COMMITTED"):
+        other.execute("SELECT create_collection('t', 't')")
 
 
 def test_creation_can_be_rolled_back(db: Connection, pictures: Pictures) -> None:

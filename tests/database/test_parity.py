@@ -35,3 +35,85 @@ def test_vectors_are_the_same_everywhere(connect: Callable[[], Connection], mode
         pytest.skip("no image set on this machine")
     if not has_torch:
         pytest.skip("PyTorch is not installed: compared with ONNX Runtime only")
+
+
+# --- golden files -------------------------------------------------------------------------------
+
+# A smooth picture, written once by libjpeg; the hashes are of the pixels that it decodes to.
+JPEG_GREY = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywt"
+    "QFdBRkxOUlNSMj5aYVpQYEpRUk//wAALCAAcABwBAREA/8QAFgABAQEAAAAAAAAAAAAAAAAABgUE/8QAIRAAAQIGAwEB"
+    "AAAAAAAAAAAABAACAQMFFCFBEhMiMTL/2gAIAQEAAD8AY001nTDOlPrZrOMcoxLNZcfdpSGay3blHqae/phnSn1s9/GO"
+    "UYlHuuPu0pDPfbtytlNBf0wxpT62C/jHCMSgX3HzaUhgvt24Timjy+mHlT62PL4x8oxLHl3H52lIY8u3b5X/2Q=="
+)
+JPEG_COLOUR = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywt"
+    "QFdBRkxOUlNSMj5aYVpQYEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09P"
+    "T09PT09PT09PT09PT09PT09PT0//wAARCAAcABwDASIAAhEBAxEB/8QAFwABAQEBAAAAAAAAAAAAAAAABgUEAf/EACEQ"
+    "AAEDBAIDAQAAAAAAAAAAAAMAAQQSEyIxAgUhI0Ey/8QAFwEBAQEBAAAAAAAAAAAAAAAABQQCA//EAB4RAAEEAgMBAAAA"
+    "AAAAAAAAAAABAgMFBBMREiEx/9oADAMBAAIRAxEAPwBMUHCj4oE8HCp9LaXscNqBP7HJ/KPwqyTebhy5NJqig4XG0kAA"
+    "cLTIbF7H2bSAHY+pvKRtKyThCJuXJ2UnlESj6oE8RKn2nxY46PyoM+OOp8VxwrRd/wAFYY26QtFES420hAIlptrkWOO4"
+    "2KQgjjtNikrS0XhPCJsbeyn/2Q=="
+)
+
+
+def lines(values: np.ndarray) -> bytes:
+    """Pack scan lines of a PNG, each with filter 0."""
+    return zlib.compress(b"".join(b"\0" + line.tobytes() for line in values))
+
+
+def replicated(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def golden() -> dict[str, tuple[bytes, np.ndarray]]:
+    """Return files written here, byte by byte, with the pixels that they mean."""
+    grey = RAMP.astype(np.uint8)
+    colour = np.stack([grey, grey.T, 255 - grey], axis=-1)
+    colours = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    alpha = np.where(np.arange(28) < 14, 255, 0).astype(np.uint8)
+    on_white = colour.copy()
+    on_white[:, 14:] = 255
+    with_alpha = np.concatenate([colour, np.broadcast_to(alpha, (28, 28))[..., None]], axis=2)
+    bmp = b"BM" + struct.pack(
+        "<IHHIIiiHHIIiiII", 54 + 28 * 84, 0, 0, 54, 40, 28, -28, 1, 24, *[0] * 6
+    )
+    return {
+        "grey": (png_file(28, 28, 8, 0, lines(grey)), replicated(grey)),
+        "colour": (png_file(28, 28, 8, 2, lines(colour)), colour),
+        "16 bits": (png_file(28, 28, 16, 0, lines((RAMP * 257).astype(">u2"))), replicated(grey)),
+        "palette": (
+            png_file(28, 28, 8, 3, lines(grey), chunk(b"PLTE", colours.tobytes())),
+            colours[grey],
+        ),
+        "alpha": (png_file(28, 28, 8, 6, lines(with_alpha)), on_white),
+        "bmp": (bmp + np.ascontiguousarray(colour[..., ::-1]).tobytes(), colour),
+    }
+
+
+@pytest.mark.parametrize("name", list(golden()))
+def test_golden_files(db: Connection, name: str) -> None:
+    file, pixels = golden()[name]
+    np.testing.assert_array_equal(decode_image(file, SPEC), pixels)
+    row = db.execute("SELECT embed_image(%s)::real[]", (file,), binary=True).fetchone()
+    assert row is not None
+    expected = embed_onnxruntime(MODELS / "medical.onnx", pixels[None])
+    assert least_cosine(np.array(row), expected) >= 0.9999
+
+
+@pytest.mark.parametrize(
+    ("text", "sha256"),
+    [
+        (JPEG_GREY, "4cc9333781e9c3c0ec905e96e303992d63e016a479d128bf7a8e1130951454dc"),
+        (JPEG_COLOUR, "ba678f0e07ed3d2f0ec099fa123a44e40e3ab203d8c541ef143a2d5ef5189dcc"),
+    ],
+)
+def test_golden_jpeg(db: Connection, text: str, sha256: str) -> None:
+    file = base64.b64decode(text)
+    pixels = decode_image(file, SPEC)
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == sha256
+    # Inside: the distance to the same pixels without loss is that of the same vector.
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    row = db.execute("SELECT image_distance(%s, %s)", (file, buffer.getvalue())).fetchone()
+    assert row is not None and abs(row[0]) < 1e-6

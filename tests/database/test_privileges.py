@@ -290,14 +290,13 @@ def test_administrator_may_not_touch_tables_of_others(roles: Roles, db: Connecti
         roles.admin.execute("SELECT drop_collection('secret')")
     for statement in (
         "SELECT * FROM secret",
-        "SELECT similar_images(%(q)s, collection => 'secret')",
+        "SELECT similar_images(1::bigint, collection => 'secret')",
         "DELETE FROM siamese.models",
         "UPDATE siamese.collections SET relation = 'images'",
-        "INSERT INTO siamese.embedding_1 (key, embedding) SELECT 99, embedding FROM siamese.embedding_1",
+        "INSERT INTO siamese.embedding_1 (key) VALUES (99)",
         "DELETE FROM siamese.pending_1",
     ):
-        if "%(q)s" not in statement:
-            assert denied(roles.admin, statement), statement
+        assert denied(roles.admin, statement), statement
 
 
 def test_ownership_is_that_of_the_role_acted_as(

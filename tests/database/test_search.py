@@ -149,7 +149,7 @@ def test_max_distance(db: Connection, ids: list[int], queries: Pictures, engine:
 
 @pytest.mark.parametrize("engine", ["pgvector", "auto"])
 def test_candidates(db: Connection, ids: list[int], queries: Pictures, engine: str) -> None:
-    chosen = ids[10:40] + [10**12]
+    chosen = [*ids[10:40], 10**12]
     query = queries.files[0]
     truth = exact_distances(db, query, f"b.image_id = ANY('{{{','.join(map(str, chosen))}}}')")
     assert_exact(search(db, query, 12, candidates=chosen, engine=engine), truth, 12)
@@ -553,7 +553,7 @@ class Large:
 
     def recall_of(self, allowed: np.ndarray[Any, Any], k: int = 10, **options: Any) -> float:
         """Search by 40 ids; check that all answers are full and qualify; return the recall."""
-        hits = 0
+        hits = 0.0
         for key in range(100, 12_000, 300):
             if not allowed[key]:
                 continue
@@ -562,7 +562,7 @@ class Large:
             assert len(set(found)) == len(found) == len(truth)
             assert all(allowed[one] and one != key for one in found)
             hits += len(set(found) & set(truth)) / len(truth)
-        return hits / sum(allowed[key] for key in range(100, 12_000, 300))
+        return hits / int(sum(allowed[key] for key in range(100, 12_000, 300)))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -383,6 +385,34 @@ def test_backfill_leaves_locked_rows_alone(
     assert any("1 rows" in (notice or "") for notice in notices)
     assert table.db.execute("SELECT backfill('t')").fetchone() == (1,)
     table.db.execute("RESET session_replication_role")
+
+
+def test_rows_that_change_during_a_backfill(
+    table: Table, connect: Callable[..., Connection]
+) -> None:
+    """Their trigger has stored the vector by the time that the backfill comes to them."""
+    table.db.execute("SET session_replication_role = replica")
+    table.db.execute(
+        "INSERT INTO t SELECT i, %s FROM generate_series(100, 2600) AS i", (table.files[0],)
+    )
+    table.db.execute("RESET session_replication_role")
+    other = connect()
+    counts: list[int] = []
+
+    def backfill() -> None:
+        counts.extend(row[0] for row in other.execute("SELECT backfill('t')"))
+
+    thread = threading.Thread(target=backfill)
+    thread.start()
+    busy = "SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+    while thread.is_alive() and not table.db.execute(busy, (other.info.backend_pid,)).rowcount:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    table.db.execute("UPDATE t SET image = %s WHERE id > 2500", (table.files[1],))
+    thread.join()
+    assert counts and 2401 <= counts[0] <= 2501
+    assert len(table.vectors()) == 2511
+    table.db.execute("DELETE FROM t WHERE id BETWEEN 100 AND 2590")
 
 
 def test_disabled_trigger_shows(table: Table) -> None:

@@ -140,7 +140,7 @@ def test_not_usable_for_an_older_snapshot_or_another_generation(generation: Gene
 def test_nearest_are_exact(generation: Generation, table: Table) -> None:
     changes = Changes(5, generation)
     take(changes, list(range(11, 21)), list(range(21, 31)), "100:103:")
-    query = np.float32(np.eye(DIMENSION)[0])
+    query = np.eye(DIMENSION, dtype=np.float32)[0]
     truth = {
         number * 100: ((vector - query) ** 2).sum() for number, vector in table.vectors.items()
     }

@@ -141,8 +141,8 @@ def test_input_that_is_no_image(dtype: int, shape: tuple[int | str, ...]) -> Non
 @pytest.mark.parametrize("axes", [[0, 1, 2, 3], [1, 2, 3], [3], [0, 2, 3]])
 def test_output_of_wrong_rank(axes: list[int]) -> None:
     node = helper.make_node("ReduceMean", ["image"], ["embedding"], axes=axes, keepdims=0)
-    shape = ["batch", 3, 8, 8]
-    kept = [size for axis, size in enumerate(shape) if axis not in axes]
+    shape: list[int | str] = ["batch", 3, 8, 8]
+    kept: list[int | str] = [size for axis, size in enumerate(shape) if axis not in axes]
     refuse(graph([node], outputs=[("embedding", FLOAT, kept)]), "not a batch of embeddings")
 
 
