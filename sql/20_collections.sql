@@ -197,10 +197,11 @@ BEGIN
     SELECT c.* INTO class FROM pg_class AS c WHERE c.oid = relation;
     IF class.relkind <> 'r' OR class.relispartition OR class.relpersistence <> 'p'
         OR EXISTS (SELECT FROM pg_inherits AS i WHERE relation IN (i.inhparent, i.inhrelid))
+        OR class.relforcerowsecurity
     THEN
         RAISE EXCEPTION '% cannot be a collection', relation
         USING ERRCODE = 'feature_not_supported',
-            DETAIL = 'A collection is an ordinary, permanent table without partitions or inheritance.';
+            DETAIL = 'A collection is an ordinary, permanent table without partitions or inheritance, whose owner sees all rows.';
     END IF;
     SELECT format_type(a.atttypid, NULL) INTO type_name FROM pg_attribute AS a
     WHERE a.attrelid = relation AND a.attname = image_column AND a.attnum > 0 AND NOT a.attisdropped;
@@ -215,6 +216,78 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._check_relation(regclass, text) IS 'check a table and its image column';
+
+CREATE FUNCTION siamese._give_to_owner(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    owner text;
+    signature text;
+BEGIN
+    SELECT quote_ident(r.rolname) INTO STRICT owner
+    FROM siamese.collections AS c
+    INNER JOIN pg_class AS t ON t.oid = c.relation::oid
+    INNER JOIN pg_roles AS r ON t.relowner = r.oid
+    WHERE c.collection_id = _give_to_owner.collection_id;
+    FOR signature IN
+        SELECT p.oid::regprocedure::text FROM pg_proc AS p
+        INNER JOIN pg_roles AS r ON p.proowner = r.oid
+        WHERE p.pronamespace = 'siamese'::regnamespace AND quote_ident(r.rolname) <> owner
+            AND p.proname::text IN (
+                SELECT format('_%s_%s', f.name, _give_to_owner.collection_id)
+                FROM unnest(ARRAY['keys', 'present', 'rows', 'locked_rows']) AS f (name))
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s OWNER TO %s', signature, owner);
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION siamese._give_to_owner(integer)
+IS 'give the functions that read a collection''s table to the table''s owner';
+
+CREATE FUNCTION siamese._create_row_functions(collection_id integer, relation_name text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    collection siamese.collections;
+    result text;
+    item text[];
+BEGIN
+    SELECT c.* INTO collection FROM siamese.collections AS c
+    WHERE c.collection_id = _create_row_functions.collection_id;
+    result := format('TABLE (key %s, image bytea)', collection.key_type);
+    -- Indexes and statistics of the table may hold code of its owner, which planning a query runs. So
+    -- triggers and backfill, which have the rights of a superuser, read the table through functions
+    -- that have those of its owner.
+    FOREACH item SLICE 1 IN ARRAY ARRAY[
+        ['keys', '', 'SETOF ' || collection.key_type, 'SELECT b.%1$I FROM %3$s AS b', 'keys of all rows'],
+        ['present', 'keys', 'SETOF ' || collection.key_type,
+            'SELECT b.%1$I FROM %3$s AS b WHERE b.%1$I = ANY($1)', 'those keys that have a row'],
+        ['rows', 'keys', result,
+            'SELECT b.%1$I, b.%2$I FROM %3$s AS b WHERE b.%1$I = ANY($1)', 'rows of some keys'],
+        ['locked_rows', 'keys', result,
+            'SELECT b.%1$I, b.%2$I FROM %3$s AS b WHERE b.%1$I = ANY($1) FOR SHARE OF b SKIP LOCKED',
+            'rows of some keys, locked, without those that others have locked']]
+    LOOP
+        EXECUTE format(
+            'CREATE FUNCTION siamese._%1$s_%2$s(%3$s) RETURNS %4$s
+            LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+            SET search_path = pg_catalog, pg_temp SET row_security = off
+            BEGIN ATOMIC %5$s; END',
+            item[1], collection_id,
+            CASE item[2] WHEN '' THEN '' ELSE format('%s %s[]', item[2], collection.key_type) END,
+            item[3], format(item[4], collection.key_column, collection.image_column, relation_name));
+        EXECUTE format('REVOKE ALL ON FUNCTION siamese._%s_%s FROM public', item[1], collection_id);
+        EXECUTE format(
+            'COMMENT ON FUNCTION siamese._%s_%s IS %L', item[1], collection_id,
+            format('%s of collection %s, with the rights of the table''s owner', item[5], collection.name));
+    END LOOP;
+    PERFORM siamese._give_to_owner(collection_id);
+END
+$$;
+COMMENT ON FUNCTION siamese._create_row_functions(integer, text)
+IS 'create the functions that read a collection''s table with the rights of its owner';
 
 CREATE FUNCTION siamese._create_vector_tables(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -277,6 +350,7 @@ BEGIN
         EXECUTE format('GRANT SELECT ON %s, %s TO %s', table_name, changes_name, role);
     END LOOP;
 
+    PERFORM siamese._create_row_functions(collection_id, relation_name);
     EXECUTE format(
         'CREATE TRIGGER pg_siamese_%1$s_insert AFTER INSERT ON %2$s
         REFERENCING NEW TABLE AS new_rows
@@ -384,6 +458,9 @@ BEGIN
     END LOOP;
     EXECUTE format(
         'DROP TABLE IF EXISTS siamese.embedding_%1$s, siamese.pending_%1$s', collection.collection_id);
+    EXECUTE format(
+        'DROP FUNCTION IF EXISTS siamese._keys_%1$s, siamese._present_%1$s, siamese._rows_%1$s,
+            siamese._locked_rows_%1$s', collection.collection_id);
     DELETE FROM siamese.collections AS c WHERE c.collection_id = collection.collection_id;
 END
 $$;

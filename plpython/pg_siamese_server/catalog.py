@@ -65,6 +65,10 @@ class Collection:
         """The table of changes that no index generation knows of."""
         return f"siamese.pending_{self.collection_id}"
 
+    def row_function(self, name: str) -> str:
+        """Return the function of that name that reads the table with its owner's rights."""
+        return f"siamese._{name}_{self.collection_id}"
+
     @property
     def has_integer_keys(self) -> bool:
         """Whether keys fit a bigint."""

@@ -29,80 +29,64 @@ NOTICE_SECONDS = 2.0
 def on_change(plpy: Any, event: str, collection_id: int) -> None:
     """Follow one INSERT, UPDATE, DELETE or TRUNCATE statement on a collection's table."""
     collection = collection_by_id(plpy, collection_id)
+    key, image = collection.key_column, collection.image_column
     if event == "INSERT":
-        _forget(plpy, collection, f"SELECT n.{collection.key_column} AS key FROM new_rows AS n")
-        embed_rows(
-            plpy,
-            collection,
-            plpy.cursor(
-                f"SELECT b.{collection.key_column} AS key, b.{collection.image_column} AS image"
-                f" FROM new_rows AS n INNER JOIN {collection.relation} AS b"
-                f" ON b.{collection.key_column} = n.{collection.key_column}"
-            ),
-        )
+        keys = _keys(plpy, f"SELECT array_agg(n.{key}) AS keys FROM new_rows AS n")
+        _forget(plpy, collection, keys)
+        embed_rows(plpy, collection, keys)
     elif event == "UPDATE":
-        _follow_update(plpy, collection)
-    elif event == "DELETE":
-        _forget(
+        # Statement triggers can't tell which columns were set, so images are compared; a changed
+        # key makes one row that is gone and one that is new.
+        keys = _keys(
             plpy,
-            collection,
-            f"SELECT o.{collection.key_column} AS key FROM old_rows AS o WHERE NOT EXISTS ("
-            f"SELECT FROM {collection.relation} AS b"
-            f" WHERE b.{collection.key_column} = o.{collection.key_column})",
+            f"SELECT array_agg(c.key) AS keys FROM (SELECT o.{key} AS key FROM old_rows AS o"
+            f" LEFT JOIN new_rows AS n ON n.{key} = o.{key}"
+            f" WHERE n.{key} IS NULL OR n.{image} IS DISTINCT FROM o.{image}"
+            f" UNION SELECT n.{key} FROM new_rows AS n"
+            f" WHERE NOT EXISTS (SELECT FROM old_rows AS o WHERE o.{key} = n.{key})) AS c",
         )
+        _forget(plpy, collection, keys)
+        embed_rows(plpy, collection, keys)
+    elif event == "DELETE":
+        keys = _keys(plpy, f"SELECT array_agg(o.{key}) AS keys FROM old_rows AS o")
+        plan = prepare(
+            plpy,
+            "SELECT array_agg(o.key) AS keys FROM unnest($1) AS o (key) WHERE NOT EXISTS ("
+            f"SELECT FROM {collection.row_function('present')}($1) AS p (key)"
+            " WHERE p.key = o.key)",
+            (collection.key_array,),
+        )
+        # One that is there again was inserted by the same statement, whose trigger sees to it.
+        _forget(plpy, collection, plan.execute([keys])[0]["keys"] if keys else None)
     elif event == "TRUNCATE":
         _forget_all(plpy, collection)
 
 
-def _follow_update(plpy: Any, collection: Collection) -> None:
-    key, image, relation = collection.key_column, collection.image_column, collection.relation
-    # Statement triggers can't tell which columns were set, so images are compared; a changed key
-    # makes one row that is gone and one that is new.
-    changed = plpy.execute(
-        f"SELECT array_agg(c.key) AS keys FROM ("
-        f"SELECT o.{key} AS key FROM old_rows AS o"
-        f" LEFT JOIN {relation} AS b ON b.{key} = o.{key}"
-        f" WHERE b.{key} IS NULL OR b.{image} IS DISTINCT FROM o.{image}"
-        f" UNION SELECT n.{key} FROM new_rows AS n"
-        f" WHERE NOT EXISTS (SELECT FROM old_rows AS o WHERE o.{key} = n.{key})) AS c"
-    )[0]["keys"]
-    if not changed:
+def _keys(plpy: Any, sql: str) -> list[Any]:
+    """Run a query of transition tables, planned for their size each time."""
+    return plpy.execute(sql)[0]["keys"] or []
+
+
+def _forget(plpy: Any, collection: Collection, keys: list[Any] | None) -> None:
+    """Delete the vectors of some keys, and tell the searches that indexes still hold them."""
+    if not keys:
         return
     types = (collection.key_array,)
-    _forget(plpy, collection, "SELECT unnest($1) AS key", types, [changed])
-    plan = prepare(
+    prepare(
         plpy,
-        f"SELECT b.{key} AS key, b.{image} AS image FROM unnest($1) AS c (key)"
-        f" INNER JOIN {relation} AS b ON b.{key} = c.key",
-        types,
-    )
-    embed_rows(plpy, collection, plan.cursor([changed]))
-
-
-def _forget(
-    plpy: Any,
-    collection: Collection,
-    keys: str,
-    types: tuple[str, ...] = (),
-    values: list[Any] | None = None,
-) -> None:
-    """Delete the vectors of some keys, and tell the searches that indexes still hold them."""
-    sql = (
-        f"WITH gone AS (DELETE FROM {collection.embeddings} AS e USING ({keys}) AS k"
+        f"WITH gone AS (DELETE FROM {collection.embeddings} AS e USING unnest($1) AS k (key)"
         f" WHERE e.key = k.key RETURNING e.embedding_id)"
         f" INSERT INTO {collection.pending} (embedding_id, deleted)"
-        f" SELECT embedding_id, true FROM gone"
-    )
-    clear = (
-        f"DELETE FROM siamese.failures AS f USING ({keys}) AS k"
-        f" WHERE f.collection_id = {collection.collection_id} AND f.key = k.key::text"
-    )
-    statements = [sql, clear] if collection.on_error == "quarantine" else [sql]
-    for statement in statements:
-        if values is None:  # transition tables: planned for their size, each time
-            plpy.execute(statement)
-        else:
-            prepare(plpy, statement, types).execute(values)
+        f" SELECT embedding_id, true FROM gone",
+        types,
+    ).execute([keys])
+    if collection.on_error == "quarantine":
+        prepare(
+            plpy,
+            "DELETE FROM siamese.failures AS f USING unnest($1) AS k (key)"
+            f" WHERE f.collection_id = {collection.collection_id} AND f.key = k.key::text",
+            types,
+        ).execute([keys])
 
 
 def _forget_all(plpy: Any, collection: Collection) -> None:
@@ -127,26 +111,35 @@ class _Batch:
     failures: list[tuple[Any, str, str]] = field(default_factory=list)
 
 
-def _fetched(cursor: Any) -> Iterator[list[Any]]:
+def _fetched(
+    plpy: Any, collection: Collection, keys: list[Any], function: str
+) -> Iterator[list[Any]]:
     """Yield rows in portions whose images take a bounded amount of memory."""
-    count = 8
-    while True:
-        rows = list(cursor.fetch(count))
-        if not rows:
-            return
-        yield rows
-        size = sum(len(row["image"] or b"") for row in rows) // len(rows) + 1
-        count = max(1, min(MAX_ROWS_AT_ONCE, MAX_BYTES_AT_ONCE // size, 8 * len(rows)))
+    plan = prepare(
+        plpy,
+        f"SELECT r.key, r.image FROM {collection.row_function(function)}($1) AS r",
+        (collection.key_array,),
+    )
+    start, count = 0, 8
+    while start < len(keys):
+        rows = list(plan.execute([keys[start : start + count]]))
+        start += count
+        if rows:
+            yield rows
+            size = sum(len(row["image"] or b"") for row in rows) // len(rows) + 1
+            count = max(1, min(MAX_ROWS_AT_ONCE, MAX_BYTES_AT_ONCE // size, 8 * len(rows)))
 
 
-def embed_rows(plpy: Any, collection: Collection, cursor: Any, total: int | None = None) -> int:
-    """Embed the rows of a cursor with columns ``key`` and ``image``, and store their vectors.
+def embed_rows(
+    plpy: Any, collection: Collection, keys: list[Any], is_backfill: bool = False
+) -> int:
+    """Embed the images of some keys, as the table has them now, and store their vectors.
 
     Args:
         plpy: PL/Python's module.
         collection: where they belong.
-        cursor: an open cursor.
-        total: how many rows are expected, in a backfill, which reports its progress; else None.
+        keys: of the rows; those that have none are passed over.
+        is_backfill: lock the rows, leave out those that others have locked, report progress.
 
     Returns:
         How many vectors were stored.
@@ -157,19 +150,18 @@ def embed_rows(plpy: Any, collection: Collection, cursor: Any, total: int | None
     encoder: Encoder | None = None
     stored = seen = 0
     noticed = time.monotonic()
-    for rows in _fetched(cursor):
+    for rows in _fetched(plpy, collection, keys, "locked_rows" if is_backfill else "rows"):
         encoder = encoder or models.encoder(plpy, collection.model_id)
         batch = _decode(plpy, collection, encoder, rows)
         embeddings = _encode(plpy, collection, encoder, batch)
-        stored += _store(plpy, collection, batch, embeddings, is_backfill=total is not None)
+        stored += _store(plpy, collection, batch, embeddings, is_backfill)
         seen += len(rows)
-        if total and time.monotonic() - noticed >= NOTICE_SECONDS:
+        if is_backfill and time.monotonic() - noticed >= NOTICE_SECONDS:
             noticed = time.monotonic()
             plpy.notice(
                 f'embedding collection "{collection.name}":'
-                f" {min(100, 100 * seen // total)}% ({seen} of {total} rows)"
+                f" {100 * seen // len(keys)}% ({seen} of {len(keys)} rows)"
             )
-    cursor.close()
     return stored
 
 
@@ -261,42 +253,15 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     if max_rows is not None and max_rows < 1:
         raise SiameseError("max_rows must be positive")
     collection = collection_by_name(plpy, name)
-    key, image, relation = collection.key_column, collection.image_column, collection.relation
-    _forget(
-        plpy,
-        collection,
-        f"SELECT x.key FROM {collection.embeddings} AS x WHERE NOT EXISTS ("
-        f"SELECT FROM {relation} AS b WHERE b.{key} = x.key)",
-    )
-    missing = (
-        f"FROM {relation} AS b WHERE NOT EXISTS ("
-        f"SELECT FROM {collection.embeddings} AS e WHERE e.key = b.{key})"
-    )
-    total = int(plpy.execute(f"SELECT count(*) AS n {missing}")[0]["n"])
-    if not total:
-        _forget_old_failures(plpy, collection)
-        return 0
+    # The table may have a new owner.
+    plpy.execute(f"SELECT siamese._give_to_owner({collection.collection_id})")
+    _forget(plpy, collection, _keys(plpy, abandoned_query(collection, "array_agg(e.key) AS keys")))
     # Rows that failed before come last, so that they never keep others out.
-    limit = (
-        ""
-        if max_rows is None
-        else (
-            " ORDER BY EXISTS (SELECT FROM siamese.failures AS f WHERE f.collection_id ="
-            f" {collection.collection_id} AND f.key = b.{key}::text) LIMIT {int(max_rows)}"
-        )
-    )
-    # A shared lock keeps the image as it is until its vector is committed.
-    cursor = plpy.cursor(
-        f"SELECT b.{key} AS key, b.{image} AS image {missing}{limit} FOR SHARE OF b SKIP LOCKED"
-    )
-    stored = embed_rows(plpy, collection, cursor, min(total, max_rows or total))
+    wanted = "array_agg(k.key ORDER BY f.key IS NOT NULL, k.key) AS keys"
+    keys = _keys(plpy, missing_query(collection, wanted))
+    stored = embed_rows(plpy, collection, keys[:max_rows], is_backfill=True) if keys else 0
     _forget_old_failures(plpy, collection)
-    left = int(
-        plpy.execute(
-            f"SELECT count(*) AS n {missing} AND NOT EXISTS (SELECT FROM siamese.failures AS f"
-            f" WHERE f.collection_id = {collection.collection_id} AND f.key = b.{key}::text)"
-        )[0]["n"]
-    )
+    left = plpy.execute(missing_query(collection, "count(*) AS n") + " AND f.key IS NULL")[0]["n"]
     if left and max_rows is None:
         plpy.notice(
             f'{left} rows of collection "{collection.name}" are not embedded yet,'
@@ -306,11 +271,29 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     return stored
 
 
+def missing_query(collection: Collection, wanted: str) -> str:
+    """Return a query of rows ``k`` without a vector; ``f`` is the failure of such a row."""
+    return (
+        f"SELECT {wanted} FROM {collection.row_function('keys')}() AS k (key)"
+        f" LEFT JOIN siamese.failures AS f"
+        f" ON f.collection_id = {collection.collection_id} AND f.key = k.key::text"
+        f" WHERE NOT EXISTS (SELECT FROM {collection.embeddings} AS e WHERE e.key = k.key)"
+    )
+
+
+def abandoned_query(collection: Collection, wanted: str) -> str:
+    """Return a query of vectors ``e`` without a row."""
+    return (
+        f"SELECT {wanted} FROM {collection.embeddings} AS e WHERE NOT EXISTS ("
+        f"SELECT FROM {collection.row_function('keys')}() AS k (key) WHERE k.key = e.key)"
+    )
+
+
 def _forget_old_failures(plpy: Any, collection: Collection) -> None:
     """Remove failures of rows that have a vector now, or are gone."""
     plpy.execute(
         f"DELETE FROM siamese.failures AS f WHERE f.collection_id = {collection.collection_id}"
-        f" AND NOT EXISTS (SELECT FROM {collection.relation} AS b"
-        f" WHERE b.{collection.key_column} = f.key::{collection.key_type} AND NOT EXISTS"
-        f" (SELECT FROM {collection.embeddings} AS e WHERE e.key = b.{collection.key_column}))"
+        f" AND NOT EXISTS (SELECT FROM {collection.row_function('keys')}() AS k (key)"
+        " WHERE k.key::text = f.key AND NOT EXISTS"
+        f" (SELECT FROM {collection.embeddings} AS e WHERE e.key = k.key))"
     )

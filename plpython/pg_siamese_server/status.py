@@ -10,6 +10,7 @@ from typing import Any
 
 from pg_siamese_server import __version__, interrupts, models
 from pg_siamese_server.catalog import COLLECTION_QUERY, Collection, prepare
+from pg_siamese_server.changes import abandoned_query, missing_query
 from pg_siamese_server.errors import SiameseError
 
 PACKAGES = ("numpy", "pillow", "onnxruntime", "faiss-cpu", "onnx", "xxhash")
@@ -62,17 +63,13 @@ def _collection(plpy: Any, collection: Collection) -> list[tuple[str, bool, str]
         _count(
             plpy,
             "rows without vector",
-            f"SELECT count(*) AS n FROM {collection.relation} AS b WHERE NOT EXISTS (SELECT FROM"
-            f" {collection.embeddings} AS e WHERE e.key = b.{collection.key_column})"
-            " AND NOT EXISTS (SELECT FROM siamese.failures AS f WHERE f.collection_id ="
-            f" {collection.collection_id} AND f.key = b.{collection.key_column}::text)",
+            missing_query(collection, "count(*) AS n") + " AND f.key IS NULL",
             "call backfill",
         ),
         _count(
             plpy,
             "vectors without row",
-            f"SELECT count(*) AS n FROM {collection.embeddings} AS e WHERE NOT EXISTS (SELECT FROM"
-            f" {collection.relation} AS b WHERE e.key = b.{collection.key_column})",
+            abandoned_query(collection, "count(*) AS n"),
             "call backfill",
         ),
         _model(plpy, collection),

@@ -414,7 +414,6 @@ def test_a_table_that_became_a_view(roles: Roles, db: Connection) -> None:
     admin.execute("SELECT * FROM self_check()")
 
 
-@pytest.mark.xfail(reason="triggers read the table with the rights of the extension's owner")
 @pytest.mark.parametrize(
     "definition",
     [
