@@ -30,10 +30,10 @@ MIN_READ_ROWS = 500
 READ_IDS = 20_000
 FLAT_BELOW = 10_000  # a scan of so few takes no longer than a walk through a graph
 NOTICE_SECONDS = 1.0
-CALIBRATION_QUERIES = 1_000
+CALIBRATION_QUERIES = 500  # stored ones, and as many that the graph does not know
 SEARCH_AT_ONCE = 50
 NEIGHBOURS = 10
-BREADTHS = (10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
+BREADTHS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _from_top_to_bottom(
     # Geometric with ratio 1/m: Malkov and Yashunin, arXiv 1603.09320, section 4.1.
     uniform = 1 - np.random.default_rng(0).random(len(matrix))
     levels = np.floor(-np.log(uniform) / np.log(m)).astype(np.int32) + 1
-    order = np.argsort(-levels, kind="stable")
+    order = np.argsort(uniform)  # of one level, in the order of chance
     place = np.empty(len(order), dtype=np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
     return matrix[order], place if slots is None else place[slots], levels[order]
@@ -289,13 +289,21 @@ def _index(
     index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
     index.hnsw.efConstruction = options.ef_construction
     levels = np.minimum(levels, index.hnsw.assign_probas.size())
-    for start, end in _portions(len(matrix)):
-        faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
-        with _threads(options.threads):
-            index.add(matrix[start:end])
-        poll()
-        progress.report(end)
-    ef_search, recall = _calibrate(index, matrix, options, poll)
+
+    def add(first: int, last: int) -> None:
+        for start, end in _portions(first, last):
+            faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
+            with _threads(options.threads):
+                index.add(matrix[start:end])
+            poll()
+            progress.report(end)
+
+    # The last ones are of the lowest level, drawn by chance: what they find, while the graph does
+    # not know them, is what new images will find.
+    known = len(matrix) - min(CALIBRATION_QUERIES, len(matrix) // 20)
+    add(0, known)
+    ef_search, recall = _calibrate(index, matrix[:known], matrix[known:], options, poll)
+    add(known, len(matrix))
     if recall >= options.target_recall:
         return index, ef_search, recall
     progress.plpy.notice(
@@ -312,11 +320,11 @@ def _flat(matrix: NDArray[np.float32]) -> Any:
     return index
 
 
-def _portions(count: int) -> Iterator[tuple[int, int]]:
+def _portions(start: int, last: int) -> Iterator[tuple[int, int]]:
     """Cut a build into portions of about PIECE_SECONDS, measuring as it goes."""
-    start, size = 0, 200
-    while start < count:
-        end = min(count, start + size)
+    size = 200
+    while start < last:
+        end = min(last, start + size)
         began = time.monotonic()
         yield start, end
         seconds = max(1e-6, time.monotonic() - began)
@@ -325,22 +333,29 @@ def _portions(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _calibrate(
-    index: Any, matrix: NDArray[np.float32], options: Options, poll: index_file.Poll
+    index: Any,
+    stored: NDArray[np.float32],
+    unknown: NDArray[np.float32],
+    options: Options,
+    poll: index_file.Poll,
 ) -> tuple[int, float]:
     """Choose the narrowest search that reaches the recall, on queries from this very data.
 
-    Half of the queries are stored vectors, half lie between a stored vector and its neighbour.
+    Args:
+        index: the graph of ``stored``.
+        stored: float32 (vectors, dimension).
+        unknown: further vectors, which the graph does not hold.
+        options: of the build.
+        poll: called between pieces of work, may raise to leave.
 
     Returns:
-        efSearch for ten neighbours, and the recall at 10 measured with it.
+        efSearch for ten neighbours, and the recall at 10 measured with it: that of stored or of
+        unknown vectors, whichever is less.
     """
-    generator = np.random.default_rng(0)
-    count = min(CALIBRATION_QUERIES, len(matrix))
-    queries = matrix[generator.choice(len(matrix), count, replace=False)]
-    half = count // 2
-    near = _search(index, queries[:half], NEIGHBOURS, BREADTHS[-1], options, poll)
-    queries[:half] = (queries[:half] + matrix[near[:, NEIGHBOURS // 2]]) / 2
-    truth = _exact(matrix, queries, options, poll)
+    places = np.random.default_rng(0).choice(len(stored), len(unknown), replace=False)
+    queries = np.concatenate([stored[places], unknown])
+    half = len(places)
+    truth = _exact(stored, queries, options, poll)
     best = (BREADTHS[-1], 0.0)
     for breadth in BREADTHS:
         found = _search(index, queries, NEIGHBOURS, breadth, options, poll)

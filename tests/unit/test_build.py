@@ -115,7 +115,7 @@ def test_exact_neighbours(clusters: Array) -> None:
 
 
 def test_portions_cover_all_and_grow() -> None:
-    portions = list(build._portions(100_000))
+    portions = list(build._portions(0, 100_000))
     assert portions[0][0] == 0 and portions[-1][1] == 100_000
     assert all(one[1] == other[0] for one, other in itertools.pairwise(portions))
     sizes = [end - start for start, end in portions]
@@ -123,7 +123,7 @@ def test_portions_cover_all_and_grow() -> None:
 
 
 def test_portions_shrink_when_slow() -> None:
-    portions = build._portions(600)
+    portions = build._portions(0, 600)
     first = next(portions)
     time.sleep(0.2)
     second = next(portions)
