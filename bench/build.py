@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.report import Line
-from bench.search import PGVECTOR
+from bench.search import PGVECTOR, index_note
 from bench.session import Session
 from bench.timing import Summary
 from pg_siamese.dev.cluster import Cluster
@@ -18,7 +18,7 @@ CREATE = (
 
 
 def build(cluster: Cluster, collection: str, repetitions: int) -> list[Line]:
-    """Build both indexes, in turns; the last ones stay.
+    """Build both indexes with their default parameters, in turns; the last ones stay.
 
     FAISS gets as many threads as pgvector gets workers. pgvector's graph must fit into
     maintenance_work_mem, else it would be far slower.
@@ -32,14 +32,18 @@ def build(cluster: Cluster, collection: str, repetitions: int) -> list[Line]:
             session.notices.clear()
             seconds[PGVECTOR].append(session.timed(CREATE))
             assert not session.notices, session.notices
-    parameters = f"m {M}, ef_construction {EF_CONSTRUCTION}"
     return [
-        Line(SECTION, OURS, Summary.of(seconds[OURS]), note=f"{parameters}, {WORKERS} threads"),
+        Line(
+            SECTION,
+            OURS,
+            Summary.of(seconds[OURS]),
+            note=f"{index_note(cluster)}; {WORKERS} threads",
+        ),
         Line(
             SECTION,
             PGVECTOR,
             Summary.of(seconds[PGVECTOR]),
-            note=f"{parameters}, {WORKERS} workers and the leader",
+            note=f"m {M}, ef_construction {EF_CONSTRUCTION}; {WORKERS} workers and the leader",
         ),
     ]
 

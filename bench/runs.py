@@ -32,7 +32,7 @@ class Size:
 
 
 STANDARD = Size(rows=70_000, queries=3_000, builds=3, insert_files=12_000, connections=15)
-STANDARD_QUICK = Size(rows=8_000, queries=400, builds=1, insert_files=1_000, connections=3)
+STANDARD_QUICK = Size(rows=12_000, queries=400, builds=1, insert_files=1_000, connections=3)
 LARGE = Size(rows=1_000_000, queries=2_000, builds=1)
 LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
 DIMENSION, CLUSTERS = 64, 500

@@ -17,6 +17,8 @@ from bench.server import index_file
 from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints
 from bench.timing import Summary, round_robin
 from pg_siamese.dev.cluster import Cluster
+from pg_siamese_server.generations import opened
+from pg_siamese_server.index_file import read_sidecar
 
 OURS = "similar_images"
 PGVECTOR = "pgvector HNSW"
@@ -109,22 +111,19 @@ class FaissAlone:
 
     def __init__(self, cluster: Cluster, collection: str, truth: Truth) -> None:
         faiss.omp_set_num_threads(1)
-        self.index = faiss.read_index(str(index_file(cluster, collection)), faiss.IO_FLAG_MMAP_IFC)
+        path = index_file(cluster, collection)
+        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        _, rows = read_sidecar(path.with_suffix(".meta"), lambda: None)
         with connect(cluster.dsn()) as admin:
             row = admin.execute(
-                "SELECT c.collection_id, g.ef_search, g.vectors = g.rows"
-                " FROM siamese.generations AS g"
+                "SELECT g.ef_search FROM siamese.generations AS g"
                 " JOIN siamese.collections AS c USING (generation) WHERE c.name = %s",
                 (collection,),
             ).fetchone()
             assert row is not None
-            # Where no two rows share a vector, positions are rows in the order of embedding_id.
-            keys = admin.execute(
-                f"SELECT key FROM siamese.embedding_{row[0]} ORDER BY embedding_id"
-            ).fetchall()
-        self.keys = [key for (key,) in keys] if row[2] else None
+        self.generation = opened(self.index, rows, is_flat=False, ef_search=row[0])
         self.count = K + (truth.own is not None)
-        self.breadth = max(self.count, round(row[1] * self.count / 10))
+        self.breadth = max(self.count, row[0] * self.count // 10)
         self.parameters = faiss.SearchParametersHNSW()
         self.parameters.efSearch = self.breadth
         self.truth = truth
@@ -136,16 +135,17 @@ class FaissAlone:
 
     def ids(self, answer: tuple[int, NDArray[np.int64]]) -> list[int]:
         """Turn positions into ids, and leave out the query's own."""
-        assert self.keys is not None
         number, positions = answer
         own = None if self.truth.own is None else self.truth.own[number]
-        found = [self.keys[position] for position in positions.tolist()]
+        rows, _ = self.generation.expand(positions, np.zeros(len(positions), np.float32))
+        keys = self.generation.rows.keys
+        assert keys is not None
+        found = keys[rows].tolist()
         return [key for key in found if key != own][:K]
 
     def contestant(self, note: str) -> Contestant:
         """Return what competes."""
-        ids = None if self.keys is None else self.ids
-        return Contestant(self.call, ids, f"efSearch {self.breadth}, {note}")
+        return Contestant(self.call, self.ids, f"efSearch {self.breadth}, {note}")
 
 
 def empty_calls(session: Session) -> dict[str, Contestant]:
@@ -264,11 +264,13 @@ def index_note(cluster: Cluster) -> str:
     """Say how the current index was built."""
     with connect(cluster.dsn()) as admin:
         row = admin.execute(
-            "SELECT m, ef_construction, ef_search, recall FROM siamese.index_generations"
+            "SELECT index_type, m, ef_construction, ef_search FROM siamese.index_generations"
             " WHERE is_current"
         ).fetchone()
     assert row is not None
-    return f"m {row[0]}, ef_construction {row[1]}; the build chose ef_search {row[2]}"
+    if row[0] != "hnsw":
+        return f"{row[0]} index"
+    return f"m {row[1]}, ef_construction {row[2]}; ef_search {row[3]}, chosen by the build"
 
 
 def _nth(search: Callable[[bytes], Any], values: list[bytes], number: int) -> Any:

@@ -1,7 +1,7 @@
 CREATE FUNCTION siamese.build_index(
     collection text DEFAULT 'images',
     m integer DEFAULT 16,
-    ef_construction integer DEFAULT 64,
+    ef_construction integer DEFAULT 40,
     target_recall real DEFAULT 0.995,
     threads integer DEFAULT NULL
 ) RETURNS bigint

@@ -32,6 +32,8 @@ FLAT_BELOW = 10_000  # a scan of so few takes no longer than a walk through a gr
 NOTICE_SECONDS = 1.0
 CALIBRATION_QUERIES = 500  # stored ones, and as many that the graph does not know
 SEARCH_AT_ONCE = 50
+TIMED_QUERIES = 30
+TIMED_BELOW = 200_000  # from here on, a scan takes many times as long
 NEIGHBOURS = 10
 BREADTHS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
 
@@ -305,13 +307,31 @@ def _index(
     ef_search, recall = _calibrate(index, matrix[:known], matrix[known:], options, poll)
     add(known, len(matrix))
     if recall >= options.target_recall:
-        return index, ef_search, recall
+        if _is_quicker(index, matrix, ef_search):
+            return index, ef_search, recall
+        return _flat(matrix), None, 1.0
     progress.plpy.notice(
         f'graph index of collection "{progress.name}" reaches a recall of {recall:.3f} only',
         detail="A flat index takes its place: exact, but the slower the more vectors there are.",
         hint="Build with a larger m and ef_construction, or a lower target_recall.",
     )
     return _flat(matrix), None, 1.0
+
+
+def _is_quicker(index: Any, matrix: NDArray[np.float32], ef_search: int) -> bool:
+    """Whether the graph answers in less time than a scan of all vectors takes."""
+    if len(matrix) > TIMED_BELOW:
+        return True
+    parameters = faiss.SearchParametersHNSW()
+    parameters.efSearch = ef_search
+    rivals = {True: partial(index.search, params=parameters), False: _flat(matrix).search}
+    seconds: dict[bool, list[float]] = {is_graph: [] for is_graph in rivals}
+    for place in np.random.default_rng(0).choice(len(matrix), TIMED_QUERIES).tolist():
+        for is_graph, search in rivals.items():
+            started = time.perf_counter()
+            search(matrix[place : place + 1], NEIGHBOURS)
+            seconds[is_graph].append(time.perf_counter() - started)
+    return float(np.median(seconds[True])) < float(np.median(seconds[False]))
 
 
 def _flat(matrix: NDArray[np.float32]) -> Any:

@@ -11,6 +11,8 @@ from pg_siamese_server.errors import UNDEFINED_OBJECT, SiameseError
 # Prepared plans outlive transactions and follow changes of their tables by themselves.
 _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
 MAX_PLANS = 200
+# Pending changes that a session reads; with more, pgvector scans the table.
+MAX_CHANGES = 300_000
 OPERATORS = {"cosine": "<=>", "l2": "<->"}
 
 # Run with the caller's search_path. Casts to the very types that PostgreSQL's own functions and

@@ -103,7 +103,7 @@ class ModelSpec:
         if self.weight is None or self.bias is None:
             return None
         logit = self.weight * distance + self.bias
-        return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, logit))))
+        return 1.0 / (1.0 + math.exp(-logit)) if logit > -700 else 0.0
 
 
 def pixels_to_input(

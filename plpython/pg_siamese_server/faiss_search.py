@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import generations, interrupts, vectors
-from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.catalog import MAX_CHANGES, Collection, prepare
 from pg_siamese_server.generations import Generation
-from pg_siamese_server.pending import MAX_CHANGES, Changes, Snapshot
+from pg_siamese_server.pending import Changes, Snapshot
 
 if TYPE_CHECKING:
     from pg_siamese_server.filters import Conditions
@@ -114,9 +115,9 @@ class FaissSearch:
             near = min(limit, complete)
             taken = self._qualifying(request, keys, squared, near, is_plain, conditions, checked)
             if len(taken[0]) == request.k or complete >= limit or complete == math.inf:
-                return taken[0], vectors.distances(
-                    np.asarray(taken[1], dtype=np.float32), self.collection.metric
-                ).tolist()
+                if self.collection.metric == "cosine":
+                    return taken[0], [0.5 * square for square in taken[1]]
+                return taken[0], [math.sqrt(square) for square in taken[1]]
             interrupts.check(self.plpy)
             share = (len(taken[0]) + 0.5) / max(1, len(checked))
             count = max(2 * count, int(1.3 * request.k / share))
@@ -183,12 +184,12 @@ class FaissSearch:
                 keys = index.rows.keys[rows].tolist()
             else:
                 keys = [index.rows.key(row) for row in rows.tolist()]
-        distances = squared.tolist()
+        distances: list[float] = squared.tolist()
         more_to_sort = self.changes.has_additions
         if more_to_sort:
             more, near, complete_here = self._pending(query, count)
             keys = keys + more
-            distances = distances + near.tolist()
+            distances = distances + near
             complete = min(complete, complete_here)
         # FAISS sorts by distance; equal distances are for the keys to order.
         if more_to_sort or len(set(distances)) < len(distances):
@@ -199,7 +200,7 @@ class FaissSearch:
 
     def _pending(
         self, query: NDArray[np.float32], count: int
-    ) -> tuple[list[Any], NDArray[np.float32], float]:
+    ) -> tuple[list[Any], list[float], float]:
         if not self.is_restricted:
             return self.changes.nearest(query, count)
         # Under row-level security, what this caller sees may change from one call to the next, so
@@ -216,11 +217,11 @@ class FaissSearch:
         )
         rows = list(plan.execute([vectors.to_text(query[0]), count]))
         if not rows:
-            return [], np.empty(0, dtype=np.float32), math.inf
+            return [], [], math.inf
         matrix = vectors.from_send(b"".join(row["vector"] for row in rows), len(rows))
         near = vectors.squared_distances(vectors.prepare(matrix, collection.metric), query)
         complete = math.inf if len(rows) < count else float(near.max()) * (1 - 1e-5)
-        return [row["key"] for row in rows], near, complete
+        return [row["key"] for row in rows], near.tolist(), complete
 
     def _qualifying(
         self,
@@ -234,22 +235,23 @@ class FaissSearch:
     ) -> tuple[list[Any], list[float]]:
         """Return the first k candidates within ``near`` that the table says qualify."""
         assert request.k is not None
-        usable = [
-            (key, distance)
-            for key, distance in zip(keys, squared, strict=True)
-            if distance <= near and key != request.key
-        ]
+        end = bisect.bisect_right(squared, near)
+        if request.key is not None and request.key in keys:
+            own = keys.index(request.key)
+            del keys[own], squared[own]
+            end -= own < end
         taken: tuple[list[Any], list[float]] = ([], [])
         place = 0
-        while place < len(usable) and len(taken[0]) < request.k:
-            wanted = request.k - len(taken[0]) if is_plain else len(usable)
-            portion = usable[place : place + wanted]
-            place += wanted
-            self._check([key for key, _ in portion if key not in checked], conditions, checked)
-            for key, distance in portion:
+        while place < end and len(taken[0]) < request.k:
+            after = min(end, place + request.k - len(taken[0])) if is_plain else end
+            self._check(
+                [key for key in keys[place:after] if key not in checked], conditions, checked
+            )
+            for key, distance in zip(keys[place:after], squared[place:after], strict=True):
                 if checked[key] and len(taken[0]) < request.k:
                     taken[0].append(key)
                     taken[1].append(distance)
+            place = after
         return taken
 
     def _check(self, keys: list[Any], conditions: Conditions, checked: dict[Any, bool]) -> None:
@@ -262,9 +264,9 @@ class FaissSearch:
             plan, values = self._check_plan(keys, conditions)
         else:
             values = [keys]
-        found = {row["key"] for row in plan.execute(values)}
-        for item in keys:
-            checked[item] = item in found
+        checked.update(dict.fromkeys(keys, False))
+        for row in plan.execute(values):
+            checked[row["key"]] = True
 
     def _check_plan(self, keys: list[Any], conditions: Conditions) -> tuple[Any, list[Any]]:
         collection = self.collection

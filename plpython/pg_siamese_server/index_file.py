@@ -201,7 +201,7 @@ def read(directory: Path, identity: Identity, poll: Poll) -> IndexFile:
         IndexFileError: it is missing, damaged, or another one.
     """
     faiss_path, meta_path = paths(directory, identity.generation)
-    header, rows = _read_sidecar(meta_path, poll)
+    header, rows = read_sidecar(meta_path, poll)
     found = header.get("identity")
     if found != vars(identity):
         raise IndexFileError(
@@ -243,7 +243,8 @@ def _checksum(data: memoryview, poll: Poll) -> Any:
     return digest
 
 
-def _read_sidecar(path: Path, poll: Poll) -> tuple[dict[str, Any], Rows]:
+def read_sidecar(path: Path, poll: Poll) -> tuple[dict[str, Any], Rows]:
+    """Read a generation's header and rows; raises IndexFileError where they are damaged."""
     data = memoryview(_map(path))
     start = len(MAGIC) + 16
     if bytes(data[: len(MAGIC)]) != MAGIC:

@@ -7,23 +7,22 @@ before the oldest one still running have written is *settled*: it is read once. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import vectors
 from pg_siamese_server.catalog import Collection, prepare
 
-if TYPE_CHECKING:  # needs FAISS, which may be missing
+if TYPE_CHECKING:
     from pg_siamese_server.generations import Generation
 
 # Vectors kept in a session at most; with more pending, pgvector scans the table instead.
 MAX_BYTES = 12 * 1024 * 1024
-MAX_CHANGES = 300_000
-# Error of a sum of float32 products, relative to the lengths of the vectors.
-ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -44,46 +43,42 @@ class Snapshot:
 
 
 class Added:
-    """Vectors added since the generation was built."""
+    """Vectors added since the generation was built, in a flat index of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, dimension: int) -> None:
         self.ids: list[int] = []
         self.keys: list[Any] = []
-        self._parts: list[NDArray[np.float32]] = []
-        self._norms: NDArray[np.float32] | None = None
-        self._gone: tuple[int, int, NDArray[np.bool_]] | None = None
+        self._index = faiss.IndexFlatL2(dimension)
 
     def extend(self, ids: list[int], keys: list[Any], matrix: NDArray[np.float32]) -> None:
         """Append rows; matrix is float32 (rows, dimension), prepared."""
         self.ids.extend(ids)
         self.keys.extend(keys)
-        self._parts.append(matrix)
-        self._norms = None
+        self._index.add(matrix)
 
-    def matrix(self) -> NDArray[np.float32]:
-        """Return all vectors, float32 (rows, dimension)."""
-        if len(self._parts) > 1:
-            self._parts = [np.concatenate(self._parts)]
-        return self._parts[0]
+    def discard(self, dead: set[int]) -> None:
+        """Remove rows that are deleted again."""
+        kept = [place for place, item in enumerate(self.ids) if item not in dead]
+        if len(kept) < len(self.ids):
+            matrix = self._index.reconstruct_n(0, len(self.ids))[kept]
+            ids = [self.ids[place] for place in kept]
+            keys = [self.keys[place] for place in kept]
+            self.__init__(self._index.d)  # type: ignore[misc]
+            self.extend(ids, keys, matrix)
 
-    def rough_distances(self, query: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
-        """Return squared distances less the query's own square, and how far they may be off.
+    def nearest(
+        self, query: NDArray[np.float32], count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return places and squared distances of the nearest, exactly; at most ``count``."""
+        squared, places = self._index.search(query, min(count, len(self.ids)))
+        return places[0], squared[0]
 
-        Quick, and enough to choose by. Where vectors are long and close together, the difference of
-        large numbers loses most of its digits.
-        """
-        matrix = self.matrix()
-        if self._norms is None:
-            self._norms = np.einsum("ij,ij->i", matrix, matrix)
-        result: NDArray[np.float32] = self._norms - 2 * (matrix @ query[0])
-        return result, ROUNDING * float(self._norms.max() + query[0] @ query[0])
-
-    def gone(self, dead: set[int]) -> NDArray[np.bool_]:
-        """Tell which rows are deleted again; ``dead`` only grows."""
-        if self._gone is None or self._gone[:2] != (len(self.ids), len(dead)):
-            mask = np.fromiter((item in dead for item in self.ids), dtype=bool, count=len(self.ids))
-            self._gone = (len(self.ids), len(dead), mask)
-        return self._gone[2]
+    def find(self, embedding_id: int) -> NDArray[np.float32] | None:
+        """Return a vector, float32 (1, dimension), if it is here."""
+        if embedding_id not in self.ids:
+            return None
+        vector: NDArray[np.float32] = self._index.reconstruct(self.ids.index(embedding_id))
+        return vector[None]
 
 
 @dataclass
@@ -104,14 +99,19 @@ class Changes:
     index: Generation
     snapshot: Snapshot | None = None
     horizon: int = 0
-    added: Added = field(default_factory=Added)
+    added: Added = field(init=False)
     unfetched: set[int] = field(default_factory=set)
     dead: set[int] = field(default_factory=set)
     open_ids: set[int] = field(default_factory=set)
-    open_added: Added = field(default_factory=Added)
+    open_added: Added = field(init=False)
     open_dead: set[int] = field(default_factory=set)
     _dead_rows: NDArray[np.bool_] | None = None
     _dead_row_count: int = 0
+
+    def __post_init__(self) -> None:
+        """Begin with nothing added."""
+        self.added = Added(self.index.index.d)
+        self.open_added = Added(self.index.index.d)
 
     def usable_for(self, generation: int, snapshot: Snapshot) -> bool:
         """Whether what is settled here is so for this snapshot, too."""
@@ -163,7 +163,7 @@ class Changes:
                 # rolled back: asked for again next time.
                 self.unfetched.difference_update(ids)
         if set(self.open_added.ids) != self.open_ids:
-            self.open_added = Added()
+            self.open_added = Added(self.index.index.d)
             if self.open_ids:
                 self.open_added.extend(*_fetch(plpy, collection, sorted(self.open_ids)))
 
@@ -180,6 +180,7 @@ class Changes:
         if len(rows) < len(ids):
             held = self.index.rows.embedding_ids[rows]
             self.dead.update(ids[~np.isin(ids, held)].tolist())
+            self.added.discard(self.dead)
 
     def is_dead(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_] | None:
         """Tell which rows of the generation are deleted or replaced; None where none is at all."""
@@ -200,43 +201,31 @@ class Changes:
 
     def nearest(
         self, query: NDArray[np.float32], count: int
-    ) -> tuple[list[Any], NDArray[np.float32], float]:
+    ) -> tuple[list[Any], list[float], float]:
         """Find the nearest of the added vectors, exactly.
 
         Returns:
             Keys and squared distances, in no order, and the distance within which none is missing.
         """
         keys: list[Any] = []
-        parts: list[NDArray[np.float32]] = []
-        complete = np.inf
+        distances: list[float] = []
+        complete = math.inf
         for added in (self.added, self.open_added):
             if not added.ids:
                 continue
-            rough, error = added.rough_distances(query)
-            gone = added.gone(self.dead)
-            if self.open_dead:
-                gone = gone | np.isin(added.ids, list(self.open_dead))
-            rough[gone] = np.inf
-            if count < len(rough):
-                places = np.argpartition(rough, count)[:count]
-            else:
-                places = np.arange(len(rough))
-            places = places[~gone[places]]
-            exact = vectors.squared_distances(added.matrix()[places], query)
-            if len(places) == count:
-                complete = min(complete, float(exact.max()) - error)
-            keys.extend(added.keys[place] for place in places.tolist())
-            parts.append(exact)
-        squared = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
-        return keys, squared, complete
+            places, squared = added.nearest(query, count + len(self.open_dead))
+            if len(places) < len(added.ids):
+                complete = min(complete, float(squared[-1]))
+            for place, distance in zip(places.tolist(), squared.tolist(), strict=True):
+                if added.ids[place] not in self.open_dead:
+                    keys.append(added.keys[place])
+                    distances.append(distance)
+        return keys, distances, complete
 
     def find(self, embedding_id: int) -> NDArray[np.float32] | None:
         """Return an added vector, float32 (1, dimension), if it is here."""
-        for added in (self.added, self.open_added):
-            if embedding_id in added.ids:
-                vector: NDArray[np.float32] = added.matrix()[added.ids.index(embedding_id)][None]
-                return vector
-        return None
+        found = self.added.find(embedding_id)
+        return self.open_added.find(embedding_id) if found is None else found
 
 
 def _fetch(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts, models, vectors
-from pg_siamese_server.catalog import Collection, collection_by_name, prepare
+from pg_siamese_server.catalog import MAX_CHANGES, Collection, collection_by_name, prepare
 from pg_siamese_server.errors import (
     FEATURE_NOT_SUPPORTED,
     NO_DATA_FOUND,
@@ -25,7 +25,6 @@ from pg_siamese_server.errors import (
     SiameseError,
 )
 from pg_siamese_server.filters import Conditions, parse
-from pg_siamese_server.pending import MAX_CHANGES
 
 MAX_K = 10_000
 ENGINES = ("auto", "faiss", "pgvector")

@@ -172,25 +172,27 @@ def test_find(generation: Generation, table: Table) -> None:
     assert changes.find(13) is None
 
 
-def test_too_large() -> None:
-    changes = Changes(5, None)  # type: ignore[arg-type]
+def test_too_large(generation: Generation) -> None:
+    changes = Changes(5, generation)
     changes.unfetched = set(range(1000))
     assert not changes.is_too_large(64)
     assert changes.is_too_large(16_000)
 
 
 def test_added_in_portions() -> None:
-    added = Added()
+    added = Added(DIMENSION)
     one, other = np.random.default_rng(0).normal(size=(2, 3, DIMENSION)).astype(np.float32)
-    added.extend([1, 2, 3], [1, 2, 3], one)
+    added.extend([1, 2, 3], ["a", "b", "c"], one)
+    added.extend([4, 5, 6], ["d", "e", "f"], other)
     query = np.ones((1, DIMENSION), np.float32)
-    assert len(added.rough_distances(query)[0]) == 3
-    added.extend([4, 5, 6], [4, 5, 6], other)
-    rough, _ = added.rough_distances(query)
-    expected = ((np.concatenate([one, other]) - query) ** 2).sum(axis=1) - DIMENSION
-    np.testing.assert_allclose(rough, expected, atol=1e-4)
-    assert added.gone({2, 6}).tolist() == [False, True, False, False, False, True]
-    assert added.gone({2, 6, 1}).tolist() == [True, True, False, False, False, True]
+    places, squared = added.nearest(query, 9)
+    expected = ((np.concatenate([one, other]) - query) ** 2).sum(axis=1)
+    np.testing.assert_array_equal(places, np.argsort(expected))
+    np.testing.assert_allclose(squared, np.sort(expected), rtol=1e-5)
+    added.discard({2, 6, 99})
+    assert (added.ids, added.keys) == ([1, 3, 4, 5], ["a", "c", "d", "e"])
+    assert added.find(2) is None
+    np.testing.assert_array_equal(added.find(4), other[:1])
 
 
 def test_collections_have_safe_names() -> None:
