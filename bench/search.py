@@ -116,14 +116,15 @@ class FaissAlone:
         _, rows = read_sidecar(path.with_suffix(".meta"), lambda: None)
         with connect(cluster.dsn()) as admin:
             row = admin.execute(
-                "SELECT g.ef_search FROM siamese.generations AS g"
+                "SELECT g.ef_search_stored, g.ef_search FROM siamese.generations AS g"
                 " JOIN siamese.collections AS c USING (generation) WHERE c.name = %s",
                 (collection,),
             ).fetchone()
             assert row is not None
-        self.generation = opened(self.index, rows, is_flat=False, ef_search=row[0])
+        self.generation = opened(self.index, rows, False, *row)
         self.count = K + (truth.own is not None)
-        self.breadth = max(self.count, row[0] * self.count // 10)
+        breadth = row[1] if truth.own is None else row[0]
+        self.breadth = max(self.count, breadth * self.count // 10)
         self.parameters = faiss.SearchParametersHNSW()
         self.parameters.efSearch = self.breadth
         self.truth = truth
@@ -264,13 +265,14 @@ def index_note(cluster: Cluster) -> str:
     """Say how the current index was built."""
     with connect(cluster.dsn()) as admin:
         row = admin.execute(
-            "SELECT index_type, m, ef_construction, ef_search FROM siamese.index_generations"
+            "SELECT index_type, m, ef_construction, ef_search_stored, ef_search"
+            " FROM siamese.index_generations"
             " WHERE is_current"
         ).fetchone()
     assert row is not None
     if row[0] != "hnsw":
         return f"{row[0]} index"
-    return f"m {row[1]}, ef_construction {row[2]}; ef_search {row[3]}, chosen by the build"
+    return f"m {row[1]}, ef_construction {row[2]}; ef_search {row[3]} and {row[4]}, by the build"
 
 
 def _nth(search: Callable[[bytes], Any], values: list[bytes], number: int) -> Any:

@@ -27,6 +27,7 @@ CREATE TABLE siamese.generations (
     index_type text NOT NULL CHECK (index_type IN ('flat', 'hnsw')),
     m integer,
     ef_construction integer,
+    ef_search_stored integer,
     ef_search integer,
     recall real,
     bytes bigint NOT NULL,
@@ -38,8 +39,11 @@ COMMENT ON TABLE siamese.generations IS 'manifest of FAISS index files; the file
 COMMENT ON COLUMN siamese.generations.build_id IS 'identity of the build, also inside the file';
 COMMENT ON COLUMN siamese.generations.rows IS 'rows in the file';
 COMMENT ON COLUMN siamese.generations.vectors IS 'distinct vectors in the file';
-COMMENT ON COLUMN siamese.generations.ef_search IS 'HNSW search breadth for ten neighbours, chosen by the build';
-COMMENT ON COLUMN siamese.generations.recall IS 'recall at 10 measured by the build at that breadth';
+COMMENT ON COLUMN siamese.generations.ef_search_stored
+IS 'HNSW search breadth for ten neighbours of a stored image, chosen by the build';
+COMMENT ON COLUMN siamese.generations.ef_search
+IS 'HNSW search breadth for ten neighbours of a new image, chosen by the build';
+COMMENT ON COLUMN siamese.generations.recall IS 'recall at 10 measured by the build at these breadths';
 
 CREATE TABLE siamese.failures (
     collection_id integer NOT NULL REFERENCES siamese.collections ON DELETE CASCADE,

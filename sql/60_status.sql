@@ -65,6 +65,7 @@ SELECT
     g.index_type,
     g.m,
     g.ef_construction,
+    g.ef_search_stored,
     g.ef_search,
     g.recall,
     g.bytes,

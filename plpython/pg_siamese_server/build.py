@@ -59,6 +59,18 @@ class Options:
                 raise SiameseError(f"{name} must be between {low} and {high}")
 
 
+@dataclass(frozen=True)
+class Breadths:
+    """What searches of a graph need: efSearch for ten neighbours, and the recall at 10 with it.
+
+    A stored vector is easier to find its neighbours for than one that the graph does not know.
+    """
+
+    stored: int
+    new: int
+    recall: float
+
+
 @dataclass
 class _Progress:
     plpy: Any
@@ -110,8 +122,7 @@ def build_index(
     if slots is not None:
         rows.place(slots, len(matrix))
     progress = _Progress(plpy, collection.name, max(1, len(matrix)), started)
-    index, ef_search, recall = _index(matrix, levels, options, progress, poll)
-    is_flat = ef_search is None
+    index, breadths = _index(matrix, levels, options, progress, poll)
 
     generation = int(
         plpy.execute(
@@ -124,8 +135,8 @@ def build_index(
     prepare(
         plpy,
         "INSERT INTO siamese.generations (generation, collection_id, build_id, rows, vectors,"
-        " index_type, m, ef_construction, ef_search, recall, bytes, seconds)"
-        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+        " index_type, m, ef_construction, ef_search_stored, ef_search, recall, bytes, seconds)"
+        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
         (
             "bigint",
             "integer",
@@ -133,7 +144,7 @@ def build_index(
             "bigint",
             "bigint",
             "text",
-            *("integer",) * 3,
+            *("integer",) * 4,
             "real",
             "bigint",
             "real",
@@ -145,11 +156,12 @@ def build_index(
             build_id,
             len(rows.embedding_ids),
             len(matrix),
-            "flat" if is_flat else "hnsw",
-            None if is_flat else options.m,
-            None if is_flat else options.ef_construction,
-            ef_search,
-            recall,
+            "hnsw" if breadths else "flat",
+            options.m if breadths else None,
+            options.ef_construction if breadths else None,
+            breadths.stored if breadths else None,
+            breadths.new if breadths else None,
+            breadths.recall if breadths else 1.0,
             size,
             time.monotonic() - started,
         ]
@@ -284,10 +296,10 @@ def _index(
     options: Options,
     progress: _Progress,
     poll: index_file.Poll,
-) -> tuple[Any, int | None, float]:
-    """Return an index, efSearch for ten neighbours (None for a flat index) and its recall."""
+) -> tuple[Any, Breadths | None]:
+    """Return an index, and how to search it; None for a flat one, which is exact."""
     if levels is None:
-        return _flat(matrix), None, 1.0
+        return _flat(matrix), None
     index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
     index.hnsw.efConstruction = options.ef_construction
     levels = np.minimum(levels, index.hnsw.assign_probas.size())
@@ -304,18 +316,18 @@ def _index(
     # not know them, is what new images will find.
     known = len(matrix) - min(CALIBRATION_QUERIES, len(matrix) // 20)
     add(0, known)
-    ef_search, recall = _calibrate(index, matrix[:known], matrix[known:], options, poll)
+    breadths = _calibrate(index, matrix[:known], matrix[known:], options, poll)
     add(known, len(matrix))
-    if recall >= options.target_recall:
-        if _is_quicker(index, matrix, ef_search):
-            return index, ef_search, recall
-        return _flat(matrix), None, 1.0
+    if breadths.recall >= options.target_recall:
+        is_quicker = _is_quicker(index, matrix, breadths.new)
+        return (index, breadths) if is_quicker else (_flat(matrix), None)
     progress.plpy.notice(
-        f'graph index of collection "{progress.name}" reaches a recall of {recall:.3f} only',
+        f'graph index of collection "{progress.name}" reaches a recall of'
+        f" {breadths.recall:.3f} only",
         detail="A flat index takes its place: exact, but the slower the more vectors there are.",
         hint="Build with a larger m and ef_construction, or a lower target_recall.",
     )
-    return _flat(matrix), None, 1.0
+    return _flat(matrix), None
 
 
 def _is_quicker(index: Any, matrix: NDArray[np.float32], ef_search: int) -> bool:
@@ -358,8 +370,8 @@ def _calibrate(
     unknown: NDArray[np.float32],
     options: Options,
     poll: index_file.Poll,
-) -> tuple[int, float]:
-    """Choose the narrowest search that reaches the recall, on queries from this very data.
+) -> Breadths:
+    """Choose the narrowest searches that reach the recall, on queries from this very data.
 
     Args:
         index: the graph of ``stored``.
@@ -367,25 +379,22 @@ def _calibrate(
         unknown: further vectors, which the graph does not hold.
         options: of the build.
         poll: called between pieces of work, may raise to leave.
-
-    Returns:
-        efSearch for ten neighbours, and the recall at 10 measured with it: that of stored or of
-        unknown vectors, whichever is less.
     """
     places = np.random.default_rng(0).choice(len(stored), len(unknown), replace=False)
-    queries = np.concatenate([stored[places], unknown])
-    half = len(places)
-    truth = _exact(stored, queries, options, poll)
-    best = (BREADTHS[-1], 0.0)
-    for breadth in BREADTHS:
-        found = _search(index, queries, NEIGHBOURS, breadth, options, poll)
-        hits = (found[:, :, None] == truth[:, None, :]).any(axis=2).mean(axis=1)
-        recall = float(min(hits[:half].mean(), hits[half:].mean()))
-        if recall > best[1]:
-            best = (breadth, recall)
-        if recall >= options.target_recall:
-            break
-    return best
+    reached = []
+    for queries in (stored[places], unknown):
+        truth = _exact(stored, queries, options, poll)
+        best = (BREADTHS[-1], 0.0)
+        for breadth in BREADTHS:
+            found = _search(index, queries, NEIGHBOURS, breadth, options, poll)
+            recall = float((found[:, :, None] == truth[:, None, :]).any(axis=2).mean())
+            if recall > best[1]:
+                best = (breadth, recall)
+            if recall >= options.target_recall:
+                break
+        reached.append(best)
+    (for_stored, recall_stored), (for_new, recall_new) = reached
+    return Breadths(for_stored, for_new, min(recall_stored, recall_new))
 
 
 def _search(

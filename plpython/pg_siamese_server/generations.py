@@ -46,12 +46,14 @@ class Generation:
         index: the FAISS index.
         rows: which row each vector belongs to.
         vectors: float32 (index.ntotal, dimension), mapped; row i is the vector at position i.
-        ef_search: breadth of a search for up to ten neighbours; grows with more.
+        ef_search_stored, ef_search: breadth of a search for up to ten neighbours, with a query that
+            the index holds and with a new one; grows with more.
     """
 
     index: Any
     rows: Rows
     vectors: NDArray[np.float32]
+    ef_search_stored: int
     ef_search: int
     is_flat: bool
 
@@ -121,7 +123,8 @@ class Generation:
         if self._parameters is None:
             self.index.search_c(1, pointer, count, distance_pointer, position_pointer)
         else:
-            self._parameters.efSearch = max(self.ef_search, self.ef_search * count // 10)
+            breadth = self.ef_search if entry is None else self.ef_search_stored
+            self._parameters.efSearch = max(breadth, breadth * count // 10)
             if entry is None:
                 self.index.search_c(
                     1, pointer, count, distance_pointer, position_pointer, self._parameters
@@ -199,7 +202,8 @@ def identity(collection: Collection, generation: int, build_id: str) -> Identity
 def _load(plpy: Any, collection: Collection, generation: int) -> Generation:
     plan = prepare(
         plpy,
-        "SELECT build_id::text AS build_id, index_type, ef_search FROM siamese.generations"
+        "SELECT build_id::text AS build_id, index_type, ef_search_stored, ef_search"
+        " FROM siamese.generations"
         " WHERE generation = $1 AND collection_id = $2",
         ("bigint", "integer"),
     )
@@ -214,14 +218,26 @@ def _load(plpy: Any, collection: Collection, generation: int) -> Generation:
         identity(collection, generation, row["build_id"]),
         partial(interrupts.check, plpy),
     )
-    return opened(file.index, file.rows, row["index_type"] == "flat", row["ef_search"] or 10)
+    return opened(
+        file.index,
+        file.rows,
+        row["index_type"] == "flat",
+        row["ef_search_stored"],
+        row["ef_search"],
+    )
 
 
-def opened(index: Any, rows: Rows, is_flat: bool, ef_search: int) -> Generation:
-    """Make a Generation of an index; ``ef_search`` is the breadth for ten neighbours."""
+def opened(
+    index: Any,
+    rows: Rows,
+    is_flat: bool,
+    ef_search_stored: int | None = None,
+    ef_search: int | None = None,
+) -> Generation:
+    """Make a Generation of an index; a graph needs the breadths of its searches."""
     storage = index if is_flat else faiss.downcast_index(index.storage)
     shape = (index.ntotal, index.d)
     vectors = np.empty(shape, dtype=np.float32)
     if index.ntotal:
         vectors = faiss.rev_swig_ptr(storage.get_xb(), index.ntotal * index.d).reshape(shape)
-    return Generation(index, rows, vectors, ef_search, is_flat)
+    return Generation(index, rows, vectors, ef_search_stored or 10, ef_search or 10, is_flat)

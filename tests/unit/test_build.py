@@ -77,8 +77,8 @@ def progress() -> build._Progress:
 
 
 def test_few_vectors_are_scanned(clusters: Array, progress: build._Progress) -> None:
-    index, breadth, recall = build._index(clusters[:100], None, options(), progress, no_poll)
-    assert (index.ntotal, breadth, recall) == (100, None, 1.0)
+    index, breadths = build._index(clusters[:100], None, options(), progress, no_poll)
+    assert (index.ntotal, breadths) == (100, None)
     assert isinstance(index, faiss.IndexFlatL2)
 
 
@@ -86,12 +86,12 @@ def test_graph_reaches_the_recall_that_it_states(
     clusters: Array, progress: build._Progress
 ) -> None:
     ordered, places, levels = build._from_top_to_bottom(clusters, None, 16)
-    index, breadth, recall = build._index(ordered, levels, options(), progress, no_poll)
-    assert isinstance(index, faiss.IndexHNSWFlat) and breadth is not None
-    assert recall >= 0.99
+    index, breadths = build._index(ordered, levels, options(), progress, no_poll)
+    assert isinstance(index, faiss.IndexHNSWFlat) and breadths is not None
+    assert breadths.recall >= 0.99
     queries = clusters[np.random.default_rng(1).integers(0, 3000, 200)]
     truth = np.argsort(((clusters[None] - queries[:, None]) ** 2).sum(axis=2), axis=1)[:, :10]
-    found = build._search(index, queries, 10, breadth, options(), no_poll)
+    found = build._search(index, queries, 10, breadths.stored, options(), no_poll)
     hits = [len(np.intersect1d(*pair)) for pair in zip(found, places[truth], strict=True)]
     assert np.mean(hits) >= 9.8
 
@@ -99,11 +99,11 @@ def test_graph_reaches_the_recall_that_it_states(
 def test_no_graph_where_it_misses_the_recall(
     clusters: Array, progress: build._Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_calibrate", lambda *_: (512, 0.7))
+    monkeypatch.setattr(build, "_calibrate", lambda *_: build.Breadths(512, 512, 0.7))
     ordered, _, levels = build._from_top_to_bottom(clusters, None, 16)
-    index, breadth, recall = build._index(ordered, levels, options(), progress, no_poll)
+    index, breadths = build._index(ordered, levels, options(), progress, no_poll)
     assert isinstance(index, faiss.IndexFlatL2)
-    assert (index.ntotal, breadth, recall) == (3000, None, 1.0)
+    assert (index.ntotal, breadths) == (3000, None)
     assert "recall of 0.700 only" in progress.plpy.notices[0]
 
 

@@ -64,7 +64,7 @@ def test_hnsw_round_trip(tmp_path: Path, matrix: Array) -> None:
     index.add(matrix)
     index_file.write(tmp_path, IDENTITY, index, integer_rows(60), no_poll)
     file = index_file.read(tmp_path, IDENTITY, no_poll)
-    generation = opened(file.index, file.rows, False, 40)
+    generation = opened(file.index, file.rows, False, 40, 40)
     np.testing.assert_array_equal(generation.vectors, matrix)
     for query in (7, 31):
         positions, squared = generation.search(matrix[query : query + 1], 5, None)
