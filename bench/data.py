@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from bench.exact import Vectors
 from bench.session import Session, bytea_array, connect
@@ -30,13 +31,20 @@ def fashion_mnist(count: int) -> NDArray[np.uint8]:
 
 
 def new_pictures(pictures: NDArray[np.uint8], count: int, seed: int) -> list[bytes]:
-    """Return PNG files of pictures that are not stored: mirrored and moved by up to two pixels."""
+    """Return PNG files of pictures that are not stored: turned by up to ten degrees, and moved."""
     generator = np.random.default_rng(seed)
-    chosen = pictures[generator.choice(len(pictures), count, replace=count > len(pictures))]
-    moves = generator.integers(-2, 3, (count, 2))
+    chosen = generator.choice(len(pictures), count, replace=False)
     return [
-        png(np.roll(picture[:, ::-1], tuple(move), axis=(0, 1)))
-        for picture, move in zip(chosen, moves, strict=True)
+        png(
+            np.asarray(
+                Image.fromarray(pictures[place]).rotate(
+                    generator.uniform(-10, 10),
+                    Image.Resampling.BILINEAR,
+                    translate=tuple(generator.integers(-2, 3, 2).tolist()),
+                )
+            )
+        )
+        for place in chosen
     ]
 
 

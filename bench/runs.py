@@ -71,6 +71,8 @@ def standard(size: Size, console: Console) -> Report:
         encoder = Encoder(data.MODEL.read_bytes(), spec)
         embedded = encoder.embed(np.stack([decode_image(file, spec.input) for file in new]))
         report.lines += search.by_image(cluster, "images", Truth.of(vectors, embedded), new)
+        with Session(cluster.dsn()) as session:  # as it was: by_image may have built another
+            session.run("SELECT siamese.build_index()")
 
         console.print("Opening connections …")
         keys = own.tolist()

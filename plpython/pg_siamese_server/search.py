@@ -27,6 +27,9 @@ from pg_siamese_server.errors import (
 from pg_siamese_server.filters import Conditions, parse
 
 MAX_K = 10_000
+MAX_XACT_ID = 2**64 - 1
+# Changes read at once after which the statement that reads them is planned anew.
+REPLAN_ROWS = 1_000
 ENGINES = ("auto", "faiss", "pgvector")
 
 _collections: dict[str, Collection] = {}
@@ -127,7 +130,10 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
         " pg_catalog.array_agg(x.change) FILTER (WHERE NOT x.is_settled) AS opened"
         " FROM (SELECT CASE WHEN y.deleted THEN -y.embedding_id ELSE y.embedding_id END AS change,"
         " y.xact_id < pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()) AS is_settled"
-        f" FROM {collection.pending} AS y WHERE y.xact_id >= $2 LIMIT {MAX_CHANGES + 1}) AS x"
+        # The upper bound excludes nothing: a range is what planners expect to be narrow, so that
+        # they take the index.
+        f" FROM {collection.pending} AS y WHERE y.xact_id >= $2"
+        f" AND y.xact_id <= '{MAX_XACT_ID}'::pg_catalog.xid8 LIMIT {MAX_CHANGES + 1}) AS x"
         ") AS p ON c.generation IS NOT NULL"
         f" WHERE c.collection_id = {collection.collection_id} AND c.name = $1"
         f" AND c.model_id = {collection.model_id} AND c.relation::oid = {relation}::regclass::oid",
@@ -163,7 +169,12 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
         except (plpy.spiexceptions.UndefinedTable, plpy.spiexceptions.UndefinedColumn):
             rows = []
         if rows:
-            return collection, rows[0]
+            state = rows[0]
+            if len(state["settled"] or ()) + len(state["opened"] or ()) > REPLAN_ROWS:
+                # Made while next to nothing was pending, the plan may scan the whole table.
+                collection.plans.pop("state", None)
+                collection.plans.pop("state by key", None)
+            return collection, state
         del _collections[collection.name]
     raise SiameseError(
         f'collection "{name}" does not match its table any more',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,13 @@ def from_send(data: bytes, count: int) -> NDArray[np.float32]:
 
 
 def to_text(vector: NDArray[np.float32]) -> str:
-    """Return pgvector's text form; every float32 is kept exactly."""
-    return str(vector.tolist())
+    """Return pgvector's text form; nine digits keep every float32 exactly."""
+    return _text_template(len(vector)) % tuple(vector.tolist())
+
+
+@functools.cache
+def _text_template(dimension: int) -> str:
+    return f"[{','.join(['%.9g'] * dimension)}]"
 
 
 def prepare(vectors: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
