@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from pg_siamese_server.errors import ImageError, ModelError
 from pg_siamese_server.images import InputSpec
 from pg_siamese_server.interrupts import PIECE_SECONDS, pending, signals_blocked
+
+if TYPE_CHECKING:  # imported by who opens an encoder: searches by stored image need none
+    import onnxruntime
 
 METADATA_KEY = "pg_siamese"
 METRICS = ("cosine", "l2")
@@ -150,6 +152,10 @@ class Encoder:
 
     def __post_init__(self) -> None:
         """Open the session; raises ModelError."""
+        with signals_blocked():  # its threads inherit the mask
+            import onnxruntime
+
+        self._run_options = onnxruntime.RunOptions
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -217,7 +223,7 @@ class Encoder:
 
     def _run(self, feed: dict[str, NDArray[Any]], poll: Callable[[], None] | None) -> Any:
         """Run the graph; leave a slow one, or one of unknown speed, when an interrupt waits."""
-        options = onnxruntime.RunOptions()
+        options = self._run_options()
         watched = poll is not None and not 0 < self._seconds_per_image <= PIECE_SECONDS
         try:
             if not watched:

@@ -124,7 +124,9 @@ class Generation:
             self.index.search_c(1, pointer, count, distance_pointer, position_pointer)
         else:
             breadth = self.ef_search if entry is None else self.ef_search_stored
-            self._parameters.efSearch = max(breadth, breadth * count // 10)
+            # Measured for ten neighbours; the farther ones of many are found less surely.
+            per_ten = breadth if count <= 20 else max(breadth, 20)
+            self._parameters.efSearch = max(breadth, per_ten * count // 10)
             if entry is None:
                 self.index.search_c(
                     1, pointer, count, distance_pointer, position_pointer, self._parameters
