@@ -1,6 +1,6 @@
 CREATE FUNCTION siamese.build_index(
     collection text DEFAULT 'images',
-    m integer DEFAULT NULL,
+    m integer DEFAULT 32,
     ef_construction integer DEFAULT 40,
     target_recall real DEFAULT 0.995,
     threads integer DEFAULT NULL

@@ -132,7 +132,7 @@ def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> int:
 def build_index(
     plpy: Any,
     collection: str | None,
-    m: int | None,
+    m: int,
     ef_construction: int,
     target_recall: float,
     threads: int | None,

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,6 @@ MIN_READ_ROWS = 500
 READ_IDS = 20_000
 FLAT_BELOW = 10_000  # a scan of so few takes no longer than a walk through a graph
 NOTICE_SECONDS = 1.0
-# Long neighbour lists make quicker searches, but builds that are slow once they leave the caches.
-DEFAULT_M = 32
-LARGE_FROM = 200_000
-LARGE_M = 16
 CALIBRATION_QUERIES = 500  # stored ones, and as many that the graph does not know
 SEARCH_AT_ONCE = 50
 TIMED_QUERIES = 30
@@ -95,7 +91,7 @@ class _Progress:
 def build_index(
     plpy: Any,
     name: str | None,
-    m: int | None,
+    m: int,
     ef_construction: int,
     target_recall: float,
     threads: int | None,
@@ -105,12 +101,7 @@ def build_index(
     Runs beside inserts, updates, deletes and searches; builds of a collection wait for each other.
     """
     started = time.monotonic()
-    options = Options(
-        DEFAULT_M if m is None else m,
-        ef_construction,
-        target_recall,
-        threads or _default_threads(plpy),
-    )
+    options = Options(m, ef_construction, target_recall, threads or _default_threads(plpy))
     options.check()
     collection = collection_by_name(plpy, name)
     plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection.collection_id})")
@@ -125,8 +116,6 @@ def build_index(
     rows, matrix = _read(plpy, collection)
     matrix = vectors.prepare(matrix, collection.metric)
     matrix, slots = _share_equal_vectors(matrix, poll)
-    if m is None and len(matrix) >= LARGE_FROM:
-        options = replace(options, m=LARGE_M)
     levels = None
     if len(matrix) >= FLAT_BELOW:
         matrix, slots, levels = _from_top_to_bottom(matrix, slots, options.m)

@@ -104,6 +104,7 @@ def test_null_image_in_a_row(db: Connection) -> None:
         ("build_index('none')", "42704", 'collection "none" does not exist'),
         ("build_index(NULL)", "42704", "collection is null"),
         ("build_index(m => 3)", "22023", "m must be between 4 and 64"),
+        ("build_index(m => NULL)", "22023", "m must be between"),
         ("build_index(ef_construction => 0)", "22023", "ef_construction must be between"),
         ("build_index(target_recall => 2)", "22023", "target_recall must be between"),
         ("build_index(target_recall => 'NaN')", "22023", "target_recall must be between"),
