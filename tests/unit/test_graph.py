@@ -1,0 +1,174 @@
+"""The index in memory: the order of insertion, the graph, its calibration, portions."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import faiss
+import numpy as np
+import pytest
+
+from pg_siamese_server import build, graph, vectors
+from pg_siamese_server.errors import SiameseError
+from tests.support import Array
+
+
+def no_poll() -> None:
+    pass
+
+
+class Silent:
+    """In place of plpy."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+
+    def notice(self, text: str, **_: str) -> None:
+        self.notices.append(text)
+
+
+def options(**given: float) -> graph.Options:
+    values = {"m": 16, "ef_construction": 64, "target_recall": 0.99, "threads": 1, **given}
+    return graph.Options(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make graphs of few vectors, in several cells."""
+    monkeypatch.setattr(graph, "FLAT_BELOW", 1000)
+    monkeypatch.setattr(graph, "CELL_ROWS", 300)
+    monkeypatch.setattr(graph, "_is_quicker", lambda *_: True)  # a matter of the machine
+
+
+def in_order(matrix: Array, slots: Array | None = None) -> tuple[Array, Array, Array]:
+    ordered, places, levels = graph.in_order(matrix, slots, options(), no_poll)
+    assert places is not None and levels is not None
+    return ordered, places, levels
+
+
+@pytest.fixture(scope="module")
+def clusters() -> Array:
+    """3,000 vectors of length one around 30 centres."""
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(30, 32))
+    points = centres[generator.integers(0, 30, 3000)] + 0.3 * generator.normal(size=(3000, 32))
+    return vectors.prepare(points.astype(np.float32), "cosine")
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_vectors_in_the_order_of_their_levels(clusters: Array, repeats: int) -> None:
+    matrix, slots = build._share_equal_vectors(np.repeat(clusters, repeats, axis=0), no_poll)
+    ordered, places, levels = in_order(matrix, slots)
+    assert (np.diff(levels) <= 0).all() and levels[-1] == 1
+    assert 0.03 < (levels > 1).mean() < 0.1  # one in sixteen
+    np.testing.assert_array_equal(ordered[places], np.repeat(clusters, repeats, axis=0))
+
+
+def test_neighbours_are_inserted_one_after_the_other(clusters: Array) -> None:
+    """In each round; and the vectors that calibration takes as unknown are left to chance."""
+    ordered, _, levels = in_order(clusters)
+    steps = np.linalg.norm(np.diff(ordered, axis=0), axis=1)
+    low, last = int((levels > 1).sum()), graph._known_count(3000)
+    assert steps[low:last].mean() < 0.85 * steps[:low].mean()
+    assert steps[last:].mean() > 0.95 * steps[:low].mean()
+
+
+def test_few_vectors_stay_as_they_are(clusters: Array) -> None:
+    slots = np.arange(100, dtype=np.int32)
+    matrix, places, levels = graph.in_order(clusters[:100], slots, options(), no_poll)
+    np.testing.assert_array_equal(matrix, clusters[:100])
+    assert places is slots and levels is None
+
+
+@pytest.fixture
+def progress() -> graph.Progress:
+    return graph.Progress(Silent(), "pets", 1000, time.monotonic())
+
+
+def test_few_vectors_are_scanned(clusters: Array, progress: graph.Progress) -> None:
+    index, breadths = graph.build(clusters[:100], None, options(), progress, no_poll)
+    assert (index.ntotal, breadths) == (100, None)
+    assert isinstance(index, faiss.IndexFlatL2)
+
+
+def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: graph.Progress) -> None:
+    ordered, places, levels = in_order(clusters)
+    index, breadths = graph.build(ordered, levels, options(), progress, no_poll)
+    assert isinstance(index, faiss.IndexHNSWFlat) and breadths is not None
+    assert breadths.recall >= 0.99
+    chosen = np.random.default_rng(1).integers(0, 3000, 200)
+    queries = clusters[chosen]
+    truth = np.argsort(((clusters[None] - queries[:, None]) ** 2).sum(axis=2), axis=1)[:, :10]
+    for entries, breadth in ((places[chosen], breadths.stored), (None, breadths.new)):
+        found = graph._search(index, queries, entries, breadth, options(), no_poll)
+        hits = [len(np.intersect1d(*pair)) for pair in zip(found, places[truth], strict=True)]
+        assert np.mean(hits) >= 9.8
+
+
+def test_no_graph_where_it_misses_the_recall(
+    clusters: Array, progress: graph.Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "_calibrate", lambda *_: graph.Breadths(512, 512, 0.7))
+    ordered, _, levels = in_order(clusters)
+    index, breadths = graph.build(ordered, levels, options(), progress, no_poll)
+    assert isinstance(index, faiss.IndexFlatL2)
+    assert (index.ntotal, breadths) == (3000, None)
+    assert "recall of 0.700 only" in progress.plpy.notices[0]
+
+
+def test_exact_neighbours(clusters: Array) -> None:
+    found = graph._exact(clusters, clusters[:20].copy(), options(), no_poll)
+    truth = np.argsort(((clusters[None] - clusters[:20, None]) ** 2).sum(axis=2), axis=1)[:, :10]
+    assert (found[:, 0] == np.arange(20)).all()
+    assert np.mean([len(np.intersect1d(*pair)) for pair in zip(found, truth, strict=True)]) >= 9.9
+
+
+def test_portions_cover_all_and_grow() -> None:
+    portions = list(graph._portions(0, 100_000))
+    assert portions[0][0] == 0 and portions[-1][1] == 100_000
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(portions))
+    sizes = [end - start for start, end in portions]
+    assert sizes[1] == 2 * sizes[0] and max(sizes) <= graph.MAX_PORTION
+
+
+def test_portions_shrink_when_slow() -> None:
+    portions = graph._portions(0, 600)
+    first = next(portions)
+    time.sleep(0.2)
+    second = next(portions)
+    assert second[1] - second[0] < first[1] - first[0]
+
+
+def test_progress_is_told_now_and_then() -> None:
+    late = graph.Progress(Silent(), "pets", 1000, time.monotonic() - 60)
+    late.report(400)
+    late.report(401)
+    assert late.plpy.notices == ['building index of collection "pets": 40% (400 of 1000 vectors)']
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"m": 3},
+        {"m": 65},
+        {"m": None},
+        {"ef_construction": 7},
+        {"ef_construction": None},
+        {"target_recall": 1.01},
+        {"target_recall": float("nan")},
+        {"target_recall": None},
+        {"threads": 0},
+    ],
+)
+def test_options_out_of_range(given: dict[str, float]) -> None:
+    with pytest.raises(SiameseError, match=f"{next(iter(given))} must be between"):
+        options(**given).check()
+    options().check()
+
+
+def test_threads_are_only_for_builds(clusters: Array, progress: graph.Progress) -> None:
+    faiss.omp_set_num_threads(1)
+    ordered, _, levels = in_order(clusters[:2100])
+    graph.build(ordered, levels, options(threads=2), progress, no_poll)
+    assert faiss.omp_get_max_threads() == 1
