@@ -23,6 +23,7 @@ LOCK_CLASS = "hashtext('pg_siamese build')"
 READ_VALUES = 1_500_000
 MIN_READ_ROWS = 500
 READ_IDS = 20_000
+LONG_RUN = 1_000  # ids that one statement takes off the pending table, instead of one by one
 
 
 def build_index(
@@ -228,6 +229,14 @@ def _make_current(
         f" WHERE collection_id = {collection.collection_id}"
         f" AND generation NOT IN ({generation}, {before['generation'] or generation})"
     )
+    delete_run = prepare(
+        plpy,
+        f"DELETE FROM {collection.pending} AS p"
+        " WHERE p.embedding_id BETWEEN $1 AND $2 AND NOT p.deleted",
+        ("bigint", "bigint"),
+    )
+    for first, last in _long_runs(embedding_ids):
+        delete_run.execute([first, last])
     delete = prepare(
         plpy,
         f"DELETE FROM {collection.pending} AS p USING unnest($1, $2) AS d (embedding_id, deleted)"
@@ -247,6 +256,17 @@ def _make_current(
         delete.execute([ids[covered].tolist(), deleted[covered].tolist()])
         interrupts.check(plpy)
     _drop_dead_additions(plpy, collection)
+
+
+def _long_runs(ids: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return first and last of each long run of consecutive ids, which ascend."""
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 2) != 1)
+    ends = np.append(starts[1:], len(ids)) if len(ids) else starts
+    return [
+        (int(ids[start]), int(ids[end - 1]))
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        if end - start >= LONG_RUN
+    ]
 
 
 def _drop_dead_additions(plpy: Any, collection: Collection) -> None:

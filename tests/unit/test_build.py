@@ -28,6 +28,14 @@ def test_equal_vectors_of_few_rows() -> None:
         assert len(unique) == min(count, 1)
 
 
+def test_long_runs_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "LONG_RUN", 3)
+    ids = [-5, -4, -3, 0, 1, 7, 9, 10, 11, 12]
+    assert build._long_runs(np.array(ids)) == [(-5, -3), (9, 12)]
+    assert build._long_runs(np.arange(4, 7)) == [(4, 6)]
+    assert build._long_runs(np.array([2, 4, 6, 8])) == build._long_runs(np.array([], int)) == []
+
+
 def test_vectors_from_pgvector() -> None:
     """As vector_send gives them: dimension, unused, big-endian numbers."""
     values = np.array([[1.5, -2.25], [0.0, 3e38]], np.float32)
