@@ -29,6 +29,7 @@ from pg_siamese_server import interrupts  # noqa: E402 -- after the environment
 from pg_siamese_server.catalog import load_json, model_id_by_name, prepare  # noqa: E402
 from pg_siamese_server.errors import (  # noqa: E402
     OBJECT_NOT_IN_PREREQUISITE_STATE,
+    UNDEFINED_COLUMN,
     SiameseError,
 )
 
@@ -48,6 +49,18 @@ def _entry(function: Function) -> Function:
         except SiameseError as error:
             interrupts.check(plpy)
             _report(plpy, error)
+        except plpy.spiexceptions.UndefinedColumn as error:
+            _report(
+                plpy,
+                SiameseError(
+                    str(error),
+                    sqlstate=UNDEFINED_COLUMN,
+                    detail="A collection names the columns of its table as they were when it was"
+                    " created.",
+                    hint="If a column was renamed: give it its old name back, or drop the"
+                    " collection and create it again.",
+                ),
+            )
         except OSError as error:
             interrupts.check(plpy)
             _report(
@@ -156,7 +169,7 @@ def similar_images(
     max_distance: float | None,
     engine: str | None,
     by_key: bool,
-) -> list[tuple[int, int, float, float | None]]:
+) -> list[tuple[int, int, str, str | None]]:
     """Body of both forms of ``similar_images``."""
     if by_key and image_id is None:
         raise SiameseError("image_id is null", sqlstate="22004")
@@ -176,20 +189,27 @@ def similar_keys(
     candidates: list[str] | None,
     max_distance: float | None,
     engine: str | None,
-) -> list[tuple[int, Any, float, float | None]]:
+) -> list[tuple[int, Any, str, str | None]]:
     """Body of ``_similar_keys``, which ``similar_rows`` uses."""
     request = _search.Request(collection, image, None, k, filter_, candidates, max_distance, engine)
     return _ranked(plpy, _search.search(plpy, request))
 
 
-def _ranked(plpy: Any, answer: Any) -> list[tuple[int, Any, float, float | None]]:
+def _ranked(plpy: Any, answer: Any) -> list[tuple[int, Any, str, str | None]]:
     from pg_siamese_server import models
 
     spec = models.spec(plpy, answer.collection.model_id)
+    # Reals as text: PL/Python would write all 17 digits of a float, and PostgreSQL read them.
     return [
-        (rank, key, distance, spec.match_probability(distance))
-        for rank, (key, distance) in enumerate(
-            zip(answer.keys, answer.distances, strict=True), start=1
+        (rank, key, f"{distance:.9g}", None if match is None else f"{match:.9g}")
+        for rank, (key, distance, match) in enumerate(
+            zip(
+                answer.keys,
+                answer.distances,
+                map(spec.match_probability, answer.distances),
+                strict=True,
+            ),
+            start=1,
         )
     ]
 

@@ -13,6 +13,7 @@ _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
 MAX_PLANS = 200
 # Pending changes that a session reads; with more, pgvector scans the table.
 MAX_CHANGES = 300_000
+MAX_XACT_ID = 2**64 - 1
 OPERATORS = {"cosine": "<=>", "l2": "<->"}
 
 # Run with the caller's search_path. Casts to the very types that PostgreSQL's own functions and

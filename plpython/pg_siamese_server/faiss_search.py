@@ -191,12 +191,7 @@ class FaissSearch:
             keys = keys + more
             distances = distances + near
             complete = min(complete, complete_here)
-        # FAISS sorts by distance; equal distances are for the keys to order.
-        if more_to_sort or len(set(distances)) < len(distances):
-            order = sorted(range(len(keys)), key=lambda place: (distances[place], keys[place]))
-            keys = [keys[place] for place in order]
-            distances = [distances[place] for place in order]
-        return keys, distances, complete
+        return *in_order(keys, distances, more_to_sort), complete
 
     def _pending(
         self, query: NDArray[np.float32], count: int
@@ -283,6 +278,19 @@ class FaissSearch:
         if not conditions.clauses:
             collection.plans["check"] = plan
         return plan, where.values
+
+
+def in_order(
+    keys: list[Any], distances: list[float], is_mixed: bool = False
+) -> tuple[list[Any], list[float]]:
+    """Sort by distance and then by key.
+
+    FAISS has sorted by distance, unless ``is_mixed``; equal distances are for the keys to order.
+    """
+    if is_mixed or len(set(distances)) < len(distances):
+        order = sorted(range(len(keys)), key=lambda place: (distances[place], keys[place]))
+        return [keys[place] for place in order], [distances[place] for place in order]
+    return keys, distances
 
 
 def _squared_limit(max_distance: float, metric: str) -> float:

@@ -144,6 +144,17 @@ class Changes:
         self.open_ids = {change for change in opened or () if change > 0} - self.open_dead
 
     @property
+    def is_empty(self) -> bool:
+        """Whether all that was settled or open for the last snapshot is in the generation."""
+        return not (
+            self.snapshot is None
+            or self.has_additions
+            or self._dead_row_count
+            or self.dead
+            or self.open_dead
+        )
+
+    @property
     def has_additions(self) -> bool:
         """Whether there may be vectors that the generation does not hold."""
         return bool(self.added.ids or self.unfetched or self.open_ids)

@@ -58,6 +58,9 @@ def _package(name: str) -> tuple[str, bool, str]:
 
 
 def _collection(plpy: Any, collection: Collection) -> list[tuple[str, bool, str]]:
+    columns = _columns(plpy, collection)
+    if not columns[1]:
+        return [columns]
     return [
         _triggers(plpy, collection),
         _count(
@@ -77,6 +80,19 @@ def _collection(plpy: Any, collection: Collection) -> list[tuple[str, bool, str]
     ]
 
 
+def _columns(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
+    names = (collection.key_column, collection.image_column)
+    plan = prepare(
+        plpy,
+        "SELECT quote_ident(a.attname::text) AS name FROM pg_catalog.pg_attribute AS a"
+        " WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped",
+        ("oid",),
+    )
+    found = {row["name"] for row in plan.execute([collection.relation_oid])}
+    missing = ", ".join(name for name in names if name not in found)
+    return ("columns", not missing, f"renamed or dropped: {missing}" if missing else "there")
+
+
 def _triggers(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
     plan = prepare(
         plpy,
@@ -87,6 +103,15 @@ def _triggers(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
     found = {row["name"] for row in plan.execute([collection.relation_oid])}
     wanted = {f"pg_siamese_{collection.collection_id}_{event}" for event in TRIGGER_EVENTS}
     missing = ", ".join(sorted(wanted - found))
+    plan = prepare(
+        plpy,
+        "SELECT r.relispartition OR EXISTS (SELECT FROM pg_catalog.pg_inherits AS i"
+        " WHERE i.inhrelid = r.oid) AS is_child FROM pg_catalog.pg_class AS r WHERE r.oid = $1",
+        ("oid",),
+    )
+    if plan.execute([collection.relation_oid])[0]["is_child"]:
+        detail = "changes through a parent table fire none; change this table itself, then backfill"
+        return ("triggers", False, detail)
     return ("triggers", not missing, f"missing or disabled: {missing}" if missing else "enabled")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 from psycopg import sql
 
@@ -301,6 +302,44 @@ def test_renamed_table(
     assert len(other.execute(by_id, (ids[0],)).fetchall()) == 5
     db.execute("DELETE FROM clinic.scans")
     assert other.execute(search, (pictures.files[0],)).fetchall() == []
+
+
+def test_renamed_column(
+    db: Connection, connect: Callable[..., Connection], pictures: Pictures
+) -> None:
+    ids = insert_images(db, pictures.files[:5])
+    db.execute("SELECT build_index()")
+    other = connect()
+    calls: list[tuple[str, tuple[object, ...]]] = [
+        ("SELECT similar_images(%s)", (pictures.files[0],)),
+        ("SELECT similar_images(%s::bigint)", (ids[0],)),
+        ("SELECT similar_images(%s, engine => 'pgvector')", (pictures.files[0],)),
+    ]
+    for call, values in calls[:2]:
+        other.execute(call, values)
+    db.execute("ALTER TABLE images RENAME COLUMN image_id TO number")
+    for session in (db, other):
+        for call, values in calls:
+            with pytest.raises(psycopg.Error) as caught:
+                session.execute(call, values)
+            assert caught.value.sqlstate in ("42703", "55000"), call
+            hint = caught.value.diag.message_hint
+            assert hint is not None and "create it again" in hint, call
+    checks = db.execute("SELECT ok, detail FROM self_check() WHERE subject ~ 'images'").fetchall()
+    assert checks == [(False, "renamed or dropped: image_id")]
+    db.execute("ALTER TABLE images RENAME COLUMN number TO image_id")
+    for session in (db, other):
+        assert len(session.execute(*calls[0]).fetchall()) >= 5
+
+
+def test_table_that_becomes_a_child(db: Connection, pictures: Pictures) -> None:
+    """Statements on the parent fire the parent's triggers only."""
+    insert_images(db, pictures.files[:2])
+    healthy = "SELECT ok, detail FROM self_check() WHERE subject ~ 'images.*triggers'"
+    assert db.execute(healthy).fetchall() == [(True, "enabled")]
+    db.execute("CREATE TABLE parent (LIKE images); ALTER TABLE images INHERIT parent")
+    found = db.execute(healthy).fetchall()
+    assert [row[0] for row in found] == [False] and "parent" in found[0][1]
 
 
 def test_dropped_table(

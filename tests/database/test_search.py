@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 from psycopg import sql
 
@@ -624,3 +625,57 @@ def test_graph_with_many_copies(db: Connection, pictures: Pictures) -> None:
     for file in pictures.files[:5]:
         found = search(db, file, 40, engine="faiss")
         assert max(row[2] for row in found) < 1e-6 and len(set(keys(found))) == 40
+
+
+def test_searches_in_a_row_notice_every_change(
+    db: Connection, connect: Callable[..., Connection], pictures: Pictures
+) -> None:
+    """From the second one on, a search expects that nothing has changed, and finds out if so."""
+    ids = insert_images(db, pictures.files[:40])
+    db.execute("SELECT build_index()")
+    reader = connect()
+    image = pictures.files[3]
+
+    def check(session: Connection) -> list[tuple[object, ...]]:
+        found = []
+        for argument, value in (("%s", image), ("%s::bigint", ids[5])):
+            query = (
+                "SELECT rank, image_id, round(distance::numeric, 4)"
+                f" FROM similar_images({argument}, k => 12, engine => %s)"
+            )
+            exact = session.execute(query, (value, "pgvector")).fetchall()
+            for _ in range(2):
+                assert session.execute(query, (value, "faiss")).fetchall() == exact
+            found += exact
+        return found
+
+    def change(statement: str, *values: object) -> None:
+        """Make a change, look at it in its own transaction, and from the other session."""
+        before = check(reader)
+        with db.transaction(), db.transaction():
+            check(db)
+            db.execute(statement, values)
+            after = check(db)
+            assert after != before
+            assert check(reader) == before
+        assert check(db) == check(reader) == after
+
+    nearest = check(db)
+    change("DELETE FROM images WHERE image_id = %s", nearest[1][1])
+    change("INSERT INTO images (image) VALUES (%s)", image)
+    change("UPDATE images SET image = %s WHERE image_id = %s", pictures.files[50], nearest[3][1])
+    db.execute("SELECT build_index()")
+    check(reader)
+    change("UPDATE images SET image_id = 1000 WHERE image_id = %s", nearest[2][1])
+    change("UPDATE images SET image = %s WHERE image_id = %s", pictures.files[60], ids[5])
+    db.execute("SELECT build_index()")
+    for _ in range(2):
+        before = check(reader)
+        with pytest.raises(psycopg.Error), db.transaction():
+            check(db)
+            with db.transaction(force_rollback=True):
+                db.execute("DELETE FROM images WHERE image_id <> %s", (ids[5],))
+                assert len(db.execute("SELECT similar_images(%s)", (image,)).fetchall()) == 1
+            check(db)
+            db.execute("SELECT 1 / 0")
+        assert check(db) == check(reader) == before
