@@ -142,10 +142,9 @@ class FaissAlone:
         self.truth = truth
         self.entries: list[int | None] = [None] * len(truth.queries)
         if truth.own is not None:
-            assert rows.keys is not None
-            order = np.argsort(rows.keys)
-            places = order[np.searchsorted(rows.keys, truth.own, sorter=order)]
-            self.entries = [self.generation.slot_of(place) for place in places.tolist()]
+            found = [rows.row_of_key(key) for key in truth.own.tolist()]
+            self.entries = [self.generation.slot_of(row) for row in found if row is not None]
+            assert len(self.entries) == len(truth.own)
 
     def call(self, number: int) -> Any:
         """Search for one of the queries; from itself, where it is in the index."""

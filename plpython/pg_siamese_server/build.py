@@ -163,7 +163,7 @@ def _read(plpy: Any, collection: Collection) -> tuple[Rows, NDArray[np.float32]]
     rows = Rows(np.concatenate(ids) if ids else np.empty(0, dtype=np.int64))
     data = b"".join(keys)
     if integer:
-        rows.keys = np.frombuffer(data, dtype=">i8").astype(np.int64)
+        rows.set_keys(np.frombuffer(data, dtype=">i8").astype(np.int64))
     else:
         lengths_all = np.concatenate(sizes) if sizes else np.empty(0, dtype=np.int64)
         rows.key_offsets = np.concatenate([[0], np.cumsum(lengths_all)]).astype(np.int64)

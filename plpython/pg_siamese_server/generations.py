@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +85,6 @@ class Generation:
         places = np.minimum(ids.searchsorted(embedding_ids), len(ids) - 1)
         found: NDArray[np.int64] = places[ids[places] == embedding_ids]
         return found
-
-    @cached_property
-    def has_ascending_keys(self) -> bool:
-        """Whether keys are integers that ascend with the rows."""
-        keys = self.rows.keys
-        return keys is not None and bool((keys[1:] > keys[:-1]).all())
-
-    def row_of_key(self, key: int | None) -> int | None:
-        """Return the row of a key, or None where the file does not hold it; keys must ascend."""
-        keys = self.rows.keys
-        assert keys is not None and key is not None
-        row = int(keys.searchsorted(key))
-        return row if row < len(keys) and keys[row] == key else None
 
     def slot_of(self, row: int) -> int:
         """Return the FAISS position of a row's vector."""

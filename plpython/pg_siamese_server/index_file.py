@@ -62,6 +62,7 @@ class Rows:
         embedding_ids: int64 (rows,).
         keys: int64 (rows,) for integer keys; else None, and the two arrays below are set.
         key_offsets, key_bytes: int64 (rows + 1,) and uint8: UTF-8 text of uuid and text keys.
+        by_key: int64 (rows,), the rows in the order of their integer keys; None where that is theirs.
         slots: int32 (rows,), the FAISS position of each row's vector; None where it is the row's.
         by_slot: int32 (rows,), the rows in the order of their positions; set where slots is.
         slot_starts: int32 (vectors + 1,), where the rows of each position begin in by_slot; None
@@ -70,11 +71,27 @@ class Rows:
 
     embedding_ids: NDArray[np.int64]
     keys: NDArray[np.int64] | None = None
+    by_key: NDArray[np.int64] | None = None
     key_offsets: NDArray[np.int64] | None = None
     key_bytes: NDArray[np.uint8] | None = None
     slots: NDArray[np.int32] | None = None
     by_slot: NDArray[np.int32] | None = None
     slot_starts: NDArray[np.int32] | None = None
+
+    def set_keys(self, keys: NDArray[np.int64]) -> None:
+        """Note integer keys."""
+        self.keys = keys
+        if (keys[1:] < keys[:-1]).any():
+            self.by_key = np.argsort(keys)
+
+    def row_of_key(self, key: int) -> int | None:
+        """Return the row of an integer key, or None where the file does not hold it."""
+        assert self.keys is not None
+        place = int(self.keys.searchsorted(key, sorter=self.by_key))
+        if place == len(self.keys):
+            return None
+        row = place if self.by_key is None else int(self.by_key[place])
+        return row if self.keys[row] == key else None
 
     def place(self, slots: NDArray[np.int32], vectors: int) -> None:
         """Note where each row's vector is, among so many vectors."""

@@ -33,7 +33,6 @@ def may_serve(request: Request, changes: Changes | None) -> bool:
         and request.candidates is None
         and request.max_distance is None
         and request.engine != "pgvector"
-        and (request.key is None or changes.index.has_ascending_keys)
     )
 
 
@@ -63,7 +62,8 @@ def search(
     if embedding is not None:
         query = vectors.prepare(embedding, collection.metric)
     else:
-        row = index.row_of_key(request.key)
+        assert request.key is not None
+        row = index.rows.row_of_key(request.key)
         if row is None:
             return None
         entry = index.slot_of(row)

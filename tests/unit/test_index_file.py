@@ -95,6 +95,16 @@ def test_text_keys(keys: list[str], tmp_path: Path, matrix: Array) -> None:
     assert [found.key(row) for row in range(5)] == keys
 
 
+@pytest.mark.parametrize("keys", [[-9, 3, 4, 2**62], [3, -9, 2**62, 4], []])
+def test_rows_by_integer_key(keys: list[int], tmp_path: Path, matrix: Array) -> None:
+    rows = Rows(np.arange(len(keys), dtype=np.int64))
+    rows.set_keys(np.array(keys, dtype=np.int64))
+    index_file.write(tmp_path, IDENTITY, flat(matrix[: len(keys)]), rows, no_poll)
+    found = index_file.read(tmp_path, IDENTITY, no_poll).rows
+    assert [found.row_of_key(key) for key in keys] == list(range(len(keys)))
+    assert [found.row_of_key(key) for key in (-10, 0, 2**63 - 1)] == [None] * 3
+
+
 def test_shared_vectors(tmp_path: Path, matrix: Array) -> None:
     rows = Rows(np.arange(5), keys=np.arange(5) * 10)
     rows.place(np.array([0, 1, 0, 2, 0], dtype=np.int32), 3)
