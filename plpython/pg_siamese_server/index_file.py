@@ -62,7 +62,7 @@ class Rows:
         embedding_ids: int64 (rows,).
         keys: int64 (rows,) for integer keys; else None, and the two arrays below are set.
         key_offsets, key_bytes: int64 (rows + 1,) and uint8: UTF-8 text of uuid and text keys.
-        by_key: int64 (rows,), the rows in the order of their integer keys; None where that is theirs.
+        by_key: int64 (rows,), the rows in the order of their integer keys; None if these ascend.
         slots: int32 (rows,), the FAISS position of each row's vector; None where it is the row's.
         by_slot: int32 (rows,), the rows in the order of their positions; set where slots is.
         slot_starts: int32 (vectors + 1,), where the rows of each position begin in by_slot; None
