@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from bench.exact import K, Truth
 from bench.report import Line
 from bench.server import index_file
 from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints
-from bench.timing import Summary, round_robin
+from bench.timing import Summary, one_core, round_robin
 from pg_siamese.dev.cluster import Cluster
 from pg_siamese_server.generations import opened
 from pg_siamese_server.index_file import read_sidecar
@@ -187,11 +187,16 @@ def empty_calls(session: Session) -> dict[str, Contestant]:
 
 
 def compete(
-    section: str, contestants: dict[str, Contestant], truth: Truth, count: int
+    section: str,
+    contestants: dict[str, Contestant],
+    truth: Truth,
+    count: int,
+    sessions: Sequence[Session],
 ) -> list[Line]:
     """Time the contestants on the same queries, in turns; one line each."""
     calls = {name: contestant.call for name, contestant in contestants.items()}
-    seconds, answers = round_robin(calls, count, BLOCK, WARM_UP)
+    with one_core(session.pid for session in sessions):
+        seconds, answers = round_robin(calls, count, BLOCK, WARM_UP)
     lines = []
     for name, contestant in contestants.items():
         recall = None
@@ -223,7 +228,7 @@ def by_id(cluster: Cluster, collection: str, truth: Truth) -> list[Line]:
             FAISS: alone.contestant("in a Python process"),
             **empty_calls(mine),
         }
-        lines = compete(BY_ID, contestants, truth, len(values))
+        lines = compete(BY_ID, contestants, truth, len(values), (mine, theirs))
         assert not mine.notices, mine.notices
     return lines
 
@@ -249,7 +254,7 @@ def by_image(cluster: Cluster, collection: str, truth: Truth, files: list[bytes]
             FAISS: alone.contestant("embeddings at hand"),
             EMBEDDING: Contestant(partial(_nth, embed, files)),
         }
-        lines = compete(BY_IMAGE, contestants, truth, len(files))
+        lines = compete(BY_IMAGE, contestants, truth, len(files), (mine, theirs))
         assert not mine.notices, mine.notices
     return lines
 
@@ -277,7 +282,8 @@ def pending(
         for name, step in steps:
             step()
             call = partial(_nth, search, values)
-            seconds, _ = round_robin({name: call}, len(values), BLOCK, WARM_UP)
+            with one_core([session.pid]):
+                seconds, _ = round_robin({name: call}, len(values), BLOCK, WARM_UP)
             lines.append(Line(PENDING_SECTION, name, Summary.of(seconds[name])))
         assert not session.notices, session.notices
     return lines
