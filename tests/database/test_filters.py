@@ -194,9 +194,9 @@ def test_ladder(db: Connection, pictures: Pictures, queries: Pictures, engine: s
 
 def test_with_everything_else(db: Connection, pictures: Pictures, queries: Pictures) -> None:
     """Filter, candidates, distance and a query that is stored, together."""
-    ids = insert_images(db, pictures.files[:100], pictures.labels[:100])
+    label = "a"
+    ids = insert_images(db, pictures.files[:100], ["a", "b", "a", "c"] * 25)
     db.execute("SELECT build_index()")
-    label = pictures.labels[0]
     truth = exact_distances(db, pictures.files[0], f"label = '{label}' AND image_id <= 50")
     del truth[ids[0]]
     limit = sorted(truth.values())[5] + 1e-6
