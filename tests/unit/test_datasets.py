@@ -246,6 +246,7 @@ def test_image_folder_decodes_as_the_server_does(tmp_path: Path) -> None:
 def test_medmnist_root_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDMNIST_ROOT", str(tmp_path / "root"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PG_SIAMESE_DATA", raising=False)
     folders = datasets.medmnist_folders()
     assert folders[0] == tmp_path / "root"
     assert folders[1] == tmp_path / "home" / ".medmnist"
@@ -322,7 +323,7 @@ def test_fashion_mnist_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         load_fashion_mnist("train", tmp_path)
     with pytest.raises(ValueError, match='no split "val"'):
         load_fashion_mnist("val", tmp_path)
-    monkeypatch.setattr(datasets, "FASHION_MNIST_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(datasets.fashion_mnist, "FASHION_MNIST_FOLDER", tmp_path / "none")
     with pytest.raises(DataNotFoundError, match="dataset-fashion-mnist"):
         load_fashion_mnist("test")
 

@@ -1,0 +1,141 @@
+"""What every data set comes as: labelled images in splits; splitting what has none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+SPLITS = ("train", "val", "test")
+# What is held out where a data set has no such split.
+VAL_SHARE = 0.15
+TEST_SHARE = 0.15
+# From this many images on, every class has a pair in each part.
+PAIR_FROM = 8
+
+
+class DataNotFoundError(FileNotFoundError):
+    """A data set is in none of the places where it is looked for, and can't be downloaded."""
+
+
+class DataFormatError(ValueError):
+    """A data file isn't what it should be: the message names the file and the fault."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """One split of one data set.
+
+    `images` is uint8 of shape (N, H, W) for grey and (N, H, W, 3) for RGB images; `labels` is
+    int64 of shape (N,), each an index into `classes`. `files` are the files it was read from.
+
+    Raises `DataFormatError` where shapes, types or label numbers don't fit together.
+    """
+
+    name: str
+    split: str
+    images: Pixels
+    labels: Labels
+    classes: tuple[str, ...]
+    files: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"{self.name} ({self.split})"
+        if self.images.dtype != np.uint8:
+            raise DataFormatError(f"{where}: images are {self.images.dtype}, not uint8")
+        if self.images.ndim not in (3, 4) or (self.images.ndim == 4 and self.images.shape[3] != 3):
+            raise DataFormatError(
+                f"{where}: images have shape {self.images.shape}, not (N, H, W) or (N, H, W, 3)"
+            )
+        if self.labels.shape != (len(self.images),):
+            raise DataFormatError(
+                f"{where}: {len(self.images)} images, but labels of shape {self.labels.shape}"
+            )
+        if len(self.labels) and not (
+            int(self.labels.min()) >= 0 and int(self.labels.max()) < len(self.classes)
+        ):
+            raise DataFormatError(
+                f"{where}: labels run from {self.labels.min()} to {self.labels.max()}, "
+                f"but there are {len(self.classes)} classes"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rgb(self) -> Pixels:
+        """Return the images as uint8 (N, H, W, 3), grey ones replicated to three channels."""
+        if self.images.ndim == 4:
+            return self.images
+        return np.repeat(self.images[..., None], 3, axis=3)
+
+    def class_of(self, index: int) -> str:
+        """Return the class name of one image."""
+        return self.classes[int(self.labels[index])]
+
+    def select(self, indices: Sequence[int] | npt.NDArray[Any] | slice) -> LabelledImages:
+        """Return the images at `indices` (numbers, a mask or a slice), in that order."""
+        chosen: Any = indices if isinstance(indices, slice) else np.asarray(indices)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+
+def sha256(path: Path | str) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The three splits of one data set; `spec` is what `open_dataset` gives it for."""
+
+    train: LabelledImages
+    val: LabelledImages
+    test: LabelledImages
+    spec: str = ""
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return self.train.name
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the splits were read from, each once."""
+        parts = (self.train, self.val, self.test)
+        return tuple(dict.fromkeys(file for part in parts for file in part.files))
+
+
+def hold_out(
+    images: LabelledImages, count: int, seed: int, *, split: str = "val"
+) -> tuple[LabelledImages, LabelledImages]:
+    """Split off about `count` images as another part, stratified by class.
+
+    For data sets without that split. Returns (the rest, the held out part); the same seed gives
+    the same parts. A class of at least `PAIR_FROM` images gives at least two.
+    """
+    random = np.random.default_rng(seed)
+    share = count / max(len(images), 1)
+    held = np.zeros(len(images), bool)
+    for label in np.unique(images.labels):
+        members = np.flatnonzero(images.labels == label)
+        few = 2 if len(members) >= PAIR_FROM else 0
+        held[random.permutation(members)[: max(round(share * len(members)), few)]] = True
+    return images.select(~held), replace(images.select(held), split=split)
+
+
+def split_at_random(images: LabelledImages, seed: int) -> DataSplits:
+    """Split 70 / 15 / 15, stratified by class and seeded, what has no splits of its own."""
+    whole = replace(images, split="train")
+    count = len(images)
+    rest, test = hold_out(whole, round(TEST_SHARE * count), seed, split="test")
+    # A seed of its own: else the same places of each class would be drawn again.
+    train, val = hold_out(rest, round(VAL_SHARE * count), seed + 1)
+    return DataSplits(train, val, test)

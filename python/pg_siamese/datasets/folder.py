@@ -1,0 +1,150 @@
+"""Folders of images by class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pg_siamese.datasets.base import DataFormatError, DataNotFoundError, LabelledImages, Pixels
+
+if TYPE_CHECKING:
+    from pg_siamese_server.images import InputSpec
+
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+)
+_SPLIT_FOLDERS = {"train": "train", "val": "val", "test": "test"} | dict.fromkeys(
+    ("valid", "validation"), "val"
+)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One file of an image folder: its class (the sub-folder) and split, where it has them."""
+
+    path: Path
+    label: str | None
+    split: str | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One image by its name in a folder or archive, with class and split where it has them."""
+
+    name: str
+    label: str | None
+    split: str | None
+
+
+def class_and_split(folders: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return class and split of an image that lies in these folders, outermost first."""
+    above = list(folders)
+    split = _SPLIT_FOLDERS[above.pop(0)] if above and above[0] in _SPLIT_FOLDERS else None
+    return above[0] if above else None, split
+
+
+def list_image_folder(folder: Path | str) -> list[ImageFile]:
+    """List the images of a folder, in the order of their paths.
+
+    Images may lie in the folder itself (no class), in `class/` or in `split/class/`, where the
+    splits are `train`, `val` (or `valid`, `validation`) and `test`. A deeper path keeps its
+    first folder (below the split) as the class. Hidden files and folders are left out.
+
+    Raises `DataNotFoundError` where there is no such folder or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataNotFoundError(f"{folder}: no such folder")
+    files = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if (
+            path.suffix.lower() not in IMAGE_SUFFIXES
+            or any(part.startswith(".") for part in parts)
+            or not path.is_file()
+        ):
+            continue
+        files.append(ImageFile(path, *class_and_split(parts[:-1])))
+    if not files:
+        raise DataNotFoundError(f"{folder}: no image in this folder")
+    return files
+
+
+def read_image_folder(
+    folder: Path | str,
+    spec: InputSpec,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+) -> LabelledImages:
+    """Decode an image folder by class (see `list_image_folder`) to one size.
+
+    `spec` says size and resize mode: the pixels are exactly those that the server would give an
+    encoder with this input specification. With `split`, only that split's files are read. The
+    classes are those of the whole folder, sorted.
+
+    Raises `DataNotFoundError` where there is no image, `DataFormatError` where an image has no
+    class or can't be decoded (naming the file).
+    """
+    folder = Path(folder)
+    everything = [
+        Member(str(file.path), file.label, file.split) for file in list_image_folder(folder)
+    ]
+    chosen = [member for member in everything if split is None or member.split == split]
+    if not chosen:
+        raise DataNotFoundError(f'{folder}: no image of split "{split}"')
+    return decode_members(
+        chosen,
+        lambda member: Path(member).read_bytes(),
+        spec,
+        name=name or folder.resolve().name,
+        split=split or "all",
+        classes=classes_of(everything),
+        files=tuple(Path(member.name) for member in chosen),
+    )
+
+
+def classes_of(members: Sequence[Member]) -> tuple[str, ...]:
+    """Return the classes, sorted; raises `DataFormatError` for an image in no class folder."""
+    without = next((member.name for member in members if member.label is None), None)
+    if without is not None:
+        raise DataFormatError(f"{without}: lies in no class folder")
+    return tuple(sorted({str(member.label) for member in members}))
+
+
+def decode_members(
+    members: Sequence[Member],
+    read: Callable[[str], bytes],
+    spec: InputSpec,
+    *,
+    name: str,
+    split: str,
+    classes: tuple[str, ...],
+    files: tuple[Path, ...],
+) -> LabelledImages:
+    """Decode images one by one, as the server does; `read` gives the bytes of a name.
+
+    Raises `DataFormatError` where one can't be decoded, naming it.
+    """
+    from pg_siamese_server.errors import ImageError
+    from pg_siamese_server.images import decode_image
+
+    number = {label: i for i, label in enumerate(classes)}
+    images: Pixels = np.empty((len(members), spec.height, spec.width, spec.channels), np.uint8)
+    for i, member in enumerate(members):
+        try:
+            images[i] = decode_image(read(member.name), spec)
+        except ImageError as error:
+            raise DataFormatError(f"{member.name}: {error}") from error
+    return LabelledImages(
+        name=name,
+        split=split,
+        images=images[..., 0] if spec.channels == 1 else images,
+        labels=np.array([number[str(member.label)] for member in members], np.int64),
+        classes=classes,
+        files=files,
+    )

@@ -1,0 +1,37 @@
+"""Where data is looked for on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pg_siamese.datasets.base import DataNotFoundError
+
+PROJECT = Path(__file__).resolve().parents[3]
+
+
+def data_folders(name: str) -> list[Path]:
+    """Return the folders where the files of one data set are looked for, in order.
+
+    These are `name` in the folder that the environment variable `PG_SIAMESE_DATA` names, and
+    `../shared/data/name` beside the project.
+    """
+    root = os.environ.get("PG_SIAMESE_DATA")
+    own = [Path(root).expanduser() / name] if root else []
+    return [*own, PROJECT.parent / "shared" / "data" / name]
+
+
+def find_data(name: str, *patterns: str) -> Path:
+    """Return the first file that matches one of the glob patterns in the folders of a data set.
+
+    Raises `DataNotFoundError`, which names the folders and what would be found in them.
+    """
+    folders = data_folders(name)
+    for folder in folders:
+        for pattern in patterns:
+            if found := sorted(folder.glob(pattern)):
+                return found[0]
+    raise DataNotFoundError(
+        f"{name}: none of {', '.join(patterns)} is in {' or '.join(map(str, folders))}: put the "
+        f"files there, or into the folder {name} of one that PG_SIAMESE_DATA names"
+    )

@@ -1,0 +1,267 @@
+"""Data sets by a short text: `medmnist:breastmnist`, `folder:photos`, `mnist`, …"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pg_siamese.datasets.base import (
+    SPLITS,
+    DataFormatError,
+    DataNotFoundError,
+    DataSplits,
+    LabelledImages,
+    hold_out,
+    split_at_random,
+)
+from pg_siamese.datasets.cifar import find_cifar10, read_cifar10
+from pg_siamese.datasets.fashion_mnist import load_fashion_mnist
+from pg_siamese.datasets.folder import Member, classes_of, decode_members, list_image_folder
+from pg_siamese.datasets.idx import read_idx_folder
+from pg_siamese.datasets.medmnist import medmnist_file, medmnist_info
+from pg_siamese.datasets.names import CLASS_NAMES
+from pg_siamese.datasets.npz import npz_splits, read_npz
+from pg_siamese.datasets.places import data_folders, find_data
+from pg_siamese.datasets.zipped import list_image_zip, open_zip, read_member
+
+if TYPE_CHECKING:
+    from pg_siamese_server.images import InputSpec
+
+# What is held out of train where only the validation split is missing.
+MISSING_VAL_SHARE = 0.1
+MISSING_VAL_MOST = 5000
+_MAX_BYTES = 32 * 1024 * 1024
+
+
+def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = None) -> DataSplits:
+    """Open the data set that a text names, in its three splits.
+
+    - `medmnist:FLAG`: any 2-D set of MedMNIST with one label an image (local file, else download);
+      `medmnist:ham10000_28` is a local-only stand-in for `medmnist:dermamnist`.
+    - `npz:PATH`: a file in MedMNIST's layout.
+    - `idx:FOLDER`: MNIST's four files; `mnist`, `fashion_mnist`: those sets, where they are found.
+    - `cifar10`: as npz or as the folder of its python or binary archive.
+    - `imagenette`: a zip or folder of it by class, where it is found.
+    - `folder:PATH`, `zip:PATH`: images by class in sub-folders, below `train`, `val` and `test`
+      where there are such.
+
+    What has no splits is split 70 / 15 / 15. A missing validation split is held out of train; of
+    `train` and `val` alone, the latter is what nobody trains on, so it becomes `test`. All of
+    this is stratified by class and seeded with `seed`.
+
+    `input_spec` is the input of an encoder: images of any size are brought to it, exactly as the
+    server does it. Without one they keep their size, which must be the same for all.
+
+    Raises `DataNotFoundError` where the data can't be had, `DataFormatError` where the text names
+    no data set or a file isn't what it should be; both say which and what to do.
+    """
+    kind, _, argument = spec.partition(":")
+    opener = _OPENERS.get(kind)
+    if opener is None:
+        raise DataFormatError(f'no data set "{spec}"; there are: {", ".join(SPECS)}')
+    if (kind in _WITH_ARGUMENT) != bool(argument):
+        takes = "needs something after a colon" if kind in _WITH_ARGUMENT else "stands alone"
+        raise DataFormatError(f'data set "{spec}": "{kind}" {takes}; see: {", ".join(SPECS)}')
+    parts = opener(argument, input_spec)
+    parts = {split: _resized(part, input_spec) for split, part in parts.items()}
+    opened = replace(_fill(parts, seed, spec), spec=spec)
+    if not len(opened.train):
+        raise DataFormatError(f"{spec}: no image to train on")
+    return opened
+
+
+def _fill(parts: Mapping[str, LabelledImages], seed: int, spec: str) -> DataSplits:
+    """Make the missing splits out of those that are there."""
+    train, val, test = (parts.get(split) for split in SPLITS)
+    if train is None:
+        raise DataFormatError(f"{spec}: no split train; there are: {', '.join(parts) or 'none'}")
+    if test is None and val is not None:
+        test, val = replace(val, split="test"), None
+    if test is None:
+        return split_at_random(train, seed)
+    if val is None:
+        count = min(round(MISSING_VAL_SHARE * len(train)), MISSING_VAL_MOST)
+        train, val = hold_out(train, count, seed)
+    return DataSplits(train, val, test)
+
+
+def _resized(images: LabelledImages, spec: InputSpec | None) -> LabelledImages:
+    if spec is None or images.images.shape[1:3] == (spec.height, spec.width):
+        return images
+    from pg_siamese_server.images import decode_image
+
+    # By way of a file: that is the one place where the server's way of resizing is written down.
+    pixels = np.empty((len(images), spec.height, spec.width, *images.images.shape[3:]), np.uint8)
+    wanted = replace(spec, channels=1 if images.images.ndim == 3 else 3)
+    for i, image in enumerate(images.images):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="BMP")
+        pixels[i] = decode_image(file.getvalue(), wanted).reshape(pixels.shape[1:])
+    return replace(images, images=pixels)
+
+
+# --- one opener for each kind -----------------------------------------------------------------
+
+Parts = dict[str, LabelledImages]
+
+
+def _medmnist(name: str, spec: InputSpec | None) -> Parts:
+    info = (medmnist_info() or {}).get(name, {})
+    task = str(info.get("task", ""))
+    if name.endswith("3d") or "multi-label" in task:
+        raise DataFormatError(f"medmnist:{name}: only 2-D sets with one label an image can be used")
+    path = medmnist_file(name)
+    names = info.get("label", {})
+    known = [str(names[key]) for key in sorted(names, key=int)] if path.stem == name else []
+    classes = None if path.stem in CLASS_NAMES else known or None
+    return {split: read_npz(path, split, classes=classes) for split in SPLITS}
+
+
+def _npz(path: str, spec: InputSpec | None) -> Parts:
+    if not Path(path).is_file():
+        raise DataNotFoundError(f"npz:{path}: no such file")
+    return {split: read_npz(path, split) for split in npz_splits(path)}
+
+
+def _idx(folder: str, spec: InputSpec | None) -> Parts:
+    return {split: read_idx_folder(folder, split) for split in ("train", "test")}
+
+
+def _mnist(_: str, spec: InputSpec | None) -> Parts:
+    file = find_data("mnist", "train-images-idx3-ubyte.gz", "train-images-idx3-ubyte")
+    return {split: read_idx_folder(file.parent, split, name="mnist") for split in ("train", "test")}
+
+
+def _fashion_mnist(_: str, spec: InputSpec | None) -> Parts:
+    return {split: load_fashion_mnist(split) for split in ("train", "test")}
+
+
+def _cifar10(_: str, spec: InputSpec | None) -> Parts:
+    path = find_cifar10()
+    return {split: read_cifar10(path, split) for split in ("train", "test")}
+
+
+def _imagenette(_: str, spec: InputSpec | None) -> Parts:
+    folders = data_folders("imagenette")
+    for folder in folders:
+        if archives := sorted(folder.glob("imagenette*.zip")):
+            return _zip(str(archives[0]), spec, name="imagenette")
+        for inner in (folder, *sorted(folder.glob("imagenette*"))):
+            if (inner / "train").is_dir():
+                return _folder(str(inner), spec, name="imagenette")
+    raise DataNotFoundError(
+        f"imagenette: neither imagenette*.zip nor a folder with train/ is in "
+        f"{' or '.join(map(str, folders))}: put it there, or into the folder imagenette of one "
+        "that PG_SIAMESE_DATA names"
+    )
+
+
+def _folder(path: str, spec: InputSpec | None, name: str | None = None) -> Parts:
+    folder = Path(path)
+    members = [Member(str(f.path), f.label, f.split) for f in list_image_folder(folder)]
+    return _decoded(
+        folder.resolve().name if name is None else name,
+        members,
+        lambda member: Path(member).read_bytes(),
+        spec,
+        lambda chosen: tuple(Path(member.name) for member in chosen),
+    )
+
+
+def _zip(path: str, spec: InputSpec | None, name: str | None = None) -> Parts:
+    if not Path(path).is_file():
+        raise DataNotFoundError(f"zip:{path}: no such file")
+    limit = spec.max_bytes if spec else _MAX_BYTES
+    with open_zip(path) as archive:
+        return _decoded(
+            name or Path(path).stem,
+            list_image_zip(path, archive),
+            lambda member: read_member(path, archive, member, limit),
+            spec,
+            lambda chosen: (Path(path),),
+        )
+
+
+def _decoded(
+    name: str,
+    members: list[Member],
+    read: Callable[[str], bytes],
+    spec: InputSpec | None,
+    files: Callable[[list[Member]], tuple[Path, ...]],
+) -> Parts:
+    classes = classes_of(members)
+    if len(classes) < 2:
+        raise DataFormatError(
+            f"{name}: one class only ({classes[0]}): each class needs a sub-folder of its own"
+        )
+    groups: dict[str | None, list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.split, []).append(member)
+    if None in groups and len(groups) > 1:
+        raise DataFormatError(
+            f"{groups[None][0].name}: lies beside the split folders "
+            f"{', '.join(sorted(split for split in groups if split))}: all images or none "
+            "must be in such folders"
+        )
+    spec = spec or _common_size(members, read)
+    return {
+        split or "train": decode_members(
+            group,
+            read,
+            spec,
+            name=name,
+            split=split or "train",
+            classes=classes,
+            files=files(group),
+        )
+        for split, group in groups.items()
+    }
+
+
+def _common_size(members: list[Member], read: Callable[[str], bytes]) -> InputSpec:
+    from pg_siamese_server.images import InputSpec
+
+    sizes: dict[tuple[int, int], str] = {}
+    for member in members:
+        try:
+            with Image.open(io.BytesIO(read(member.name))) as image:
+                sizes.setdefault(image.size, member.name)
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise DataFormatError(f"{member.name}: cannot be decoded: {error}") from error
+        if len(sizes) > 1:
+            (a, first), (b, second) = sizes.items()
+            raise DataFormatError(
+                f"{first} has {a[0]} x {a[1]} pixels and {second} {b[0]} x {b[1]}: say the size "
+                "that they are to be brought to"
+            )
+    ((width, height),) = sizes
+    return InputSpec(width=width, height=height)
+
+
+_OPENERS: dict[str, Callable[[str, InputSpec | None], Parts]] = {
+    "medmnist": _medmnist,
+    "npz": _npz,
+    "idx": _idx,
+    "mnist": _mnist,
+    "fashion_mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "imagenette": _imagenette,
+    "folder": _folder,
+    "zip": _zip,
+}
+_WITH_ARGUMENT = {
+    "medmnist": "FLAG",
+    "npz": "PATH",
+    "idx": "FOLDER",
+    "folder": "PATH",
+    "zip": "PATH",
+}
+SPECS = tuple(
+    f"{kind}:{_WITH_ARGUMENT[kind]}" if kind in _WITH_ARGUMENT else kind for kind in _OPENERS
+)

@@ -1,0 +1,79 @@
+"""Zip files of images by class, read in place: nothing is written to the disk."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from pg_siamese.datasets.base import DataFormatError, DataNotFoundError
+from pg_siamese.datasets.folder import IMAGE_SUFFIXES, Member, class_and_split
+
+
+@contextmanager
+def open_zip(path: Path | str) -> Iterator[zipfile.ZipFile]:
+    """Open a zip file; raises `DataFormatError` where it is none, `OSError` as usual."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise DataFormatError(f"{path}: not a zip file: {error}") from error
+    with archive:
+        yield archive
+
+
+def list_image_zip(path: Path | str, archive: zipfile.ZipFile) -> list[Member]:
+    """List the images of a zip file, in the order of their names, as `list_image_folder` does.
+
+    One folder around everything is left out of account. A name that leaves the archive
+    (absolute, a drive's, or with `..`) is refused, although nothing is extracted: such a
+    file was made to harm.
+
+    Raises `DataFormatError` for such a name, `DataNotFoundError` where there is no image.
+    """
+    names = []
+    for info in archive.infolist():
+        place = PurePosixPath(info.filename)
+        if (
+            place.is_absolute()
+            or ".." in place.parts
+            or "\\" in info.filename
+            or ":" in (place.parts or ("",))[0]
+        ):
+            raise DataFormatError(f"{path}: member {info.filename!r} leads out of the archive")
+        hidden = any(part.startswith((".", "__MACOSX")) for part in place.parts)
+        if not info.is_dir() and not hidden and place.suffix.lower() in IMAGE_SUFFIXES:
+            names.append(info.filename)
+    if not names:
+        raise DataNotFoundError(f"{path}: no image in this zip file")
+    around = _folder_around([PurePosixPath(name) for name in names])
+    return [
+        Member(name, *class_and_split(PurePosixPath(name).parts[around:-1]))
+        for name in sorted(names)
+    ]
+
+
+def _folder_around(places: list[PurePosixPath]) -> int:
+    """Return 1 where all images lie in one folder that can't be their class, else 0."""
+    first = {place.parts[0] for place in places}
+    return int(
+        len(first) == 1
+        and all(len(place.parts) > 2 for place in places)
+        and class_and_split(places[0].parts[:1])[1] is None
+    )
+
+
+def read_member(path: Path | str, archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
+    """Return the bytes of a member, at most `max_bytes`, whatever its header says of its size.
+
+    Raises `DataFormatError` where it is larger, encrypted or damaged.
+    """
+    try:
+        with archive.open(name) as file:
+            data = file.read(max_bytes + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise DataFormatError(f"{path}: {name}: {error}") from error
+    if len(data) > max_bytes:
+        raise DataFormatError(f"{path}: {name}: larger than the limit of {max_bytes} bytes")
+    return data
