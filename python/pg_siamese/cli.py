@@ -1,4 +1,4 @@
-"""The `pg_siamese` command: load images, search, look at collections, build indexes, train.
+"""The `pg_siamese` command: load images, search, look after collections, train and evaluate.
 
 Every command takes `--dsn`, a libpq connection string; what it leaves out comes from the usual
 `PG*` variables. Heavy modules are imported where they are used, so that the command starts at once.
@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from pg_siamese.connection import CommandError, connect, describe_error, one_line
 from pg_siamese.terminal import answer_table, errors, notice_bar, output, progress_bar
-from pg_siamese.training.cli import train_command
+from pg_siamese.training.cli import export_command, train_command
 
 if TYPE_CHECKING:
     from pg_siamese.search import Answer, Collection
@@ -92,6 +92,13 @@ class Resize(StrEnum):
     STRETCH = "stretch"
     CROP = "crop"
     PAD = "pad"
+
+
+class EvaluatedSplit(StrEnum):
+    """What is evaluated."""
+
+    TEST = "test"
+    VAL = "val"
 
 
 @app.command()
@@ -423,8 +430,111 @@ def demo(
         run_demo(connection, sheet)
 
 
-# Imports nothing heavy itself: torch comes when it runs.
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            help="ONNX files of one experiment, one for each seed.",
+            metavar="MODEL.onnx...",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A data set, as medmnist:breastmnist or folder:photos; can be given again. Else "
+            "those that the model was trained on.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[EvaluatedSplit, typer.Option(help="The split that the queries are of.")] = (
+        EvaluatedSplit.TEST
+    ),
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", help="The results file, else results/EXPERIMENT.json.", show_default=False
+        ),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the table of all results files beside --output into this Markdown file.",
+            show_default=False,
+        ),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Draw pictures of the first model into a folder.", show_default=False),
+    ] = None,
+    in_database: Annotated[
+        bool,
+        typer.Option(
+            "--in-database",
+            help="Retrieve in the database too, in a collection of its own that goes again.",
+        ),
+    ] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the collection of --in-database there.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU to use.")] = 1,
+    dsn: Dsn = None,
+) -> None:
+    """Measure encoders: pairs, triples, neighbours; write the figures, and draw pictures.
+
+    What is chosen (thresholds, calibrations) is chosen on validation images. The gallery is the
+    train split. Several files are seeds of one experiment: the results have mean and spread.
+    """
+    from pg_siamese.evaluation.command import evaluate as run
+
+    run(
+        models,
+        data=data or (),
+        split=split.value,
+        results=results,
+        table=table,
+        pictures=pictures,
+        in_database=in_database,
+        keep=keep,
+        threads=threads,
+        dsn=dsn,
+    )
+
+
+@app.command()
+def baseline(
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A data set to evaluate it on, as medmnist:breastmnist; can be given again. Else "
+            "the four medical sets.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[Path, typer.Option("--output", help="The ONNX file to write.")] = Path(
+        "build/training/efficientnet_lite0/model.onnx"
+    ),
+) -> None:
+    """Export the pretrained EfficientNet-lite0 as it is, to compare encoders with.
+
+    `pg_siamese evaluate` on the file gives its figures under the same protocol.
+    """
+    try:
+        from pg_siamese.training.baseline import export_baseline
+    except ImportError as error:
+        raise CommandError(
+            f"the baseline needs the extra packages of pg_siamese[train]: {error}"
+        ) from error
+    from pg_siamese.datasets import MEDICAL_SETS
+
+    export_baseline(target, data or [f"medmnist:{name}" for name in MEDICAL_SETS])
+    output().print(f"written: {escape(str(target))}", soft_wrap=True)
+
+
+# These import nothing heavy themselves: torch comes when they run.
 app.command("train")(train_command)
+app.command("export")(export_command)
 
 
 if __name__ == "__main__":

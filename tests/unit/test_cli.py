@@ -22,7 +22,17 @@ from pg_siamese.terminal import PROGRESS_NOTICE
 if TYPE_CHECKING:
     from typer.testing import Result
 
-COMMANDS = ("load", "query", "status", "build-index", "register-model", "demo", "train")
+COMMANDS = (
+    "load",
+    "query",
+    "status",
+    "build-index",
+    "register-model",
+    "demo",
+    "train",
+    "evaluate",
+    "baseline",
+)
 
 
 def run(*arguments: str) -> Result:

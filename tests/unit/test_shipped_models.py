@@ -17,7 +17,7 @@ from pg_siamese.datasets import (
     load_medmnist,
     sha256,
 )
-from pg_siamese.training.evaluation import nearest, retrieval
+from pg_siamese.evaluation.retrieval import nearest, retrieval
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 NAMES = ("medical", "fashion_mnist")

@@ -1,0 +1,241 @@
+"""All figures of one model: pairs, triples, neighbours, and the report of every class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pg_siamese.connection import CommandError
+from pg_siamese.datasets import DataSplits
+from pg_siamese.evaluation.model import Advance, EvaluatedModel, embed_joined
+from pg_siamese.evaluation.pairs import (
+    Calibration,
+    Flags,
+    balanced_pairs,
+    best_threshold,
+    calibrate,
+    pair_distances,
+    score_pairs,
+)
+from pg_siamese.evaluation.retrieval import (
+    Embedded,
+    Floats,
+    Integers,
+    distances,
+    nearest,
+    precision_at,
+    retrieval,
+    votes,
+)
+from pg_siamese.evaluation.triples import triple_distances
+
+PAIRS = 20_000
+TRIPLES = 20_000
+NEIGHBOURS = 10
+VOTERS = 5  # of the neighbours, for the reports by class and the confusion matrices
+# Validation pairs choose, those of the evaluated split score: never the same draw.
+CHOOSING_SEED, SCORING_SEED = 0, 1
+OTHER_METRIC = {"cosine": "l2", "l2": "cosine"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model gave: its figures, and what pictures are drawn from.
+
+    `gallery` is the train split, `queries` the evaluated one; `found` (Q, 10) are places in the
+    gallery of the query's own data set, nearest first. `pairs` are distances and matches.
+    """
+
+    model: EvaluatedModel
+    data: list[DataSplits]
+    split: str
+    gallery: Embedded
+    queries: Embedded
+    found: dict[str, Integers]
+    pairs: tuple[Floats, Flags]
+    figures: dict[str, Any]
+
+
+def evaluate_model(
+    model: EvaluatedModel,
+    data: Sequence[DataSplits],
+    split: str = "test",
+    advance: Advance = lambda count: None,
+) -> Evaluation:
+    """Embed train, validation and the split to evaluate, and compute every figure.
+
+    Shares are from 0 to 1, but the retrieval protocol and `right_set` are in per cent as
+    published. Raises CommandError where a data set is too small for a figure, or scikit-learn
+    isn't installed.
+    """
+    require_sklearn()
+    gallery = embed_joined(model, [part.train for part in data], advance)
+    validation = embed_joined(model, [part.val for part in data], advance)
+    queries = (
+        validation
+        if split == "val"
+        else embed_joined(model, [getattr(part, split) for part in data], advance)
+    )
+    metric = model.metric
+    figures: dict[str, Any] = {}
+    try:
+        own = (by_set(validation), by_set(queries)) if model.labels == "set" else None
+        chosen, scored = own or (validation, queries)
+        pairs = pair_distances(scored, PAIRS, SCORING_SEED, metric)
+        figures["pairs"] = pair_figures(pairs, _calibration(model, chosen))
+        if len(data) > 1:
+            figures |= set_figures(gallery, validation, queries, metric)
+    except ValueError as error:
+        raise CommandError(f"{', '.join(part.name for part in data)}: {error}") from None
+    if triples := triple_figures(chosen, scored, metric):
+        figures["triples"] = triples
+    found: dict[str, Integers] = {}
+    figures["sets"] = {}
+    for number, part in enumerate(data):
+        there, here = gallery.of_set(number), queries.of_set(number)
+        if len(there.labels) < NEIGHBOURS:
+            raise CommandError(
+                f'data set "{part.name}" has {len(there.labels)} train images: at least '
+                f"{NEIGHBOURS} are needed as a gallery"
+            )
+        found[part.name] = nearest(here.vectors, there.vectors, NEIGHBOURS, metric)
+        start = sum(len(other.train.classes) for other in data[:number])
+        # The set's own class numbers.
+        neighbours, wanted = there.labels[found[part.name]] - start, here.labels - start
+        figures["sets"][part.name] = {
+            **neighbour_figures(neighbours, wanted),
+            "report": class_report(wanted, votes(neighbours, VOTERS), part.train.classes),
+        }
+        if not normalised(gallery):
+            # Of vectors that have a length, the two metrics order neighbours differently.
+            other = OTHER_METRIC[metric]
+            again = nearest(here.vectors, there.vectors, NEIGHBOURS, other)
+            figures["sets"][part.name][f"by_{other}"] = neighbour_figures(
+                there.labels[again] - start, wanted
+            )
+    return Evaluation(model, list(data), split, gallery, queries, found, pairs, figures)
+
+
+def require_sklearn() -> None:
+    """Raise CommandError, saying what to do, where scikit-learn isn't installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise CommandError(
+            "evaluation needs scikit-learn, which comes with the extra packages of "
+            "pg_siamese[train] (make deps-test installs them)"
+        ) from None
+
+
+def by_set(embedded: Embedded) -> Embedded:
+    """The same embeddings with 'which set' as their label."""
+    return replace(embedded, labels=embedded.sets)
+
+
+def normalised(embedded: Embedded) -> bool:
+    """Whether the encoder gives unit vectors."""
+    lengths = np.linalg.norm(embedded.vectors, axis=1)
+    return bool(np.abs(lengths - 1).max() < 1e-3)
+
+
+def _calibration(model: EvaluatedModel, validation: Embedded) -> Calibration:
+    """The model's own calibration, as the database uses it; what it lacks, from validation."""
+    spec = model.spec
+    if spec.weight is not None and spec.bias is not None and spec.threshold is not None:
+        return Calibration(spec.weight, spec.bias, spec.threshold)
+    fitted = _fitted(validation, model.metric)
+    if spec.weight is not None and spec.bias is not None:
+        fitted = replace(fitted, weight=spec.weight, bias=spec.bias)
+    return replace(fitted, threshold=spec.threshold) if spec.threshold is not None else fitted
+
+
+def _fitted(validation: Embedded, metric: str) -> Calibration:
+    return calibrate(*pair_distances(validation, PAIRS, CHOOSING_SEED, metric))
+
+
+def pair_figures(pairs: tuple[Floats, Flags], calibration: Calibration) -> dict[str, Any]:
+    """Accuracy, losses, area under the ROC curve, and the report for match and no match."""
+    apart, match = pairs
+    return {
+        "count": len(match),
+        "threshold": calibration.threshold,
+        **asdict(score_pairs(apart, match, calibration)),
+        "report": class_report(
+            match.astype(np.int64),
+            (apart <= calibration.threshold).astype(np.int64),
+            ("no match", "match"),
+        ),
+    }
+
+
+def set_figures(
+    gallery: Embedded, validation: Embedded, queries: Embedded, metric: str
+) -> dict[str, Any]:
+    """Which set is an image of? `right_set`, and pairs that match when both are of one set.
+
+    Pairs are judged by their distance, with a calibration fitted on validation pairs, and
+    (`accuracy_by_neighbour`) by whether the nearest gallery images of the two are of one set.
+    """
+    labelled = by_set(queries)
+    first, second, match = balanced_pairs(labelled.labels, labelled.sets, PAIRS, SCORING_SEED)
+    apart = distances(queries.vectors[first], queries.vectors[second], metric)
+    guessed = gallery.sets[nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]]
+    agree = (guessed[first] == guessed[second]) == match
+    return {
+        "right_set": 100 * float((guessed == queries.sets).mean()),
+        "set_pairs": {
+            **pair_figures((apart, match), _fitted(by_set(validation), metric)),
+            "accuracy_by_neighbour": float(agree.mean()),
+        },
+    }
+
+
+def triple_figures(validation: Embedded, queries: Embedded, metric: str) -> dict[str, Any] | None:
+    """Do at least two of three match? None where there are fewer than three labels."""
+    if len(np.unique(validation.labels)) < 3 or len(np.unique(queries.labels)) < 3:
+        return None
+    threshold = best_threshold(*triple_distances(validation, TRIPLES, CHOOSING_SEED, metric))
+    least, match = triple_distances(queries, TRIPLES, SCORING_SEED, metric)
+    return {
+        "count": len(match),
+        "threshold": threshold,
+        "accuracy": float(((least <= threshold) == match).mean()),
+    }
+
+
+def neighbour_figures(neighbours: Integers, wanted: Integers) -> dict[str, Any]:
+    """The figures of neighbours' labels (Q, 10) for queries' labels (Q,)."""
+    return {
+        "retrieval": asdict(retrieval(neighbours[:, :5], wanted)),
+        "precision_at_10": precision_at(neighbours, wanted, NEIGHBOURS),
+        "knn_accuracy": {
+            str(k): float((votes(neighbours, k) == wanted).mean()) for k in (1, 5, NEIGHBOURS)
+        },
+    }
+
+
+def class_report(wanted: Integers, given: Integers, classes: Sequence[str]) -> dict[str, Any]:
+    """Precision, recall, F1 and support of each class, their plain means, and the accuracy."""
+    from sklearn.metrics import classification_report
+
+    report: dict[str, Any] = classification_report(
+        wanted,
+        given,
+        labels=range(len(classes)),
+        target_names=list(classes),
+        output_dict=True,
+        zero_division=0,
+    )
+    rows = {name: report[name] for name in (*classes, "macro avg")}
+    return {
+        name: {
+            "precision": float(row["precision"]),
+            "recall": float(row["recall"]),
+            "f1": float(row["f1-score"]),
+            "support": int(row["support"]),
+        }
+        for name, row in rows.items()
+    }

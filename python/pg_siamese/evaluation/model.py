@@ -1,0 +1,168 @@
+"""An ONNX file to evaluate, the data sets that it names, and their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pg_siamese.connection import CommandError
+from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
+from pg_siamese.evaluation.retrieval import Embedded
+from pg_siamese.sources import png
+from pg_siamese_server.encoder import Encoder, ModelSpec, metadata_of
+from pg_siamese_server.errors import ImageError, ModelError
+from pg_siamese_server.images import decode_image
+
+# Images that are resized and embedded in one go: 150 MB at 224 pixels.
+BATCH_IMAGES = 1024
+# Data sets whose images are files of any size.
+FILE_KINDS = ("folder", "zip", "imagenette")
+
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """An encoder, opened, with what it says of itself (see ``metadata`` in its file)."""
+
+    path: Path
+    metadata: dict[str, Any]
+    spec: ModelSpec
+    encoder: Encoder
+
+    @property
+    def metric(self) -> str:
+        """How distances are measured: "cosine" or "l2"."""
+        return self.spec.metric
+
+    @property
+    def labels(self) -> str:
+        """What makes two images match: the same "class" of the same set, or the same "set"."""
+        return str(self.metadata.get("labels", "class"))
+
+    @property
+    def seed(self) -> int:
+        """The seed that it was trained with, and its data split with where they have no splits."""
+        return int(self.metadata.get("training", {}).get("seed") or 0)
+
+    @property
+    def experiment(self) -> str:
+        """The name of the experiment that it is a result of."""
+        training = self.metadata.get("training", {})
+        return str(training.get("experiment") or self.metadata.get("name") or self.path.stem)
+
+
+def open_model(path: Path, threads: int = 1) -> EvaluatedModel:
+    """Open an ONNX file of this project; raises CommandError where it is none, naming the file."""
+    import onnxruntime
+
+    onnx = path.read_bytes()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has no common base for its errors
+        reason = str(error).splitlines()[0][:200]
+        raise CommandError(f"{path}: not a model that ONNX Runtime opens: {reason}") from None
+    try:
+        metadata = metadata_of(session.get_modelmeta().custom_metadata_map)
+        if "input" not in metadata:
+            raise CommandError(
+                f'{path}: no metadata "pg_siamese" that says what its input is: only encoders '
+                "written by pg_siamese can be evaluated"
+            )
+        spec = ModelSpec.from_json(metadata)
+        encoder = Encoder(onnx, spec, threads)
+    except ModelError as error:
+        raise CommandError(f"{path}: {error}") from None
+    except (TypeError, AttributeError, KeyError) as error:
+        raise CommandError(f"{path}: its metadata is damaged: {error}") from None
+    return EvaluatedModel(path, metadata, spec, encoder)
+
+
+def data_specs(model: EvaluatedModel) -> list[str]:
+    """The data sets that the model was trained on; raises CommandError where it doesn't say."""
+    items = model.metadata.get("training", {}).get("data", [])
+    specs = list(dict.fromkeys(str(item["spec"]) for item in items if "spec" in item))
+    if not specs:
+        raise CommandError(f"{model.path}: names no data set: say which with --data SPEC")
+    return specs
+
+
+def open_data(model: EvaluatedModel, specs: Sequence[str], split: str) -> list[DataSplits]:
+    """Open data sets as the model was trained on them, by its seed and its input's size.
+
+    Raises CommandError for an empty split and for two sets of one name, and as open_dataset does.
+    """
+    found = []
+    for spec in specs:
+        # Arrays keep their size until they are embedded, batch by batch.
+        files = spec.partition(":")[0] in FILE_KINDS
+        found.append(
+            open_dataset(spec, seed=model.seed, input_spec=model.spec.input if files else None)
+        )
+    names = [data.name for data in found]
+    for data in found:
+        if names.count(data.name) > 1:
+            raise CommandError(f'two data sets are called "{data.name}"')
+        for part in dict.fromkeys(("train", "val", split)):
+            if not len(getattr(data, part)):
+                raise CommandError(f'data set "{data.name}" has no images in its {part} split')
+    return found
+
+
+def model_pixels(images: LabelledImages, spec: ModelSpec) -> npt.NDArray[np.uint8]:
+    """The images as the server would give them to the encoder: uint8 (N, H, W, C).
+
+    Raises CommandError for an image over the model's limits.
+    """
+    size = (spec.input.height, spec.input.width)
+    if images.images.shape[1:3] == size and spec.input.channels == 3:
+        return images.rgb()
+    # By way of an image file, so that every step is the server's own.
+    pixels = np.empty((len(images), *size, spec.input.channels), np.uint8)
+    for place, image in enumerate(images.images):
+        try:
+            decoded = decode_image(png(image), spec.input)
+        except ImageError as error:
+            raise CommandError(f"{images.name}, {images.split} image {place}: {error}") from None
+        pixels[place] = decoded if decoded.ndim == 3 else decoded[..., None]
+    return pixels
+
+
+def embed_images(
+    model: EvaluatedModel, images: LabelledImages, advance: Advance = lambda count: None
+) -> npt.NDArray[np.float32]:
+    """Embed images in their order: float32 (N, d); `advance` is called with numbers of images."""
+    parts = []
+    for start in range(0, len(images), BATCH_IMAGES):
+        part = images.select(slice(start, start + BATCH_IMAGES))
+        pixels = model_pixels(part, model.spec)
+        step = max(1, len(pixels) // 8)
+        for at in range(0, len(pixels), step):
+            try:
+                parts.append(model.encoder.embed(pixels[at : at + step]))
+            except ModelError as error:
+                raise CommandError(f"{model.path}: {error}") from None
+            advance(len(pixels[at : at + step]))
+    return np.concatenate(parts)
+
+
+def embed_joined(
+    model: EvaluatedModel, parts: Sequence[LabelledImages], advance: Advance = lambda count: None
+) -> Embedded:
+    """Embed one split of several data sets in a row; labels are 'which class of which set'."""
+    starts = np.cumsum([0, *(len(part.classes) for part in parts)])
+    return Embedded(
+        vectors=np.concatenate([embed_images(model, part, advance) for part in parts]),
+        labels=np.concatenate(
+            [part.labels + start for part, start in zip(parts, starts[:-1], strict=True)]
+        ),
+        sets=np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+    )

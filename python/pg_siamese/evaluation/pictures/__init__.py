@@ -1,0 +1,211 @@
+"""The pictures of an evaluation: which ones apply, and what is in them.
+
+Nothing is chosen by hand: queries are the first images of each data set or class, triplets are
+drawn with a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pg_siamese.datasets import LabelledImages
+from pg_siamese.evaluation.figures import VOTERS, Evaluation
+from pg_siamese.evaluation.pictures.collages import (
+    Shown,
+    Triplet,
+    neighbour_collage,
+    triplet_collage,
+)
+from pg_siamese.evaluation.pictures.curves import curves, read_epochs, roc
+from pg_siamese.evaluation.pictures.matrices import Confusion, confusion, confusion_matrices
+from pg_siamese.evaluation.pictures.scatter import animate, read_snapshots, scatter
+from pg_siamese.evaluation.pictures.style import save
+from pg_siamese.evaluation.retrieval import Integers, distances, nearest, votes
+from pg_siamese.figures import Neighbour, SheetRow, draw_sheet
+
+SHEET_QUERIES = 4
+SHEET_NEIGHBOURS = 4
+TEN_QUERIES = 5
+TEN = 10
+TRIPLETS = 6
+TRIPLET_SEED = 0
+# Imagenette's folders are named by WordNet's numbers.
+CLASS_TITLES = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+
+
+def write_pictures(evaluations: Sequence[Evaluation], folder: Path) -> Iterator[Path]:
+    """Write the pictures that apply into `folder`, as EXPERIMENT-what.png; yields their paths.
+
+    The curves have a line for every model, from `metrics.json` beside its file; all others show
+    the first model. Raises CommandError for a broken file of the run, OSError as it comes.
+    """
+    first = evaluations[0]
+    name = first.model.experiment
+    shown = _Shown(first)
+    runs = [e for evaluation in evaluations if (e := read_epochs(evaluation.model.path.parent))]
+    drawn = curves(runs, f"{name}: training") if runs else None
+    if drawn is not None:
+        yield save(drawn, folder / f"{name}-curves.png")
+    yield save(
+        draw_sheet(shown.sheet_rows(), f"{name}: a query and its four nearest"),
+        folder / f"{name}-neighbours.png",
+        dpi=100,
+    )
+    threshold = float(first.figures["pairs"]["threshold"])
+    yield save(
+        triplet_collage(shown.triplets(), threshold, f"{name}: triplets of {first.split} images"),
+        folder / f"{name}-triplets.png",
+    )
+    yield save(
+        neighbour_collage(shown.ten_nearest(), f"{name}: the ten nearest"),
+        folder / f"{name}-ten-nearest.png",
+    )
+    yield save(
+        confusion_matrices(shown.confusions(), f"{name}: confusion matrix, per cent of a class"),
+        folder / f"{name}-confusion.png",
+    )
+    kind = "of one data set" if first.model.labels == "set" else "of one class"
+    yield save(
+        roc(first.pairs, threshold, f"{name}: are two images {kind}?"), folder / f"{name}-roc.png"
+    )
+    if first.queries.vectors.shape[1] == 2:
+        classes = [title for part in first.data for title in _titles(part.train)]
+        count = len(first.queries.labels)
+        title = f"{name}: {count:,} {first.split} images in two dimensions"
+        figure = scatter(first.queries.vectors, first.queries.labels, classes, title)
+        yield save(figure, folder / f"{name}-scatter.png")
+        if snapshots := read_snapshots(first.model.path.parent):
+            title = f"{name}: how the embedding forms"
+            yield animate(snapshots, classes, title, folder / f"{name}-forming.gif")
+
+
+def _title(name: str) -> str:
+    return CLASS_TITLES.get(name, name)
+
+
+def _titles(part: LabelledImages) -> list[str]:
+    return [_title(name) for name in part.classes]
+
+
+class _Shown:
+    """Images of an evaluation with their labels, by their place in the joined data sets."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self.metric = evaluation.model.metric
+        self.by_set = evaluation.model.labels == "set"
+        self.gallery = [part.train for part in evaluation.data]
+        self.queries = [getattr(part, evaluation.split) for part in evaluation.data]
+
+    def image(self, parts: Sequence[LabelledImages], place: int, distance: float = 0.0) -> Shown:
+        """The image at a place of the joined splits."""
+        for part in parts:
+            if place < len(part):
+                return Shown(part.images[place], self.label(part, place), distance)
+            place -= len(part)
+        raise IndexError(place)
+
+    def label(self, part: LabelledImages, place: int) -> str:
+        """What makes images match: the set, or the class (and of which set, if there are more)."""
+        if self.by_set:
+            return part.name
+        name = _title(part.class_of(place))
+        return name if len(self.gallery) == 1 else f"{part.name}: {name}"
+
+    def places(self, count: int) -> list[int]:
+        """The first query of each data set; of a single one, the first of each class."""
+        queries = self.evaluation.queries
+        groups = queries.sets if len(self.gallery) > 1 else queries.labels
+        first = {int(groups[place]): place for place in range(len(groups) - 1, -1, -1)}
+        return [first[group] for group in sorted(first)][:count]
+
+    def found(self, places: Sequence[int], k: int) -> list[tuple[Shown, list[Shown]]]:
+        """Queries and their k nearest in the joined gallery."""
+        gallery, queries = self.evaluation.gallery, self.evaluation.queries
+        rows = []
+        near = nearest(queries.vectors[list(places)], gallery.vectors, k, self.metric)
+        for place, neighbours in zip(places, near, strict=True):
+            here = np.repeat(queries.vectors[place][None], len(neighbours), axis=0)
+            apart = distances(here, gallery.vectors[neighbours], self.metric)
+            shown = [
+                self.image(self.gallery, int(n), float(d))
+                for n, d in zip(neighbours, apart, strict=True)
+            ]
+            rows.append((self.image(self.queries, place), shown))
+        return rows
+
+    def sheet_rows(self) -> list[SheetRow]:
+        """Queries and their four nearest, for a contact sheet."""
+        spec = self.evaluation.model.spec
+        return [
+            SheetRow(
+                name=f"{self.evaluation.split} image: {query.label}",
+                pixels=query.pixels,
+                label=query.label,
+                neighbours=[
+                    Neighbour(n.pixels, n.label, n.distance, spec.match_probability(n.distance))
+                    for n in neighbours
+                ],
+            )
+            for query, neighbours in self.found(self.places(SHEET_QUERIES), SHEET_NEIGHBOURS)
+        ]
+
+    def ten_nearest(self) -> list[tuple[Shown, list[Shown]]]:
+        """Queries and their ten nearest."""
+        return self.found(self.places(TEN_QUERIES), TEN)
+
+    def triplets(self) -> list[Triplet]:
+        """Triplets of the evaluated split: anchors of different labels, the rest at random."""
+        queries = self.evaluation.queries
+        labels = queries.sets if self.by_set else queries.labels
+        random = np.random.default_rng(TRIPLET_SEED)
+        known = [int(v) for v in np.unique(labels) if (labels == v).sum() > 1]
+        order = random.permutation(known)
+        triplets = []
+        for number in range(TRIPLETS):
+            label = order[number % len(order)]
+            anchor, positive = random.choice(np.flatnonzero(labels == label), 2, replace=False)
+            negative = random.choice(np.flatnonzero(labels != label))
+            here = np.repeat(queries.vectors[anchor][None], 2, axis=0)
+            apart = distances(here, queries.vectors[[positive, negative]], self.metric)
+            triplets.append(
+                Triplet(
+                    self.image(self.queries, int(anchor)),
+                    self.image(self.queries, int(positive), float(apart[0])),
+                    self.image(self.queries, int(negative), float(apart[1])),
+                )
+            )
+        return triplets
+
+    def confusions(self) -> list[Confusion]:
+        """Of the classes within each data set; where sets are told apart, of the sets."""
+        gallery, queries = self.evaluation.gallery, self.evaluation.queries
+        names = [part.name for part in self.gallery]
+        if self.by_set:
+            near = nearest(queries.vectors, gallery.vectors, VOTERS, self.metric)
+            given = votes(gallery.sets[near], VOTERS)
+            return [confusion("data sets", names, queries.sets, given)]
+        parts = []
+        start = 0
+        for number, part in enumerate(self.gallery):
+            there, here = gallery.of_set(number), queries.of_set(number)
+            labels: Integers = there.labels[self.evaluation.found[part.name]] - start
+            parts.append(
+                confusion(part.name, _titles(part), here.labels - start, votes(labels, VOTERS))
+            )
+            start += len(part.classes)
+        return parts

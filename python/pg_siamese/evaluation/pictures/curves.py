@@ -1,0 +1,139 @@
+"""Curves: loss and accuracy over the epochs, and the ROC curve of pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pg_siamese.connection import CommandError
+from pg_siamese.evaluation.pairs import Flags
+from pg_siamese.evaluation.pictures.style import (
+    NEUTRAL_COLOUR,
+    TRAIN_COLOUR,
+    VAL_COLOUR,
+    new_figure,
+    plain_axes,
+)
+from pg_siamese.evaluation.retrieval import Floats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Epochs = Sequence[dict[str, Any]]
+METRICS_FILE = "metrics.json"
+# What is drawn beside the losses: of each group, the first whose figures were logged.
+QUALITY = (
+    (("train_accuracy", "val_accuracy"), "accuracy", 100.0),
+    (("val_map5",), "mAP@5", 1.0),
+)
+
+
+def read_epochs(folder: Path) -> Epochs | None:
+    """The epochs of a run, None where the folder has none; raises CommandError for a broken file.
+
+    Each is a dictionary with "epoch" and figures as "train_loss", "val_loss", "val_accuracy".
+    """
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return None
+    try:
+        epochs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"{path}: not JSON: {error}") from None
+    if not isinstance(epochs, list) or not all(
+        isinstance(item, dict) and "epoch" in item for item in epochs
+    ):
+        raise CommandError(f"{path}: not a list of epochs")
+    return epochs or None
+
+
+def curves(runs: Sequence[Epochs], title: str) -> Figure | None:
+    """Loss (left) and accuracy (right) over the epochs, a line for each run.
+
+    None where nothing was logged.
+    """
+    have = {key for epochs in runs for item in epochs for key in item}
+    losses = [key for key in ("train_loss", "val_loss") if key in have]
+    quality = next((group for group in QUALITY if have.intersection(group[0])), None)
+    panels = bool(losses) + (quality is not None)
+    if not panels:
+        return None
+    figure = new_figure(4.6 * panels, 3.5, title)
+    places = figure.subplots(1, panels, squeeze=False)[0]
+    if losses:
+        _lines(places[0], runs, losses, 1.0)
+        places[0].set_ylabel("loss")
+        places[0].set_ylim(bottom=0)
+    if quality is not None:
+        keys, name, scale = quality
+        _lines(places[-1], runs, [key for key in keys if key in have], scale)
+        places[-1].set_ylabel(f"{name}, %")
+    for axes in places:
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        plain_axes(axes)
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _lines(axes: Axes, runs: Sequence[Epochs], keys: Sequence[str], scale: float) -> None:
+    for key in keys:
+        train = key.startswith("train")
+        for number, epochs in enumerate(runs):
+            points = [(item["epoch"], item[key] * scale) for item in epochs if _number(item, key)]
+            axes.plot(
+                *zip(*points, strict=True) if points else ((), ()),
+                color=TRAIN_COLOUR if train else VAL_COLOUR,
+                # Told apart without colour, too.
+                linestyle="--" if train else "-",
+                marker="." if len(points) < 25 else None,
+                linewidth=1.6 if len(runs) == 1 else 1.1,
+                label=("training" if train else "validation") if not number else None,
+            )
+
+
+def _number(item: dict[str, Any], key: str) -> bool:
+    return isinstance(item.get(key), int | float)
+
+
+def roc(pairs: tuple[Floats, Flags], threshold: float, title: str) -> Figure:
+    """The ROC curve of pairs, told by their distance, with the model's threshold on it."""
+    from sklearn.metrics import auc, roc_curve
+
+    apart, match = pairs
+    false, true, _ = roc_curve(match, -apart)
+    area = float(auc(false, true))
+    said = apart <= threshold
+    point = (100 * float(said[~match].mean()), 100 * float(said[match].mean()))
+    figure = new_figure(4.8, 4.6, title)
+    axes = figure.subplots()
+    plain_axes(axes)
+    axes.plot([0, 100], [0, 100], color=NEUTRAL_COLOUR, linestyle=":", linewidth=1, label="chance")
+    _roc_lines(axes, false, true, point, f"area {area:.4f}", f"threshold {threshold:.3g}")
+    axes.set_xlim(-1, 101)
+    axes.set_ylim(-1, 101)
+    axes.set_aspect("equal")
+    axes.set_xlabel("other pairs taken for a match, %")
+    axes.set_ylabel("matching pairs found, %")
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    if area > 0.99:
+        # The corner where all of it happens.
+        inset = axes.inset_axes((0.36, 0.4, 0.5, 0.42))
+        plain_axes(inset)
+        _roc_lines(inset, false, true, point, "", "")
+        far = max(1.0, min(10.0, 2 * point[0], 100.0))
+        inset.set_xlim(-0.05 * far, far)
+        inset.set_ylim(min(100 - far, 2 * point[1] - 100), 100 + 0.05 * far)
+        inset.tick_params(labelsize=7)
+        inset.set_title("the corner", size=8)
+    return figure
+
+
+def _roc_lines(
+    axes: Axes, false: Floats, true: Floats, point: tuple[float, float], area: str, at: str
+) -> None:
+    axes.plot(100 * false, 100 * true, color=TRAIN_COLOUR, linewidth=2, label=area or None)
+    axes.plot(*point, "o", color=VAL_COLOUR, markersize=7, label=at or None)

@@ -1,0 +1,244 @@
+"""Results as JSON, one file an experiment, and the table in the docs that is made from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pg_siamese.connection import CommandError
+from pg_siamese.datasets import sha256
+from pg_siamese.evaluation.database import ENGINES
+from pg_siamese.evaluation.figures import Evaluation
+
+FORMAT = 1
+DIGITS = 5
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+HEADING = """\
+# Results
+
+Mean over the seeds, with the standard deviation where there are several. The text between the two
+marks is written by `pg_siamese evaluate --table`, from the files in `results/`.
+
+"""
+
+
+def result(evaluations: Sequence[Evaluation], command: str) -> dict[str, Any]:
+    """The content of a results file: one experiment, a model file for each seed.
+
+    Raises CommandError where they were evaluated on different data.
+    """
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        if (other.split, _counts(other)) != (first.split, _counts(first)):
+            raise CommandError(
+                f"{other.model.path} and {first.model.path} were evaluated on different data"
+            )
+    return {
+        "format": FORMAT,
+        "experiment": first.model.experiment,
+        "split": first.split,
+        "labels": first.model.labels,
+        "metric": first.model.metric,
+        "dimension": int(first.gallery.vectors.shape[1]),
+        "data": _counts(first),
+        "command": command,
+        "models": [
+            {
+                "file": e.model.path.name,
+                "sha256": sha256(e.model.path),
+                "seed": e.model.seed,
+                "figures": rounded(e.figures),
+            }
+            for e in evaluations
+        ],
+        "summary": rounded(summary([e.figures for e in evaluations])),
+    }
+
+
+def _counts(evaluation: Evaluation) -> dict[str, dict[str, int]]:
+    return {
+        part.name: {
+            "gallery": len(part.train),
+            "validation": len(part.val),
+            "queries": len(getattr(part, evaluation.split)),
+        }
+        for part in evaluation.data
+    }
+
+
+def summary(figures: Sequence[Any]) -> Any:
+    """Mean, sd, min and max of each number in dictionaries of the same form.
+
+    `sd` is the sample standard deviation, None for one file.
+    """
+    if isinstance(figures[0], dict):
+        shared = [key for key in figures[0] if all(key in item for item in figures)]
+        return {key: summary([item[key] for item in figures]) for key in shared}
+    return {
+        "mean": statistics.fmean(figures),
+        "sd": statistics.stdev(figures) if len(figures) > 1 else None,
+        "min": min(figures),
+        "max": max(figures),
+    }
+
+
+def rounded(value: Any) -> Any:
+    """The same with five decimals at most; raises ValueError for a number that JSON has not."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("a figure is not a finite number")
+        return round(value, DIGITS)
+    return value
+
+
+def write_result(content: dict[str, Any], path: Path) -> None:
+    """Write a results file; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All results files of a folder, by name; raises CommandError for one that is none."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CommandError(f"{path}: not JSON: {error}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CommandError(f"{path}: not a results file of pg_siamese evaluate")
+        found.append(content)
+    return found
+
+
+def write_table(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the tables into a Markdown file, between its two marks; what is around them stays."""
+    text = path.read_text(encoding="utf-8") if path.exists() else f"{HEADING}{BEGIN}\n{END}\n"
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise CommandError(f"{path}: lacks the marks {BEGIN} and {END}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, f"{before}{BEGIN}\n{tables(results)}{END}{after}")
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """The tables as Markdown: experiments, retrieval by data set, and the commands."""
+    lines = [
+        "## Do images match?",
+        "",
+        "Pairs and triples half and half. A pair matches when both images are of one class of one "
+        "data set, or of one data set (column *match*); losses are of P(different), the "
+        "contrastive one is mean((1 − y) p² + y (1 − p)²). Of a triple, do at least two match? By "
+        "distance alone, with thresholds from validation images.",
+        "",
+        "| experiment | seeds | match | pair accuracy, % | area under ROC | contrastive loss | "
+        "log loss | triple accuracy, % |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for item in results:
+        for key, match in (("pairs", item["labels"]), ("set_pairs", "set")):
+            figures = item["summary"].get(key)
+            if figures is None or (key == "set_pairs" and item["labels"] == "set"):
+                continue
+            triples = item["summary"].get("triples") if key == "pairs" else None
+            cells = [
+                _name(item),
+                str(len(item["models"])),
+                match,
+                spread(figures["accuracy"], 100, 2),
+                spread(figures["auc"], 1, 4),
+                spread(figures["contrastive_loss"], 1, 4),
+                spread(figures["log_loss"], 1, 4),
+                spread(triples["accuracy"], 100, 2) if triples else "",
+            ]
+            lines.append(_row(cells))
+    lines += [
+        "",
+        "## Nearest neighbours",
+        "",
+        "Gallery: the train split of the data set; queries: another split, by default the test "
+        "split; relevant: the same class. Per cent. mAP@5, mMV@5 and ACC@k as in Mahbod et al. "
+        "(2025); P@10 is the precision among the ten nearest, kNN the accuracy of the vote of "
+        "the nearest. The last columns are the greatest differences to the same figures computed "
+        "in the database, through `similar_images`: by its exact scan, and as it searches by "
+        "default, where a large index is approximate.",
+        "",
+        "| experiment | data set | queries | mAP@5 | mMV@5 | ACC@1 | ACC@3 | ACC@5 | P@10 | 5-NN | "
+        "10-NN | in the database, exact | by default |",
+        "| --- " * 13 + "|",
+    ]
+    for item in results:
+        for name, figures in item["summary"]["sets"].items():
+            variants = {"": figures}
+            variants |= {
+                f", by {m}": figures[f"by_{m}"] for m in ("cosine", "l2") if f"by_{m}" in figures
+            }
+            for note, values in variants.items():
+                protocol, knn = values["retrieval"], values["knn_accuracy"]
+                there = values.get("in_database")
+                cells = [_name(item), f"{name}{note}", f"{item['data'][name]['queries']:,}"]
+                cells += [spread(protocol[k], 1, 2) for k in _PROTOCOL]
+                cells += [spread(values["precision_at_10"], 100, 2)]
+                cells += [spread(knn[k], 100, 2) for k in ("5", "10")]
+                for engine in ENGINES:
+                    cells += [f"{there[engine]['greatest_difference']['max']:.3f}" if there else ""]
+                lines.append(_row(cells))
+    joined = [item for item in results if "right_set" in item["summary"]]
+    if joined:
+        lines += [
+            "",
+            "Data sets joined: is the nearest image of all of the right set, and do pairs match by "
+            "the sets of their nearest images?",
+            "",
+            "| experiment | nearest of the right set, % | pairs by their neighbours, % |",
+            "| --- | --- | --- |",
+        ]
+        for item in joined:
+            by_neighbour = item["summary"]["set_pairs"]["accuracy_by_neighbour"]
+            lines.append(
+                _row(
+                    [
+                        _name(item),
+                        spread(item["summary"]["right_set"], 1, 3),
+                        spread(by_neighbour, 100, 2),
+                    ]
+                )
+            )
+    lines += ["", "## Commands", ""]
+    lines += [f"- {_name(item)}: `{item['command']}`" for item in results]
+    return "\n".join(lines) + "\n"
+
+
+_PROTOCOL = ("map5", "mmv5", "acc1", "acc3", "acc5")
+
+
+def _name(item: dict[str, Any]) -> str:
+    return str(item["experiment"]) + ("" if item["split"] == "test" else f" ({item['split']})")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(figure: Mapping[str, float | None], scale: float, decimals: int) -> str:
+    """'98.58 ± 0.12', or the mean alone where there is one file."""
+    mean, sd = figure["mean"], figure["sd"]
+    assert mean is not None  # only `sd` may be
+    text = f"{mean * scale:.{decimals}f}"
+    return text if sd is None else f"{text} ± {sd * scale:.{decimals}f}"

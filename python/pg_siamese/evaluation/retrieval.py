@@ -1,0 +1,162 @@
+"""Neighbours of embeddings, and how good they are: the retrieval protocol, precision, votes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Vectors = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+# Gallery x queries of one step: about 100 MB of similarities.
+BLOCK_NUMBERS = 12_000_000
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings (N, d) with joined labels (N,) and set numbers (N,)."""
+
+    vectors: Vectors
+    labels: Integers
+    sets: Integers
+
+    def of_set(self, number: int) -> Embedded:
+        """Return the part that belongs to one data set."""
+        here = self.sets == number
+        return Embedded(self.vectors[here], self.labels[here], self.sets[here])
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Retrieval figures in per cent: mAP@5, mMV@5, ACC@1, ACC@3, ACC@5.
+
+    Protocol of Mahbod et al., Engineering Applications of Artificial Intelligence 150 (2025)
+    110571: gallery = train split, queries = another split, cosine similarity; a neighbour is
+    relevant when its class equals the query's.
+    """
+
+    map5: float
+    mmv5: float
+    acc1: float
+    acc3: float
+    acc5: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the figures, rounded to two decimals."""
+        return {key: round(value, 2) for key, value in asdict(self).items()}
+
+
+def nearest(queries: Vectors, gallery: Vectors, k: int, metric: str = "cosine") -> Integers:
+    """Return the indices (Q, k) of the nearest gallery vectors, nearest first.
+
+    `queries` (Q, d) and `gallery` (G, d) need not be unit vectors; `metric` is "cosine" or "l2".
+    With k > G there are only G columns. Ties go to the lower index.
+    """
+    # Doubles: cosines of a few dimensions are so near to one that float32 makes ties of them.
+    here, there = queries.astype(np.float64), gallery.astype(np.float64)
+    if metric == "cosine":
+        here, there = unit(here), unit(there)
+        penalty = 0.0
+    else:
+        penalty = (there**2).sum(axis=1) / 2  # order by q.g - |g|²/2 is order by |q - g|
+    k = min(k, len(there))
+    step = max(1, BLOCK_NUMBERS // max(1, len(there)))
+    parts = [
+        _best(here[start : start + step] @ there.T - penalty, k)
+        for start in range(0, len(here), step)
+    ]
+    return np.concatenate(parts) if parts else np.empty((0, k), np.int64)
+
+
+def _best(similarity: Floats, k: int) -> Integers:
+    if k == similarity.shape[1]:
+        return np.argsort(-similarity, axis=1, kind="stable")
+    chosen = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    values = np.take_along_axis(similarity, chosen, axis=1)
+    order = np.lexsort((chosen, -values), axis=1)
+    chosen = np.take_along_axis(chosen, order, axis=1)
+    # Where the last place is a tie, the partition may have picked a higher index.
+    least = values.min(axis=1, keepdims=True)
+    crowded = (similarity >= least).sum(axis=1) > k
+    for row in np.flatnonzero(crowded):
+        chosen[row] = np.argsort(-similarity[row], kind="stable")[:k]
+    return chosen
+
+
+def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return vectors (N, d) of length one; a vector of length zero stays as it is."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: npt.NDArray[Any] = vectors / np.where(lengths > 0, lengths, 1)
+    return scaled
+
+
+def distances(first: Vectors, second: Vectors, metric: str = "cosine") -> Floats:
+    """Return the distances (N,) of rows: 1 - cosine (0 to 2), or the Euclidean distance."""
+    here, there = first.astype(np.float64), second.astype(np.float64)
+    if metric == "cosine":
+        apart: Floats = 1.0 - np.einsum("nd,nd->n", unit(here), unit(there))
+        return apart
+    lengths: Floats = np.linalg.norm(here - there, axis=1)
+    return lengths
+
+
+def retrieval(neighbour_labels: Integers, query_labels: Integers) -> Retrieval:
+    """Score the labels (Q, 5) of each query's five nearest against the queries' labels (Q,).
+
+    AP@5 = sum over relevant positions i of precision at i, divided by the number of relevant
+    positions among the five; 0 where there is none. mMV@5 counts a query whose label is among
+    the most frequent of the five.
+    """
+    relevant = neighbour_labels == query_labels[:, None]
+    precision = np.cumsum(relevant, axis=1) / np.arange(1, 6)
+    hits = relevant.sum(axis=1)
+    average = (precision * relevant).sum(axis=1) / np.maximum(hits, 1)
+    counts = (neighbour_labels[:, :, None] == neighbour_labels[:, None, :]).sum(axis=2)
+    votes = hits >= counts.max(axis=1)
+    return Retrieval(
+        map5=100 * float(average.mean()),
+        mmv5=100 * float(votes.mean()),
+        acc1=100 * float(relevant[:, 0].mean()),
+        acc3=100 * float(relevant[:, :3].any(axis=1).mean()),
+        acc5=100 * float(relevant.any(axis=1).mean()),
+    )
+
+
+def precision_at(neighbour_labels: Integers, query_labels: Integers, k: int) -> float:
+    """Return the mean share, 0 to 1, of the k nearest (Q, >= k) that have the query's label."""
+    return float((neighbour_labels[:, :k] == query_labels[:, None]).mean())
+
+
+def votes(neighbour_labels: Integers, k: int) -> Integers:
+    """Return the most frequent label (Q,) among the k nearest (Q, >= k).
+
+    Of labels that are equally frequent, the one with the nearest neighbour wins.
+    """
+    first = neighbour_labels[:, :k]
+    counts = (first[:, :, None] == first[:, None, :]).sum(axis=2)
+    return np.take_along_axis(first, counts.argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
+def retrieval_by_set(
+    gallery: Embedded, queries: Embedded, names: Sequence[str], metric: str = "cosine"
+) -> dict[str, Retrieval]:
+    """Score retrieval within each data set: its queries against its own gallery."""
+    figures = {}
+    for number, name in enumerate(names):
+        there, here = gallery.of_set(number), queries.of_set(number)
+        found = nearest(here.vectors, there.vectors, 5, metric)
+        figures[name] = retrieval(there.labels[found], here.labels)
+    return figures
+
+
+def right_set(gallery: Embedded, queries: Embedded, metric: str = "cosine") -> float:
+    """Return the share of queries, in per cent, whose nearest of the whole joined gallery is of
+    their own data set.
+    """
+    found = nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]
+    return 100 * float((gallery.sets[found] == queries.sets).mean())

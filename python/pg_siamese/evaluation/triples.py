@@ -1,0 +1,60 @@
+"""Do at least two of three images match? Triples half and half, decided by their least distance."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pg_siamese.evaluation.pairs import Flags
+from pg_siamese.evaluation.retrieval import Embedded, Floats, Integers, distances
+
+
+def balanced_triples(labels: Integers, count: int, seed: int) -> tuple[Integers, Flags]:
+    """Draw `count` triples of images; in half of them two match, in the others none do.
+
+    Labels are drawn uniformly, so that rare classes count as much as others. Where two match, the
+    third is of another label: three of one label would be easier. `labels` (N,); returns indices
+    (count, 3) in random order within a triple, and whether two match (count,).
+
+    Raises ValueError where there are fewer than three labels (of three images of two classes, two
+    always match) or no label with two images.
+    """
+    random = np.random.default_rng(seed)
+    members = {int(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
+    if len(members) < 3:
+        raise ValueError("triples without a match need at least three classes")
+    known = np.array(list(members))
+    paired = np.array([label for label, found in members.items() if len(found) > 1])
+    if not len(paired):
+        raise ValueError("no pair of one class among these images")
+    match = np.arange(count) % 2 == 0
+    triples = np.empty((count, 3), np.int64)
+    for i in range(count):
+        if match[i]:
+            label = int(random.choice(paired))
+            other = int(random.choice(known[known != label]))
+            both = random.choice(members[label], 2, replace=False)
+            triple = np.append(both, random.choice(members[other]))
+        else:
+            chosen = random.choice(known, 3, replace=False)
+            triple = np.array([random.choice(members[int(label)]) for label in chosen])
+        triples[i] = random.permutation(triple)
+    return triples, match
+
+
+def least_distances(embedded: Embedded, triples: Integers, metric: str = "cosine") -> Floats:
+    """Return the least of the three distances (T,) within each triple (T, 3)."""
+    vectors = embedded.vectors
+    sides = [
+        distances(vectors[triples[:, a]], vectors[triples[:, b]], metric)
+        for a, b in ((0, 1), (0, 2), (1, 2))
+    ]
+    least: Floats = np.minimum.reduce(sides)
+    return least
+
+
+def triple_distances(
+    embedded: Embedded, count: int, seed: int, metric: str = "cosine"
+) -> tuple[Floats, Flags]:
+    """Draw triples, half and half; return their least distances and whether two match."""
+    triples, match = balanced_triples(embedded.labels, count, seed)
+    return least_distances(embedded, triples, metric), match

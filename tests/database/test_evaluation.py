@@ -1,0 +1,106 @@
+"""`pg_siamese evaluate --in-database`: `similar_images` gives the figures that were got offline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pg_siamese.cli import app
+from pg_siamese.datasets import DataNotFoundError, load_medmnist
+from pg_siamese.evaluation import database
+from pg_siamese.evaluation.model import open_model
+from tests.conftest import MODELS, Connection
+
+MODEL = MODELS / "medical.onnx"
+FIGURES = ("map5", "mmv5", "acc1", "acc3", "acc5")
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two small data sets of real images, grey and RGB."""
+    folder = tmp_path_factory.mktemp("data")
+    found = []
+    for name in ("breastmnist", "retinamnist"):
+        arrays: dict[str, Any] = {}
+        for split, count in (("train", 250), ("val", 60), ("test", 60)):
+            try:
+                part = load_medmnist(name, split, download=False)
+            except DataNotFoundError as error:
+                pytest.skip(str(error))
+            arrays[f"{split}_images"] = part.images[:count]
+            arrays[f"{split}_labels"] = part.labels[:count].astype(np.uint8)
+        np.savez(folder / f"{name}.npz", **arrays)
+        found.append(f"npz:{folder / name}.npz")
+    return found
+
+
+def leftovers(db: Connection) -> list[str]:
+    rows = db.execute(
+        "SELECT name FROM siamese.collections WHERE name LIKE 'evaluation%'"
+        " UNION ALL SELECT name FROM siamese.models WHERE name LIKE 'evaluation%'"
+        " UNION ALL SELECT nspname FROM pg_namespace WHERE nspname LIKE 'evaluation%'"
+    )
+    return [name for (name,) in rows]
+
+
+def evaluate(dsn: str, specs: list[str], target: Path, *more: str) -> str:
+    arguments = [str(MODEL), "--in-database", "--dsn", dsn, "--output", str(target), *more]
+    for spec in specs:
+        arguments += ["--data", spec]
+    result = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_database_retrieves_what_was_retrieved_offline(
+    dsn: str, db: Connection, specs: list[str], tmp_path: Path
+) -> None:
+    text = evaluate(dsn, specs, tmp_path / "r.json", "--table", str(tmp_path / "t.md"))
+    assert "greatest difference in the database" in text
+    (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
+    sets = model["figures"]["sets"]
+    assert list(sets) == ["breastmnist", "retinamnist"]
+    for figures in sets.values():
+        assert 20 < figures["retrieval"]["map5"] < 100
+        assert list(figures["in_database"]) == ["pgvector", "auto"]
+        for there in figures["in_database"].values():
+            for name in FIGURES:
+                assert there[name] == pytest.approx(figures["retrieval"][name], abs=0.005)
+            assert there["greatest_difference"] < 0.005
+    assert (tmp_path / "t.md").read_text().count("| 0.000 | 0.000 |") == 2
+    assert leftovers(db) == []
+    assert db.execute("SELECT count(*) FROM siamese.collections").fetchone() == (1,)
+
+
+def test_the_collection_can_be_kept(
+    dsn: str, db: Connection, specs: list[str], tmp_path: Path
+) -> None:
+    text = evaluate(dsn, specs[:1], tmp_path / "r.json", "--keep")
+    (name,) = set(leftovers(db))
+    assert f"the collection stays: {name}" in text
+    row = db.execute(
+        "SELECT rows_embedded, pending FROM siamese.collection_status WHERE collection = %s",
+        (name,),
+    ).fetchone()
+    assert row == (250, 0)
+
+
+def test_nothing_is_left_after_a_failure(
+    dsn: str, db: Connection, specs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        assert leftovers(db)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(database, "_search", broken)
+    model = open_model(MODEL)
+    from pg_siamese.evaluation.model import open_data
+
+    with pytest.raises(KeyboardInterrupt):
+        database.database_retrieval(db, model, open_data(model, specs[:1], "test"), "test")
+    assert leftovers(db) == []

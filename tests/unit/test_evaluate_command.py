@@ -1,0 +1,339 @@
+"""`pg_siamese evaluate` from files to results: on a small encoder and small data sets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+from typer.testing import CliRunner
+
+from pg_siamese.cli import app
+from pg_siamese.connection import CommandError
+from pg_siamese.datasets import LabelledImages
+from pg_siamese.evaluation import figures as figures_module
+from pg_siamese.evaluation import results
+from pg_siamese.evaluation.command import command_line
+from pg_siamese.evaluation.model import embed_images, open_model
+from pg_siamese.evaluation.results import read_results, summary, write_table
+from pg_siamese.sources import png
+from pg_siamese_server.images import decode_image
+from tests.support import grid_encoder
+
+COLOURS = {"reds": (200, 40, 40), "greens": (40, 200, 40), "blues": (40, 40, 200)}
+
+
+def write_data(path: Path, classes: tuple[str, ...] = tuple(COLOURS), seed: int = 0) -> Path:
+    """An npz in MedMNIST's layout: 8 x 8 images, each class of a colour of its own."""
+    random = np.random.default_rng(seed)
+    arrays: dict[str, Any] = {}
+    for split, count in (("train", 12), ("val", 6), ("test", 6)):
+        labels = np.repeat(np.arange(len(classes)), count)
+        base = np.array([COLOURS[name] for name in classes])[labels][:, None, None, :]
+        noise = random.integers(-35, 36, (len(labels), 8, 8, 3))
+        arrays[f"{split}_images"] = (base + noise).astype(np.uint8)
+        arrays[f"{split}_labels"] = labels.astype(np.uint8)[:, None]
+    np.savez(path, **arrays)
+    return path
+
+
+def write_model(path: Path, size: int = 8, metadata: dict[str, Any] | None = None) -> Path:
+    """An encoder whose embedding is the mean colour of each quarter of an image."""
+    says: dict[str, Any] = {
+        "format": 1,
+        "name": "colours",
+        "metric": "l2",
+        "input": {"width": size, "height": size, "channels": 3, "resize": "stretch"},
+        **(metadata or {}),
+    }
+    shape: list[int | str] = ["batch", size, size, 3]
+    onnx = grid_encoder(shape, TensorProto.UINT8, pool=size // 2, metadata=json.dumps(says))
+    path.write_bytes(onnx)
+    return path
+
+
+def trained(data: Path, seed: int = 0) -> dict[str, Any]:
+    return {
+        "training": {
+            "experiment": "colours",
+            "seed": seed,
+            "data": [{"name": data.stem, "spec": f"npz:{data}"}],
+        }
+    }
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fails(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    assert result.exit_code == 1, result.output
+    *progress, line = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all("embedding by" in bar for bar in progress)
+    return line
+
+
+@pytest.fixture(autouse=True)
+def fewer_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures_module, "PAIRS", 2000)
+    monkeypatch.setattr(figures_module, "TRIPLES", 500)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "paints.npz")
+
+
+def test_one_model_from_its_own_metadata(tmp_path: Path, data: Path) -> None:
+    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
+    target, table = tmp_path / "results" / "colours.json", tmp_path / "docs" / "results.md"
+    text = run(model, "--output", target, "--table", table)
+    assert "colours, 1 model" in text
+    content = json.loads(target.read_text())
+    assert content["experiment"] == "colours"
+    assert content["data"] == {"paints": {"gallery": 36, "validation": 18, "queries": 18}}
+    assert content["dimension"] == 12
+    (one,) = content["models"]
+    figures = one["figures"]
+    # Colours far apart: everything is told right.
+    assert figures["pairs"]["accuracy"] == figures["triples"]["accuracy"] == 1.0
+    assert figures["sets"]["paints"]["retrieval"]["map5"] == 100
+    assert figures["sets"]["paints"]["precision_at_10"] == 1.0
+    # Vectors that are not of length one: both metrics are of interest.
+    assert figures["sets"]["paints"]["by_cosine"]["knn_accuracy"]["5"] == 1.0
+    assert content["summary"]["pairs"]["accuracy"] == {
+        "mean": 1.0,
+        "sd": None,
+        "min": 1.0,
+        "max": 1.0,
+    }
+    assert "| colours | paints | 18 | 100.00 |" in table.read_text()
+    assert not [path for path in tmp_path.rglob(".*.partial")]
+
+
+def test_the_model_s_own_calibration_is_what_counts(tmp_path: Path, data: Path) -> None:
+    said = {"calibration": {"weight": -1.0, "bias": 0.25}, "threshold": 0.0, **trained(data)}
+    model = write_model(tmp_path / "model.onnx", metadata=said)
+    run(model, "--output", tmp_path / "r.json")
+    pairs = json.loads((tmp_path / "r.json").read_text())["models"][0]["figures"]["pairs"]
+    assert pairs["threshold"] == 0.0
+    assert pairs["accuracy"] == 0.5  # nothing is nearer than that
+
+
+def test_several_seeds_have_mean_and_spread(tmp_path: Path, data: Path) -> None:
+    models = [
+        write_model(tmp_path / f"{seed}.onnx", metadata=trained(data, seed)) for seed in range(3)
+    ]
+    run(*models, "--output", tmp_path / "r.json", "--table", tmp_path / "t.md")
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert [model["seed"] for model in content["models"]] == [0, 1, 2]
+    assert content["summary"]["pairs"]["accuracy"]["sd"] == 0.0
+    assert "| colours | 3 | class | 100.00 ± 0.00 |" in (tmp_path / "t.md").read_text()
+
+
+def test_models_of_two_experiments_are_not_mixed(tmp_path: Path, data: Path) -> None:
+    first = write_model(tmp_path / "a.onnx", metadata=trained(data))
+    second = write_model(tmp_path / "b.onnx", metadata={"name": "other"})
+    line = fails(first, second, "--data", f"npz:{data}", "--output", tmp_path / "r.json")
+    assert "is of experiment other" in line
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_several_data_sets_are_joined(tmp_path: Path, data: Path) -> None:
+    other = write_data(tmp_path / "inks.npz", ("blues", "reds"), seed=1)
+    model = write_model(tmp_path / "model.onnx")
+    run(
+        model, "--data", f"npz:{data}", "--data", f"npz:{other}", "--output", tmp_path / "r.json",
+        "--table", tmp_path / "t.md",
+    )  # fmt: skip
+    content = json.loads((tmp_path / "r.json").read_text())
+    figures = content["summary"]
+    assert list(figures["sets"]) == ["paints", "inks"]
+    # The same colours are in both sets, so the sets can't be told.
+    assert figures["right_set"]["mean"] < 90
+    assert figures["set_pairs"]["accuracy"]["mean"] < 0.9
+    assert "nearest of the right set" in (tmp_path / "t.md").read_text()
+    assert "--data npz:paints.npz --data npz:inks.npz" in content["command"]
+
+
+def test_which_set_models_are_scored_by_set(tmp_path: Path) -> None:
+    first = write_data(tmp_path / "warm.npz", ("reds", "reds"))
+    second = write_data(tmp_path / "cold.npz", ("blues", "blues"), seed=1)
+    model = write_model(tmp_path / "model.onnx", metadata={"labels": "set"})
+    target = tmp_path / "r.json"
+    run(model, "--data", f"npz:{first}", "--data", f"npz:{second}", "--output", target)
+    summary_ = json.loads(target.read_text())["summary"]
+    assert summary_["pairs"]["accuracy"]["mean"] == 1.0
+    assert summary_["right_set"]["mean"] == 100
+    assert "triples" not in summary_  # of three images of two sets, two always match
+
+
+def test_the_validation_split_can_be_evaluated(tmp_path: Path, data: Path) -> None:
+    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
+    run(model, "--split", "val", "--output", tmp_path / "r.json", "--table", tmp_path / "t.md")
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["split"] == "val"
+    assert content["command"].endswith("--split val")
+    assert "colours (val)" in (tmp_path / "t.md").read_text()
+
+
+def test_images_come_to_the_encoder_as_in_the_server(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (5, 9, 13), np.uint8)
+    images = LabelledImages("set", "test", pixels, np.zeros(5, np.int64), ("a",))
+    model = open_model(write_model(tmp_path / "model.onnx"))
+    expected = model.encoder.embed(
+        np.stack([decode_image(png(image), model.spec.input) for image in pixels])
+    )
+    counts: list[int] = []
+    assert np.array_equal(embed_images(model, images, counts.append), expected)
+    assert sum(counts) == 5
+
+
+# --- what can go wrong ------------------------------------------------------------------------
+
+
+def test_a_model_without_metadata(tmp_path: Path, data: Path) -> None:
+    model = tmp_path / "plain.onnx"
+    model.write_bytes(grid_encoder(["batch", 8, 8, 3], TensorProto.UINT8, pool=4))
+    assert "plain.onnx: no metadata" in fails(model, "--data", f"npz:{data}")
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("not a model")
+    assert "not a model that ONNX Runtime opens" in fails(tmp_path / "text.onnx")
+    assert "No such file" in fails(tmp_path / "none.onnx")
+
+
+def test_damaged_metadata(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.onnx", metadata={"calibration": 3})
+    assert "m.onnx: its metadata is damaged" in fails(model)
+    model = write_model(tmp_path / "m.onnx", metadata={"metric": "miles"})
+    assert 'unknown metric "miles"' in fails(model)
+
+
+def test_a_model_that_names_no_data(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model.onnx")
+    assert "say which with --data SPEC" in fails(model)
+
+
+def test_an_unknown_data_set(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model.onnx")
+    assert 'no data set "nothing"' in fails(model, "--data", "nothing")
+
+
+def test_an_empty_split(tmp_path: Path, data: Path) -> None:
+    with np.load(data) as file:
+        arrays = dict(file)
+    arrays["test_images"], arrays["test_labels"] = arrays["test_images"][:0], np.empty((0, 1), "u1")
+    np.savez(data, **arrays)
+    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
+    assert 'data set "paints" has no images in its test split' in fails(model)
+
+
+def test_a_gallery_that_is_too_small(tmp_path: Path, data: Path) -> None:
+    with np.load(data) as file:
+        arrays = dict(file)
+    arrays["train_images"] = arrays["train_images"][::5]
+    arrays["train_labels"] = arrays["train_labels"][::5]
+    np.savez(data, **arrays)
+    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
+    assert "has 8 train images: at least 10 are needed" in fails(model)
+
+
+def test_two_data_sets_of_one_name(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "other").mkdir()
+    again = write_data(tmp_path / "other" / "paints.npz")
+    model = write_model(tmp_path / "model.onnx")
+    line = fails(model, "--data", f"npz:{data}", "--data", f"npz:{again}")
+    assert 'two data sets are called "paints"' in line
+
+
+def test_without_scikit_learn_it_says_what_to_install(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    line = fails(write_model(tmp_path / "model.onnx", metadata=trained(data)))
+    assert "pg_siamese[train]" in line
+
+
+def test_torch_is_not_needed(tmp_path: Path, data: Path) -> None:
+    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
+    arguments = ["evaluate", str(model), "--output", str(tmp_path / "r.json")]
+    arguments += ["--pictures", str(tmp_path)]
+    program = (
+        "import sys\n"
+        "from pg_siamese.cli import app\n"
+        f"app({arguments!r}, standalone_mode=False)\n"
+        "assert not {'torch', 'lightning'}.intersection(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "colours-roc.png").exists()
+
+
+# --- results and table ------------------------------------------------------------------------
+
+
+def test_summary_by_hand() -> None:
+    figures: list[Any] = [{"a": 1.0, "b": {"c": 2}}, {"a": 3.0, "b": {"c": 2}, "only here": 1}]
+    assert summary(figures) == {
+        "a": {"mean": 2.0, "sd": pytest.approx(2**0.5), "min": 1.0, "max": 3.0},
+        "b": {"c": {"mean": 2.0, "sd": 0.0, "min": 2, "max": 2}},
+    }
+
+
+def test_spread_is_shown_where_there_is_one() -> None:
+    figure = {"mean": 0.98765, "sd": 0.00123, "min": 0.0, "max": 1.0}
+    assert results.spread(figure, 100, 2) == "98.77 ± 0.12"
+    assert results.spread({**figure, "sd": None}, 1, 3) == "0.988"
+
+
+def test_only_numbers_go_into_results() -> None:
+    assert results.rounded({"a": 0.123456789, "b": 3, "c": None}) == {
+        "a": 0.12346,
+        "b": 3,
+        "c": None,
+    }
+    with pytest.raises(ValueError, match="not a finite number"):
+        results.rounded({"a": float("nan")})
+
+
+def test_the_text_around_the_table_stays(tmp_path: Path) -> None:
+    path = tmp_path / "results.md"
+    path.write_text(f"# Mine\n{results.BEGIN}\nyesterday\n{results.END}\nafter\n")
+    write_table([], path)
+    text = path.read_text()
+    assert text.startswith("# Mine\n")
+    assert text.endswith("after\n")
+    assert "yesterday" not in text
+    path.write_text("# no marks\n")
+    with pytest.raises(CommandError, match="lacks the marks"):
+        write_table([], path)
+    assert path.read_text() == "# no marks\n"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}'])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(CommandError, match=r"bad\.json"):
+        read_results(tmp_path)
+
+
+def test_the_command_names_no_folder_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [tmp_path / "models" / "a.onnx", Path("b.onnx"), Path("/elsewhere/c.onnx")]
+    assert command_line(files, ["mnist"], "test", True) == (
+        "pg_siamese evaluate models/a.onnx b.onnx c.onnx --data mnist --in-database"
+    )
