@@ -69,9 +69,9 @@ bench-large: python ## the search and build part at 1,000,000 vectors
 	@$(DEV).deps --test --bench
 	@$(BIN)/python -m bench --large $(ARGS)
 
-train: python ## train the shipped encoders anew (see pg_siamese train --help)
+train: python ## train the shipped medical encoder anew, or ARGS="EXPERIMENT ..." (pg_siamese train --help)
 	@$(DEV).deps --train
-	@$(BIN)/pg_siamese train $(ARGS)
+	@$(BIN)/pg_siamese train $(or $(ARGS),medical --output models/medical.onnx)
 
 install: python ## for a DBA: install into the system's PostgreSQL (PG_CONFIG, PREFIX, DESTDIR)
 	@$(DEV).install --pg-config "$(PG_CONFIG)" --prefix "$(PREFIX)" --destdir "$(DESTDIR)"

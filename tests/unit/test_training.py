@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,22 @@ pytest.importorskip("lightning")
 pytest.importorskip("pytorch_metric_learning")
 
 import onnx
-from typer.testing import CliRunner
 
-from pg_siamese.datasets import LabelledImages
-from pg_siamese.training import cli, export, loop
-from pg_siamese.training.calibration import calibrate, score_pairs
-from pg_siamese.training.data import Augmenter, DataSplits, JoinedImages, hold_out
-from pg_siamese.training.encoder import ResidualEncoder
-from pg_siamese.training.evaluation import Embedded, nearest, retrieval, retrieval_by_set, right_set
-from pg_siamese.training.experiments import EXPERIMENTS, Augmentation, Experiment
-from pg_siamese.training.learner import embed
-from pg_siamese.training.sampling import balanced_pairs, class_sampler
+from pg_siamese.datasets import LabelledImages, hold_out, open_dataset
+from pg_siamese.evaluation.pairs import balanced_pairs, calibrate, score_pairs
+from pg_siamese.evaluation.retrieval import (
+    Embedded,
+    nearest,
+    retrieval,
+    retrieval_by_set,
+    right_set,
+)
+from pg_siamese.training import callbacks, export, loop
+from pg_siamese.training.data import Augmenter, JoinedImages
+from pg_siamese.training.experiments import Augmentation, load_experiment, parse_experiment
+from pg_siamese.training.learner import embed, load_learner
+from pg_siamese.training.networks.residual import ResidualEncoder
+from pg_siamese.training.sampling import class_sampler
 
 
 def striped(name: str, split: str, count: int, seed: int, grey: bool) -> LabelledImages:
@@ -43,37 +49,52 @@ def striped(name: str, split: str, count: int, seed: int, grey: bool) -> Labelle
     return LabelledImages(name, split, pixels, labels, ("across", "down"))
 
 
-def two_sets(seed: int) -> list[DataSplits]:
-    return [
-        DataSplits(*(striped(name, s, n, 10 * i + j, name == "grey") for j, (s, n) in parts))
-        for i, name in enumerate(("grey", "colour"))
-        for parts in [list(enumerate((("train", 96), ("val", 24), ("test", 24))))]
-    ]
+PARTS = (("train", 96), ("val", 24), ("test", 24))
 
 
-TINY = Experiment(
-    name="tiny",
-    title="A tiny encoder",
-    load=two_sets,
-    augmentation={"grey": Augmentation(shift=1), "colour": Augmentation(brightness=0.1)},
-    intended_use="Tests.",
-    limits="Knows nothing but stripes.",
-    epochs=4,
-    dimension=16,
-    stem=(8, 2),
-    stages=((16, 2), (32, 2)),
-    batch_size=32,
-    average_decay=0.9,
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Two sets of stripes as npz files, by the texts that open them."""
+    folder = tmp_path_factory.mktemp("data")
+    for number, name in enumerate(("grey", "colour")):
+        arrays: dict[str, np.ndarray] = {}
+        for place, (split, count) in enumerate(PARTS):
+            part = striped(name, split, count, 10 * number + place, name == "grey")
+            arrays |= {f"{split}_images": part.images, f"{split}_labels": part.labels}
+        np.savez(folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]
+    return tuple(f"npz:{folder / name}.npz" for name in ("grey", "colour"))
+
+
+TINY = parse_experiment(
+    {
+        "name": "tiny",
+        "title": "A tiny encoder",
+        "data": [],
+        "augmentation": {"grey": {"shift": 1}, "colour": {"brightness": 0.1}},
+        "intended_use": "Tests.",
+        "limits": "Knows nothing but stripes.",
+        "epochs": 4,
+        "batch_size": 32,
+        "average_decay": 0.9,
+        "network": {
+            "name": "residual",
+            "dimension": 16,
+            "stem": [8, 2],
+            "stages": [[16, 2], [32, 2]],
+        },
+        "sampling": {"balance": 1.0},
+        "validation": {"every": 2, "keep": "last"},
+    }
 )
 
 
 # --- data -------------------------------------------------------------------------------------
 
 
-def test_joined_sets_label_the_class_of_the_set() -> None:
-    joined = JoinedImages([s.train for s in two_sets(0)])
+def test_joined_sets_label_the_class_of_the_set(data: tuple[str, ...]) -> None:
+    joined = JoinedImages([open_dataset(spec).train for spec in data])
     assert joined.names == ("grey", "colour")
-    assert joined.classes == ("grey: across", "grey: down", "colour: across", "colour: down")
+    assert joined.classes == ("grey: 0", "grey: 1", "colour: 0", "colour: 1")
     assert joined.pixels.shape == (192, 28, 28, 3)
     assert torch.bincount(joined.labels).tolist() == [48] * 4
     assert torch.equal(joined.sets, joined.labels // 2)
@@ -83,10 +104,26 @@ def test_joined_sets_label_the_class_of_the_set() -> None:
     assert torch.equal(pixels[1], joined[0][0])
 
 
+def test_joined_sets_by_set(data: tuple[str, ...]) -> None:
+    joined = JoinedImages([open_dataset(spec).train for spec in data], labels="set")
+    assert joined.classes == ("grey", "colour")
+    assert torch.equal(joined.labels, joined.sets)
+
+
+def test_some_and_replaced_images_keep_their_labels(data: tuple[str, ...]) -> None:
+    joined = JoinedImages([open_dataset(spec).train for spec in data])
+    some = joined.some(10, seed=1)
+    assert len(some) == len(some.labels) == len(some.sets) == 10
+    assert torch.equal(some.pixels, joined.some(10, seed=1).pixels)
+    assert joined.some(0, seed=1) is joined
+    twice = joined.with_pixels(torch.zeros(2 * len(joined), 5), times=2)
+    assert torch.equal(twice.labels, joined.labels.repeat(2))
+
+
 def test_joined_sets_must_be_of_one_size() -> None:
     small = LabelledImages("small", "train", np.zeros((1, 8, 8), np.uint8), np.array([0]), ("a",))
     with pytest.raises(ValueError, match="different sizes"):
-        JoinedImages([small, two_sets(0)[0].train])
+        JoinedImages([small, striped("grey", "train", 4, 0, True)])
 
 
 def test_hold_out_is_stratified_disjoint_and_repeatable() -> None:
@@ -126,7 +163,7 @@ def test_augmentation_is_random_bounded_and_seeded() -> None:
 
 
 def test_every_set_of_an_experiment_has_its_augmentation() -> None:
-    medical = EXPERIMENTS["medical"].augmentation
+    medical = load_experiment("medical").augmentation
     assert set(medical) == {
         "breastmnist",
         "dermamnist",
@@ -134,7 +171,7 @@ def test_every_set_of_an_experiment_has_its_augmentation() -> None:
         "pneumoniamnist",
         "retinamnist",
     }
-    assert set(EXPERIMENTS["fashion_mnist"].augmentation) == {"fashion_mnist"}
+    assert set(load_experiment("fashion_mnist").augmentation) == {"fashion_mnist"}
     assert medical["pneumoniamnist"].flip_vertical == 0
 
 
@@ -259,11 +296,12 @@ def test_folding_batch_norms_changes_nothing_but_the_speed() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, loop.Trained]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]
+) -> tuple[Path, loop.Trained]:
     folder = tmp_path_factory.mktemp("tiny")
-    result = loop.fit(
-        TINY, command="pg_siamese train tiny", log_folder=folder / "log", threads=1, say=print
-    )
+    tiny = dataclasses.replace(TINY, data=data)
+    result = loop.fit(tiny, command="pg_siamese train tiny", folder=folder / "run", threads=1)
     export.export_encoder(result.encoder, folder / "tiny.onnx", result.metadata)
     return folder / "tiny.onnx", result
 
@@ -314,7 +352,7 @@ def test_the_file_keeps_to_the_contract(trained: tuple[Path, loop.Trained]) -> N
     assert metadata == json.loads(json.dumps(result.metadata))
     assert metadata["calibration"]["weight"] < 0
     assert 0 < metadata["threshold"] < 2
-    assert metadata["classes"][0] == "grey: across"
+    assert metadata["classes"][0] == "grey: 0"
     assert metadata["input"] == {
         "width": 28,
         "height": 28,
@@ -324,42 +362,111 @@ def test_the_file_keeps_to_the_contract(trained: tuple[Path, loop.Trained]) -> N
     }
 
 
-def test_one_seed_gives_one_encoder(tmp_path: Path) -> None:
-    short = dataclasses.replace(TINY, epochs=1)
+def test_metadata_says_how_it_was_made(
+    trained: tuple[Path, loop.Trained], data: tuple[str, ...]
+) -> None:
+    metadata = trained[1].metadata
+    training = metadata["training"]
+    assert (metadata["labels"], metadata["metric"]) == ("class", "cosine")
+    assert (training["experiment"], training["seed"]) == ("tiny", 0)
+    assert [item["spec"] for item in training["data"]] == list(data)
+    assert [item["file"] for item in training["data"]] == ["grey.npz", "colour.npz"]
+    assert training["objective"] == "cosface"
+
+
+def test_a_run_keeps_its_figures(trained: tuple[Path, loop.Trained]) -> None:
+    folder = trained[0].parent / "run"
+    rows = json.loads((folder / "metrics.json").read_text())
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert all({"train_loss", "train_accuracy"} <= set(row) for row in rows)
+    figures = {"val_loss", "val_accuracy", "val_map5", "val_map5/grey"}
+    assert [figures <= set(row) for row in rows] == [False, True, False, True]
+    assert list(folder.rglob("events.out.tfevents*"))
+
+
+def test_a_checkpoint_gives_the_encoder_back(trained: tuple[Path, loop.Trained]) -> None:
+    folder = trained[0].parent / "run"
+    learner = load_learner(folder / "last.ckpt")
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4 * 192 // 32
+    assert learner.experiment == trained[1].experiment
+    expected = trained[1].encoder.state_dict()
+    found = learner.encoder.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    broken = folder / "broken.ckpt"
+    broken.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=r"broken\.ckpt: no checkpoint"):
+        load_learner(broken)
+    torch.save({"state_dict": {}}, broken)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load_learner(broken)
+
+
+def test_one_seed_gives_one_encoder(tmp_path: Path, data: tuple[str, ...]) -> None:
+    short = dataclasses.replace(TINY, epochs=1, data=data)
     first, second, other = (
         loop.fit(
             dataclasses.replace(short, seed=seed),
             command="",
-            log_folder=tmp_path,
+            folder=tmp_path / str(number),
             threads=1,
             test=False,
-            say=print,
         ).encoder.state_dict()
-        for seed in (0, 0, 1)
+        for number, seed in enumerate((0, 0, 1))
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-# --- command ----------------------------------------------------------------------------------
+def test_a_resumed_run_ends_where_a_whole_one_does(
+    tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = dataclasses.replace(TINY, data=data)
+    whole = loop.fit(experiment, command="", folder=tmp_path / "a", threads=1, test=False)
+
+    class Stopped(Exception):
+        pass
+
+    lines = callbacks.EpochLines.on_train_epoch_end
+
+    def stop_after_two(self, trainer, pl_module) -> None:
+        lines(self, trainer, pl_module)
+        if trainer.current_epoch == 2:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.EpochLines, "on_train_epoch_end", stop_after_two)
+        patch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+        with pytest.raises(Stopped):
+            loop.fit(experiment, command="", folder=tmp_path / "b", threads=1, test=False)
+    said: list[str] = []
+    resumed = loop.fit(
+        experiment,
+        command="",
+        folder=tmp_path / "b",
+        resume=True,
+        threads=1,
+        test=False,
+        say=said.append,
+    )
+    assert any("going on from" in line for line in said)
+    rows = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert rows == json.loads((tmp_path / "a" / "metrics.json").read_text())
+    first, second = whole.encoder.state_dict(), resumed.encoder.state_dict()
+    different = {
+        key: (first[key], second[key]) for key in first if not torch.equal(first[key], second[key])
+    }
+    assert not different
 
 
-def test_command_writes_model_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
-    arguments = ["train", "tiny", "--epochs", "1", "--threads", "1", "--seed", "5"]
-    arguments += ["--output", str(tmp_path / "tiny.onnx"), "--log-folder", str(tmp_path / "log")]
-    result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 0, result.output
-    metadata = export.read_metadata(tmp_path / "tiny.onnx")
-    assert metadata["training"]["command"] == "pg_siamese train tiny --epochs 1 --seed 5"
-    card = (tmp_path / "tiny.md").read_text()
-    assert card.startswith("# A tiny encoder\n")
-    assert "Knows nothing but stripes." in card
-    assert str(tmp_path) not in card
-    assert list((tmp_path / "log").rglob("events.out.tfevents*"))
-
-
-def test_command_says_what_there_is() -> None:
-    result = CliRunner().invoke(cli.app, ["train", "none"])
-    assert result.exit_code == 2
-    assert "fashion_mnist" in result.output
+def test_training_stops_early(tmp_path: Path, data: tuple[str, ...]) -> None:
+    settings = dataclasses.replace(
+        TINY.validation, every=1, patience=1, monitor="train_accuracy", mode="min", keep="best"
+    )
+    loop.fit(
+        dataclasses.replace(TINY, data=data, epochs=30, validation=settings),
+        command="",
+        folder=tmp_path,
+        threads=1,
+        test=False,
+    )
+    assert len(json.loads((tmp_path / "metrics.json").read_text())) < 15

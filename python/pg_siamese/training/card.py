@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pg_siamese.datasets import LICENCES, sha256
-from pg_siamese.training.data import DataSplits
-from pg_siamese.training.experiments import Experiment
+from pg_siamese.datasets import LICENCES, DataSplits, sha256
+from pg_siamese.training.experiments import Augmentation, Experiment
 
-_PROTOCOL = """\
-Retrieval within each data set: the gallery is the images trained on, the queries are another split,
-compared by cosine; a neighbour is relevant when its class equals the query's (Mahbod et al.,
-Engineering Applications of Artificial Intelligence 150 (2025) 110571). Per cent.
-"""
+_NETWORKS = {
+    "residual": "small residual CNN with batch norm, mean over the image, linear layer",
+    "siamese_cnn": "batch norm, two 5 x 5 convolutions with tanh and average pooling, linear layer",
+    "conv5": "five convolutions, each followed by max pooling",
+    "conv3_gap": "three convolutions of stride 2 with ReLU, global average pooling, linear layer",
+    "efficientnet_b0": "EfficientNet-b0 with random initial weights, linear layer",
+    "efficientnet_lite0": "EfficientNet-lite0 with weights learned on ImageNet, linear layer",
+}
+_OBJECTIVES = {
+    "cosface": "Cosine-margin softmax (CosFace)",
+    "contrastive_sigmoid": "Contrastive loss on the sigmoid of a linear layer on the distance",
+    "contrastive_hadsell": "Contrastive loss of Hadsell, Chopra and LeCun",
+    "pair_cross_entropy": "Binary cross entropy of a linear layer on the distance",
+    "triplet": "Triplet loss",
+    "triplet_cross_entropy": "Triplet loss and categorical cross entropy",
+}
+_SAMPLING = {
+    "classes": "single images",
+    "per_class": "a fixed number of images a class",
+    "pairs": "pairs, half of which match",
+    "triplets": "triplets of anchor, positive and negative",
+}
 
 
 def write_card(
@@ -33,21 +50,25 @@ def write_card(
     metrics = training["metrics"]
     calibration = metadata["calibration"]
     size = metadata["input"]
+    cosine_metric = metadata["metric"] == "cosine"
+    unit = "unit vector" if _normalised(experiment) else "vector"
+    what = "class" if metadata["labels"] == "class" else "data set"
+    how = "cosine" if cosine_metric else "Euclidean"
     lines = [
         f"# {experiment.title}",
         "",
-        f"`{model.name}` turns an image into a unit vector of {metadata['dimension']} numbers; "
-        "images of one class lie close together by cosine distance.",
+        f"`{model.name}` turns an image into a {unit} of {metadata['dimension']} numbers; images "
+        f"of one {what} lie close together by {how} distance.",
         "",
         "| | |",
         "| --- | --- |",
         f"| File | {model.stat().st_size:,} bytes, SHA-256 `{sha256(model)}` |",
         f"| Input `image` | uint8, batch x {size['height']} x {size['width']} x 3 (RGB; grey "
         "images replicated), any batch size; normalisation is in the graph |",
-        f"| Output `embedding` | float32, batch x {metadata['dimension']}, L2-normalised |",
-        "| Network | residual CNN: convolution of "
-        f"{experiment.stem[0]} channels, residual blocks of "
-        f"{', '.join(str(c) for c, _ in experiment.stages)} channels, mean, linear layer |",
+        f"| Output `embedding` | float32, batch x {metadata['dimension']}"
+        f"{', L2-normalised' if _normalised(experiment) else ''} |",
+        f"| Network | {_NETWORKS.get(experiment.network.name, experiment.network.name)}"
+        f"{_options(experiment.network.options)} |",
         f"| Speed | {speed:,.0f} images a second on one thread of ONNX Runtime at batch 32, where "
         "it was trained (CPU time) |",
         f"| Agreement with PyTorch | cosine of at least {cosine:.6f} |",
@@ -60,12 +81,7 @@ def write_card(
         "",
         f"Command: `{training['command']}` (seed {experiment.seed}).",
         "",
-        f"Cosine-margin softmax (CosFace, margin {experiment.margin:g}, scale {experiment.scale:g})"
-        f" over 'which class of which data set' ({len(metadata['classes'])} classes), "
-        f"{experiment.epochs} epochs of AdamW, batches of {experiment.batch_size}, random flips, "
-        "rotation, shift, zoom, brightness and contrast; the exponential moving average of the "
-        f"weights is what was exported. {_draws(experiment.balance)} Settings were chosen on the "
-        "validation splits, none on the test splits.",
+        *_training(experiment, metadata),
         "",
         "| data set | train | validation | test | licence |",
         "| --- | --- | --- | --- | --- |",
@@ -81,7 +97,8 @@ def write_card(
         "",
         "## Figures",
         "",
-        _PROTOCOL,
+        *_protocol(what, how),
+        "",
         "| data set | split | mAP@5 | mMV@5 | ACC@1 | ACC@3 | ACC@5 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(
@@ -98,15 +115,7 @@ def write_card(
     lines += [
         "## Calibration",
         "",
-        f"P(match) = sigmoid({calibration['weight']:.4f} x distance + {calibration['bias']:.4f}), "
-        f"decision threshold {metadata['threshold']:.4f}; distance = 1 - cosine; match = same data "
-        "set and same class. Fitted on 20,000 validation pairs, half of which match; of those that "
-        "don't, "
-        + (
-            "half are of one data set and half of two. "
-            if len(splits) > 1
-            else "all are of different classes. "
-        ),
+        *_calibration(metadata, calibration, len(splits)),
         "",
         "| pairs of | accuracy at the threshold | area under the ROC curve | log loss |",
         "| --- | --- | --- | --- |",
@@ -124,6 +133,81 @@ def write_card(
     path = model.with_suffix(".md")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def _normalised(experiment: Experiment) -> bool:
+    return experiment.network.name not in ("siamese_cnn", "conv5")
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    named = ", ".join(f"{key} {value}" for key, value in options.items())
+    return f" ({named})" if named else ""
+
+
+def _training(experiment: Experiment, metadata: dict[str, Any]) -> list[str]:
+    objective, sampling, optimiser = (
+        experiment.objective,
+        experiment.sampling,
+        experiment.optimiser,
+    )
+    text = (
+        f"{_OBJECTIVES.get(objective.name, objective.name)}{_options(objective.options)} over "
+        f"{_labels(metadata)} ({len(metadata['classes'])} classes); at most {experiment.epochs} "
+        f"epochs of {optimiser.name} (rate {optimiser.learning_rate:g}, schedule "
+        f"{optimiser.schedule.replace('_', ' ')}), batches of {experiment.batch_size}: "
+        f"{_SAMPLING[sampling.kind]}."
+    )
+    if sampling.kind == "classes":
+        text += f" {_draws(sampling.balance)}"
+    if any(change != Augmentation() for change in experiment.augmentation.values()):
+        text += (
+            " Images are changed at random (flips, rotation, shift, zoom, brightness, contrast)."
+        )
+    if experiment.average_decay:
+        text += " The exponential moving average of the weights is what was exported."
+    if experiment.validation.keep == "best":
+        text += f" The epoch with the best {experiment.validation.monitor} was exported."
+    return [f"{text} Settings were chosen on the validation splits, none on the test splits."]
+
+
+def _labels(metadata: dict[str, Any]) -> str:
+    return (
+        "'which class of which data set'" if metadata["labels"] == "class" else "'which data set'"
+    )
+
+
+def _protocol(what: str, how: str) -> list[str]:
+    if what == "class":
+        where = "Retrieval within each data set: the gallery is the images trained on"
+    else:
+        where = "Retrieval in all data sets together: the gallery is the images trained on"
+    return [
+        f"{where}, the queries are another split,",
+        f"compared by {how} distance; a neighbour is relevant when its {what} equals the query's "
+        "(Mahbod et al.,",
+        "Engineering Applications of Artificial Intelligence 150 (2025) 110571). Per cent.",
+    ]
+
+
+def _calibration(metadata: dict[str, Any], calibration: dict[str, float], sets: int) -> list[str]:
+    distance = "1 - cosine" if metadata["metric"] == "cosine" else "the Euclidean distance"
+    match = "same data set and same class" if metadata["labels"] == "class" else "same data set"
+    head = metadata["training"]["objective"] in ("contrastive_sigmoid", "pair_cross_entropy")
+    fitted = "These are the Siamese head's own" if head else "These were fitted"
+    drawn = (
+        "half are of one data set and half of two"
+        if sets > 1 and metadata["labels"] == "class"
+        else "all are of different data sets"
+        if metadata["labels"] == "set"
+        else "all are of different classes"
+    )
+    return [
+        f"P(match) = sigmoid({calibration['weight']:.4f} x distance + {calibration['bias']:.4f}), "
+        f"decision threshold {metadata['threshold']:.4f}; distance = {distance}; match = {match}. "
+        f"{fitted}{';' if head else ' on 20,000 validation pairs,'} "
+        f"{'the threshold was chosen on 20,000 validation pairs, ' if head else ''}half of which "
+        f"match; of those that don't, {drawn}.",
+    ]
 
 
 def _draws(balance: float) -> str:

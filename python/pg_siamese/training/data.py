@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,71 +18,65 @@ from pg_siamese.training.experiments import Augmentation
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class DataSplits:
-    """The three splits of one data set."""
-
-    train: LabelledImages
-    val: LabelledImages
-    test: LabelledImages
-
-    @property
-    def name(self) -> str:
-        """The data set's name."""
-        return self.train.name
-
-
-def hold_out(
-    images: LabelledImages, count: int, seed: int
-) -> tuple[LabelledImages, LabelledImages]:
-    """Split off about `count` images as a validation part, stratified by class.
-
-    For data sets without a validation split. Returns (train, val); the same seed gives the same
-    parts.
-    """
-    random = np.random.default_rng(seed)
-    share = count / len(images)
-    held = np.zeros(len(images), bool)
-    for label in np.unique(images.labels):
-        members = np.flatnonzero(images.labels == label)
-        held[random.permutation(members)[: round(share * len(members))]] = True
-    return images.select(~held), replace(images.select(held), split="val")
-
-
 class JoinedImages(Dataset[Batch]):
-    """Several data sets in a row; the label is 'which class of which set'.
+    """Several data sets in a row; the label is 'which class of which set', or 'which set'.
 
     Holds `pixels` uint8 (N, H, W, 3), `labels` int64 (N,) with an index into `classes`
-    ("set: class"), and `sets` int64 (N,) with an index into `names`.
+    ("set: class", or the set's name), and `sets` int64 (N,) with an index into `names`.
     """
 
-    def __init__(self, parts: Sequence[LabelledImages]) -> None:
+    def __init__(self, parts: Sequence[LabelledImages], labels: str = "class") -> None:
         sizes = {part.images.shape[1:3] for part in parts}
         if len(sizes) != 1:
             raise ValueError(f"the data sets have images of different sizes: {sorted(sizes)}")
         self.names = tuple(part.name for part in parts)
+        self.pixels = torch.from_numpy(np.concatenate([part.rgb() for part in parts]))
+        self.sets = torch.from_numpy(
+            np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        )
+        if labels == "set":
+            self.classes = self.names
+            self.labels = self.sets.clone()
+            return
         self.classes = tuple(f"{part.name}: {name}" for part in parts for name in part.classes)
         starts = np.cumsum([0] + [len(part.classes) for part in parts])
-        self.pixels = torch.from_numpy(np.concatenate([part.rgb() for part in parts]))
         self.labels = torch.from_numpy(
             np.concatenate(
                 [part.labels + start for part, start in zip(parts, starts[:-1], strict=True)]
             )
         )
-        self.sets = torch.from_numpy(
-            np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        )
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.pixels[index], self.labels[index], self.sets[index]
+    def __getitem__(self, index: int | list[int]) -> Batch:
+        """Return one image, or (in three gathers instead of one call an image) a whole batch."""
+        chosen = torch.as_tensor(index)
+        return self.pixels[chosen], self.labels[chosen], self.sets[chosen]
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        # A whole batch in three gathers, instead of one Python call per image.
-        chosen = torch.as_tensor(indices)
-        return self.pixels[chosen], self.labels[chosen], self.sets[chosen]
+        """Return a batch."""
+        return self[indices]
+
+    def some(self, count: int, seed: int) -> JoinedImages:
+        """Return `count` of the images, drawn at random; all of them for 0 or fewer images."""
+        if not 0 < count < len(self):
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        return self._with(torch.randperm(len(self), generator=generator)[:count].sort().values)
+
+    def with_pixels(self, pixels: Tensor, times: int = 1) -> JoinedImages:
+        """Return a copy with something else for the pixels, `times` as many as before."""
+        copied = self._with(torch.arange(len(self)).repeat(times), pixels=False)
+        copied.pixels = pixels
+        return copied
+
+    def _with(self, chosen: Tensor, pixels: bool = True) -> JoinedImages:
+        copied = copy.copy(self)
+        if pixels:
+            copied.pixels = self.pixels[chosen]
+        copied.labels, copied.sets = self.labels[chosen], self.sets[chosen]
+        return copied
 
 
 class Augmenter:
@@ -93,13 +87,20 @@ class Augmenter:
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Augmentation]) -> None:
         rows = [settings[name] for name in names]
+        self.idle = all(row == Augmentation() for row in rows)
         self.table = {
             field: torch.tensor([float(getattr(row, field)) for row in rows])
             for field in Augmentation.__dataclass_fields__
         }
 
     def __call__(self, pixels: Tensor, sets: Tensor) -> Tensor:
-        """Take uint8 (N, H, W, 3) pixels and their set numbers (N,); return float32 in 0..255."""
+        """Take uint8 (N, H, W, 3) pixels and their set numbers (N,); return float32 in 0..255.
+
+        Anything else than pixels (cached features) is returned as it is, and so is all where
+        there is nothing to change.
+        """
+        if self.idle or pixels.ndim != 4:
+            return pixels
         count, height, width, _ = pixels.shape
         device = pixels.device
         of = {field: values.to(device)[sets] for field, values in self.table.items()}

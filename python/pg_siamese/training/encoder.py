@@ -1,76 +1,7 @@
-"""The encoder: a small residual network from uint8 pixels to a unit vector."""
+"""The shipped encoders' network, by its old place."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from pg_siamese.training.networks.residual import ResidualEncoder
 
-# Pixel values are centred and brought near unit variance. The constants are part of the graph,
-# the same for all data, so an encoder needs no preprocessing outside.
-PIXEL_MEAN = 127.5
-PIXEL_SCALE = 64.0
-
-
-def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """Return a convolution with batch norm; the norm is folded into it at export."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-    )
-
-
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut (He et al. 2016; average-pooled shortcut as in
-    ResNet-D, He et al. 2019). (N, inputs, H, W) to (N, outputs, H / stride, W / stride).
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__()
-        self.first = convolution(inputs, outputs, stride=stride)
-        self.second = convolution(outputs, outputs)
-        shortcut: list[nn.Module] = []
-        if stride > 1:
-            shortcut.append(nn.AvgPool2d(stride, ceil_mode=True))
-        if inputs != outputs:
-            shortcut.append(convolution(inputs, outputs, kernel=1))
-        self.shortcut = nn.Sequential(*shortcut)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
-        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
-
-
-class ResidualEncoder(nn.Module):
-    """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension).
-
-    `stem` is (channels, stride) of the first convolution; `stages` is (channels, stride) of each
-    residual block. Any height and width that the strides leave something of will do.
-    """
-
-    def __init__(
-        self,
-        dimension: int = 64,
-        stem: tuple[int, int] = (32, 2),
-        stages: tuple[tuple[int, int], ...] = ((32, 1), (64, 2), (128, 1)),
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.dimension = dimension
-        channels, stride = stem
-        self.stem = convolution(3, channels, stride=stride)
-        blocks = []
-        for outputs, stride in stages:
-            blocks.append(ResidualBlock(channels, outputs, stride))
-            channels = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels, dimension)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Embed a batch."""
-        x = image.permute(0, 3, 1, 2).to(torch.float32)
-        x = (x - PIXEL_MEAN) / PIXEL_SCALE
-        x = self.blocks(F.relu(self.stem(x)))
-        x = x.mean(dim=(2, 3))
-        return F.normalize(self.head(self.dropout(x)), dim=1)
+__all__ = ["ResidualEncoder"]

@@ -105,7 +105,7 @@ def open_session(path: Path | str, threads: int = 1) -> onnxruntime.InferenceSes
 
 
 def embed_onnx(
-    path: Path | str, pixels: npt.NDArray[np.uint8], batch_size: int = 256, threads: int = 1
+    path: Path | str, pixels: npt.NDArray[np.uint8], batch_size: int = 64, threads: int = 1
 ) -> npt.NDArray[np.float32]:
     """Embed uint8 pixels (N, H, W, 3) in ONNX Runtime; float32 (N, d)."""
     session = open_session(path, threads)
@@ -119,10 +119,11 @@ def embed_onnx(
 
 def least_cosine(encoder: nn.Module, path: Path | str, pixels: npt.NDArray[np.uint8]) -> float:
     """Return the least cosine between PyTorch's and ONNX Runtime's embedding of an image."""
+    from pg_siamese.evaluation.retrieval import distances
     from pg_siamese.training.learner import embed
 
     expected = embed(encoder, torch.from_numpy(pixels))
-    return float(np.einsum("nd,nd->n", expected, embed_onnx(path, pixels)).min())
+    return float((1 - distances(expected, embed_onnx(path, pixels))).min())
 
 
 def images_per_second(path: Path | str, batch_size: int = 32, seconds: float = 2.0) -> float:

@@ -1,27 +1,34 @@
-"""The Lightning module: encoder, metric-learning loss, optimiser and validation."""
+"""The Lightning module: encoder, objective, optimiser and validation."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from pytorch_metric_learning.losses import CosFaceLoss
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from pg_siamese.evaluation.retrieval import Embedded, retrieval_by_set
 from pg_siamese.training.data import Augmenter, Batch
-from pg_siamese.training.encoder import ResidualEncoder
-from pg_siamese.training.evaluation import Embedded, retrieval_by_set
-from pg_siamese.training.experiments import Experiment
+from pg_siamese.training.experiments import Experiment, parse_experiment
+from pg_siamese.training.networks import build_network
+from pg_siamese.training.objectives import build_objective
+from pg_siamese.training.sampling import draw_pairs, draw_triplets
+
+CHECKPOINT_KEY = "pg_siamese"
+VALIDATED = 10_000  # images, pairs or triplets
 
 
 class MetricLearner(lightning.LightningModule):
-    """Trains an encoder with a cosine-margin softmax over 'which class of which set'.
+    """Trains an encoder with an objective.
 
-    The loss is CosFace (Wang et al. 2018) from pytorch-metric-learning: its class vectors are
-    thrown away after training. Validation is the retrieval protocol itself: dataloader 0 is the
-    gallery, dataloader 1 the queries; `val_map5` is the mean over the data sets.
+    Validation is the retrieval protocol itself: dataloader 0 is the gallery, dataloader 1 the
+    queries; `val_map5` is the mean over the data sets. `val_loss` and `val_accuracy` are the
+    objective's own, on images, pairs or triplets of the queries, the same every time.
     """
 
     def __init__(
@@ -30,20 +37,35 @@ class MetricLearner(lightning.LightningModule):
         super().__init__()
         self.experiment = experiment
         self.names = names
-        self.encoder = ResidualEncoder(
-            experiment.dimension, experiment.stem, experiment.stages, experiment.dropout
+        self.classes = classes
+        size = (experiment.input.height, experiment.input.width)
+        network = experiment.network
+        self.encoder = build_network(network.name, network.dimension, size, network.options)
+        self.objective = build_objective(
+            experiment.objective.name,
+            network.dimension,
+            len(classes),
+            experiment.metric,
+            experiment.objective.options,
         )
-        self.loss = CosFaceLoss(
-            len(classes), experiment.dimension, margin=experiment.margin, scale=experiment.scale
-        )
-        self.augment = Augmenter(names, experiment.augmentation)
+        self.augment = Augmenter(names, {name: experiment.augmentation_of(name) for name in names})
         self._seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def encode(self, batch: Tensor) -> Tensor:
+        """Embed pixels (N, H, W, 3), or the features (N, F) that a frozen network gave for them."""
+        encoder: Any = self.encoder
+        embeddings: Tensor = encoder.head(batch) if batch.ndim == 2 else encoder(batch)
+        return embeddings
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of one augmented batch."""
         pixels, labels, sets = batch
-        loss: Tensor = self.loss(self.encoder(self.augment(pixels, sets)), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        outcome = self.objective(self.encode(self.augment(pixels, sets)), labels)
+        figures = {"train_loss": outcome.loss}
+        if outcome.accuracy is not None:
+            figures["train_accuracy"] = outcome.accuracy
+        self.log_dict(figures, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(labels))
+        loss: Tensor = outcome.loss
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -53,41 +75,108 @@ class MetricLearner(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int) -> None:
         """Embed one batch of the gallery or of the queries."""
         pixels, labels, sets = batch
-        self._seen[dataloader_idx].append((self.encoder(pixels), labels, sets))
+        self._seen[dataloader_idx].append((self.encode(pixels), labels, sets))
 
     def on_validation_epoch_end(self) -> None:
-        """Score the retrieval of the queries in the gallery, set by set."""
+        """Score the objective on the queries, and their retrieval in the gallery, set by set."""
+        self._validate_objective()
         gallery, queries = (joined(self._seen[number]) for number in (0, 1))
         self._seen = {}
-        figures = retrieval_by_set(gallery, queries, self.names)
+        if self.experiment.labels == "set":
+            gallery, queries = (as_one_set(part) for part in (gallery, queries))
+        names = self.names if self.experiment.labels == "class" else ("all",)
+        figures = retrieval_by_set(gallery, queries, names, self.experiment.metric)
         for name, score in figures.items():
             self.log(f"val_map5/{name}", score.map5)
         mean = float(np.mean([score.map5 for score in figures.values()]))
         self.log("val_map5", mean, prog_bar=True)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW; the rate rises for a tenth of the steps and falls to zero along a cosine."""
+    def _validate_objective(self) -> None:
+        vectors, labels, _ = (torch.cat(column) for column in zip(*self._seen[1], strict=True))
+        numbers, seed = labels.cpu().numpy(), self.experiment.seed
+        takes = self.objective.takes
+        if takes == "pairs":
+            chosen = np.concatenate(draw_pairs(numbers, VALIDATED, seed))
+        elif takes == "triplets":
+            chosen = np.concatenate(draw_triplets(numbers, VALIDATED, seed))
+        else:
+            # A miner compares all with all.
+            chosen = np.random.default_rng(seed).permutation(len(numbers))[:1000]
+        place = torch.from_numpy(chosen).to(labels.device)
+        outcome = self.objective(vectors[place], labels[place])
+        self.log("val_loss", outcome.loss, prog_bar=True)
+        if outcome.accuracy is not None:
+            self.log("val_accuracy", outcome.accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Set up the optimiser, and its rate: constant, falling to zero along a cosine, or first
+        rising for a tenth of the steps ("one_cycle").
+        """
+        settings = self.experiment.optimiser
         # Norms and biases are not decayed, as is usual.
-        plain = [p for p in self.parameters() if p.ndim < 2]
-        decayed = [p for p in self.parameters() if p.ndim >= 2]
-        optimiser = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": self.experiment.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=self.experiment.learning_rate,
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser,
-            max_lr=self.experiment.learning_rate,
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            pct_start=0.1,
-            cycle_momentum=False,
+        learning = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [p for p in learning if p.ndim >= 2],
+                "weight_decay": settings.weight_decay,
+            },
+            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        build = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.name]
+        optimiser: torch.optim.Optimizer = build(groups, lr=settings.learning_rate)
+        if settings.schedule == "constant":
+            return optimiser
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule: Any = (
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+            if settings.schedule == "cosine"
+            else torch.optim.lr_scheduler.OneCycleLR(
+                optimiser,
+                max_lr=settings.learning_rate,
+                total_steps=steps,
+                pct_start=0.1,
+                cycle_momentum=False,
+            )
         )
         return {
             "optimizer": optimiser,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the epoch's augmentation and dropout, so that a resumed run draws the same."""
+        # Lightning leaves out on_train_epoch_start for the epoch that a resumed run begins with.
+        if batch_idx == 0:
+            torch.manual_seed(self.experiment.seed * 10_000 + self.current_epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what the encoder was made from, for `load_learner`."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "experiment": dataclasses.asdict(self.experiment),
+            "names": list(self.names),
+            "classes": list(self.classes),
+        }
+
+
+def load_learner(path: Any) -> MetricLearner:
+    """Read a checkpoint: the learner as it was, with the averaged weights where they were averaged.
+
+    Only tensors and plain values are read, no code. Raises `ValueError` where it's no checkpoint
+    of this project, `OSError` where it can't be read.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        stored = checkpoint[CHECKPOINT_KEY]
+        weights = checkpoint["state_dict"]
+    except OSError:
+        raise
+    except Exception as error:  # torch has no common base for what a broken file makes of it
+        raise ValueError(f"{path}: no checkpoint of pg_siamese: {error}") from error
+    learner = MetricLearner(
+        parse_experiment(stored["experiment"]), tuple(stored["names"]), tuple(stored["classes"])
+    )
+    learner.load_state_dict(weights)
+    return learner
 
 
 class AverageWeights(WeightAveraging):
@@ -110,8 +199,13 @@ def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Embedded:
     return Embedded(vectors, labels, sets)
 
 
+def as_one_set(embedded: Embedded) -> Embedded:
+    """Return the same embeddings as those of one data set."""
+    return Embedded(embedded.vectors, embedded.labels, np.zeros_like(embedded.sets))
+
+
 @torch.inference_mode()
-def embed(encoder: torch.nn.Module, pixels: Tensor, batch_size: int = 512) -> np.ndarray:
+def embed(encoder: torch.nn.Module, pixels: Tensor, batch_size: int = 256) -> np.ndarray:
     """Embed uint8 pixels (N, H, W, 3) with an encoder in evaluation mode; float32 (N, d)."""
     encoder.eval()
     parts = [encoder(part) for part in torch.split(pixels, batch_size)]

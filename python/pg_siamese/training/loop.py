@@ -1,9 +1,9 @@
-"""From an experiment to a model file and its card: train, calibrate, export, check, evaluate."""
+"""From an experiment to a model file and its card: train, calibrate, evaluate, export, check."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,72 +13,95 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from pg_siamese.datasets import LabelledImages, sha256
-from pg_siamese.training.calibration import calibrate, pair_distances, score_pairs
+from pg_siamese.datasets import DataFormatError, DataNotFoundError, DataSplits, open_dataset
+from pg_siamese.training.callbacks import EpochFigures, EpochLines, Snapshots
 from pg_siamese.training.card import write_card
-from pg_siamese.training.data import Batch, DataSplits, JoinedImages
-from pg_siamese.training.evaluation import Embedded, retrieval_by_set, right_set
-from pg_siamese.training.experiments import Experiment
+from pg_siamese.training.data import Batch, JoinedImages
+from pg_siamese.training.experiments import Experiment, ExperimentError
 from pg_siamese.training.export import export_encoder, images_per_second, least_cosine
-from pg_siamese.training.learner import AverageWeights, MetricLearner, embed
-from pg_siamese.training.sampling import class_sampler
+from pg_siamese.training.learner import AverageWeights, MetricLearner, load_learner
+from pg_siamese.training.metadata import describe
+from pg_siamese.training.sampling import Batches
+from pg_siamese_server.images import InputSpec
 
-PAIRS = 20_000
 COSINE_AT_LEAST = 0.9999
 CHECKED_IMAGES = 500
+LAST = "last.ckpt"
+BEST = "best.ckpt"
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Trained:
     """What a training run gives: the encoder and the figures that go into file and card."""
 
+    experiment: Experiment
     encoder: torch.nn.Module
     splits: list[DataSplits]
     metadata: dict[str, Any]
 
 
 class ExportError(RuntimeError):
-    """The exported file doesn't agree with PyTorch."""
+    """The exported file doesn't agree with PyTorch, or there is nothing to export."""
 
 
-class EpochLines(Callback):
-    """One line an epoch, for logs and other places where a progress bar makes no sense."""
-
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Print the epoch's figures."""
-        figures = " ".join(
-            f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items()
-        )
-        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} {figures}", flush=True)
+def run_folder(runs: Path, experiment: Experiment) -> Path:
+    """Return the folder of one run: checkpoints, figures, logs and the exported model."""
+    return runs / experiment.name / f"seed-{experiment.seed}"
 
 
 def run(
     experiment: Experiment,
-    output: Path,
     *,
     command: str,
-    log_folder: Path,
+    runs: Path,
+    output: Path | None = None,
+    resume: bool = False,
     threads: int = 2,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> dict[str, Any]:
-    """Train an experiment and write `output` (ONNX) and its model card beside it (.md).
+    """Train an experiment and write `model.onnx` and its card `model.md` into the run's folder.
 
-    Returns the metadata written into the file. Raises `DataNotFoundError` where the data can't
-    be had, and `ExportError` where ONNX Runtime and PyTorch differ.
+    With `output`, model and card are written there as well (the card with the suffix .md). Returns
+    the metadata written into the file. Raises `DataNotFoundError` where the data can't be had,
+    `ExperimentError` where the experiment doesn't fit it, and `ExportError` where ONNX Runtime and
+    PyTorch differ.
     """
-    trained = fit(experiment, command=command, log_folder=log_folder, threads=threads, say=say)
-    export_encoder(trained.encoder, output, trained.metadata)
-    cosine = check(trained, output)
-    speed = images_per_second(output)
-    say(f"{output}: {output.stat().st_size:,} bytes, {speed:,.0f} images/s on one thread")
-    card = write_card(experiment, trained.splits, trained.metadata, output, cosine, speed)
-    say(f"{card}: model card")
+    folder = run_folder(runs, experiment)
+    trained = fit(
+        experiment, command=command, folder=folder, resume=resume, threads=threads, say=say
+    )
+    return write(trained, folder / "model.onnx", output, say=say)
+
+
+def write(
+    trained: Trained, path: Path, output: Path | None = None, *, say: Say = print
+) -> dict[str, Any]:
+    """Export an encoder to `path` (and `output`), check it, and write the model card beside it."""
+    size = trained.experiment.input
+    export_encoder(trained.encoder, path, trained.metadata, (size.height, size.width))
+    cosine = check(trained, path)
+    speed = images_per_second(path)
+    paths = [path]
+    if output is not None and output.resolve() != path.resolve():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, output)
+        paths.append(output)
+    for each in paths:
+        say(f"{each}: {each.stat().st_size:,} bytes, {speed:,.0f} images/s on one thread")
+        card = write_card(trained.experiment, trained.splits, trained.metadata, each, cosine, speed)
+        say(f"{card}: model card")
     return trained.metadata
 
 
@@ -86,53 +109,185 @@ def fit(
     experiment: Experiment,
     *,
     command: str,
-    log_folder: Path,
+    folder: Path,
+    resume: bool = False,
     threads: int = 2,
     test: bool = True,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Trained:
     """Train, calibrate on validation pairs and evaluate; `test=False` leaves the test split
-    alone, for choosing settings.
+    alone, for choosing settings. `resume` goes on from the last checkpoint in `folder`, if any.
     """
     torch.set_num_threads(threads)
     _quiet()
     lightning.seed_everything(experiment.seed, workers=True, verbose=False)
-    splits = experiment.load(experiment.seed)
-    train, val = (JoinedImages([getattr(s, part) for s in splits]) for part in ("train", "val"))
+    splits = open_splits(experiment, say)
+    train, val = (
+        JoinedImages([getattr(s, part) for s in splits], experiment.labels)
+        for part in ("train", "val")
+    )
+    learner = MetricLearner(experiment, train.names, train.classes)
+    for part in (train, val):
+        if not len(part):
+            raise DataFormatError(
+                f"{experiment.name}: too few images: none is left for the validation split; each "
+                "class needs some eight"
+            )
+    drawn = Batches(
+        train.labels,
+        experiment.sampling,
+        experiment.batch_size,
+        learner.objective.takes,
+        experiment.seed,
+    )
     say(
         f"training {experiment.name}: {len(train):,} images of {len(train.names)} data sets in "
         f"{len(train.classes)} classes, {experiment.epochs} epochs"
     )
-    learner = MetricLearner(experiment, train.names, train.classes)
+    start = folder / LAST if resume and (folder / LAST).is_file() else None
+    if start is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif resume:
+        say(f"going on from {start}")
+    folder.mkdir(parents=True, exist_ok=True)
+    validation = experiment.validation
+    every = min(validation.every, experiment.epochs)
+    callbacks: list[Callback] = [
+        LearningRateMonitor("step"),
+        TQDMProgressBar(refresh_rate=10) if sys.stderr.isatty() else EpochLines(),
+        EpochFigures(folder / "metrics.json", every),
+        ModelCheckpoint(
+            folder,
+            filename=Path(BEST).stem,
+            monitor=validation.monitor,
+            mode=validation.mode,
+            every_n_epochs=every,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+        # Of its own: `save_last` of the one above keeps the last of the best. After all else of
+        # the epoch, so that a resumed run starts with the next one.
+        ModelCheckpoint(
+            folder,
+            filename=Path(LAST).stem,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+    ]
+    if experiment.average_decay:
+        callbacks.append(AverageWeights(experiment.average_decay))
+    if validation.patience:
+        callbacks.append(
+            EarlyStopping(validation.monitor, mode=validation.mode, patience=validation.patience)
+        )
+    if experiment.snapshots:
+        callbacks.append(
+            Snapshots(folder / "snapshots.npz", val, experiment.snapshots, experiment.seed)
+        )
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=1,
         max_epochs=experiment.epochs,
-        check_val_every_n_epoch=min(experiment.validate_every, experiment.epochs),
+        check_val_every_n_epoch=every,
         num_sanity_val_steps=0,
-        logger=TensorBoardLogger(str(log_folder), name=experiment.name),
-        callbacks=[
-            AverageWeights(experiment.average_decay),
-            LearningRateMonitor("step"),
-            TQDMProgressBar(refresh_rate=10) if sys.stderr.isatty() else EpochLines(),
-        ],
+        logger=TensorBoardLogger(str(folder), name="", version="tensorboard"),
+        callbacks=callbacks,
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
-        enable_checkpointing=False,
         deterministic="warn",
     )
-    batches = DataLoader(
-        train,
-        batch_size=experiment.batch_size,
-        sampler=class_sampler(train.labels, experiment.balance, experiment.seed),
-        collate_fn=as_it_is,
-        drop_last=len(train) >= experiment.batch_size,
+    gallery = train.some(validation.gallery, experiment.seed)
+    parts = _cached(learner, train, gallery, val, say)
+    trainer.fit(
+        learner,
+        DataLoader(parts[0], sampler=drawn, batch_size=None),
+        [in_order(parts[1]), in_order(parts[2])],
+        ckpt_path=start,
+        weights_only=True,
     )
-    trainer.fit(learner, batches, [in_order(train), in_order(val)])
+    chosen = folder / (BEST if validation.keep == "best" else LAST)
+    if not chosen.is_file():
+        raise ExperimentError(
+            f'no checkpoint was written: "{validation.monitor}" is not among the figures of '
+            f"validation: {', '.join(sorted(trainer.callback_metrics))}"
+        )
+    learner = load_learner(chosen)
+    return finish(learner, splits, command=command, test=test)
+
+
+def export_checkpoint(
+    checkpoint: Path, output: Path | None, *, threads: int = 2, say: Say = print
+) -> dict[str, Any]:
+    """Export a checkpoint, or that of a run's folder which its experiment keeps.
+
+    The data is opened again, for calibration and figures. Raises `ExportError` where there is no
+    checkpoint, and as `run` does.
+    """
+    torch.set_num_threads(threads)
+    _quiet()
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if checkpoint.is_dir():
+        there = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
+        if not there:
+            raise ExportError(f"{folder}: neither {BEST} nor {LAST} is in this folder")
+        keep = load_learner(there[0]).experiment.validation.keep
+        checkpoint = folder / (BEST if keep == "best" and folder / BEST in there else there[0].name)
+    try:
+        learner = load_learner(checkpoint)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    splits = open_splits(learner.experiment, say)
+    command = f"pg_siamese train {learner.experiment.name} --seed {learner.experiment.seed}"
+    trained = finish(learner, splits, command=command)
+    return write(trained, output or folder / "model.onnx", say=say)
+
+
+def finish(
+    learner: MetricLearner, splits: list[DataSplits], *, command: str, test: bool = True
+) -> Trained:
+    """Calibrate and evaluate a trained encoder."""
     encoder = learner.encoder.cpu().eval()
-    return Trained(
-        encoder, splits, _metadata(experiment, encoder, splits, train, val, command, test)
+    encoder.requires_grad_(False)
+    metadata = describe(
+        learner.experiment,
+        encoder,
+        splits,
+        command=command,
+        head=learner.objective.calibration(),
+        test=test,
     )
+    return Trained(learner.experiment, encoder, splits, metadata)
+
+
+def open_splits(experiment: Experiment, say: Say = print) -> list[DataSplits]:
+    """Open the experiment's data sets, at its input's size.
+
+    Raises `DataNotFoundError` where one can't be had, or with `skip_missing` where none can.
+    """
+    if not experiment.data:
+        raise ExperimentError(f"{experiment.name} needs data: --data folder:PATH, for example")
+    size = experiment.input
+    spec = InputSpec(
+        width=size.width,
+        height=size.height,
+        resize=size.resize,
+        interpolation=size.interpolation,
+    )
+    found, missing = [], []
+    for text in experiment.data:
+        try:
+            found.append(open_dataset(text, seed=experiment.seed, input_spec=spec))
+        except DataNotFoundError as error:
+            if not experiment.skip_missing:
+                raise
+            missing.append(str(error))
+            say(f"left out: {error}")
+    if not found:
+        raise DataNotFoundError("; ".join(missing))
+    names = [splits.name for splits in found]
+    if len(set(names)) < len(names):
+        raise ExperimentError(f"two data sets have one name: {', '.join(names)}")
+    return found
 
 
 def check(trained: Trained, path: Path) -> float:
@@ -140,7 +295,7 @@ def check(trained: Trained, path: Path) -> float:
     cosine = min(
         least_cosine(trained.encoder, path, s.test.rgb()[:CHECKED_IMAGES]) for s in trained.splits
     )
-    if cosine < COSINE_AT_LEAST:
+    if not cosine >= COSINE_AT_LEAST:
         raise ExportError(f"{path}: cosine to PyTorch's embedding is {cosine:.6f}")
     return cosine
 
@@ -150,71 +305,33 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def in_order(images: JoinedImages, batch_size: int = 512) -> DataLoader[Batch]:
+def in_order(images: JoinedImages, batch_size: int = 256) -> DataLoader[Batch]:
     """Load images in their order."""
     return DataLoader(images, batch_size=batch_size, collate_fn=as_it_is)
 
 
-def embed_joined(encoder: torch.nn.Module, images: JoinedImages) -> Embedded:
-    """Embed joined data sets."""
-    return Embedded(embed(encoder, images.pixels), images.labels.numpy(), images.sets.numpy())
+def _cached(
+    learner: MetricLearner, train: JoinedImages, gallery: JoinedImages, val: JoinedImages, say: Say
+) -> tuple[JoinedImages, JoinedImages, JoinedImages]:
+    """Put a frozen network's features in the place of the pixels: it gives the same every time."""
+    network: Any = learner.encoder
+    if not getattr(network, "frozen", False):
+        return train, gallery, val
+    say(f"computing the features of {len(train) + len(val):,} images once")
+    network.eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network.to(device)
 
+    @torch.inference_mode()
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        parts = [network.features(part.to(device)).cpu() for part in torch.split(pixels, 32)]
+        return torch.cat(parts).clone()
 
-def _metadata(
-    experiment: Experiment,
-    encoder: torch.nn.Module,
-    splits: list[DataSplits],
-    train: JoinedImages,
-    val: JoinedImages,
-    command: str,
-    test: bool,
-) -> dict[str, Any]:
-    gallery, queries = embed_joined(encoder, train), embed_joined(encoder, val)
-    calibration = calibrate(*pair_distances(queries, PAIRS, experiment.seed))
-    metrics: dict[str, Any] = {}
-    parts = {"validation": queries}
-    if test:
-        parts["test"] = embed_joined(encoder, JoinedImages([s.test for s in splits]))
-    for part, embedded in parts.items():
-        pairs = score_pairs(*pair_distances(embedded, PAIRS, experiment.seed + 1), calibration)
-        metrics[part] = {
-            "retrieval": {
-                name: score.as_dict()
-                for name, score in retrieval_by_set(gallery, embedded, train.names).items()
-            },
-            "right_set": round(right_set(gallery, embedded), 3),
-            "pairs": {k: round(v, 4) for k, v in dataclasses.asdict(pairs).items()},
-        }
-    height, width = train.pixels.shape[1:3]
-    return {
-        "format": 1,
-        "name": experiment.name,
-        "dimension": experiment.dimension,
-        "metric": "cosine",
-        "input": {
-            "width": width,
-            "height": height,
-            "channels": 3,
-            "resize": "stretch",
-            "interpolation": "bicubic",
-        },
-        "calibration": {"weight": calibration.weight, "bias": calibration.bias},
-        "threshold": calibration.threshold,
-        "classes": list(train.classes),
-        "training": {
-            "data": [
-                {"name": s.name, "file": file.name, "sha256": sha256(file)}
-                for s in splits
-                for file in _files(s.train, s.val, s.test)
-            ],
-            "command": command,
-            "metrics": metrics,
-        },
-    }
-
-
-def _files(*parts: LabelledImages) -> list[Path]:
-    return list(dict.fromkeys(file for part in parts for file in part.files))
+    known = train.with_pixels(features(train.pixels))
+    queries = val.with_pixels(features(val.pixels))
+    seen = known if gallery is train else gallery.with_pixels(features(gallery.pixels))
+    network.cpu()
+    return known, seen, queries
 
 
 def _quiet() -> None:
@@ -224,3 +341,4 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")

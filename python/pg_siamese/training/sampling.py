@@ -1,18 +1,30 @@
-"""Which images are drawn: for the batches of training, and as pairs for calibration."""
+"""Which images are drawn for the batches of training: seeded, and anew for each epoch."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.utils import common_functions
 from torch import Tensor
-from torch.utils.data import WeightedRandomSampler
+from torch.utils.data import Sampler, WeightedRandomSampler
+
+from pg_siamese.datasets import DataFormatError
+from pg_siamese.evaluation.pairs import balanced_pairs
+from pg_siamese.training.experiments import ExperimentError, Sampling
+
+__all__ = ["Batches", "balanced_pairs", "class_sampler", "draw_pairs", "draw_triplets"]
 
 Integers = npt.NDArray[np.int64]
 
 
-def class_sampler(labels: Tensor, balance: float, seed: int) -> WeightedRandomSampler:
-    """Draw as many images an epoch as there are, rare classes more often than their share.
+def class_sampler(
+    labels: Tensor, balance: float, seed: int, count: int = 0
+) -> WeightedRandomSampler:
+    """Draw as many images as there are (or `count`), rare classes more often than their share.
 
     A class of n images is drawn in proportion to n ** (1 - balance): 0 leaves the data's own
     shares, 1 draws all classes equally often. In between, a class of 66 images among 4,000 is
@@ -21,42 +33,133 @@ def class_sampler(labels: Tensor, balance: float, seed: int) -> WeightedRandomSa
     counts = torch.bincount(labels).double()
     weights = counts.clamp(min=1).pow(-balance)[labels]
     generator = torch.Generator().manual_seed(seed)
-    return WeightedRandomSampler(weights.tolist(), len(labels), generator=generator)
+    return WeightedRandomSampler(weights.tolist(), count or len(labels), generator=generator)
 
 
-def balanced_pairs(
-    labels: Integers, sets: Integers, count: int, seed: int
-) -> tuple[Integers, Integers, npt.NDArray[np.bool_]]:
-    """Draw `count` pairs of images, half of which match (same label).
+class _Members:
+    """The images of each class, to draw from without a loop."""
 
-    The first image comes from each set equally often. Of the pairs that don't match, half are
-    of one set (where there are other classes in it) and half of two sets (where there are other
-    sets): so neither the easy nor the hard ones are all there is.
+    def __init__(self, labels: Integers) -> None:
+        self.order = np.argsort(labels, kind="stable")
+        self.counts = np.bincount(labels)
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.known = np.flatnonzero(self.counts)
+        self.paired = np.flatnonzero(self.counts > 1)
+        if len(self.known) < 2:
+            raise DataFormatError("no pair of different labels among these images")
+        if not len(self.paired):
+            raise DataFormatError("no two images of one label among these images")
 
-    `labels` (N,) are joined labels and `sets` (N,) set numbers. Returns first and second index
-    (count,) and whether they match (count,).
+    def one(self, labels: Integers, random: np.random.Generator) -> Integers:
+        """Draw one image of each label."""
+        chosen: Integers = self.order[self.starts[labels] + random.integers(0, self.counts[labels])]
+        return chosen
+
+    def two(self, labels: Integers, random: np.random.Generator) -> tuple[Integers, Integers]:
+        """Draw two different images of each label."""
+        count = self.counts[labels]
+        first = random.integers(0, count)
+        second = (first + random.integers(1, count)) % count
+        start = self.starts[labels]
+        return self.order[start + first], self.order[start + second]
+
+    def other(self, labels: Integers, random: np.random.Generator) -> Integers:
+        """Draw a label that is another one, for each."""
+        place = np.searchsorted(self.known, labels)
+        step = random.integers(1, len(self.known), len(labels))
+        others: Integers = self.known[(place + step) % len(self.known)]
+        return others
+
+
+def draw_pairs(labels: Integers, count: int, seed: int) -> tuple[Integers, Integers]:
+    """Draw `count` pairs of images in random order, half of which match (same label).
+
+    Labels are drawn uniformly, so that rare ones count as much as others; one with a single image
+    is only in pairs that don't match. Returns first and second index, each (count,).
+
+    Raises `DataFormatError` where there is no pair of one kind.
     """
     random = np.random.default_rng(seed)
-    shared = np.bincount(labels)[labels] > 1
-    members = {int(s): np.flatnonzero(sets == s) for s in np.unique(sets)}
-    paired = {s: found for s, i in members.items() if len(found := i[shared[i]])}
-    if len(np.unique(labels)) < 2:
-        raise ValueError("no pair of different classes among these images")
-    if not paired:
-        raise ValueError("no pair of one class among these images")
-    first = np.empty(count, np.int64)
-    second = np.empty(count, np.int64)
-    match = np.arange(count) % 2 == 0
-    for i in range(count):
-        anchors = paired if match[i] else members
-        anchor = int(random.choice(anchors[int(random.choice(list(anchors)))]))
-        same_set, same_label = sets == sets[anchor], labels == labels[anchor]
-        if match[i]:
-            pool = same_label
-            pool[anchor] = False
-        else:
-            pool = same_set & ~same_label if i % 4 == 1 else ~same_set
-            if not pool.any():
-                pool = ~same_label
-        first[i], second[i] = anchor, random.choice(np.flatnonzero(pool))
-    return first, second, match
+    members = _Members(labels)
+    match = random.permutation(np.arange(count) % 2 == 0)
+    first, second = np.empty(count, np.int64), np.empty(count, np.int64)
+    same = random.choice(members.paired, int(match.sum()))
+    first[match], second[match] = members.two(same, random)
+    here = random.choice(members.known, count - len(same))
+    first[~match] = members.one(here, random)
+    second[~match] = members.one(members.other(here, random), random)
+    return first, second
+
+
+def draw_triplets(labels: Integers, count: int, seed: int) -> tuple[Integers, Integers, Integers]:
+    """Draw `count` triplets: anchor, positive (same label), negative (another one).
+
+    Labels are drawn uniformly among those with two images. Returns three indices, each (count,).
+    Raises `DataFormatError` where there is no such triplet.
+    """
+    random = np.random.default_rng(seed)
+    members = _Members(labels)
+    same = random.choice(members.paired, count)
+    anchor, positive = members.two(same, random)
+    return anchor, positive, members.one(members.other(same, random), random)
+
+
+class Batches(Sampler[list[int]]):
+    """Draws the batches of an epoch, each a list of image numbers in the objective's order.
+
+    Every epoch has a draw of its own, which depends on `seed` and the epoch's number alone: so a
+    run that goes on from a checkpoint draws what it would have drawn.
+    """
+
+    def __init__(
+        self, labels: Tensor, sampling: Sampling, batch_size: int, takes: str, seed: int
+    ) -> None:
+        kinds = {"classes": ("classes", "per_class")}.get(takes, (takes,))
+        if sampling.kind not in kinds:
+            raise ExperimentError(
+                f'the objective takes sampling.kind {" or ".join(kinds)}, not "{sampling.kind}"'
+            )
+        self.labels = labels
+        self.sampling = sampling
+        self.seed = seed
+        self.epoch = 0
+        self.width = {"pairs": 2, "triplets": 3}.get(sampling.kind, 1)
+        self.count = sampling.per_epoch or len(labels)
+        self.batch_size = min(batch_size, self.count)
+        if sampling.kind == "per_class":
+            self.batch_size -= self.batch_size % sampling.per_class
+            most = sampling.per_class * len(torch.unique(labels))
+            self.batch_size = min(self.batch_size, most)
+        if self.batch_size < 1:
+            raise ExperimentError(f"{self.count} images are too few for a batch")
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for this epoch from now on; Lightning calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = self._draw()
+        for number in range(len(self)):
+            part = rows[:, number * self.batch_size : (number + 1) * self.batch_size]
+            yield part.reshape(-1).tolist()
+
+    def _draw(self) -> Integers:
+        """Return image numbers (1, 2 or 3; count): single images, pairs or triplets."""
+        seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
+        labels = self.labels.numpy()
+        if self.sampling.kind == "pairs":
+            return np.stack(draw_pairs(labels, self.count, seed))
+        if self.sampling.kind == "triplets":
+            return np.stack(draw_triplets(labels, self.count, seed))
+        if self.sampling.kind == "per_class":
+            # The library's own generator, which it has no other way to seed.
+            common_functions.NUMPY_RANDOM = np.random.RandomState(seed)
+            chosen = MPerClassSampler(
+                labels, self.sampling.per_class, self.batch_size, max(self.count, self.batch_size)
+            )
+            return np.array(list(chosen), np.int64)[None]
+        drawn = class_sampler(self.labels, self.sampling.balance, seed, self.count)
+        return np.array(list(drawn), np.int64)[None]

@@ -1,0 +1,139 @@
+"""What an exported model says of itself: input, calibration, classes, training and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+
+from pg_siamese.datasets import DataFormatError, DataSplits, sha256
+from pg_siamese.evaluation.pairs import (
+    Calibration,
+    Flags,
+    calibrate,
+    pair_distances,
+    score_pairs,
+)
+from pg_siamese.evaluation.retrieval import Embedded, Floats, retrieval_by_set, right_set
+from pg_siamese.training.data import JoinedImages
+from pg_siamese.training.experiments import Experiment
+from pg_siamese.training.learner import as_one_set, embed
+
+PAIRS = 20_000
+# Figures are of at most so many images of train: retrieval compares all with all.
+GALLERY = 60_000
+
+
+def embed_joined(encoder: torch.nn.Module, images: JoinedImages) -> Embedded:
+    """Embed joined data sets."""
+    return Embedded(embed(encoder, images.pixels), images.labels.numpy(), images.sets.numpy())
+
+
+def describe(
+    experiment: Experiment,
+    encoder: torch.nn.Module,
+    splits: list[DataSplits],
+    *,
+    command: str,
+    head: tuple[float, float] | None,
+    test: bool = True,
+) -> dict[str, Any]:
+    """Return the metadata of a trained encoder, a JSON object.
+
+    `head` is weight and bias of the Siamese head, which is the calibration where there is one;
+    otherwise a logistic regression is fitted on validation pairs. The threshold is always chosen
+    on these. Raises `DataFormatError` where there are no such pairs.
+    """
+    joined = {
+        part: JoinedImages([getattr(s, part) for s in splits], experiment.labels)
+        for part in ("train", "val", "test")
+    }
+    train, metric = joined["train"], experiment.metric
+    gallery = embed_joined(encoder, train.some(GALLERY, experiment.seed))
+    queries = embed_joined(encoder, joined["val"])
+    try:
+        calibration = calibrate(*_pairs(queries, experiment, 0))
+        if head is not None:
+            calibration = dataclasses.replace(calibration, weight=head[0], bias=head[1])
+        parts = {"validation": queries}
+        if test:
+            parts["test"] = embed_joined(encoder, joined["test"])
+        metrics = {
+            part: _figures(gallery, embedded, train.names, experiment, calibration)
+            for part, embedded in parts.items()
+        }
+    except ValueError as error:
+        raise DataFormatError(
+            f"{experiment.name}: {error}: the validation and test splits need two classes and two "
+            "images of a class at least"
+        ) from error
+    return {
+        "format": 1,
+        "name": experiment.name,
+        "dimension": experiment.network.dimension,
+        "metric": metric,
+        "labels": experiment.labels,
+        "input": {
+            "width": experiment.input.width,
+            "height": experiment.input.height,
+            "channels": 3,
+            "resize": experiment.input.resize,
+            "interpolation": experiment.input.interpolation,
+        },
+        "calibration": {"weight": calibration.weight, "bias": calibration.bias},
+        "threshold": calibration.threshold,
+        "classes": list(train.classes),
+        "training": {
+            "experiment": experiment.name,
+            "objective": experiment.objective.name,
+            "seed": experiment.seed,
+            "data": [item for s in splits for item in _sources(s)],
+            "command": command,
+            "metrics": metrics,
+        },
+    }
+
+
+def _pairs(embedded: Embedded, experiment: Experiment, shift: int) -> tuple[Floats, Flags]:
+    # Where the set is what matches, all pairs that don't are of two sets; `pair_distances` would
+    # look for some of one set.
+    if experiment.labels == "set":
+        embedded = as_one_set(embedded)
+    return pair_distances(embedded, PAIRS, experiment.seed + shift, experiment.metric)
+
+
+def _figures(
+    gallery: Embedded,
+    embedded: Embedded,
+    names: tuple[str, ...],
+    experiment: Experiment,
+    calibration: Calibration,
+) -> dict[str, Any]:
+    pairs = score_pairs(*_pairs(embedded, experiment, 1), calibration)
+    known = names if experiment.labels == "class" else ("all",)
+    whole = gallery, embedded
+    if experiment.labels == "set":
+        whole = as_one_set(gallery), as_one_set(embedded)
+    retrieved = retrieval_by_set(*whole, known, experiment.metric)
+    return {
+        "retrieval": {name: score.as_dict() for name, score in retrieved.items()},
+        "right_set": round(right_set(gallery, embedded, experiment.metric), 3),
+        "pairs": {k: round(v, 4) for k, v in dataclasses.asdict(pairs).items()},
+    }
+
+
+def _sources(splits: DataSplits) -> list[dict[str, str]]:
+    """Name the files of a data set; of a folder of images only how it was named."""
+    same = {"name": splits.name, "spec": splits.spec}
+    files = splits.files
+    if len(files) > 16:
+        return [same | {"file": f"{len(files)} image files", "sha256": _sum_of(splits)}]
+    return [same | {"file": file.name, "sha256": sha256(file)} for file in files]
+
+
+def _sum_of(splits: DataSplits) -> str:
+    """Return one SHA-256 for many files: that of the sorted list of theirs."""
+    sums = sorted(sha256(file) for file in splits.files)
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()

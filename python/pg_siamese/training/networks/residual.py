@@ -1,0 +1,70 @@
+"""A small modern residual network, whose embedding is a unit vector: the shipped encoders."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pg_siamese.training.networks.pixels import centred
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Return a convolution with batch norm; the norm is folded into it at export."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut (He et al. 2016; average-pooled shortcut as in
+    ResNet-D, He et al. 2019). (N, inputs, H, W) to (N, outputs, H / stride, W / stride).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = convolution(inputs, outputs, stride=stride)
+        self.second = convolution(outputs, outputs)
+        shortcut: list[nn.Module] = []
+        if stride > 1:
+            shortcut.append(nn.AvgPool2d(stride, ceil_mode=True))
+        if inputs != outputs:
+            shortcut.append(convolution(inputs, outputs, kernel=1))
+        self.shortcut = nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
+
+
+class ResidualEncoder(nn.Module):
+    """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension).
+
+    `stem` is (channels, stride) of the first convolution; `stages` is (channels, stride) of each
+    residual block. Any height and width that the strides leave something of will do.
+    """
+
+    def __init__(
+        self,
+        dimension: int = 64,
+        stem: tuple[int, int] = (32, 2),
+        stages: tuple[tuple[int, int], ...] = ((32, 1), (64, 2), (128, 1)),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dimension = dimension
+        channels, stride = stem
+        self.stem = convolution(3, channels, stride=stride)
+        blocks = []
+        for outputs, stride in stages:
+            blocks.append(ResidualBlock(channels, outputs, stride))
+            channels = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels, dimension)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed a batch."""
+        x = self.blocks(F.relu(self.stem(centred(image))))
+        x = x.mean(dim=(2, 3))
+        return F.normalize(self.head(self.dropout(x)), dim=1)

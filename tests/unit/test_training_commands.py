@@ -1,0 +1,221 @@
+"""The commands `train` and `export`, and the experiments that they take."""
+
+# ruff: noqa: E402 - what is imported below needs what is skipped over above
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lightning")
+
+from typer.testing import CliRunner, Result
+
+from pg_siamese.cli import app
+from pg_siamese.training import export
+
+SETTINGS = """
+title = "A tiny encoder"
+data = []
+epochs = 2
+batch_size = 8
+intended_use = "Tests."
+limits = "Knows two colours."
+{more}
+[input]
+width = 20
+height = 16
+[network]
+name = "{network}"
+dimension = {dimension}
+[objective]
+name = "{objective}"
+[sampling]
+kind = "{kind}"
+per_epoch = 16
+"""
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Red, green and blue pictures of different sizes, by class."""
+    root = tmp_path_factory.mktemp("pictures") / "colours"
+    random = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (root / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = random.integers(0, 100, (18 + number, 20, 3), np.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels).save(root / name / f"{number:02}.png")
+    return root
+
+
+def settings(
+    path: Path,
+    network: str = "conv3_gap",
+    objective: str = "cosface",
+    kind: str = "classes",
+    dimension: int = 8,
+    more: str = "",
+) -> Path:
+    path.write_text(
+        SETTINGS.format(
+            network=network, objective=objective, kind=kind, dimension=dimension, more=more
+        )
+    )
+    return path
+
+
+def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> None:
+    toml = settings(tmp_path / "tiny.toml")
+    arguments = ["--data", f"folder:{folder}", "--runs", str(tmp_path / "runs"), "--threads", "1"]
+    result = run(
+        "train", str(toml), *arguments, "--seed", "5", "--output", str(tmp_path / "a.onnx")
+    )
+    assert result.exit_code == 0, result.output
+    place = tmp_path / "runs" / "tiny" / "seed-5"
+    assert {path.name for path in place.iterdir()} >= {
+        "best.ckpt",
+        "last.ckpt",
+        "metrics.json",
+        "model.md",
+        "model.onnx",
+        "tensorboard",
+    }
+    metadata = export.read_metadata(tmp_path / "a.onnx")
+    assert metadata == export.read_metadata(place / "model.onnx")
+    assert metadata["classes"] == ["colours: blue", "colours: green", "colours: red"]
+    assert metadata["input"]["width"] == 20
+    assert metadata["training"]["data"][0]["spec"] == f"folder:{folder}"
+    assert metadata["training"]["data"][0]["file"] == "36 image files"
+    card = (tmp_path / "a.md").read_text()
+    assert card.startswith("# A tiny encoder\n")
+    assert "Knows two colours." in card
+    assert "three convolutions" in card
+
+    again = run("export", str(place), "--output", str(tmp_path / "b.onnx"), "--threads", "1")
+    assert again.exit_code == 0, again.output
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 20, 3), np.uint8)
+    first, second = (export.embed_onnx(tmp_path / f"{name}.onnx", pixels) for name in "ab")
+    assert (first == second).all()
+    repeated = export.read_metadata(tmp_path / "b.onnx")
+    assert repeated["calibration"] == metadata["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("network", "objective", "kind", "more"),
+    [
+        ("siamese_cnn", "contrastive_sigmoid", "pairs", 'metric = "l2"'),
+        ("residual", "triplet_cross_entropy", "triplets", ""),
+    ],
+)
+def test_other_systems_train(
+    folder: Path, tmp_path: Path, network: str, objective: str, kind: str, more: str
+) -> None:
+    toml = settings(tmp_path / "x.toml", network, objective, kind, more=more)
+    result = run(
+        "train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path), "--threads", "1"
+    )
+    assert result.exit_code == 0, result.output
+    metadata = export.read_metadata(tmp_path / "x" / "seed-0" / "model.onnx")
+    assert metadata["training"]["objective"] == objective
+    assert metadata["metric"] == ("l2" if more else "cosine")
+
+
+def test_the_head_of_a_siamese_network_is_the_calibration(folder: Path, tmp_path: Path) -> None:
+    toml = settings(tmp_path / "x.toml", "conv3_gap", "pair_cross_entropy", "pairs")
+    result = run(
+        "train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path), "--threads", "1"
+    )
+    assert result.exit_code == 0, result.output
+    place = tmp_path / "x" / "seed-0"
+    weights = torch.load(place / "best.ckpt", weights_only=True)["state_dict"]
+    metadata = export.read_metadata(place / "model.onnx")
+    assert metadata["calibration"] == {
+        "weight": -float(weights["objective.head.weight"]),
+        "bias": -float(weights["objective.head.bias"]),
+    }
+    assert "Siamese head's own" in (place / "model.md").read_text()
+
+
+def test_snapshots_show_how_the_plane_forms(folder: Path, tmp_path: Path) -> None:
+    toml = settings(
+        tmp_path / "x.toml", "conv5", "contrastive_hadsell", "pairs", 2, "snapshots = 3"
+    )
+    result = run(
+        "train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path), "--threads", "1"
+    )
+    assert result.exit_code == 0, result.output
+    stored = np.load(tmp_path / "x" / "seed-0" / "snapshots.npz")
+    count = len(stored["labels"])
+    assert stored["points"].shape == (3, count, 2)
+    assert stored["points"].dtype == np.float16
+    assert stored["epochs"].tolist() == [0, 1, 2]
+    rows = json.loads((tmp_path / "x" / "seed-0" / "metrics.json").read_text())
+    assert {"val_loss", "val_accuracy", "train_loss"} <= set(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("network", "none"), 'no network "none"'),
+        (("objective", "none"), 'no objective "none"'),
+        (("kind", "pairs"), "takes sampling.kind classes or per_class"),
+        (("kind", "none"), 'sampling.kind is "none"'),
+        (("more", "epoch = 3"), r'x.toml: unknown key "epoch"'),
+        (("more", 'metric = "l1"'), 'metric is "l1"'),
+        (("more", 'seed = "0"'), "seed is '0': it must be of type int"),
+        (("more", "snapshots = 5"), "network.dimension = 2 only"),
+        (("more", "= 3"), "no valid TOML"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(
+    folder: Path, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    toml = settings(tmp_path / "x.toml", **{change[0]: change[1]})  # type: ignore[arg-type]
+    result = run("train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path))
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
+def test_options_of_networks_and_objectives_are_checked(folder: Path, tmp_path: Path) -> None:
+    toml = settings(tmp_path / "x.toml")
+    toml.write_text(toml.read_text().replace('name = "cosface"', 'name = "cosface"\nmargins = 1'))
+    result = run("train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path))
+    assert result.exit_code == 1
+    assert '"cosface" has no option "margins"; there are: margin, scale' in result.output
+
+
+def test_commands_say_what_there_is(tmp_path: Path) -> None:
+    result = run("train", "none")
+    assert result.exit_code == 1
+    assert "fashion_mnist" in result.output
+    result = run("train", "folder")
+    assert result.exit_code == 1
+    assert "needs data: --data folder:PATH" in result.output
+    result = run("export", str(tmp_path / "none"))
+    assert result.exit_code == 1
+    assert "no such file or folder" in result.output
+    result = run("export", str(tmp_path))
+    assert result.exit_code == 1
+    assert "neither best.ckpt nor last.ckpt" in result.output
+
+
+def test_too_few_images_are_said(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "1.png")
+    toml = settings(tmp_path / "x.toml")
+    result = run("train", str(toml), "--data", f"folder:{tmp_path / 'data'}", "--runs", "r")
+    assert result.exit_code == 1
+    assert "error: " in result.output
+    assert "images" in result.output

@@ -1,0 +1,268 @@
+"""Networks, objectives, samplers and experiment files, each by itself."""
+
+# ruff: noqa: E402 - what is imported below needs what is skipped over above
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("pytorch_metric_learning")
+pytest.importorskip("efficientnet_lite_pytorch")
+
+from pg_siamese.datasets import DataFormatError
+from pg_siamese.training.experiments import (
+    ExperimentError,
+    Sampling,
+    experiment_names,
+    load_experiment,
+)
+from pg_siamese.training.networks import NETWORKS, build_network
+from pg_siamese.training.objectives import OBJECTIVES, build_objective
+from pg_siamese.training.objectives.base import distance
+from pg_siamese.training.sampling import Batches, draw_pairs, draw_triplets
+
+NAMES = (
+    "cifar10_8d",
+    "cifar10_8d_improved",
+    "fashion_mnist",
+    "folder",
+    "folder_pretrained",
+    "imagenette_pretrained",
+    "imagenette_scratch",
+    "medical",
+    "medmnist_siamese",
+    "medmnist_siamese_128",
+    "mnist_2d",
+)
+
+# --- experiments ------------------------------------------------------------------------------
+
+
+def test_the_experiments_are_there() -> None:
+    assert tuple(experiment_names()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_can_be_built(name: str) -> None:
+    experiment = load_experiment(name)
+    assert experiment.name == name
+    assert experiment.labels == "class" or len(experiment.data) > 1
+    size = (experiment.input.height, experiment.input.width)
+    network = experiment.network
+    encoder: Any = build_network(network.name, network.dimension, size, network.options)
+    objective: Any = build_objective(
+        experiment.objective.name,
+        network.dimension,
+        10,
+        experiment.metric,
+        experiment.objective.options,
+    )
+    labels = torch.arange(200) % 10
+    Batches(labels, experiment.sampling, experiment.batch_size, objective.takes, seed=0)
+    with torch.inference_mode():
+        embedding = encoder.eval()(torch.zeros((2, *size, 3), dtype=torch.uint8))
+    assert embedding.shape == (2, network.dimension)
+    assert embedding.dtype == torch.float32
+
+
+# --- networks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"siamese_cnn", "conv5"}))
+def test_networks_for_cosine_give_unit_vectors(name: str) -> None:
+    encoder: Any = build_network(name, 12, (64, 64), {}).eval()
+    with torch.inference_mode():
+        vectors = encoder(torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8))
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_siamese_cnn_is_the_original_one() -> None:
+    encoder: Any = build_network("siamese_cnn", 16, (28, 28), {})
+    assert sum(p.numel() for p in encoder.parameters()) == 6 + 304 + 1616 + 256 * 16 + 16
+    with pytest.raises(ExperimentError, match="too small"):
+        build_network("siamese_cnn", 16, (12, 12), {})
+
+
+def test_a_frozen_network_learns_in_its_projection_only() -> None:
+    encoder: Any = build_network("efficientnet_lite0", 8, (64, 64), {}).train()
+    learning = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    assert learning == ["projection.weight", "projection.bias"]
+    assert not encoder.network.training
+    pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    encoder.eval()
+    assert torch.allclose(encoder.head(encoder.features(pixels)), encoder(pixels))
+
+
+def test_unknown_networks_and_options() -> None:
+    with pytest.raises(ExperimentError, match='no network "x"; there are: siamese_cnn'):
+        build_network("x", 2, (28, 28), {})
+    with pytest.raises(ExperimentError, match='"conv5" has no option "depth"; there are: channels'):
+        build_network("conv5", 2, (28, 28), {"depth": 3})
+
+
+# --- objectives -------------------------------------------------------------------------------
+
+# Two pairs: one of label 0 at distance 3, one of labels 0 and 1 at distance 1.
+PAIRS = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
+PAIR_LABELS = torch.tensor([0, 0, 0, 1])
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_contrastive_loss_on_the_sigmoid_by_hand() -> None:
+    objective: Any = build_objective("contrastive_sigmoid", 2, 2, "l2", {})
+    with torch.no_grad():
+        objective.head.weight.fill_(2.0)
+        objective.head.bias.fill_(-1.0)
+    outcome = objective(PAIRS, PAIR_LABELS)
+    same, other = sigmoid(2 * 3 - 1), sigmoid(2 * 1 - 1)
+    assert outcome.loss.item() == pytest.approx((same**2 + (1 - other) ** 2) / 2, rel=1e-5)
+    assert float(outcome.accuracy) == 0.5  # the first pair is taken for different, wrongly
+    assert objective.calibration() == (-2.0, 1.0)
+
+
+def test_pair_cross_entropy_by_hand() -> None:
+    objective: Any = build_objective("pair_cross_entropy", 2, 2, "l2", {})
+    with torch.no_grad():
+        objective.head.weight.fill_(2.0)
+        objective.head.bias.fill_(-1.0)
+    outcome = objective(PAIRS, PAIR_LABELS)
+    expected = -(math.log(1 - sigmoid(5)) + math.log(sigmoid(1))) / 2
+    assert outcome.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_hadsell_loss_by_hand() -> None:
+    objective: Any = build_objective("contrastive_hadsell", 2, 2, "l2", {"margin": 4.0})
+    outcome = objective(PAIRS, PAIR_LABELS)
+    assert outcome.loss.item() == pytest.approx((0.5 * 3**2 + 0.5 * (4 - 1) ** 2) / 2, rel=1e-5)
+    assert float(outcome.accuracy) == 0  # the matching pair is beyond half the margin
+    assert objective.calibration() is None
+    angular: Any = build_objective(
+        "contrastive_hadsell", 2, 2, "l2", {"margin": 4.0, "angular": 1.0}
+    )
+    # Two classes: one to the right, one to the left. Points at the origin have no direction, the
+    # third is right of it and of label 0, the fourth above it.
+    sure = math.log(1 + math.exp(-60))
+    expected = outcome.loss.item() + (math.log(2) * 3 + sure) / 4
+    assert angular(PAIRS, PAIR_LABELS).loss.item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ExperimentError, match="two dimensions, not 3"):
+        build_objective("contrastive_hadsell", 3, 2, "l2", {"angular": 1.0})
+
+
+def test_triplet_loss_by_hand() -> None:
+    vectors = torch.tensor([[0.0, 0.0], [0.0, 3.0], [2.0, 0.0]])  # anchor, positive, negative
+    objective: Any = build_objective("triplet", 2, 2, "l2", {"margin": 0.5})
+    assert objective.takes == "triplets"
+    outcome = objective(vectors, torch.tensor([0, 0, 1]))
+    assert outcome.loss.item() == pytest.approx(3 - 2 + 0.5, rel=1e-5)
+    assert float(outcome.accuracy) == 0
+    unit = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    cosine: Any = build_objective("triplet", 2, 2, "cosine", {"margin": 0.5})
+    assert float(cosine(unit, torch.tensor([0, 0, 1])).loss) == pytest.approx(1.5, rel=1e-5)
+
+
+def test_mined_triplets_and_none_of_them() -> None:
+    objective: Any = build_objective("triplet", 2, 2, "l2", {"margin": 0.5, "mining": "hard"})
+    assert objective.takes == "classes"
+    vectors = torch.tensor([[0.0, 0.0], [0.0, 3.0], [2.0, 0.0]], requires_grad=True)
+    assert objective(vectors, torch.tensor([0, 0, 1])).loss.item() > 0
+    outcome = objective(vectors, torch.tensor([0, 1, 2]))
+    assert outcome.loss.item() == 0
+    outcome.loss.backward()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_learn(name: str) -> None:
+    torch.manual_seed(0)
+    objective: Any = build_objective(name, 4, 3, "cosine", {})
+    labels = torch.arange(12) % 3
+    if objective.takes == "pairs":
+        labels = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 1, 2, 2, 0])
+    if objective.takes == "triplets":
+        labels = torch.tensor([0, 1, 2, 0, 0, 1, 2, 0, 1, 2, 0, 2])
+    vectors = torch.nn.Parameter(torch.randn(12, 4))
+    optimiser = torch.optim.Adam([vectors, *objective.parameters()], lr=0.1)
+    losses = []
+    for _ in range(30):
+        outcome = objective(torch.nn.functional.normalize(vectors, dim=1), labels)
+        optimiser.zero_grad()
+        outcome.loss.backward()
+        optimiser.step()
+        losses.append(outcome.loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_equal_images_have_a_finite_gradient() -> None:
+    vectors = torch.ones((2, 3), requires_grad=True)
+    torch.autograd.backward(distance(vectors[:1], vectors[1:], "l2").sum())
+    assert vectors.grad is not None and torch.isfinite(vectors.grad).all()
+
+
+# --- samplers ---------------------------------------------------------------------------------
+
+LABELS = np.array([0] * 50 + [1] * 5 + [2])  # the last class has one image
+
+
+def test_drawn_pairs_are_half_and_half() -> None:
+    first, second = draw_pairs(LABELS, 2000, seed=1)
+    match = LABELS[first] == LABELS[second]
+    assert match.sum() == 1000
+    assert (first != second).all()
+    assert 2 not in LABELS[first[match]]
+    assert 2 in LABELS[first[~match]]
+    # Rare classes count as much as others.
+    assert (LABELS[first[match]] == 1).mean() == pytest.approx(0.5, abs=0.05)
+    again = draw_pairs(LABELS, 2000, seed=1)
+    assert (again[0] == first).all() and (again[1] == second).all()
+    assert (draw_pairs(LABELS, 2000, seed=2)[0] != first).any()
+
+
+def test_drawn_triplets() -> None:
+    anchor, positive, negative = draw_triplets(LABELS, 500, seed=1)
+    assert (LABELS[anchor] == LABELS[positive]).all()
+    assert (anchor != positive).all()
+    assert (LABELS[anchor] != LABELS[negative]).all()
+    assert 2 in LABELS[negative]
+
+
+def test_images_without_pairs_are_refused() -> None:
+    with pytest.raises(DataFormatError, match="no two images of one label"):
+        draw_pairs(np.arange(4), 10, seed=0)
+    with pytest.raises(DataFormatError, match="no pair of different labels"):
+        draw_triplets(np.zeros(4, np.int64), 10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "takes", "width"),
+    [("classes", "classes", 1), ("pairs", "pairs", 2), ("triplets", "triplets", 3)],
+)
+def test_batches_are_seeded_and_new_in_each_epoch(kind: str, takes: str, width: int) -> None:
+    batches = Batches(torch.from_numpy(LABELS), Sampling(kind=kind), 16, takes, seed=3)
+    first = list(batches)
+    assert len(first) == len(batches) == 3
+    assert all(len(batch) == 16 * width for batch in first)
+    assert list(batches) == first
+    batches.set_epoch(1)
+    assert list(batches) != first
+
+
+def test_batches_with_as_many_of_each_class() -> None:
+    labels = torch.arange(40) % 4
+    batches = Batches(labels, Sampling(kind="per_class", per_class=3), 8, "classes", seed=3)
+    first = list(batches)
+    assert first and all(len(batch) == 6 for batch in first)
+    for batch in first:
+        assert sorted(torch.bincount(labels[batch], minlength=4).tolist()) == [0, 0, 3, 3]
+    assert list(batches) == first
+
+
+def test_a_sampler_that_the_objective_does_not_take() -> None:
+    with pytest.raises(ExperimentError, match=r'takes sampling\.kind pairs, not "classes"'):
+        Batches(torch.zeros(4).long(), Sampling(), 2, "pairs", seed=0)
