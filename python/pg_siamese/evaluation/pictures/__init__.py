@@ -80,7 +80,7 @@ def write_pictures(evaluations: Sequence[Evaluation], folder: Path) -> Iterator[
     )
     kind = "of one data set" if first.model.labels == "set" else "of one class"
     yield save(
-        roc(first.pairs, threshold, f"{name}: are two images {kind}?"), folder / f"{name}-roc.png"
+        roc(first.pairs, threshold, f"{name}:\nare two images {kind}?"), folder / f"{name}-roc.png"
     )
     if first.queries.vectors.shape[1] == 2:
         classes = [title for part in first.data for title in _titles(part.train)]
