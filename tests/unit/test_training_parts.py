@@ -21,6 +21,7 @@ from pg_siamese.training.experiments import (
     experiment_names,
     load_experiment,
 )
+from pg_siamese.training.learner import sets_of
 from pg_siamese.training.networks import NETWORKS, build_network
 from pg_siamese.training.objectives import OBJECTIVES, build_objective
 from pg_siamese.training.objectives.base import distance
@@ -35,6 +36,7 @@ NAMES = (
     "imagenette_pretrained",
     "imagenette_scratch",
     "medical",
+    "medical_ensemble",
     "medmnist_siamese",
     "medmnist_siamese_128",
     "mnist_2d",
@@ -71,6 +73,54 @@ def test_every_experiment_can_be_built(name: str) -> None:
 
 
 # --- networks ---------------------------------------------------------------------------------
+
+
+def test_ensemble_is_one_unit_vector_of_shares() -> None:
+    options = {"members": 3, "width": 4, "set_dimension": 4, "set_share": 0.25}
+    encoder: Any = build_network("residual_ensemble", 16, (28, 28), options).eval()
+    with torch.inference_mode():
+        vectors = encoder(torch.randint(0, 256, (5, 28, 28, 3), dtype=torch.uint8))
+    squares = [part.square().sum(dim=1) for part in vectors.split([4, 4, 4, 4], dim=1)]
+    for square, share in zip(squares, [0.25, 0.25, 0.25, 0.25], strict=True):
+        torch.testing.assert_close(square, torch.full((5,), share))
+
+
+@pytest.mark.parametrize(
+    ("dimension", "options", "message"),
+    [
+        (16, {"members": 3, "set_dimension": 5}, "not a multiple of members 3"),
+        (16, {"members": 0}, "not a multiple"),
+        (16, {"set_share": 1.0}, "set_share"),
+        (16, {"members": 2, "set_dimension": 16}, "leaves nothing"),
+    ],
+)
+def test_ensembles_that_cannot_be(dimension: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        build_network("residual_ensemble", dimension, (28, 28), options)
+
+
+def test_parts_are_judged_by_sets_and_classes() -> None:
+    """The first part by the set, the others by the class; none by what is not its own."""
+    torch.manual_seed(0)
+    build: Any = build_objective(
+        "cosface_parts", 12, 3, "cosine", {"members": 2, "set_dimension": 4}, [0, 0, 1]
+    )
+    vectors = torch.nn.functional.normalize(torch.randn(6, 12), dim=1)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    swapped = torch.tensor([1, 0, 2, 1, 0, 2])  # other classes of the same sets
+    parts = vectors.split([4, 4, 4], dim=1)
+    sets = torch.tensor([0, 0, 1, 0, 0, 1])
+    expected = build.losses[0](parts[0], sets) + sum(
+        build.losses[place](parts[place], labels) for place in (1, 2)
+    )
+    torch.testing.assert_close(build(vectors, labels).loss, expected)
+    assert not torch.isclose(build(vectors, swapped).loss, expected)
+
+
+def test_sets_of_classes() -> None:
+    names = ("a", "a: b", "c")
+    assert sets_of(names, ("a: x", "a: b: x", "c: b", "a: y")) == [0, 1, 2, 0]
+    assert sets_of(names, names) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"siamese_cnn", "conv5"}))

@@ -47,6 +47,7 @@ class MetricLearner(lightning.LightningModule):
             len(classes),
             experiment.metric,
             experiment.objective.options,
+            sets_of(names, classes),
         )
         self.augment = Augmenter(names, {name: experiment.augmentation_of(name) for name in names})
         self._seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -156,6 +157,17 @@ class MetricLearner(lightning.LightningModule):
             "names": list(self.names),
             "classes": list(self.classes),
         }
+
+
+def sets_of(names: tuple[str, ...], classes: tuple[str, ...]) -> list[int]:
+    """Return the number of each class's data set: classes are "set" or "set: class"."""
+    return [
+        max(
+            (number for number, name in enumerate(names) if f"{each}: ".startswith(f"{name}: ")),
+            key=lambda number: len(names[number]),
+        )
+        for each in classes
+    ]
 
 
 def load_learner(path: Any) -> MetricLearner:

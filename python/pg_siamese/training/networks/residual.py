@@ -63,8 +63,15 @@ class ResidualEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels, dimension)
 
+    def features(self, image: Tensor) -> Tensor:
+        """Return what the embedding is made of, (N, channels of the last block)."""
+        found: Tensor = self.blocks(F.relu(self.stem(centred(image))))
+        return found.mean(dim=(2, 3))
+
+    def embedding(self, features: Tensor) -> Tensor:
+        """Make embeddings of features."""
+        return F.normalize(self.head(self.dropout(features)), dim=1)
+
     def forward(self, image: Tensor) -> Tensor:
         """Embed a batch."""
-        x = self.blocks(F.relu(self.stem(centred(image))))
-        x = x.mean(dim=(2, 3))
-        return F.normalize(self.head(self.dropout(x)), dim=1)
+        return self.embedding(self.features(image))

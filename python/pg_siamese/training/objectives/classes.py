@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from pytorch_metric_learning.losses import CosFaceLoss
-from torch import Tensor
+from torch import Tensor, nn
 
 from pg_siamese.training.objectives.base import Objective, Outcome
 
@@ -29,4 +32,50 @@ class CosFace(Objective):
         """Judge single images; right is the class whose vector is nearest, without the margin."""
         loss: Tensor = self.loss(embeddings, labels)
         right = self.loss.get_logits(embeddings.detach()).argmax(dim=1) == labels
+        return Outcome(loss, right.float().mean())
+
+
+class CosFaceParts(Objective):
+    """CosFace on each part of an embedding: on the sets first, then on the classes, by members.
+
+    For `ResidualEnsemble`, with its `members` and `set_dimension`. `sets` gives each class's data
+    set, as a number.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        classes: int,
+        metric: str,
+        sets: Sequence[int],
+        members: int = 2,
+        set_dimension: int = 2,
+        margin: float = 0.2,
+        scale: float = 16.0,
+    ) -> None:
+        super().__init__(dimension, classes, metric)
+        own, rest = divmod(dimension - set_dimension, members)
+        if own < 1 or rest:
+            raise ValueError(
+                f"dimension {dimension} without set_dimension {set_dimension} is not a multiple of"
+                f" members {members}"
+            )
+        self.sizes = [set_dimension, *[own] * members]
+        self.register_buffer("sets", torch.tensor(sets), persistent=False)
+        counts = [max(sets) + 1, *[classes] * members]
+        self.losses = nn.ModuleList(
+            CosFaceLoss(count, size, margin=margin, scale=scale)
+            for count, size in zip(counts, self.sizes, strict=True)
+        )
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
+        """Judge single images; right is the class that most of the members' logits speak for."""
+        parts = torch.split(embeddings, self.sizes, dim=1)
+        sets: Tensor = self.sets  # type: ignore[assignment]
+        loss = self.losses[0](parts[0], sets[labels])
+        logits = 0
+        for judge, part in zip(self.losses[1:], parts[1:], strict=True):
+            loss = loss + judge(part, labels)
+            logits = logits + judge.get_logits(part.detach())  # type: ignore[operator]
+        right = logits.argmax(dim=1) == labels  # type: ignore[attr-defined]
         return Outcome(loss, right.float().mean())
