@@ -82,6 +82,14 @@ class Collection:
         """Type of an array of keys."""
         return f"{self.key_type}[]"
 
+    def as_it_was(self, plpy: Any) -> str:
+        """Return a condition on ``siamese.collections AS c``: still this one, of the name $1."""
+        relation = plpy.quote_literal(self.relation)
+        return (
+            f"c.collection_id = {self.collection_id} AND c.name = $1"
+            f" AND c.model_id = {self.model_id} AND c.relation::oid = {relation}::regclass::oid"
+        )
+
     @property
     def vector_type(self) -> str:
         """The type vector, with the schema that pgvector is installed in."""

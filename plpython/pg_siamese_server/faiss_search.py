@@ -36,6 +36,7 @@ class FaissSearch:
         self.is_restricted: bool = state["is_restricted"]
         self.index = index
         self.changes = changes
+        changes.is_restricted = self.is_restricted
 
     @classmethod
     def open(
@@ -115,9 +116,7 @@ class FaissSearch:
             near = min(limit, complete)
             taken = self._qualifying(request, keys, squared, near, is_plain, conditions, checked)
             if len(taken[0]) == request.k or complete >= limit or complete == math.inf:
-                if self.collection.metric == "cosine":
-                    return taken[0], [0.5 * square for square in taken[1]]
-                return taken[0], [math.sqrt(square) for square in taken[1]]
+                return taken[0], to_distances(taken[1], self.collection.metric)
             interrupts.check(self.plpy)
             share = (len(taken[0]) + 0.5) / max(1, len(checked))
             count = max(2 * count, int(1.3 * request.k / share))
@@ -291,6 +290,13 @@ def in_order(
         order = sorted(range(len(keys)), key=lambda place: (distances[place], keys[place]))
         return [keys[place] for place in order], [distances[place] for place in order]
     return keys, distances
+
+
+def to_distances(squared: list[float], metric: str) -> list[float]:
+    """Turn squared Euclidean distances of prepared vectors into those that callers see."""
+    if metric == "cosine":
+        return [0.5 * square for square in squared]
+    return [math.sqrt(square) for square in squared]
 
 
 def _squared_limit(max_distance: float, metric: str) -> float:

@@ -93,6 +93,7 @@ class Changes:
         added, unfetched: settled additions, with their vectors and still without.
         dead: settled deletions of what is not in the generation.
         open_ids, open_added, open_dead: what the last snapshot saw of transactions not settled.
+        is_restricted: whether row-level security hid rows from the last caller.
     """
 
     generation: int
@@ -105,6 +106,7 @@ class Changes:
     open_ids: set[int] = field(default_factory=set)
     open_added: Added = field(init=False)
     open_dead: set[int] = field(default_factory=set)
+    is_restricted: bool = False
     _dead_rows: NDArray[np.bool_] | None = None
     _dead_row_count: int = 0
 

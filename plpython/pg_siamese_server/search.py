@@ -92,7 +92,8 @@ class Answer:
 def search(plpy: Any, request: Request) -> Answer:
     """Answer a search."""
     request.check()
-    answer = _steadily(plpy, request)
+    embedded: dict[int, NDArray[np.float32]] = {}
+    answer = _steadily(plpy, request, embedded)
     if answer is not None:
         return answer
     collection, state = _current_state(plpy, request)
@@ -104,7 +105,9 @@ def search(plpy: Any, request: Request) -> Answer:
         )
     embedding = None
     if request.key is None:
-        embedding = models.embed(plpy, collection.model_id, [request.image])
+        embedding = embedded.get(collection.model_id)
+        if embedding is None:
+            embedding = models.embed(plpy, collection.model_id, [request.image])
     conditions = parse(plpy, collection, request.filter)
     if request.engine != "pgvector":
         answer = _with_faiss(plpy, request, collection, state, embedding, conditions)
@@ -113,24 +116,28 @@ def search(plpy: Any, request: Request) -> Answer:
     return _with_pgvector(plpy, request, collection, state, embedding, conditions)
 
 
-def _steadily(plpy: Any, request: Request) -> Answer | None:
-    """Answer the quick way, where a session knows the collection and nothing has changed."""
+def _steadily(
+    plpy: Any, request: Request, embedded: dict[int, NDArray[np.float32]]
+) -> Answer | None:
+    """Answer the quick way, where a session knows the collection and nothing has changed.
+
+    The image's embedding goes into ``embedded``, by model, so that it is made once.
+    """
     collection = _collections.get(request.collection_name or "")
     changes = None if collection is None else _changes.get(collection.collection_id)
-    if collection is None or changes is None or not changes.is_empty:
+    if collection is None or changes is None:
         return None
     from pg_siamese_server import steady
 
     if not steady.may_serve(request, changes):
         return None
-    embedding = None
     if request.key is None:
-        # Embedded once more where the answer is not taken: seldom, only right after a change.
         try:
             embedding = models.embed(plpy, collection.model_id, [request.image])
         except SiameseError:  # which error it is to be, the ordinary way knows
             return None
-    found = steady.search(plpy, collection, request, changes, embedding)
+        embedded[collection.model_id] = embedding
+    found = steady.search(plpy, collection, request, changes, embedded.get(collection.model_id))
     return None if found is None else Answer(collection, *found)
 
 
@@ -149,7 +156,6 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
             f" INNER JOIN {collection.embeddings} AS e ON e.key = b.{collection.key_column}"
             f" WHERE b.{collection.key_column} = $3)"
         )
-    relation = plpy.quote_literal(collection.relation)
     plan = collection.plans[purpose] = plpy.prepare(
         f"SELECT {stored} AS query_id, c.generation, p.settled, p.opened,"
         " pg_catalog.pg_current_snapshot()::text AS snapshot,"
@@ -164,8 +170,7 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
         f" FROM {collection.pending} AS y WHERE y.xact_id >= $2"
         f" AND y.xact_id <= '{MAX_XACT_ID}'::pg_catalog.xid8 LIMIT {MAX_CHANGES + 1}) AS x"
         ") AS p ON c.generation IS NOT NULL"
-        f" WHERE c.collection_id = {collection.collection_id} AND c.name = $1"
-        f" AND c.model_id = {collection.model_id} AND c.relation::oid = {relation}::regclass::oid",
+        f" WHERE {collection.as_it_was(plpy)}",
         types,
     )
     return plan

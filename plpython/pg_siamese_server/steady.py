@@ -7,7 +7,6 @@ built, it asks both at once, and takes the answer only where it is what was expe
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,18 +14,18 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import vectors
 from pg_siamese_server.catalog import MAX_XACT_ID, Collection
-from pg_siamese_server.faiss_search import in_order
+from pg_siamese_server.faiss_search import in_order, to_distances
 
 if TYPE_CHECKING:
     from pg_siamese_server.pending import Changes
     from pg_siamese_server.search import Request
 
 
-def may_serve(request: Request, changes: Changes | None) -> bool:
+def may_serve(request: Request, changes: Changes) -> bool:
     """Whether it is worth a try: a plain search, integer keys, nothing pending when last seen."""
     return (
-        changes is not None
-        and changes.is_empty
+        changes.is_empty
+        and not changes.is_restricted
         and changes.index.rows.keys is not None
         and changes.index.index.ntotal > 0
         and request.filter is None
@@ -90,15 +89,12 @@ def search(
     seen = state[0]
     if seen["generation"] != changes.generation or seen["changed"] or seen["there"] < len(asked):
         return None
-    if collection.metric == "cosine":
-        return keys, [0.5 * square for square in distances]
-    return keys, [math.sqrt(square) for square in distances]
+    return keys, to_distances(distances, collection.metric)
 
 
 def _plan(plpy: Any, collection: Collection) -> Any:
     plan = collection.plans.get("steady")
     if plan is None:
-        relation = plpy.quote_literal(collection.relation)
         plan = collection.plans["steady"] = plpy.prepare(
             "SELECT c.generation,"
             f" EXISTS (SELECT FROM {collection.pending} AS y WHERE y.xact_id >= $2"
@@ -107,9 +103,7 @@ def _plan(plpy: Any, collection: Collection) -> Any:
             f" (SELECT pg_catalog.count(*) FROM {collection.relation} AS b"
             f" WHERE b.{collection.key_column} = ANY($3)) AS there"
             " FROM siamese.collections AS c"
-            f" WHERE c.collection_id = {collection.collection_id} AND c.name = $1"
-            f" AND c.model_id = {collection.model_id}"
-            f" AND c.relation::oid = {relation}::regclass::oid",
+            f" WHERE {collection.as_it_was(plpy)}",
             ["text", "xid8", "bigint[]"],
         )
     return plan

@@ -28,8 +28,8 @@ def torch_encoder(path: Path) -> Any:
     """
     import torch
 
-    from pg_siamese.training.encoder import ResidualEncoder
     from pg_siamese.training.export import fold_batch_norms
+    from pg_siamese.training.networks.residual import ResidualEncoder
 
     graph = onnx.load_model(str(path), load_external_data=False).graph
     weights = {item.name: numpy_helper.to_array(item) for item in graph.initializer}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class Outcome:
     accuracy: Tensor | None = None
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A loss with its own parameters; `takes` is the order of its batches.
 
     - "classes": single images in any order;
@@ -31,9 +32,9 @@ class Objective(nn.Module):
         super().__init__()
         self.metric = metric
 
+    @abstractmethod
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
         """Judge a batch: embeddings (N, d) with labels (N,)."""
-        raise NotImplementedError
 
     def calibration(self) -> tuple[float, float] | None:
         """Return weight and bias of P(match) = sigmoid(weight * distance + bias), or None."""
