@@ -130,6 +130,14 @@ def load(
         str | None,
         typer.Option(help="Name of the data set, else that of SOURCE.", show_default=False),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Where there is no such collection yet: create it, on the table siamese.images, "
+            "with this model.",
+            show_default=False,
+        ),
+    ] = None,
     skip_rejected: Annotated[
         bool,
         typer.Option("--skip-rejected", help="Go on after an image that the server rejects."),
@@ -143,13 +151,17 @@ def load(
     already are left out: a second run goes on where the first one stopped.
     """
     from pg_siamese.loading import LoadReport, find_target, load_part
-    from pg_siamese.search import find_collection
+    from pg_siamese.search import ensure_collection, find_collection
     from pg_siamese.sources import read_source
 
+    if model is not None and table is not None:
+        raise CommandError("--model goes with a collection, not with --table")
     parts = read_source(source, splits=split, labels=labels, dataset=dataset)
     report = LoadReport()
     with connect(dsn) as connection:
         if table is None:
+            if model is not None:
+                ensure_collection(connection, collection, model)
             found = find_collection(connection, collection)
             target = find_target(connection, found.relation, found.image_name)
         else:

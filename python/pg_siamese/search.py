@@ -115,6 +115,26 @@ def find_collection(connection: psycopg.Connection[Any], name: str) -> Collectio
     )
 
 
+def ensure_collection(connection: psycopg.Connection[Any], name: str, model: str) -> bool:
+    """Create a collection of the ready-made table where there is none; True where it was created.
+
+    Raises CommandError where there is one with another model.
+    """
+    row = connection.execute(
+        "SELECT m.name FROM siamese.collections AS c JOIN siamese.models AS m USING (model_id)"
+        " WHERE c.name = %s",
+        (name,),
+    ).fetchone()
+    if row is None:
+        connection.execute(
+            "SELECT siamese.create_collection(name => %s, model => %s)", (name, model)
+        )
+        return True
+    if row[0] != model:
+        raise CommandError(f'the collection "{name}" has model "{row[0]}", not "{model}"')
+    return False
+
+
 def search_statement(
     collection: Collection,
     *,

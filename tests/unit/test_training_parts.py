@@ -36,7 +36,6 @@ NAMES = (
     "imagenette_pretrained",
     "imagenette_scratch",
     "medical",
-    "medical_ensemble",
     "medmnist_siamese",
     "medmnist_siamese_128",
     "mnist_2d",
@@ -76,27 +75,28 @@ def test_every_experiment_can_be_built(name: str) -> None:
 
 
 def test_ensemble_is_one_unit_vector_of_shares() -> None:
-    options = {"members": 3, "width": 4, "set_dimension": 4, "set_share": 0.25}
-    encoder: Any = build_network("residual_ensemble", 16, (28, 28), options).eval()
+    options = {"width": 4, "lite_blocks": 2, "set_dimension": 4, "set_share": 0.25}
+    encoder: Any = build_network("ensemble", 16, (28, 28), options).eval()
     with torch.inference_mode():
         vectors = encoder(torch.randint(0, 256, (5, 28, 28, 3), dtype=torch.uint8))
-    squares = [part.square().sum(dim=1) for part in vectors.split([4, 4, 4, 4], dim=1)]
-    for square, share in zip(squares, [0.25, 0.25, 0.25, 0.25], strict=True):
+    squares = [part.square().sum(dim=1) for part in vectors.split([4, 6, 6], dim=1)]
+    for square, share in zip(squares, [0.25, 0.375, 0.375], strict=True):
         torch.testing.assert_close(square, torch.full((5,), share))
 
 
 @pytest.mark.parametrize(
     ("dimension", "options", "message"),
     [
-        (16, {"members": 3, "set_dimension": 5}, "not a multiple of members 3"),
-        (16, {"members": 0}, "not a multiple"),
-        (16, {"set_share": 1.0}, "set_share"),
-        (16, {"members": 2, "set_dimension": 16}, "leaves nothing"),
+        (16, {"set_dimension": 5}, "cannot be shared by 2 members"),
+        (16, {"set_dimension": 16}, "cannot be shared"),
+        (16, {"set_dimension": 0}, "cannot be shared"),
+        (16, {"set_dimension": 4, "set_share": 1.0}, "set_share"),
+        (16, {"set_dimension": 4, "lite_blocks": 17}, "there are 16"),
     ],
 )
 def test_ensembles_that_cannot_be(dimension: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ExperimentError, match=message):
-        build_network("residual_ensemble", dimension, (28, 28), options)
+        build_network("ensemble", dimension, (28, 28), options)
 
 
 def test_parts_are_judged_by_sets_and_classes() -> None:

@@ -16,7 +16,7 @@ from pg_siamese.training.experiments import ExperimentError
 from pg_siamese.training.networks.conv3_gap import Conv3Gap
 from pg_siamese.training.networks.conv5 import Conv5
 from pg_siamese.training.networks.efficientnet import EfficientNetB0, EfficientNetLite0
-from pg_siamese.training.networks.ensemble import ResidualEnsemble
+from pg_siamese.training.networks.ensemble import Ensemble
 from pg_siamese.training.networks.residual import ResidualEncoder
 from pg_siamese.training.networks.siamese_cnn import SiameseCnn
 
@@ -27,7 +27,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_b0": EfficientNetB0,
     "efficientnet_lite0": EfficientNetLite0,
     "residual": ResidualEncoder,
-    "residual_ensemble": ResidualEnsemble,
+    "ensemble": Ensemble,
 }
 
 

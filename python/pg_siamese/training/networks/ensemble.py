@@ -1,4 +1,4 @@
-"""Several small residual networks in one, whose embeddings are parts of one unit vector."""
+"""Two different networks in one, and a part for the data set: the shipped medical encoder."""
 
 from __future__ import annotations
 
@@ -8,56 +8,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.lite_trunk import LiteTrunk
 from pg_siamese.training.networks.residual import ResidualEncoder
 
 
-class ResidualEnsemble(nn.Module):
+class Ensemble(nn.Module):
     """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension).
 
-    The first `set_dimension` numbers say which data set an image is of; the rest is shared evenly
-    by the `members`, networks of their own. A distance is then the members' mean, which is less a
-    matter of chance than that of one network on a small data set (Lakshminarayanan et al. 2017,
-    arXiv 1612.01474), plus that of the data sets: images of two sets are always far apart.
+    The first `set_dimension` numbers say which data set an image is of; two members share the rest
+    evenly: pretrained filters (`LiteTrunk` of `lite_blocks` blocks at `lite_size` pixels) and a
+    small residual network (`width` channels in stem and first block, twice and four times as many
+    in the others). A distance is then the members' mean, which is less a matter of chance than that
+    of one network on a small data set (Lakshminarayanan et al. 2017, arXiv 1612.01474), plus that
+    of the data sets: images of two sets are always far apart.
 
-    `set_share` is the part of the squared length that `set_dimension` takes; `width` the channels
-    of stem and first block, with twice and four times as many in the others.
+    `set_share` is the part of the squared length that `set_dimension` takes.
     """
+
+    MEMBERS = 2
 
     def __init__(
         self,
         dimension: int = 64,
-        members: int = 2,
-        width: int = 20,
         set_dimension: int = 2,
         set_share: float = 0.5,
-        dropout: float = 0.0,
+        width: int = 22,
+        lite_blocks: int = 8,
+        lite_size: int = 56,
     ) -> None:
         super().__init__()
-        if members < 1 or set_dimension < 1 or (dimension - set_dimension) % members:
-            raise ValueError(
-                f"dimension {dimension} without set_dimension {set_dimension} is not a multiple of"
-                f" members {members}"
-            )
+        own = member_dimension(dimension, set_dimension, self.MEMBERS)
         if not 0 < set_share < 1:
             raise ValueError(f"set_share is {set_share}: it must be between 0 and 1")
-        own = (dimension - set_dimension) // members
-        if own < 1:
-            raise ValueError(f"dimension {dimension} leaves nothing for {members} members")
         self.dimension = dimension
-        stages = ((width, 1), (2 * width, 2), (4 * width, 1))
-        self.members = nn.ModuleList(
-            ResidualEncoder(own, (width, 2), stages, dropout) for _ in range(members)
+        self.residual = ResidualEncoder(
+            own, (width, 2), ((width, 1), (2 * width, 2), (4 * width, 1))
         )
-        self.set_head = nn.Linear(4 * width * members, set_dimension)
+        self.lite = LiteTrunk(lite_blocks, lite_size)
+        self.lite_head = nn.Linear(self.lite.channels, own)
+        self.set_head = nn.Linear(4 * width + self.lite.channels, set_dimension)
         self.set_scale = math.sqrt(set_share)
-        self.member_scale = math.sqrt((1 - set_share) / members)
+        self.member_scale = math.sqrt((1 - set_share) / self.MEMBERS)
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed a batch."""
-        features = [member.features(image) for member in self.members]  # type: ignore[operator]
+        small, pretrained = self.residual.features(image), self.lite(image)
         # The members learn classes; what they know of the sets comes with that.
-        sets = self.set_head(torch.cat(features, dim=1).detach())
-        parts = [self.set_scale * F.normalize(sets, dim=1)]
-        for member, found in zip(self.members, features, strict=True):
-            parts.append(self.member_scale * member.embedding(found))  # type: ignore[operator]
-        return torch.cat(parts, dim=1)
+        sets = self.set_head(torch.cat([small, pretrained], dim=1).detach())
+        return torch.cat(
+            [
+                self.set_scale * F.normalize(sets, dim=1),
+                self.member_scale * self.residual.embedding(small),
+                self.member_scale * F.normalize(self.lite_head(pretrained), dim=1),
+            ],
+            dim=1,
+        )
+
+
+def member_dimension(dimension: int, set_dimension: int, members: int) -> int:
+    """Return the dimensions of each member; raises `ValueError` where they can't be shared out."""
+    own, rest = divmod(dimension - set_dimension, members) if members > 0 else (0, 0)
+    if set_dimension < 1 or own < 1 or rest:
+        raise ValueError(
+            f"dimension {dimension} without set_dimension {set_dimension} cannot be shared by"
+            f" {members} members"
+        )
+    return own

@@ -8,6 +8,7 @@ import torch
 from pytorch_metric_learning.losses import CosFaceLoss
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.ensemble import member_dimension
 from pg_siamese.training.objectives.base import Objective, Outcome
 
 
@@ -38,8 +39,7 @@ class CosFace(Objective):
 class CosFaceParts(Objective):
     """CosFace on each part of an embedding: on the sets first, then on the classes, by members.
 
-    For `ResidualEnsemble`, with its `members` and `set_dimension`. `sets` gives each class's data
-    set, as a number.
+    For `Ensemble`, with its `set_dimension`. `sets` gives each class's data set, as a number.
     """
 
     def __init__(
@@ -54,12 +54,7 @@ class CosFaceParts(Objective):
         scale: float = 16.0,
     ) -> None:
         super().__init__(dimension, classes, metric)
-        own, rest = divmod(dimension - set_dimension, members)
-        if own < 1 or rest:
-            raise ValueError(
-                f"dimension {dimension} without set_dimension {set_dimension} is not a multiple of"
-                f" members {members}"
-            )
+        own = member_dimension(dimension, set_dimension, members)
         self.sizes = [set_dimension, *[own] * members]
         self.register_buffer("sets", torch.tensor(sets), persistent=False)
         counts = [max(sets) + 1, *[classes] * members]

@@ -1,0 +1,98 @@
+"""The commands of docs/training.md: a folder of a user's own, from training to a search."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from pg_siamese.datasets import DataNotFoundError, open_dataset
+from tests.conftest import Connection, Pictures
+
+pytest.importorskip("torch")
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs/training.md").read_text(), re.M | re.S)
+EACH_CLASS = 40
+
+
+def commands(first: str) -> list[str]:
+    """Return the lines of the block that begins so."""
+    return next(text.splitlines() for _, text in BLOCKS if text.startswith(first))
+
+
+def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
+    """Run a command of the docs in a folder, with the data that this project finds by itself."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if dsn:
+        known = conninfo_to_dict(dsn)
+        environment |= {
+            f"PG{name}": str(known[key])
+            for name, key in (("HOST", "host"), ("PORT", "port"), ("USER", "user"))
+        } | {"PGDATABASE": str(known["dbname"])}
+        if "password" in known:
+            environment["PGPASSWORD"] = str(known["password"])
+    done = subprocess.run(
+        [*shlex.split(line, comments=True), *more],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_all_blocks_are_run() -> None:
+    assert [text.split()[:3] for _, text in BLOCKS] == [
+        ["pg_siamese", "train", "folder"],
+        ["pg_siamese", "train", "medmnist_siamese"],
+    ]
+
+
+def test_a_folder_of_ones_own(
+    dsn: str, db: Connection, pictures: Pictures, queries: Pictures, tmp_path: Path
+) -> None:
+    db.execute("SELECT siamese.drop_collection('images')")
+    classes = sorted(set(pictures.labels))
+    for label in classes:
+        folder = tmp_path / "photos" / label
+        folder.mkdir(parents=True)
+        files = [f for f, own in zip(pictures.files, pictures.labels, strict=True) if own == label]
+        for place, content in enumerate(files[:EACH_CLASS]):
+            (folder / f"{place:02}.png").write_bytes(content)
+    (tmp_path / "new.png").write_bytes(queries.files[0])
+    lines = commands("pg_siamese train folder")
+    assert len(lines) == 4
+    answer = ""
+    for line in lines:
+        more = ["--epochs", "12"] if line.split()[1] == "train" else []
+        answer = run(line, tmp_path, dsn, *more)
+    (number,) = db.execute("SELECT collection_id FROM siamese.collections").fetchall()[0]
+    rows = db.execute(
+        f"SELECT m.name, (SELECT count(*)::int FROM siamese.embedding_{number})"
+        " FROM siamese.collections AS c JOIN siamese.models AS m USING (model_id)"
+    ).fetchall()
+    assert rows == [("photos", len(classes) * EACH_CLASS)]
+    found = [line for line in answer.splitlines() if any(label in line for label in classes)]
+    assert len(found) == 5, answer
+    assert (tmp_path / "photos.md").is_file()
+
+
+def test_an_experiment(tmp_path: Path) -> None:
+    try:
+        open_dataset("medmnist:breastmnist")
+    except DataNotFoundError as error:
+        pytest.skip(f"no MedMNIST here: {error}")
+    for line in commands("pg_siamese train medmnist_siamese"):
+        more = ["--epochs", "1"] if line.split()[1] == "train" else []
+        run(line, tmp_path, "", *more)
+    assert (tmp_path / "siamese.onnx").is_file()
+    assert (tmp_path / "results/mine.json").is_file()
+    assert list((tmp_path / "build/pictures").rglob("*.png"))
