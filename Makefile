@@ -2,7 +2,7 @@
 # everything can be run, tested and read without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help python deps deps-test up down dsn psql demo test lint bench bench-large train install clean
+.PHONY: help python deps deps-test up down dsn psql demo test lint bench bench-large train install migrate clean
 MAKEFLAGS += --no-print-directory
 
 # PL/Python is linked to the distribution's Python: the server's packages must be for that one.
@@ -59,7 +59,7 @@ lint: deps-test ## ruff, mypy and sqlfluff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/sqlfluff lint --disable-progress-bar sql $(wildcard migrations/*.sql)
+	@$(BIN)/sqlfluff lint --disable-progress-bar sql $(wildcard migrations/*--*--*.sql)
 
 bench: python ## measure against pgvector, FAISS and ONNX Runtime at 70,000 images
 	@$(DEV).deps --test --bench
@@ -75,6 +75,9 @@ train: python ## train the shipped medical encoder anew, or ARGS="EXPERIMENT ...
 
 install: python ## for a DBA: install into the system's PostgreSQL (PG_CONFIG, PREFIX, DESTDIR)
 	@$(DEV).install --pg-config "$(PG_CONFIG)" --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
+
+migrate: python ## show versions of the extension and upgrade the embedded database (ARGS='--dsn … --show')
+	@$(DEV).migrate $(ARGS)
 
 clean: ## stop the embedded cluster and remove build/ with its data
 	@if [ -e build ]; then $(DEV).embedded down || true; fi

@@ -34,9 +34,9 @@ COMMENT ON FUNCTION siamese._load() IS 'load the server package into this sessio
 CREATE FUNCTION siamese._caller() RETURNS name
 LANGUAGE sql STABLE PARALLEL SAFE
 AS $$
-    SELECT CASE pg_catalog.current_setting('role')
-        WHEN 'none' THEN session_user
-        ELSE pg_catalog.current_setting('role')::name
+    SELECT CASE
+        WHEN pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) 'none' THEN session_user
+        ELSE pg_catalog.current_setting('role')::pg_catalog.name
     END
 $$;
 COMMENT ON FUNCTION siamese._caller()

@@ -6,7 +6,7 @@ CREATE TABLE siamese.models (
     dimension integer NOT NULL CHECK (dimension BETWEEN 1 AND 16000),
     specification jsonb NOT NULL,
     metadata jsonb NOT NULL DEFAULT '{}',
-    registered_at timestamptz NOT NULL DEFAULT now()
+    registered_at timestamptz NOT NULL DEFAULT pg_catalog.now()
 );
 ALTER TABLE siamese.models ALTER COLUMN onnx SET STORAGE EXTERNAL;
 COMMENT ON TABLE siamese.models IS 'encoders: ONNX files and how to feed them; a row never changes';

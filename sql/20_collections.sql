@@ -9,12 +9,15 @@ CREATE TABLE siamese.collections (
     on_error text NOT NULL CHECK (on_error IN ('reject', 'quarantine')),
     generation bigint,
     epoch bigint NOT NULL DEFAULT 0,
-    created_at timestamptz NOT NULL DEFAULT now()
+    created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    embed text NOT NULL DEFAULT 'sync' CHECK (embed IN ('sync', 'deferred'))
 );
 COMMENT ON TABLE siamese.collections IS 'tables whose images are embedded and searched';
 COMMENT ON COLUMN siamese.collections.relation IS 'the table that holds the images';
 COMMENT ON COLUMN siamese.collections.on_error
 IS 'what a bad image does: reject the statement, or go to embedding_failures';
+COMMENT ON COLUMN siamese.collections.embed
+IS 'when images are embedded: sync, by the statement itself, or deferred, by workers or embed_pending';
 COMMENT ON COLUMN siamese.collections.generation IS 'current FAISS generation, if any';
 COMMENT ON COLUMN siamese.collections.epoch IS 'counts truncations: a build begun before one is void';
 
@@ -32,7 +35,7 @@ CREATE TABLE siamese.generations (
     recall real,
     bytes bigint NOT NULL,
     seconds real NOT NULL,
-    built_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    built_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 );
 CREATE INDEX generations_collection_id_idx ON siamese.generations (collection_id);
 COMMENT ON TABLE siamese.generations IS 'manifest of FAISS index files; the files are a cache of the tables';
@@ -50,7 +53,7 @@ CREATE TABLE siamese.failures (
     key text NOT NULL,
     sqlstate text NOT NULL,
     message text NOT NULL,
-    failed_at timestamptz NOT NULL DEFAULT now(),
+    failed_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
     PRIMARY KEY (collection_id, key)
 );
 COMMENT ON TABLE siamese.failures IS 'rows of collections that could not be embedded';
@@ -133,7 +136,7 @@ BEGIN
         split text,
         label text,
         source text,
-        inserted_at timestamptz NOT NULL DEFAULT now()
+        inserted_at timestamptz NOT NULL DEFAULT pg_catalog.now()
     );
     CREATE INDEX images_dataset_split_idx ON siamese.images (dataset, split);
     COMMENT ON TABLE siamese.images IS 'ready-made table of images';
@@ -355,6 +358,10 @@ BEGIN
     END LOOP;
 
     PERFORM siamese._create_row_functions(collection_id, relation_name);
+    IF collection.embed = 'deferred' THEN
+        PERFORM siamese._create_queue(collection_id, relation_name);
+        RETURN;
+    END IF;
     EXECUTE format(
         'CREATE TRIGGER pg_siamese_%1$s_insert AFTER INSERT ON %2$s
         REFERENCING NEW TABLE AS new_rows
@@ -382,7 +389,8 @@ CREATE FUNCTION siamese.create_collection(
     image_column text DEFAULT 'image',
     model text DEFAULT NULL,
     on_error text DEFAULT 'reject',
-    backfill boolean DEFAULT TRUE
+    backfill boolean DEFAULT TRUE,
+    embed text DEFAULT 'sync'
 ) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -405,6 +413,10 @@ BEGIN
         RAISE EXCEPTION 'invalid value for "on_error": "%"', on_error
         USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "reject" or "quarantine".';
     END IF;
+    IF embed IS NULL OR embed NOT IN ('sync', 'deferred') THEN
+        RAISE EXCEPTION 'invalid value for "embed": "%"', embed
+        USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "sync" or "deferred".';
+    END IF;
     IF EXISTS (SELECT FROM siamese.collections AS c WHERE c.name = create_collection.name) THEN
         RAISE EXCEPTION 'collection "%" already exists', name USING ERRCODE = 'duplicate_object';
     END IF;
@@ -426,18 +438,21 @@ BEGIN
     END IF;
     key_type := siamese._key_type(relation, key_column);
     INSERT INTO siamese.collections AS c
-        (name, relation, key_column, key_type, image_column, model_id, on_error)
-    VALUES (name, relation, key_column, key_type, image_column, model_id, on_error)
+        (name, relation, key_column, key_type, image_column, model_id, on_error, embed)
+    VALUES (name, relation, key_column, key_type, image_column, model_id, on_error, embed)
     RETURNING c.collection_id INTO collection_id;
     PERFORM siamese._create_vector_tables(collection_id);
-    IF backfill THEN
-        RETURN siamese.backfill(name);
+    IF NOT backfill THEN
+        RETURN 0;
     END IF;
-    RETURN 0;
+    IF embed = 'deferred' THEN
+        RETURN siamese._queue_missing(collection_id);
+    END IF;
+    RETURN siamese.backfill(name);
 END
 $$;
-COMMENT ON FUNCTION siamese.create_collection(text, regclass, text, text, text, text, boolean)
-IS 'make a table''s images searchable: adds triggers and a vector table, embeds the rows there; returns rows embedded';
+COMMENT ON FUNCTION siamese.create_collection(text, regclass, text, text, text, text, boolean, text)
+IS 'make a table''s images searchable: adds triggers and a vector table, embeds or queues its rows; returns how many';
 
 CREATE FUNCTION siamese.drop_collection(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -461,10 +476,12 @@ BEGIN
         EXECUTE format('DROP TRIGGER %I ON %s', trigger_name, collection.relation);
     END LOOP;
     EXECUTE format(
-        'DROP TABLE IF EXISTS siamese.embedding_%1$s, siamese.pending_%1$s', collection.collection_id);
+        'DROP TABLE IF EXISTS siamese.embedding_%1$s, siamese.pending_%1$s, siamese.queue_%1$s',
+        collection.collection_id);
     EXECUTE format(
         'DROP FUNCTION IF EXISTS siamese._keys_%1$s, siamese._present_%1$s, siamese._rows_%1$s,
             siamese._locked_rows_%1$s', collection.collection_id);
+    DELETE FROM siamese.embedding_batches AS b WHERE b.collection_id = collection.collection_id;
     DELETE FROM siamese.collections AS c WHERE c.collection_id = collection.collection_id;
 END
 $$;

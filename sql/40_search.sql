@@ -67,19 +67,19 @@ DECLARE
     known integer;
     keys text[];
     distances real[];
-    relation oid := (SELECT t.typrelid FROM pg_catalog.pg_type AS t WHERE t.oid = pg_catalog.pg_typeof($1)::oid);
+    relation pg_catalog.oid := (SELECT t.typrelid FROM pg_catalog.pg_type AS t WHERE t.oid = pg_catalog.pg_typeof($1)::pg_catalog.oid);
 BEGIN
     SELECT pg_catalog.count(*) INTO known FROM siamese.collections AS c
-    WHERE c.relation::oid = relation AND (collection IS NULL OR c.name = collection);
+    WHERE c.relation::pg_catalog.oid = relation AND (collection IS NULL OR c.name = collection);
     IF known <> 1 THEN
         RAISE EXCEPTION '% has % collections', pg_catalog.pg_typeof($1), known
-        USING ERRCODE = CASE known WHEN 0 THEN 'undefined_object' ELSE 'ambiguous_parameter' END,
-            HINT = CASE known WHEN 0
+        USING ERRCODE = CASE WHEN known = 0 THEN 'undefined_object' ELSE 'ambiguous_parameter' END,
+            HINT = CASE WHEN known = 0
                 THEN 'The first argument is NULL::t, with a table t for which create_collection was called.'
                 ELSE 'Name one of them as collection.' END;
     END IF;
     SELECT c.* INTO found FROM siamese.collections AS c
-    WHERE c.relation::oid = relation AND (collection IS NULL OR c.name = collection);
+    WHERE c.relation::pg_catalog.oid = relation AND (collection IS NULL OR c.name = collection);
     -- First by itself: joined to an empty table, the search would never run, and a bad image go unnoticed.
     SELECT pg_catalog.array_agg(s.key ORDER BY s.rank), pg_catalog.array_agg(s.distance ORDER BY s.rank)
     INTO keys, distances

@@ -18,11 +18,12 @@ BEGIN
             AND (
                 p.proname IN (
                     '_load', 'similar_images', '_similar_keys', 'similar_rows', 'classify_image',
-                    'embed_image', 'image_distance', 'same_class', 'any_two_match', '_model_id', 'warm_up')
+                    'embed_image', 'image_distance', 'same_class', 'any_two_match', '_model_id', 'warm_up',
+                    '_is_waiting')
                 OR (admin AND p.proname IN (
                     'register_model', 'drop_model', 'create_collection', 'drop_collection', 'backfill',
                     'build_index', 'self_check', '_collection_counts', '_generation_file',
-                    'grant_usage', 'grant_admin'))
+                    'grant_usage', 'grant_admin', 'grant_worker', 'embed_pending', '_queue_counts'))
             )
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', signature, target);
@@ -42,7 +43,7 @@ BEGIN
     IF admin THEN
         EXECUTE format(
             'GRANT SELECT ON siamese.failures, siamese.collection_status, siamese.index_generations,
-                siamese.embedding_failures TO %s', target);
+                siamese.embedding_failures, siamese.embedding_queue_status TO %s', target);
     END IF;
 END
 $$;
@@ -61,6 +62,61 @@ SET search_path = pg_catalog, pg_temp
 AS $$ SELECT siamese._grant(role, true) $$;
 COMMENT ON FUNCTION siamese.grant_admin(text)
 IS 'let a role register models, make its own tables collections, and build indexes';
+
+CREATE FUNCTION siamese.grant_worker(role text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    target text;
+    signature text;
+BEGIN
+    SELECT quote_ident(r.rolname) INTO target FROM pg_roles AS r WHERE r.rolname = grant_worker.role;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'role "%" does not exist', grant_worker.role USING ERRCODE = 'undefined_object';
+    END IF;
+    EXECUTE format('GRANT USAGE ON SCHEMA siamese TO %s', target);
+    EXECUTE format('GRANT SELECT ON siamese.models, siamese.collections TO %s', target);
+    FOR signature IN
+        SELECT p.oid::regprocedure::text FROM pg_proc AS p
+        WHERE p.pronamespace = 'siamese'::regnamespace AND p.proname IN (
+            '_queued_collections', '_take_tickets', '_read_images', '_store_vectors', '_build_if_needed')
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', signature, target);
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION siamese.grant_worker(text)
+IS 'let a role run pg_siamese worker: it reads the images of all deferred collections and stores their vectors';
+
+CREATE FUNCTION siamese.renew_grants() RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN
+        SELECT r.rolname::text AS role, bool_or(p.proname = 'embed_image') AS is_reader,
+            bool_or(p.proname = 'build_index') AS is_admin, bool_or(p.proname = '_take_tickets') AS is_worker
+        FROM pg_proc AS p
+        CROSS JOIN LATERAL aclexplode(p.proacl) AS a
+        INNER JOIN pg_roles AS r ON a.grantee = r.oid
+        WHERE p.pronamespace = 'siamese'::regnamespace AND a.grantee <> p.proowner
+            AND p.proname IN ('embed_image', 'build_index', '_take_tickets')
+        GROUP BY r.rolname
+    LOOP
+        IF item.is_reader OR item.is_admin THEN
+            PERFORM siamese._grant(item.role, item.is_admin);
+        END IF;
+        IF item.is_worker THEN
+            PERFORM siamese.grant_worker(item.role);
+        END IF;
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION siamese.renew_grants()
+IS 'after an upgrade, give roles what grant_usage, grant_admin and grant_worker grant now';
 
 REVOKE ALL ON ALL TABLES IN SCHEMA siamese FROM public;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA siamese FROM public;

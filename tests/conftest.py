@@ -26,6 +26,12 @@ Connection = psycopg.Connection[Any]
 _numbers = itertools.count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--renew-golden", action="store_true", help="write the lists in tests/golden/ anew"
+    )
+
+
 @dataclass(frozen=True)
 class Pictures:
     """Real images: pixels uint8 (count, height, width[, 3]), PNG files and labels of the same."""

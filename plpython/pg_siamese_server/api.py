@@ -142,6 +142,14 @@ def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> int:
 
 
 @_entry
+def embed_pending(plpy: Any, collection: str | None, max_rows: int | None) -> int:
+    """Body of ``embed_pending``."""
+    from pg_siamese_server import deferred
+
+    return deferred.embed_pending(plpy, collection, max_rows)
+
+
+@_entry
 def build_index(
     plpy: Any,
     collection: str | None,

@@ -22,7 +22,7 @@ COLLECTION_QUERY = """
 SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
     quote_ident(n.nspname::text) || '.' || quote_ident(r.relname::text) AS relation,
     quote_ident(c.key_column::text) AS key_column, c.key_type,
-    quote_ident(c.image_column::text) AS image_column, c.on_error, c.model_id, m.dimension,
+    quote_ident(c.image_column::text) AS image_column, c.on_error, c.embed, c.model_id, m.dimension,
     m.sha256, m.specification ->> 'metric' AS metric,
     (SELECT quote_ident(v.nspname::text) FROM pg_catalog.pg_extension AS x
         INNER JOIN pg_catalog.pg_namespace AS v ON x.extnamespace = v.oid
@@ -51,6 +51,7 @@ class Collection:
     key_type: str
     image_column: str
     on_error: str
+    embed: str
     model_id: int
     dimension: int
     sha256: str
@@ -67,6 +68,11 @@ class Collection:
     def pending(self) -> str:
         """The table of changes that no index generation knows of."""
         return f"siamese.pending_{self.collection_id}"
+
+    @property
+    def queue(self) -> str:
+        """The table of tickets, where rows are embedded later."""
+        return f"siamese.queue_{self.collection_id}"
 
     def row_function(self, name: str) -> str:
         """Return the function of that name that reads the table with its owner's rights."""

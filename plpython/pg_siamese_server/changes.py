@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server import interrupts, models, vectors
+from pg_siamese_server import batches, deferred, interrupts, models, vectors
+from pg_siamese_server.batches import FIRST_ROWS, next_portion
 from pg_siamese_server.catalog import Collection, collection_by_id, collection_by_name, prepare
-from pg_siamese_server.encoder import Encoder, check_embedding
+from pg_siamese_server.encoder import Encoder
 from pg_siamese_server.errors import ImageError, SiameseError
-from pg_siamese_server.images import decode_image
 
-MAX_ROWS_AT_ONCE = 256
-MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
 NOTICE_SECONDS = 2.0
+# Text only: an exception would hold on to its frames, and so to an open cursor.
+Failure = tuple[Any, str, str]
 
 
 def on_change(plpy: Any, event: str, collection_id: int) -> None:
@@ -101,16 +100,6 @@ def _forget_all(plpy: Any, collection: Collection) -> None:
     plpy.execute(f"DELETE FROM siamese.failures WHERE collection_id = {number}")
 
 
-@dataclass
-class _Batch:
-    """Rows on their way from images to vectors."""
-
-    keys: list[Any] = field(default_factory=list)
-    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
-    # Text only: an exception would hold on to its frames, and so to the open cursor.
-    failures: list[tuple[Any, str, str]] = field(default_factory=list)
-
-
 def _fetched(
     plpy: Any, collection: Collection, keys: list[Any], function: str
 ) -> Iterator[list[Any]]:
@@ -120,14 +109,13 @@ def _fetched(
         f"SELECT r.key, r.image FROM {collection.row_function(function)}($1) AS r",
         (collection.key_array,),
     )
-    start, count = 0, 8
+    start, count = 0, FIRST_ROWS
     while start < len(keys):
         rows = list(plan.execute([keys[start : start + count]]))
         start += count
         if rows:
             yield rows
-            size = sum(len(row["image"] or b"") for row in rows) // len(rows) + 1
-            count = max(1, min(MAX_ROWS_AT_ONCE, MAX_BYTES_AT_ONCE // size, 8 * len(rows)))
+            count = next_portion(len(rows), sum(len(row["image"] or b"") for row in rows))
 
 
 def embed_rows(
@@ -148,13 +136,20 @@ def embed_rows(
         SiameseError: a bad image, where the collection rejects them; it names the row.
     """
     encoder: Encoder | None = None
+    poll = partial(interrupts.check, plpy)
     stored = seen = 0
     noticed = time.monotonic()
     for rows in _fetched(plpy, collection, keys, "locked_rows" if is_backfill else "rows"):
         encoder = encoder or models.encoder(plpy, collection.model_id)
-        batch = _decode(plpy, collection, encoder, rows)
-        embeddings = _encode(plpy, collection, encoder, batch)
-        stored += _store(plpy, collection, batch, embeddings, is_backfill)
+        failures: list[Failure] = []
+        done, embeddings = batches.embed(
+            encoder,
+            ((row["key"], row["image"]) for row in rows),
+            partial(_fail, collection, failures),
+            poll,
+        )
+        stored += _store(plpy, collection, done, embeddings, is_backfill)
+        _note_failures(plpy, collection, failures)
         seen += len(rows)
         if is_backfill and time.monotonic() - noticed >= NOTICE_SECONDS:
             noticed = time.monotonic()
@@ -165,43 +160,9 @@ def embed_rows(
     return stored
 
 
-def _decode(plpy: Any, collection: Collection, encoder: Encoder, rows: list[Any]) -> _Batch:
-    batch = _Batch()
-    poll = partial(interrupts.check, plpy)
-    for row in rows:
-        poll()
-        try:
-            batch.pixels.append(decode_image(row["image"], encoder.spec.input, poll))
-            batch.keys.append(row["key"])
-        except ImageError as error:
-            _fail(collection, batch, row["key"], error)
-    return batch
-
-
-def _encode(
-    plpy: Any, collection: Collection, encoder: Encoder, batch: _Batch
-) -> NDArray[np.float32]:
-    if not batch.pixels:
-        return np.empty((0, collection.dimension), dtype=np.float32)
-    embeddings = encoder.embed(np.stack(batch.pixels), partial(interrupts.check, plpy))
-    batch.pixels.clear()
-    good = np.isfinite(embeddings).all(axis=1) & embeddings.any(axis=1)
-    if good.all():
-        return embeddings
-    kept = []
-    for place, key in enumerate(batch.keys):
-        try:
-            check_embedding(embeddings[place], encoder.spec.metric)
-            kept.append(place)
-        except ImageError as error:
-            _fail(collection, batch, key, error)
-    batch.keys = [batch.keys[place] for place in kept]
-    return embeddings[kept]
-
-
-def _fail(collection: Collection, batch: _Batch, key: Any, error: ImageError) -> None:
+def _fail(collection: Collection, failures: list[Failure], key: Any, error: ImageError) -> None:
     if collection.on_error == "quarantine":
-        batch.failures.append((key, error.sqlstate, error.message))
+        failures.append((key, error.sqlstate, error.message))
         return
     raise ImageError(
         f"{error.message} (row {collection.key_column} = {key} of table {collection.relation})",
@@ -214,23 +175,26 @@ def _fail(collection: Collection, batch: _Batch, key: Any, error: ImageError) ->
 def _store(
     plpy: Any,
     collection: Collection,
-    batch: _Batch,
+    keys: list[Any],
     embeddings: NDArray[np.float32],
     is_backfill: bool,
 ) -> int:
-    stored = 0
-    if batch.keys:
-        # A row that was changed after a backfill began has got its vector from the trigger.
-        conflict = " ON CONFLICT (key) DO NOTHING" if is_backfill else ""
-        result = prepare(
-            plpy,
-            f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding)"
-            f" SELECT * FROM unnest($1, $2){conflict} RETURNING embedding_id)"
-            f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
-            (collection.key_array, f"{collection.vector_type}[]"),
-        ).execute([batch.keys, [vectors.to_text(vector) for vector in embeddings]])
-        stored = int(result.nrows())
-    for key, sqlstate, message in batch.failures:
+    if not keys:
+        return 0
+    # A row that was changed after a backfill began has got its vector from the trigger.
+    conflict = " ON CONFLICT (key) DO NOTHING" if is_backfill else ""
+    result = prepare(
+        plpy,
+        f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding)"
+        f" SELECT * FROM unnest($1, $2){conflict} RETURNING embedding_id)"
+        f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
+        (collection.key_array, f"{collection.vector_type}[]"),
+    ).execute([keys, [vectors.to_text(vector) for vector in embeddings]])
+    return int(result.nrows())
+
+
+def _note_failures(plpy: Any, collection: Collection, failures: list[Failure]) -> None:
+    for key, sqlstate, message in failures:
         prepare(
             plpy,
             "INSERT INTO siamese.failures (collection_id, key, sqlstate, message)"
@@ -238,7 +202,6 @@ def _store(
             " SET sqlstate = excluded.sqlstate, message = excluded.message, failed_at = now()",
             ("integer", "text", "text", "text"),
         ).execute([collection.collection_id, str(key), sqlstate, message])
-    return stored
 
 
 def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
@@ -256,6 +219,10 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     # The table may have a new owner.
     plpy.execute(f"SELECT siamese._give_to_owner({collection.collection_id})")
     _forget(plpy, collection, _keys(plpy, abandoned_query(collection, "array_agg(e.key) AS keys")))
+    if collection.embed == "deferred":
+        stored = _backfill_deferred(plpy, collection, max_rows)
+        _forget_old_failures(plpy, collection)
+        return stored
     # Rows that failed before come last, so that they never keep others out.
     wanted = "array_agg(k.key ORDER BY f.key IS NOT NULL, k.key) AS keys"
     keys = _keys(plpy, missing_query(collection, wanted))
@@ -269,6 +236,16 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
             hint="Call backfill again.",
         )
     return stored
+
+
+def _backfill_deferred(plpy: Any, collection: Collection, max_rows: int | None) -> int:
+    """Queue what is not, end all waiting for another try, and embed here and now."""
+    plpy.execute(
+        f"UPDATE {collection.queue} SET not_before = NULL, attempts = 0"
+        " WHERE not_before IS NOT NULL"
+    )
+    plpy.execute(f"SELECT siamese._queue_missing({collection.collection_id})")
+    return deferred.embed_collection(plpy, collection, max_rows)
 
 
 def missing_query(collection: Collection, wanted: str) -> str:

@@ -96,12 +96,24 @@ def search(plpy: Any, request: Request) -> Answer:
     answer = _steadily(plpy, request, embedded)
     if answer is not None:
         return answer
+    answer = _ordinarily(plpy, request, embedded)
+    if answer.collection.embed == "deferred":
+        _tell_of_waiting(plpy, request, answer)
+    return answer
+
+
+def _ordinarily(plpy: Any, request: Request, embedded: dict[int, NDArray[np.float32]]) -> Answer:
+    """Answer after a look at what this snapshot holds."""
     collection, state = _current_state(plpy, request)
     if request.key is not None and state["query_id"] is None:
         raise SiameseError(
             f'image {request.key} is not in collection "{collection.name}"',
             sqlstate=NO_DATA_FOUND,
             detail="There is no such row, or it has no vector, or it is not visible to you.",
+            hint="Rows of this collection are embedded later, by pg_siamese worker or"
+            " embed_pending."
+            if collection.embed == "deferred"
+            else None,
         )
     embedding = None
     if request.key is None:
@@ -114,6 +126,21 @@ def search(plpy: Any, request: Request) -> Answer:
         if answer is not None:
             return answer
     return _with_pgvector(plpy, request, collection, state, embedding, conditions)
+
+
+def _tell_of_waiting(plpy: Any, request: Request, answer: Answer) -> None:
+    """Say that rows wait to be embedded: once a session, and of every answer that is short."""
+    told = (answer.collection.collection_id, 0, "waiting")
+    if told in _noticed and len(answer.keys) >= (request.k or 0):
+        return
+    plan = prepare(plpy, "SELECT siamese._is_waiting($1) AS yes", ("integer",))
+    if plan.execute([answer.collection.collection_id])[0]["yes"]:
+        _noticed.add(told)
+        plpy.notice(
+            f'collection "{answer.collection.name}" has rows that wait to be embedded,'
+            " and were not searched",
+            hint="They are found once pg_siamese worker or embed_pending has embedded them.",
+        )
 
 
 def _steadily(

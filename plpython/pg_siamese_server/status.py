@@ -66,7 +66,9 @@ def _collection(plpy: Any, collection: Collection) -> list[tuple[str, bool, str]
         _count(
             plpy,
             "rows without vector",
-            missing_query(collection, "count(*) AS n") + " AND f.key IS NULL",
+            missing_query(collection, "count(*) AS n")
+            + " AND f.key IS NULL"
+            + _not_queued(collection),
             "call backfill",
         ),
         _count(
@@ -93,14 +95,24 @@ def _columns(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
     return ("columns", not missing, f"renamed or dropped: {missing}" if missing else "there")
 
 
+def _not_queued(collection: Collection) -> str:
+    if collection.embed == "sync":
+        return ""
+    return (
+        f" AND NOT EXISTS (SELECT FROM {collection.queue} AS q"
+        " CROSS JOIN unnest(q.keys) AS u (key) WHERE u.key = k.key)"
+    )
+
+
 def _triggers(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
     plan = prepare(
         plpy,
         "SELECT t.tgname AS name FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = $1"
-        " AND t.tgenabled <> 'D' AND t.tgfoid = 'siamese._on_change()'::regprocedure",
-        ("oid",),
+        " AND t.tgenabled <> 'D' AND t.tgfoid = $2::regprocedure",
+        ("oid", "text"),
     )
-    found = {row["name"] for row in plan.execute([collection.relation_oid])}
+    function = "siamese._on_change()" if collection.embed == "sync" else "siamese._queue_change()"
+    found = {row["name"] for row in plan.execute([collection.relation_oid, function])}
     wanted = {f"pg_siamese_{collection.collection_id}_{event}" for event in TRIGGER_EVENTS}
     missing = ", ".join(sorted(wanted - found))
     plan = prepare(

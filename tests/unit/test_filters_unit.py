@@ -12,7 +12,7 @@ from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.filters import Conditions, parse
 
 COLLECTION = Collection(
-    1, "c", 1, "public.t", "id", "bigint", "image", "reject", 1, 4, "", "cosine", "public"
+    1, "c", 1, "public.t", "id", "bigint", "image", "reject", "sync", 1, 4, "", "cosine", "public"
 )
 
 

@@ -198,7 +198,20 @@ def test_added_in_portions() -> None:
 def test_collections_have_safe_names() -> None:
     """Table names are made of a number, never of a user's text."""
     collection = Collection(
-        7, "x; --", 1, "public.t", "k", "uuid", "image", "reject", 1, 4, "", "cosine", "public"
+        7,
+        "x; --",
+        1,
+        "public.t",
+        "k",
+        "uuid",
+        "image",
+        "reject",
+        "sync",
+        1,
+        4,
+        "",
+        "cosine",
+        "public",
     )
     assert (collection.embeddings, collection.pending) == (
         "siamese.embedding_7",

@@ -395,6 +395,7 @@ def create_database(cluster: Cluster, database: str = DATABASE) -> None:
     elif there != version():
         with step(f"Updating the extension from {there} to {version()}"):
             cluster.sql("ALTER EXTENSION pg_siamese UPDATE", database)
+            cluster.sql("SELECT siamese.renew_grants()", database)
         note.write_text(current)
     elif not note.exists() or note.read_text() != current:
         say(

@@ -11,24 +11,55 @@ from pathlib import Path
 from pg_siamese.dev.project import ROOT, version
 from pg_siamese.dev.report import SetupError, fail
 
+REPLACEABLE = "-- @REPLACEABLE@\n"
+# One statement: whatever holds a semicolon within quotes, dollar quotes or a comment goes with it.
+_STATEMENT = re.compile(
+    r"(?:\$(?P<tag>\w*)\$.*?\$(?P=tag)\$|'(?:[^']|'')*'|--[^\n]*|[^;])*?;", re.DOTALL
+)
+_REPLACED = re.compile(r"CREATE (?=FUNCTION|VIEW)")
 
-def install_script(site_packages: Path | str) -> str:
-    """Return the install script: the files of `sql/` in the order of their numbers.
 
-    `site_packages` is where PL/Python finds the server package: a constant in the script, not
-    a setting, because whoever can set it runs code as the server.
-    """
+def source() -> str:
+    """Return the extension's SQL: the files of `sql/` in the order of their numbers."""
     files = sorted((ROOT / "sql").glob("[0-9]*.sql"))
     if not files:
         raise SetupError(f"there is no SQL file in {ROOT / 'sql'}")
+    return "\n".join(file.read_text() for file in files)
+
+
+def replaceable() -> str:
+    """Return what an upgrade replaces as a whole: functions, views and all comments, as now.
+
+    Each function's body names the version, so every upgrade replaces every one of them.
+    """
+    text = re.sub(r"^\\.*\n|^--.*\n", "", source(), flags=re.MULTILINE)
+    result = []
+    for found in _STATEMENT.finditer(text):
+        statement = found[0].strip()
+        if _REPLACED.match(statement):
+            result.append(_REPLACED.sub("CREATE OR REPLACE ", statement, count=1))
+        elif statement.startswith("COMMENT ON "):
+            result.append(statement)
+    return "\n\n".join(result) + "\n"
+
+
+def _filled(text: str, site_packages: Path | str, of_version: str) -> str:
     place = str(site_packages)
     if not re.fullmatch(r"[^'\"\\$@\s][^'\"\\$@\n]*", place):
         raise SetupError(
             f"the path {place} has a quote, backslash, dollar or at sign in it, which can't stand "
             "in the install script: move the project"
         )
-    text = "\n".join(file.read_text() for file in files)
-    return text.replace("@VERSION@", version()).replace("@SITE_PACKAGES@", place)
+    return text.replace("@VERSION@", of_version).replace("@SITE_PACKAGES@", place)
+
+
+def install_script(site_packages: Path | str) -> str:
+    """Return the install script of the current version.
+
+    `site_packages` is where PL/Python finds the server package: a constant in the script, not
+    a setting, because whoever can set it runs code as the server.
+    """
+    return _filled(source(), site_packages, version())
 
 
 def files(site_packages: Path | str) -> dict[str, str]:
@@ -37,10 +68,16 @@ def files(site_packages: Path | str) -> dict[str, str]:
         "pg_siamese.control": (ROOT / "pg_siamese.control").read_text(),
         f"pg_siamese--{version()}.sql": install_script(site_packages),
     }
-    for upgrade in sorted((ROOT / "migrations").glob("pg_siamese--*--*.sql")):
-        text = upgrade.read_text()
-        text = text.replace("@VERSION@", version()).replace("@SITE_PACKAGES@", str(site_packages))
-        result[upgrade.name] = text
+    for file in sorted((ROOT / "migrations").glob("pg_siamese--*.sql")):
+        text = file.read_text()
+        versions = file.stem.split("--")[1:]
+        if len(versions) == 1:  # an earlier version, to upgrade from
+            result[file.name] = _filled(text, site_packages, versions[0])
+            continue
+        if REPLACEABLE not in text:
+            raise SetupError(f"{file} has no line {REPLACEABLE.strip()}")
+        text = text.replace(REPLACEABLE, replaceable())
+        result[file.name] = _filled(text, site_packages, version())
     return result
 
 

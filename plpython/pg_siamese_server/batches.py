@@ -1,0 +1,71 @@
+"""From images to embeddings, with the bad ones sorted out: for triggers and workers alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server.encoder import Encoder, check_embedding
+from pg_siamese_server.errors import ImageError
+from pg_siamese_server.images import decode_image
+
+MAX_ROWS_AT_ONCE = 256
+MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
+FIRST_ROWS = 8
+
+Fail = Callable[[Any, ImageError], None]
+
+
+def embed(
+    encoder: Encoder,
+    rows: Iterable[tuple[Any, bytes | None]],
+    fail: Fail,
+    poll: Callable[[], None],
+) -> tuple[list[Any], NDArray[np.float32]]:
+    """Decode and embed the images of some rows.
+
+    Args:
+        encoder: of the collection's model.
+        rows: key and image file of each.
+        fail: called with the key and the error of each bad image; may raise to leave.
+        poll: called often, may raise to leave.
+
+    Returns:
+        Keys of the good ones and their embeddings, float32 (keys, dimension).
+
+    Raises:
+        ModelError: the graph failed.
+    """
+    keys: list[Any] = []
+    pixels: list[NDArray[np.uint8]] = []
+    for key, image in rows:
+        poll()
+        try:
+            pixels.append(decode_image(image, encoder.spec.input, poll))
+            keys.append(key)
+        except ImageError as error:
+            fail(key, error)
+    if not pixels:
+        return [], np.empty((0, 0), dtype=np.float32)
+    stacked = np.stack(pixels)
+    pixels.clear()
+    embeddings = encoder.embed(stacked, poll)
+    if np.isfinite(embeddings).all() and embeddings.any(axis=1).all():
+        return keys, embeddings
+    kept = []
+    for place, key in enumerate(keys):
+        try:
+            check_embedding(embeddings[place], encoder.spec.metric)
+            kept.append(place)
+        except ImageError as error:
+            fail(key, error)
+    return [keys[place] for place in kept], embeddings[kept]
+
+
+def next_portion(rows: int, size: int) -> int:
+    """Return how many rows to read next, after so many of so many bytes together."""
+    each = size // rows + 1
+    return max(1, min(MAX_ROWS_AT_ONCE, MAX_BYTES_AT_ONCE // each, 8 * rows))

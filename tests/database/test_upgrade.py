@@ -1,0 +1,299 @@
+"""Upgrades: from a genuine earlier version with data in it, compared with a fresh install.
+
+The earlier version's server package is a wheel in ``tests/data``; its install script is frozen in
+``migrations/``. So what is upgraded was made by the code of that version.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from pg_siamese.dev import environments, migrate
+from pg_siamese.dev.cluster import Cluster
+from pg_siamese.dev.project import ROOT, version
+from pg_siamese.dev.report import SetupError
+from tests.catalog import describe, privileges
+from tests.conftest import Connection, Pictures
+from tests.support import sql_error
+
+DATA = ROOT / "tests" / "data"
+PACKAGE = "pg_siamese_server"
+RELEASED = sorted(
+    path.stem.split("--")[1]
+    for path in (ROOT / "migrations").glob("pg_siamese--*.sql")
+    if path.stem.count("--") == 1
+)
+_numbers = itertools.count(1)
+
+
+def packages_of(cluster: Cluster, released: str) -> Path:
+    """Make a folder of Python packages with the server package of an earlier version."""
+    folder = cluster.folder / f"packages-{released}"
+    if folder.exists():
+        return folder
+    folder.mkdir(mode=0o755)
+    for entry in environments.site_packages(ROOT / "build" / "server").resolve().iterdir():
+        if not entry.name.startswith(PACKAGE):
+            (folder / entry.name).symlink_to(entry)
+    with zipfile.ZipFile(DATA / f"{PACKAGE}-{released}-py3-none-any.whl") as wheel:
+        wheel.extractall(folder)
+    return folder
+
+
+class Databases:
+    """Makes databases; each connection is to one that nobody else has."""
+
+    def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
+        self.cluster = cluster
+        self.stack = stack
+        self.admin = stack.enter_context(psycopg.connect(cluster.dsn("postgres"), autocommit=True))
+
+    def create(self, of_version: str) -> Connection:
+        """A database with this version of the extension, working."""
+        name = f"upgrade_{next(_numbers)}"
+        self.admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        self.stack.callback(
+            self.admin.execute,
+            sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)),
+        )
+        self.admin.execute(
+            sql.SQL('ALTER DATABASE {} SET search_path = "$user", public, siamese').format(
+                sql.Identifier(name)
+            )
+        )
+        db = self.connect(self.cluster.dsn(name))
+        db.execute(
+            sql.SQL("CREATE EXTENSION pg_siamese VERSION {} CASCADE").format(
+                sql.Literal(of_version)
+            )
+        )
+        if of_version != version():
+            # The script names the packages of the current version, as any installation's does.
+            row = db.execute("SELECT pg_get_functiondef('siamese._load'::regproc)").fetchone()
+            assert row is not None
+            now = str(environments.site_packages(ROOT / "build" / "server"))
+            assert now in row[0]
+            db.execute(row[0].replace(now, str(packages_of(self.cluster, of_version))))
+        return db
+
+    def dsn(self, db: Connection) -> str:
+        """Connection string of the database that a connection is to."""
+        return self.cluster.dsn(db.info.dbname)
+
+    def connect(self, dsn: str) -> Connection:
+        connection = psycopg.connect(dsn, autocommit=True)
+        self.stack.callback(connection.close)
+        return connection
+
+
+@pytest.fixture
+def databases(cluster: Cluster) -> Iterator[Databases]:
+    with ExitStack() as stack:
+        yield Databases(cluster, stack)
+
+
+def upgrade(db: Connection) -> None:
+    db.execute("ALTER EXTENSION pg_siamese UPDATE; SELECT siamese.renew_grants()")
+
+
+SEARCH = "SELECT image_id, distance FROM similar_images(%s, k => 25)"
+ROWS = "SELECT (item).id, distance FROM similar_rows(NULL::t, %s, collection => 't')"
+
+
+def fill(db: Connection, onnx: bytes, pictures: Pictures) -> None:
+    """Two collections: one indexed with pending and dead rows, one with quarantined ones."""
+    db.execute("SELECT register_model('medical', %s)", (onnx,))
+    db.execute("SELECT create_collection()")
+    insert = (
+        "INSERT INTO siamese.images (image, label) SELECT * FROM unnest(%s::bytea[], %s::text[])"
+    )
+    db.execute(insert, (pictures.files[:40], pictures.labels[:40]))
+    db.execute("SELECT build_index()")
+    db.execute(insert, (pictures.files[40:50], pictures.labels[40:50]))
+    db.execute("DELETE FROM images WHERE image_id = 7")
+    db.execute("UPDATE images SET image = %s WHERE image_id = 8", (pictures.files[60],))
+    db.execute('CREATE TABLE t (id text PRIMARY KEY COLLATE "C", image bytea)')
+    db.execute("SELECT create_collection('t', 't', on_error => 'quarantine')")
+    db.execute(
+        "INSERT INTO t VALUES ('a', %s), ('b', %s), ('bad', 'junk')",
+        (pictures.files[0], pictures.files[1]),
+    )
+    db.execute("SELECT build_index('t')")
+
+
+STATE = (
+    "SELECT collection, model, rows_embedded, pending, dead, failures, generation, rows_indexed,"
+    " generation_file FROM collection_status ORDER BY 1"
+)
+
+
+def answers(db: Connection, pictures: Pictures) -> list[Any]:
+    """Whatever a session can ask of the data of :func:`fill`."""
+    query = pictures.files[70]
+    return [
+        db.execute(SEARCH, (query,)).fetchall(),
+        db.execute("SELECT image_id, distance FROM similar_images(8::bigint, k => 25)").fetchall(),
+        db.execute(
+            "SELECT image_id FROM similar_images(%s, engine => 'faiss', k => 25)", (query,)
+        ).fetchall(),
+        db.execute(ROWS, (query,)).fetchall(),
+        db.execute("SELECT * FROM classify_image(%s)", (query,)).fetchall(),
+        db.execute("SELECT collection, key, sqlstate, message FROM embedding_failures").fetchall(),
+        db.execute(STATE).fetchall(),
+    ]
+
+
+def test_there_are_versions_to_upgrade_from() -> None:
+    assert RELEASED
+    for released in RELEASED:
+        assert (DATA / f"{PACKAGE}-{released}-py3-none-any.whl").exists()
+
+
+def test_every_path_to_the_current_version(databases: Databases) -> None:
+    """Object by object: what an upgrade makes is what an installation makes."""
+    fresh = describe(databases.create(version()))
+    assert len(fresh) > 150
+    paths = databases.create(version()).execute(
+        "SELECT source, path FROM pg_extension_update_paths('pg_siamese')"
+        " WHERE target = %s AND path IS NOT NULL",
+        (version(),),
+    )
+    sources = {source for source, _ in paths}
+    assert sources == set(RELEASED)
+    for source in sorted(sources):
+        db = databases.create(source)
+        assert describe(db) != fresh
+        db.execute("ALTER EXTENSION pg_siamese UPDATE")
+        assert describe(db) == fresh
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_upgrade_with_data(
+    databases: Databases, released: str, onnx: bytes, pictures: Pictures
+) -> None:
+    """Search gives the same before and after, and everything goes on."""
+    db = databases.create(released)
+    fill(db, onnx, pictures)
+    before = answers(db, pictures)
+    assert len(before[0]) == 25 and len(before[3]) == 2 and len(before[5]) == 1
+    vectors = "SELECT * FROM siamese.embedding_1 ORDER BY 1"
+    stored = db.execute(vectors).fetchall()
+    upgrade(db)
+    session = databases.connect(databases.dsn(db))
+    assert session.execute(vectors).fetchall() == stored
+    assert answers(session, pictures) == before
+    assert session.execute("SELECT bool_and(ok) FROM self_check()").fetchone() == (True,)
+    rows = session.execute("SELECT embed, waiting FROM collection_status").fetchall()
+    assert set(rows) == {("sync", 0)}
+    # Old collections go on as they were, and new ones can be deferred.
+    session.execute("INSERT INTO images (image) VALUES (%s)", (pictures.files[70],))
+    row = session.execute(
+        "SELECT image_id, distance FROM similar_images(%s, k => 1)", (pictures.files[70],)
+    ).fetchone()
+    assert row and row[0] == 51 and row[1] < 1e-5
+    session.execute("UPDATE t SET image = %s WHERE id = 'bad'", (pictures.files[2],))
+    assert session.execute("SELECT FROM embedding_failures").fetchall() == []
+    session.execute("SELECT build_index('images'), build_index('t')")
+    assert len(session.execute(ROWS, (pictures.files[2],)).fetchall()) == 3
+    session.execute("CREATE TABLE later (id int PRIMARY KEY, image bytea)")
+    session.execute("SELECT create_collection('later', 'later', embed => 'deferred')")
+    session.execute("INSERT INTO later VALUES (1, %s)", (pictures.files[3],))
+    assert session.execute("SELECT embed_pending()").fetchone() == (1,)
+    session.execute("SELECT drop_collection('images'), drop_collection('t')")
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_objects_of_collections_are_upgraded(
+    databases: Databases, released: str, onnx: bytes, pictures: Pictures
+) -> None:
+    """Tables, triggers, policies and functions of single collections are those of new ones."""
+    old, new = databases.create(released), databases.create(version())
+    for db in (old, new):
+        fill(db, onnx, pictures)
+    upgrade(old)
+    assert describe(old) == describe(new)
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_sessions_from_before(
+    databases: Databases, released: str, onnx: bytes, pictures: Pictures
+) -> None:
+    """They hold the old package in memory: each call says so, and writes nothing."""
+    db = databases.create(released)
+    fill(db, onnx, pictures)
+    old, idle = databases.connect(databases.dsn(db)), databases.connect(databases.dsn(db))
+    assert old.execute(SEARCH, (pictures.files[0],)).fetchall()
+    upgrade(db)
+    count = "SELECT count(*) FROM images"
+    before = old.execute(count).fetchone()
+    for statement in (SEARCH, "INSERT INTO images (image) VALUES (%s)"):
+        with sql_error("55000", f"version {released}", version(), "Start a new session"):
+            old.execute(statement, (pictures.files[0],))
+    assert old.execute(count).fetchone() == before
+    assert idle.execute(SEARCH, (pictures.files[0],)).fetchall()  # had loaded nothing yet
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_privileges_after_an_upgrade(
+    databases: Databases,
+    released: str,
+    new_role: Callable[[], str],
+    onnx: bytes,
+    pictures: Pictures,
+) -> None:
+    reader, admin = new_role(), new_role()
+    labels = {reader: "reader", admin: "admin"}
+    old, new = databases.create(released), databases.create(version())
+    for db in (old, new):
+        fill(db, onnx, pictures)
+        db.execute("SELECT grant_usage(%s), grant_admin(%s)", (reader, admin))
+    upgrade(old)
+    assert privileges(old, labels) == privileges(new, labels)
+
+
+def test_an_upgrade_can_be_rolled_back(
+    databases: Databases, onnx: bytes, pictures: Pictures
+) -> None:
+    db = databases.create(RELEASED[0])
+    fill(db, onnx, pictures)
+    before, objects = answers(db, pictures), describe(db)
+    with db.transaction(force_rollback=True):
+        upgrade(db)
+    assert describe(db) == objects
+    assert answers(db, pictures) == before
+
+
+def test_make_migrate(
+    databases: Databases, onnx: bytes, pictures: Pictures, capsys: pytest.CaptureFixture[str]
+) -> None:
+    db = databases.create(RELEASED[0])
+    fill(db, onnx, pictures)
+    dsn = databases.dsn(db)
+    installed = "SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'"
+    assert migrate.main(["--dsn", dsn, "--show"]) == 0
+    said = capsys.readouterr().out
+    assert f"installed: {RELEASED[0]}" in said
+    assert f"available: {version()} (by {RELEASED[0]}--" in said and "would upgrade" in said
+    assert db.execute(installed).fetchone() == (RELEASED[0],)
+    assert migrate.main(["--dsn", dsn]) == 0
+    assert f"Upgraded from {RELEASED[0]} to {version()}" in capsys.readouterr().out
+    assert db.execute(installed).fetchone() == (version(),)
+    assert migrate.main(["--dsn", dsn]) == 0
+    assert "Nothing to upgrade" in capsys.readouterr().out
+    db.execute("DROP EXTENSION pg_siamese CASCADE")
+    assert migrate.main(["--dsn", dsn]) == 1
+    assert "no extension pg_siamese" in capsys.readouterr().err
+
+
+def test_psql_errors_are_one_report(cluster: Cluster) -> None:
+    with pytest.raises(SetupError, match="nonsense"):
+        migrate.run_sql(cluster.dsn("postgres"), "SELECT nonsense")

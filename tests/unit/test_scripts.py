@@ -1,0 +1,95 @@
+"""Install and upgrade scripts: how they are put together, and that pgspot finds nothing in them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pg_siamese.dev import extension
+from pg_siamese.dev.project import version
+
+PLACE = "/somewhere/site-packages"
+PGSPOT = [
+    "--ignore-lang=plpython3u",
+    # Operators outside functions run in the script alone, in which pg_catalog comes first.
+    "--ignore=PS001",
+    # Fully qualified inside; the first two must be cheap, the third needs nothing of a path.
+    "--proc-without-search-path=siamese._caller()",
+    "--proc-without-search-path=siamese._xact_id()",
+    "--proc-without-search-path=siamese.similar_rows(of_table anyelement,image bytea,k integer,"
+    "collection text,filter jsonb,candidates text[],max_distance real,engine text,"
+    "item anyelement,distance real)",
+]
+# PostgreSQL lets an extension's script replace its own functions and views only.
+UPGRADE = ["--ignore=PS002", "--ignore=PS015"]
+SCRIPTS = sorted(
+    name
+    for name in extension.files(PLACE)
+    if name.endswith(f"--{version()}.sql")  # scripts of earlier versions are history
+)
+
+
+def run_pgspot(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.sql"
+    script.write_text(text)
+    command = [sys.executable, "-m", "pgspot", *PGSPOT, *options, str(script)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_pgspot(name: str, tmp_path: Path) -> None:
+    text = extension.files(PLACE)[name]
+    done = run_pgspot(tmp_path, text, *(UPGRADE if name.count("--") == 2 else ()))
+    # What it can't parse, it says and leaves out.
+    assert "Errors: 0 Warnings: 0 Unknown: 0" in done.stdout, done.stdout
+    assert "error" not in done.stdout.lower().replace("errors: 0", ""), done.stdout
+    assert done.returncode == 0, done.stderr
+
+
+def test_pgspot_would_find_something(tmp_path: Path) -> None:
+    text = extension.files(PLACE)[f"pg_siamese--{version()}.sql"]
+    locked = "SECURITY DEFINER\nSET search_path = pg_catalog, pg_temp\n"
+    assert "PS003" in run_pgspot(tmp_path, text.replace(locked, "SECURITY DEFINER\n")).stdout
+
+
+def test_upgrades_replace_every_function_and_view() -> None:
+    install = extension.files(PLACE)[f"pg_siamese--{version()}.sql"]
+    wanted = [
+        line.replace("CREATE ", "CREATE OR REPLACE ", 1)
+        for line in install.splitlines()
+        if line.startswith(("CREATE FUNCTION ", "CREATE VIEW "))
+    ]
+    assert len(wanted) > 50
+    comments = install.count("\nCOMMENT ON ")
+    for name in SCRIPTS:
+        if name.count("--") == 2:
+            text = extension.files(PLACE)[name]
+            lines = text.splitlines()
+            assert [line for line in lines if line.startswith("CREATE OR REPLACE")] == wanted
+            assert text.count("\nCOMMENT ON ") == comments
+            assert "@REPLACEABLE@" not in text and "@VERSION@" not in text
+
+
+def test_earlier_versions_keep_their_own_number() -> None:
+    for name, text in extension.files(PLACE).items():
+        if name.endswith(".sql") and name.count("--") == 1:
+            number = name.removesuffix(".sql").split("--")[1]
+            assert f"GD['pg_siamese {number}']" in text
+            assert "@VERSION@" not in text and "@SITE_PACKAGES@" not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$ SELECT ';' $$;",
+        "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $x$ SELECT $$;$$; -- it's one\n $x$;",
+        "COMMENT ON TABLE t IS 'one; it''s one';",
+    ],
+)
+def test_statements_are_not_cut(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "source", lambda: f"SELECT 1;\n{text}\nSELECT 2;\n")
+    expected = text.replace("CREATE FUNCTION", "CREATE OR REPLACE FUNCTION")
+    assert extension.replaceable() == expected + "\n"
