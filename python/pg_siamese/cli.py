@@ -19,7 +19,14 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pg_siamese.connection import CommandError, connect, describe_error, one_line
-from pg_siamese.terminal import answer_table, errors, notice_bar, output, progress_bar
+from pg_siamese.terminal import (
+    answer_table,
+    errors,
+    notice_bar,
+    output,
+    progress_bar,
+    worker_line,
+)
 from pg_siamese.training.cli import export_command, train_command
 
 if TYPE_CHECKING:
@@ -321,6 +328,66 @@ def build_index(collection: CollectionName = "images", dsn: Dsn = None) -> None:
                 INTERRUPTED,
             ) from None
     output().print(f"generation {row[0] if row else '?'} of {escape(collection)} is current")
+
+
+@app.command()
+def worker(
+    collection: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--collection",
+            "-c",
+            help="Only this collection; can be given again. Else all deferred ones.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Rows taken at once.")] = 256,
+    once: Annotated[bool, typer.Option("--once", help="End when nothing waits.")] = False,
+    idle_timeout: Annotated[
+        float | None,
+        typer.Option(min=0, help="End after so many seconds without work.", show_default=False),
+    ] = None,
+    poll: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds after which to look where no notification comes."),
+    ] = 2.0,
+    rebuild_pending: Annotated[
+        int, typer.Option(min=1, help="Build the index when so many vectors are pending.")
+    ] = 20_000,
+    rebuild_dead: Annotated[
+        float, typer.Option(min=0, help="Build the index when such a share of it is dead.")
+    ] = 0.2,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild/--no-rebuild", help="Whether to build indexes at all.")
+    ] = True,
+    dsn: Dsn = None,
+) -> None:
+    """Embed the rows of deferred collections, as they come; ends on SIGTERM or Ctrl-C.
+
+    Any number of workers may run, on any machines that reach the server: each embeds in its own
+    process, on one core, what no other has taken. The role needs siamese.grant_worker.
+    """
+    from pg_siamese.worker import Options, Worker
+
+    options = Options(
+        dsn=dsn,
+        collections=tuple(collection or ()),
+        batch=batch,
+        once=once,
+        idle_timeout=idle_timeout,
+        poll=poll,
+        rebuild_pending=rebuild_pending if rebuild else None,
+        rebuild_dead=rebuild_dead,
+    )
+    with worker_line() as line:
+        running = Worker(options, say=line.say, progress=line.show)
+        with running.signals.handled():
+            totals = running.run()
+    failed = f", {totals.failed:,} failed" if totals.failed else ""
+    output().print(f"{totals.stored:,} rows embedded{failed}")
+    if once and running.failures:
+        name, reason = next(iter(running.failures.items()))
+        raise CommandError(f'collection "{name}" could not be embedded: {reason}')
 
 
 @app.command("register-model")

@@ -20,12 +20,16 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
+class NoServerError(CommandError):
+    """No server answers, or it lets nobody in at the moment."""
+
+
 def connect(dsn: str | None = None) -> psycopg.Connection[tuple[object, ...]]:
     """Open an autocommit connection to a database that has the extension.
 
     ``dsn`` is a libpq connection string or URI; what it leaves out comes from the ``PG*``
-    variables. Raises :class:`CommandError` when no server answers, the string is malformed or the
-    extension is missing.
+    variables. Raises :class:`CommandError` when no server answers (:class:`NoServerError`), the
+    string is malformed or the extension is missing.
     """
     try:
         settings = psycopg.conninfo.conninfo_to_dict(dsn or "", application_name=EXTENSION)
@@ -38,7 +42,7 @@ def connect(dsn: str | None = None) -> psycopg.Connection[tuple[object, ...]]:
     except psycopg.ProgrammingError as error:
         raise CommandError(f"bad connection string: {one_line(str(error))}") from None
     except psycopg.OperationalError as error:
-        raise CommandError(_describe_refusal(str(error))) from None
+        raise NoServerError(_describe_refusal(str(error))) from None
     try:
         _require_extension(connection)
     except BaseException:

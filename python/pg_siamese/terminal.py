@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from rich.progress import (
     BarColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     Task,
     TaskProgressColumn,
     TextColumn,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import psycopg
 
     from pg_siamese.search import Answer, Collection
+    from pg_siamese.worker import Totals
 
 # 'building index of collection "images": 40% (28000 of 70000 vectors)'
 PROGRESS_NOTICE = re.compile(r"^(?P<what>.+): \d+% \((?P<done>\d+) of (?P<total>\d+) \w+\)")
@@ -74,6 +77,44 @@ def notice_bar(connection: psycopg.Connection[Any], description: str) -> Iterato
         # The server reports now and then, not at the end; of short work it reports nothing.
         total = progress.tasks[task].total or 1
         progress.update(task, completed=total, total=total)
+
+
+class WorkerLine:
+    """What a worker shows: lines on what happens, and what it has done, on stderr.
+
+    On a terminal the latter is one line that moves; else, for a log, a line a minute at most.
+    """
+
+    LOG_SECONDS = 60.0
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("waiting for rows", total=None)
+        self._began = self._logged = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._progress.console.print(escape(text), soft_wrap=True)
+
+    def show(self, totals: Totals) -> None:
+        """Show what is done so far."""
+        now = time.monotonic()
+        rate = totals.stored / max(now - self._began, 1e-3)
+        failed = f", {totals.failed:,} failed" if totals.failed else ""
+        text = f"{totals.stored:,} rows embedded ({rate:,.0f}/s){failed}"
+        self._progress.update(self._task, description=text)
+        if not self._progress.console.is_terminal and now - self._logged >= self.LOG_SECONDS:
+            self._logged = now
+            self.say(text)
+
+
+@contextmanager
+def worker_line() -> Iterator[WorkerLine]:
+    """Show what a worker does, while the body runs."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    console = errors()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+        yield WorkerLine(p)
 
 
 class _Count(ProgressColumn):

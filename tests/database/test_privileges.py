@@ -31,6 +31,7 @@ TABLES = f"""
     ORDER BY 1
 """
 FOR_READERS = {
+    "_is_waiting",
     "_load",
     "_model_id",
     "_similar_keys",

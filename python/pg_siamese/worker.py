@@ -1,0 +1,389 @@
+"""Deferred embedding in a process of its own: `pg_siamese worker`.
+
+Several may run at once, on several machines: each takes tickets that no other has (FOR UPDATE SKIP
+LOCKED), embeds their images with the server package's own code, and stores the vectors, all in one
+transaction. A worker that dies rolls back, and its tickets are free again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import select
+import signal
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import psycopg
+
+import pg_siamese_server
+from pg_siamese.connection import CommandError, NoServerError, connect, describe_error
+from pg_siamese_server.deferred import Results, Row, embed_batch
+from pg_siamese_server.encoder import Encoder, ModelSpec
+from pg_siamese_server.errors import SiameseError
+
+CHANNEL = "pg_siamese_queue"
+# A batch ends after this, so that its locks go and others see its vectors.
+BATCH_SECONDS = 2.0
+# What a hung worker holds must not be held for ever; a table's lock is not worth a long wait.
+SETTINGS = {"idle_in_transaction_session_timeout": "5min", "lock_timeout": "5s"}
+FIRST_RECONNECT_SECONDS, LAST_RECONNECT_SECONDS = 0.5, 30.0
+# How long a collection is left alone after a failure that concerns all of its rows.
+BUSY_SECONDS, BROKEN_SECONDS = 2.0, 60.0
+REBUILD_SECONDS = 10.0
+MAX_OPEN_ENCODERS = 4
+
+Connection = psycopg.Connection[Any]
+Say = Callable[[str], None]
+
+
+class Stopped(Exception):
+    """A signal asked the worker to end."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a worker is told.
+
+    Attributes:
+        dsn: libpq connection string, or None for the PG* variables.
+        collections: names, or none for all that are deferred.
+        batch: rows taken at once.
+        once: end when nothing waits.
+        idle_timeout: seconds without work after which to end, or None.
+        poll: seconds after which to look, where no notification comes.
+        rebuild_pending: pending vectors from which on to build the index, or None for never.
+        rebuild_dead: share of dead vectors from which on to build it.
+    """
+
+    dsn: str | None = None
+    collections: Sequence[str] = ()
+    batch: int = 256
+    once: bool = False
+    idle_timeout: float | None = None
+    poll: float = 2.0
+    rebuild_pending: int | None = 20_000
+    rebuild_dead: float = 0.2
+
+
+@dataclass
+class Totals:
+    """What a worker has done."""
+
+    stored: int = 0
+    failed: int = 0
+    builds: int = 0
+
+
+class Signals:
+    """SIGTERM and SIGINT as a flag that also ends a wait; the first asks, the second insists."""
+
+    def __init__(self) -> None:
+        self._stopping = False
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self.on_stop: Callable[[], None] | None = None
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle them for as long as the body runs; in the main thread only."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self._handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop()
+
+    def stop(self) -> None:
+        """Ask the worker to end."""
+        self._stopping = True
+        self._writer.send(b"x")
+        if self.on_stop is not None:
+            self.on_stop()
+
+    def stopping(self) -> bool:
+        """Whether a signal came."""
+        return self._stopping
+
+    def check(self) -> None:
+        """Leave where a signal came."""
+        if self._stopping:
+            raise Stopped
+
+    def wait(self, seconds: float, *files: int) -> None:
+        """Wait for a signal, for something to read from ``files``, or for so long."""
+        if not self._stopping:
+            select.select([self._reader.fileno(), *files], [], [], seconds)
+
+
+class Database:
+    """The functions of a batch, over a connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def take(self, collection_id: int, max_rows: int) -> list[tuple[int, list[str]]]:
+        """Return tickets that were free, with their keys."""
+        return self.connection.execute(
+            "SELECT ticket, keys FROM siamese._take_tickets(%s, %s)", (collection_id, max_rows)
+        ).fetchall()
+
+    def read(self, collection_id: int, keys: Sequence[str]) -> list[Row]:
+        """Return keys and images of rows without a vector."""
+        return self.connection.execute(
+            "SELECT key, image FROM siamese._read_images(%s, %s::text[])",
+            (collection_id, list(keys)),
+            binary=True,
+        ).fetchall()
+
+    def store(self, collection_id: int, sha256: str, tickets: list[int], results: Results) -> int:
+        """Store vectors and failures; return how many vectors."""
+        row = self.connection.execute(
+            "SELECT siamese._store_vectors(%s, %s, %s::bigint[], %s::text[], %s::text[],"
+            " %s::bytea[], %s::text[], %s::text[], %s::bytea[], %s::text[], %s::text[],"
+            " %s::boolean[])",
+            (collection_id, sha256, tickets, *vars(results).values()),
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+@dataclass
+class Worker:
+    """One worker; :meth:`run` returns when it is done or told to end.
+
+    Attributes:
+        options: what it is told.
+        say: called with a line on something that happened.
+        progress: called after each batch, with the totals.
+    """
+
+    options: Options
+    say: Say
+    progress: Callable[[Totals], None] = lambda totals: None
+    signals: Signals = field(default_factory=Signals)
+    totals: Totals = field(default_factory=Totals)
+    failures: dict[str, str] = field(default_factory=dict)
+    _held: dict[int, float] = field(default_factory=dict)
+    _encoders: OrderedDict[str, Encoder] = field(default_factory=OrderedDict)
+    _notified: bool = False
+    _rebuilt_at: float = 0.0
+    _busy_at: float = 0.0
+
+    def run(self) -> Totals:
+        """Work until there is a reason to end; raises CommandError."""
+        attempt = 0
+        connected = False
+        while not self.signals.stopping():
+            try:
+                with connect(self.options.dsn) as connection:
+                    connected, attempt = True, 0
+                    self._serve(connection)
+                    break
+            except Stopped:
+                break
+            except (psycopg.OperationalError, psycopg.InterfaceError, NoServerError) as error:
+                if self.signals.stopping():
+                    break
+                if not connected:  # mistaken from the start, most likely
+                    raise
+                delay = min(FIRST_RECONNECT_SECONDS * 2**attempt, LAST_RECONNECT_SECONDS)
+                delay *= random.uniform(0.8, 1.2)  # workers must not come back all at once
+                attempt += 1
+                reason = describe_error(error) if isinstance(error, psycopg.Error) else str(error)
+                self.say(f"no connection: {reason}; next try in {delay:.1f} s")
+                self.signals.wait(delay)
+        return self.totals
+
+    def _serve(self, connection: Connection) -> None:
+        _check_version(connection)
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        for name, value in SETTINGS.items():
+            connection.execute("SELECT pg_catalog.set_config(%s, %s, false)", (name, value))
+        connection.add_notify_handler(self._on_notification)
+        connection.execute(f"LISTEN {CHANNEL}")
+        _check_collections(connection, self.options.collections)
+        self._busy_at = time.monotonic()
+        while True:
+            self.signals.check()
+            self._notified = False
+            if self._round(connection):
+                self._busy_at = time.monotonic()
+                self._rebuild(connection)
+                continue
+            self._rebuild(connection, at_end=self.options.once)
+            if self.options.once:
+                return
+            idle = time.monotonic() - self._busy_at
+            timeout = self.options.idle_timeout
+            if timeout is not None and idle >= timeout:
+                return
+            if not self._notified:
+                left = self.options.poll if timeout is None else timeout - idle
+                self.signals.wait(min(self.options.poll, left), connection.fileno())
+
+    def _on_notification(self, notification: psycopg.Notify) -> None:
+        self._notified = True
+
+    def _round(self, connection: Connection) -> bool:
+        """Do one batch of each collection that has tickets; say whether anything was done."""
+        queued = connection.execute(
+            "SELECT collection_id, name, model_id, sha256 FROM siamese._queued_collections()"
+        ).fetchall()
+        is_any = False
+        for collection_id, name, model_id, sha256 in queued:
+            if self.options.collections and name not in self.options.collections:
+                continue
+            if self._held.get(collection_id, 0.0) > time.monotonic():
+                continue
+            self.signals.check()
+            try:
+                encoder = self._encoder(connection, model_id, sha256)
+                with connection.transaction():
+                    outcome = embed_batch(
+                        Database(connection),
+                        collection_id,
+                        sha256,
+                        encoder,
+                        self.options.batch,
+                        self.signals.check,
+                        BATCH_SECONDS,
+                    )
+            except SiameseError as error:
+                self._hold(collection_id, name, error.message, BROKEN_SECONDS)
+                continue
+            except psycopg.Error as error:
+                self._judge(connection, collection_id, name, error)
+                continue
+            self.failures.pop(name, None)
+            self.totals.stored += outcome.stored
+            self.totals.failed += outcome.failed
+            is_any = is_any or bool(outcome)
+            self.progress(self.totals)
+        return is_any
+
+    def _judge(
+        self, connection: Connection, collection_id: int, name: str, error: psycopg.Error
+    ) -> None:
+        """Decide what an error of a batch means; the batch is rolled back."""
+        if connection.closed or connection.broken:
+            raise error
+        if isinstance(error, psycopg.errors.InsufficientPrivilege):
+            raise CommandError(
+                f"{describe_error(error)}; let the role embed with siamese.grant_worker"
+            ) from error
+        busy = (
+            psycopg.errors.LockNotAvailable,
+            psycopg.errors.DeadlockDetected,
+            psycopg.errors.SerializationFailure,
+            # Dropped meanwhile: then it is not in the next list.
+            psycopg.errors.UndefinedFunction,
+            psycopg.errors.UndefinedTable,
+            psycopg.errors.NoDataFound,
+        )
+        if isinstance(error, busy):
+            self._held[collection_id] = time.monotonic() + BUSY_SECONDS
+        else:
+            self._hold(collection_id, name, describe_error(error), BROKEN_SECONDS)
+
+    def _hold(self, collection_id: int, name: str, reason: str, seconds: float) -> None:
+        self._held[collection_id] = time.monotonic() + seconds
+        self.failures[name] = reason
+        self.say(f'collection "{name}" is left alone for {seconds:.0f} s: {reason}')
+
+    def _encoder(self, connection: Connection, model_id: int, sha256: str) -> Encoder:
+        """Return a model's encoder; raises SiameseError where it is not what it should be."""
+        row = connection.execute(
+            "SELECT specification FROM siamese.models WHERE model_id = %s AND sha256 = %s",
+            (model_id, sha256),
+        ).fetchone()
+        if row is None:
+            raise SiameseError("its model is gone")
+        key = f"{sha256} {row[0]}"
+        found = self._encoders.get(key)
+        if found is not None:
+            self._encoders.move_to_end(key)
+            return found
+        data = connection.execute(
+            "SELECT onnx FROM siamese.models WHERE model_id = %s", (model_id,), binary=True
+        ).fetchone()
+        if data is None or hashlib.sha256(data[0]).hexdigest() != sha256:
+            raise SiameseError("the ONNX file of its model does not have its SHA-256")
+        found = Encoder(data[0], ModelSpec.from_json(row[0]))
+        while len(self._encoders) >= MAX_OPEN_ENCODERS:
+            self._encoders.popitem(last=False)
+        self._encoders[key] = found
+        return found
+
+    def _rebuild(self, connection: Connection, at_end: bool = False) -> None:
+        """Build indexes that have fallen behind, now and then; one worker at a time does."""
+        pending = self.options.rebuild_pending
+        now = time.monotonic()
+        if pending is None or (now - self._rebuilt_at < REBUILD_SECONDS and not at_end):
+            return
+        self._rebuilt_at = now
+        rows = connection.execute(
+            "SELECT collection_id, name FROM siamese.collections WHERE embed = 'deferred'"
+        ).fetchall()
+        for collection_id, name in rows:
+            if self.options.collections and name not in self.options.collections:
+                continue
+            self.signals.check()
+            self.signals.on_stop = connection.cancel_safe
+            try:
+                row = connection.execute(
+                    "SELECT siamese._build_if_needed(%s, %s, %s::real)",
+                    (collection_id, pending, self.options.rebuild_dead),
+                ).fetchone()
+            except psycopg.errors.QueryCanceled:
+                self.signals.check()
+                raise
+            except psycopg.Error as error:
+                if connection.closed or connection.broken:
+                    raise
+                self.say(f'the index of "{name}" was not built: {describe_error(error)}')
+                self._rebuilt_at = now + BROKEN_SECONDS
+                continue
+            finally:
+                self.signals.on_stop = None
+            if row is not None and row[0] is not None:
+                self.totals.builds += 1
+                self.say(f'index of "{name}" built: generation {row[0]}')
+
+
+def _check_version(connection: Connection) -> None:
+    row = connection.execute(
+        "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'pg_siamese'"
+    ).fetchone()
+    installed = row[0] if row else None
+    if installed != pg_siamese_server.__version__:
+        raise CommandError(
+            f"this worker is of version {pg_siamese_server.__version__}, but the database has "
+            f"version {installed} of the extension: use a worker of the same version"
+        )
+
+
+def _check_collections(connection: Connection, names: Sequence[str]) -> None:
+    try:
+        known = dict(connection.execute("SELECT name, embed FROM siamese.collections").fetchall())
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise CommandError(
+            f"{describe_error(error)}; let the role embed with siamese.grant_worker"
+        ) from error
+    for name in names:
+        if name not in known:
+            raise CommandError(f'there is no collection "{name}"')
+        if known[name] != "deferred":
+            raise CommandError(f'collection "{name}" is embedded by its own statements')
