@@ -99,7 +99,8 @@ def test_tables_of_configuration_are_dumped(shared: Connection) -> None:
         " AND d.deptype = 'e' JOIN pg_extension AS x ON x.oid = d.refobjid"
         " WHERE x.extname = 'pg_siamese' AND c.relkind IN ('r', 'S')"
     )
-    assert {row[0] for row in tables} <= dumped
+    # What is left out is about the last minutes only.
+    assert {row[0] for row in tables} - dumped == {"embedding_batches"}
 
 
 def test_user_tables_do_not_belong_to_the_extension(shared: Connection) -> None:

@@ -1,0 +1,455 @@
+"""`pg_siamese worker`: processes beside the server that embed what statements have queued."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+import pg_siamese_server
+from pg_siamese.connection import CommandError, NoServerError
+from pg_siamese.worker import Options, Totals, Worker
+from tests.conftest import Connection, Pictures
+from tests.support import grid_encoder, sql_error
+
+DEADLINE_SECONDS = 60.0
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.01)
+
+
+class Table:
+    """Table ``t (id, image)`` with deferred collection ``t``, number 2, and workers."""
+
+    def __init__(self, db: Connection, dsn: str, files: list[bytes]) -> None:
+        self.db = db
+        self.dsn = dsn
+        self.files = files
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def insert(self, first: int, last: int) -> None:
+        """Insert rows of these keys, in one statement."""
+        self.db.execute(
+            "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])",
+            (
+                list(range(first, last + 1)),
+                [self.files[key % len(self.files)] for key in range(first, last + 1)],
+            ),
+        )
+
+    def value(self, statement: str, *values: object) -> Any:
+        row = self.db.execute(statement, values or None).fetchone()
+        return row[0] if row else None
+
+    def start(self, *options: str, dsn: str | None = None) -> subprocess.Popen[str]:
+        """Start a worker process."""
+        command = [sys.executable, "-m", "pg_siamese.cli", "worker", "--dsn", dsn or self.dsn]
+        process = subprocess.Popen(
+            [*command, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"COLUMNS": "200"},
+        )
+        self.processes.append(process)
+        return process
+
+    def run(self, *options: str, dsn: str | None = None) -> tuple[int, str, str]:
+        """Run a worker to its end; returns exit status, stdout and stderr."""
+        process = self.start(*options, dsn=dsn)
+        out, err = process.communicate(timeout=DEADLINE_SECONDS)
+        return process.returncode, out, err
+
+    def embedded(self) -> int:
+        return int(self.value("SELECT count(*) FROM siamese.embedding_2"))
+
+    def waiting(self) -> int:
+        return int(self.value("SELECT waiting FROM embedding_queue_status WHERE collection = 't'"))
+
+    def is_embedding(self) -> bool:
+        """Whether a worker has taken tickets and stored nothing yet."""
+        return bool(
+            self.value(
+                "SELECT count(*) FROM pg_stat_activity AS a JOIN pg_locks AS l USING (pid)"
+                " WHERE a.application_name = 'pg_siamese' AND a.state = 'idle in transaction'"
+                " AND l.relation = 'siamese.queue_2'::regclass AND l.mode = 'RowShareLock'"
+            )
+        )
+
+    def check(self, model: str = "medical") -> None:
+        """Every row has the vector of its image, and each vector was stored once."""
+        wrong = self.db.execute(
+            "SELECT t.id, e.key FROM t FULL JOIN siamese.embedding_2 AS e ON t.id = e.key"
+            " WHERE t.id IS NULL OR e.key IS NULL"
+            " OR e.embedding <-> embed_image(t.image, %s) > 1e-4",
+            (model,),
+        ).fetchall()
+        assert wrong == []
+        assert self.waiting() == 0
+
+    def check_stored_once(self, rows: int) -> None:
+        """No vector was ever made anew."""
+        sequence = "pg_get_serial_sequence('siamese.embedding_2', 'embedding_id')"
+        assert self.value(f"SELECT pg_sequence_last_value({sequence}::regclass)") == rows
+        counts = "SELECT count(*), count(DISTINCT embedding_id) FROM siamese.pending_2"
+        assert self.db.execute(f"{counts} WHERE NOT deleted").fetchone() == (rows, rows)
+
+
+@pytest.fixture
+def table(db: Connection, dsn: str, pictures: Pictures) -> Iterator[Table]:
+    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
+    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    table = Table(db, dsn, pictures.files[:200])
+    yield table
+    for process in table.processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def slow(db: Connection, dsn: str, pictures: Pictures) -> Iterator[Table]:
+    """A model that takes some 20 ms an image, so that a batch takes long enough to be met."""
+    model = grid_encoder(("n", 3, 1024, 1024), pool=512)
+    db.execute("SELECT register_model('slow', %s, metric => 'l2')", (model,))
+    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
+    db.execute("SELECT create_collection('t', 't', model => 'slow', embed => 'deferred')")
+    table = Table(db, dsn, pictures.files[:200])
+    yield table
+    for process in table.processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def stored_by(out: str) -> int:
+    return int(out.split(" rows embedded")[0].splitlines()[-1].replace(",", ""))
+
+
+def test_once(table: Table) -> None:
+    table.insert(1, 300)
+    status, out, err = table.run("--once")
+    assert (status, out) == (0, "300 rows embedded\n"), err
+    table.check()
+    table.check_stored_once(300)
+    status, out, err = table.run("--once", "--collection", "t")
+    assert (status, out) == (0, "0 rows embedded\n"), err
+
+
+def test_two_workers_share(slow: Table) -> None:
+    slow.insert(1, 400)
+    processes = [slow.start("--once", "--batch", "16") for _ in range(2)]
+    outs = [process.communicate(timeout=DEADLINE_SECONDS) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outs
+    shares = [stored_by(out) for out, _ in outs]
+    assert sum(shares) == 400 and min(shares) > 0
+    slow.check("slow")
+    slow.check_stored_once(400)
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ended_in_mid_batch(slow: Table, way: signal.Signals) -> None:
+    """Nothing is lost and nothing is done twice; what was taken is free again."""
+    slow.insert(1, 200)
+    process = slow.start("--batch", "64")
+    wait_for(lambda: slow.embedded() >= 64, "a first batch")
+    wait_for(slow.is_embedding, "another batch")
+    process.send_signal(way)
+    out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    if way == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 0, err
+        assert stored_by(out) == slow.embedded()
+    before = slow.embedded()
+    assert before < 200
+    wait_for(lambda: not slow.is_embedding(), "the server to notice")
+    assert before + slow.waiting() == 200
+    status, out, err = slow.run("--once")
+    assert (status, stored_by(out)) == (0, 200 - before), err
+    slow.check("slow")
+    slow.check_stored_once(200)
+
+
+def test_changes_while_a_worker_embeds(slow: Table) -> None:
+    """Statements wait for nothing, and old images never get a vector."""
+    slow.insert(1, 64)
+    process = slow.start("--batch", "64")
+    wait_for(slow.is_embedding, "a batch")
+    slow.db.execute("SET lock_timeout = '10s'")
+    slow.db.execute("UPDATE t SET image = %s WHERE id <= 3", (slow.files[100],))
+    slow.db.execute("DELETE FROM t WHERE id IN (4, 5)")
+    slow.db.execute("UPDATE t SET id = 1006 WHERE id = 6")
+    with slow.db.transaction(force_rollback=True):
+        slow.db.execute("UPDATE t SET image = 'junk' WHERE id = 7")
+    wait_for(lambda: slow.embedded() == 62, "all")
+    wait_for(lambda: slow.waiting() == 0, "all tickets")
+    slow.check("slow")
+    process.terminate()
+    assert process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_truncate_while_a_worker_embeds(slow: Table) -> None:
+    slow.insert(1, 100)
+    process = slow.start("--batch", "32")
+    wait_for(slow.is_embedding, "a batch")
+    with slow.db.transaction():
+        slow.db.execute("TRUNCATE t")
+        slow.insert(1, 20)
+    wait_for(lambda: slow.embedded() == 20 and slow.waiting() == 0, "what was inserted after")
+    slow.check("slow")
+    process.terminate()
+    assert process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_drop_while_a_worker_embeds(slow: Table) -> None:
+    """The worker goes on with other collections."""
+    slow.insert(1, 100)
+    slow.db.execute("CREATE TABLE other (id int PRIMARY KEY, image bytea)")
+    slow.db.execute(
+        "SELECT create_collection('other', 'other', embed => 'deferred', model => 'medical')"
+    )
+    process = slow.start("--batch", "32")
+    wait_for(slow.is_embedding, "a batch")
+    slow.db.execute("SELECT drop_collection('t')")
+    slow.db.execute("INSERT INTO other VALUES (1, %s)", (slow.files[0],))
+    wait_for(lambda: slow.value("SELECT count(*) FROM siamese.embedding_3"), "the other one")
+    process.terminate()
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0 and "Traceback" not in err
+
+
+def test_poisoned_images(table: Table) -> None:
+    table.insert(1, 100)
+    table.db.execute("UPDATE t SET image = 'junk' WHERE id = 50")
+    table.db.execute("UPDATE t SET image = NULL WHERE id = 51")
+    status, out, err = table.run("--once")
+    assert (status, out) == (0, "98 rows embedded, 2 failed\n"), err
+    failures = "SELECT key, sqlstate FROM embedding_failures ORDER BY key"
+    assert table.db.execute(failures).fetchall() == [("50", "22P03"), ("51", "22004")]
+    assert table.waiting() == 0
+    table.db.execute("UPDATE t SET image = %s WHERE id IN (50, 51)", (table.files[0],))
+    assert table.run("--once")[:2] == (0, "2 rows embedded\n")
+    table.check()
+
+
+def test_a_broken_model_blocks_no_other(table: Table) -> None:
+    model = grid_encoder(("n", 3, 28, 28), pool=7)
+    table.db.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
+    table.db.execute("CREATE TABLE a (id int PRIMARY KEY, image bytea)")
+    table.db.execute("SELECT create_collection('a', 'a', model => 'grid', embed => 'deferred')")
+    table.db.execute("INSERT INTO a VALUES (1, %s)", (table.files[0],))
+    onnx = table.value("SELECT onnx FROM siamese.models WHERE name = 'grid'")
+    table.db.execute("UPDATE siamese.models SET onnx = 'x' WHERE name = 'grid'")
+    table.insert(1, 50)
+    status, out, err = table.run("--once")
+    assert (status, out) == (1, "50 rows embedded\n")
+    assert 'collection "a"' in err and "SHA-256" in err
+    table.check()
+    table.db.execute("UPDATE siamese.models SET onnx = %b WHERE name = 'grid'", (onnx,))
+    assert table.run("--once")[:2] == (0, "1 rows embedded\n")
+
+
+def test_woken_by_a_notification(table: Table) -> None:
+    process = table.start("--poll", "3600")
+    wait_for(
+        lambda: table.value(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_siamese'"
+            " AND state = 'idle' AND query ~ '_queued_collections|_build_if_needed'"
+        ),
+        "the worker to be idle",
+    )
+    for key in (1, 2):
+        table.insert(key, key)
+        wait_for(lambda key=key: table.embedded() == key, "the worker to wake")  # type: ignore[misc]
+    process.terminate()
+    assert process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_poll_finds_what_no_notification_tells(table: Table) -> None:
+    """Tickets that come back after a failed try are nobody's statement."""
+    process = table.start("--poll", "0.2")
+    table.insert(1, 1)
+    wait_for(lambda: table.embedded() == 1, "the first row")
+    table.db.execute(
+        "INSERT INTO siamese.queue_2 (keys, not_before) VALUES ('{2}', now() + interval '1 s')"
+    )
+    table.db.execute("SET session_replication_role = replica")
+    table.insert(2, 2)
+    table.db.execute("RESET session_replication_role")
+    wait_for(lambda: table.embedded() == 2, "the second row")
+    process.terminate()
+    assert process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_idle_timeout(table: Table) -> None:
+    table.insert(1, 10)
+    assert table.run("--idle-timeout", "0.5")[:2] == (0, "10 rows embedded\n")
+    table.check()
+
+
+def test_rebuilds(table: Table) -> None:
+    """Where so many vectors are pending, or such a share of the index is dead."""
+    generation = "SELECT generation FROM siamese.collections WHERE name = 't'"
+    table.insert(1, 99)
+    options = ("--once", "--rebuild-pending", "100", "--rebuild-dead", "0.5")
+    assert table.run(*options)[0] == 0
+    assert table.value(generation) is None
+    table.insert(100, 100)
+    _, _, err = table.run(*options, "--no-rebuild")
+    assert table.value(generation) is None
+    _, _, err = table.run(*options)
+    first = table.value(generation)
+    assert first is not None and f'index of "t" built: generation {first}' in err
+    table.db.execute("DELETE FROM t WHERE id <= 49")
+    table.run(*options)
+    assert table.value(generation) == first
+    table.db.execute("DELETE FROM t WHERE id = 50")
+    table.run(*options)
+    assert table.value(generation) > first
+    status = "SELECT pending, dead FROM collection_status WHERE collection = 't'"
+    assert table.db.execute(status).fetchone() == (0, 0)
+
+
+def test_one_rebuild_at_a_time(table: Table, connect: Callable[..., Connection]) -> None:
+    table.insert(1, 10)
+    table.run("--once", "--no-rebuild")
+    other = connect()
+    with other.transaction():
+        other.execute("SELECT build_index('t')")
+        row = table.db.execute("SELECT siamese._build_if_needed(2, 1, 0.1)").fetchone()
+        assert row == (None,)
+
+
+def test_privileges(
+    table: Table, new_role: Callable[[], str], connect: Callable[..., Connection]
+) -> None:
+    role = new_role()
+    table.insert(1, 10)
+    dsn = psycopg.conninfo.make_conninfo(table.dsn, user=role)
+    status, _, err = table.run("--once", dsn=dsn)
+    assert status == 1 and "permission denied" in err and "grant_worker" in err
+    table.db.execute("SELECT grant_worker(%s)", (role,))
+    assert table.run("--once", "--rebuild-pending", "5", dsn=dsn)[:2] == (0, "10 rows embedded\n")
+    table.check()
+    assert table.value("SELECT generation FROM siamese.collections WHERE name = 't'")
+    session = connect(user=role)
+    for statement in (
+        "SELECT FROM public.t",
+        "SELECT FROM siamese.embedding_2",
+        "SELECT FROM siamese.queue_2",
+        "DELETE FROM siamese.embedding_batches",
+        "SELECT siamese.drop_collection('t')",
+        "SELECT siamese.backfill('t')",
+        "SELECT siamese._forget_vectors(2, '{1}')",
+        "SELECT siamese.similar_images(1::bigint, collection => 't')",
+    ):
+        with sql_error("42501", "permission denied"):
+            session.execute(statement)
+    # Nor the images of collections that are embedded by their own statements.
+    with pytest.raises(psycopg.Error):
+        session.execute("SELECT * FROM siamese._read_images(1, '{1}')")
+
+
+def test_reconnects(table: Table) -> None:
+    process = table.start()
+    others = "FROM pg_stat_activity WHERE application_name = 'pg_siamese'"
+    for key in (1, 2):
+        table.insert(key, key)
+        wait_for(lambda key=key: table.embedded() == key, "a row")  # type: ignore[misc]
+        table.db.execute(f"SELECT pg_terminate_backend(pid) {others}")
+    table.insert(3, 3)
+    wait_for(lambda: table.embedded() == 3, "the worker to come back")
+    process.terminate()
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0
+    assert "no connection" in err and "next try in" in err
+
+
+def test_a_mistaken_connection_ends_at_once(table: Table) -> None:
+    status, _, err = table.run(dsn="host=/nonexistent")
+    assert status == 1 and err.startswith("error:")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none", "there is no collection"), ("images", "its own statements")]
+)
+def test_collections_that_are_not_deferred(table: Table, name: str, message: str) -> None:
+    with pytest.raises(CommandError, match=message):
+        Worker(Options(table.dsn, collections=(name,), once=True), say=print).run()
+
+
+def test_only_some_collections(table: Table) -> None:
+    table.db.execute("CREATE TABLE other (id int PRIMARY KEY, image bytea)")
+    table.db.execute("SELECT create_collection('other', 'other', embed => 'deferred')")
+    table.db.execute("INSERT INTO other VALUES (1, %s)", (table.files[0],))
+    table.insert(1, 5)
+    assert table.run("--once", "-c", "t")[:2] == (0, "5 rows embedded\n")
+    waiting = "SELECT collection, waiting FROM embedding_queue_status ORDER BY 1"
+    assert table.db.execute(waiting).fetchall() == [("other", 1), ("t", 0)]
+
+
+def test_another_version_is_refused(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pg_siamese_server, "__version__", "9.9.9")
+    with pytest.raises(CommandError, match=r"version 9\.9\.9, but the database has"):
+        Worker(Options(table.dsn, once=True), say=print).run()
+
+
+def test_progress(table: Table) -> None:
+    table.insert(1, 20)
+    shown: list[int] = []
+    worker = Worker(
+        Options(table.dsn, once=True, batch=8),
+        say=print,
+        progress=lambda totals: shown.append(totals.stored),
+    )
+    assert worker.run() == Totals(stored=20)
+    assert shown == [8, 16, 20]
+
+
+def test_waits_longer_from_try_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server any more: the delay doubles, up to a limit."""
+    said: list[str] = []
+    worker = Worker(Options(), say=said.append)
+    delays: list[float] = []
+
+    def wait(seconds: float, *files: int) -> None:
+        delays.append(seconds)
+        if len(delays) == 9:
+            worker.signals.stop()
+
+    calls = iter(range(100))
+
+    class Lost:
+        def __enter__(self) -> Lost:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    def connect(dsn: str | None) -> Lost:
+        if next(calls):
+            raise NoServerError("nobody answers")
+        return Lost()
+
+    def serve(connection: object) -> None:
+        raise psycopg.OperationalError("the connection is lost")
+
+    monkeypatch.setattr("pg_siamese.worker.connect", connect)
+    monkeypatch.setattr(worker, "_serve", serve)
+    monkeypatch.setattr(worker.signals, "wait", wait)
+    worker.run()
+    assert len(delays) == len(said) == 9
+    assert 0.4 <= delays[0] <= 0.6 and 24 <= delays[-1] <= 36
+    assert all(later > earlier for earlier, later in zip(delays[:6], delays[1:7], strict=True))
