@@ -2,7 +2,7 @@
 # everything can be run, tested and read without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help python deps deps-test up down dsn psql demo test lint bench bench-large train install migrate clean
+.PHONY: help python deps deps-test up down dsn psql demo test lint bench bench-deferred bench-large train install migrate clean
 MAKEFLAGS += --no-print-directory
 
 # PL/Python is linked to the distribution's Python: the server's packages must be for that one.
@@ -64,6 +64,10 @@ lint: deps-test ## ruff, mypy and sqlfluff
 bench: python ## measure against pgvector, FAISS and ONNX Runtime at 70,000 images
 	@$(DEV).deps --test --bench
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-deferred: python ## inserts into deferred collections, and one worker beside two
+	@$(DEV).deps --test --bench
+	@$(BIN)/python -m bench --deferred $(ARGS)
 
 bench-large: python ## the search and build part at 1,000,000 vectors
 	@$(DEV).deps --test --bench

@@ -22,6 +22,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--large", action="store_true", help="search and build at 1,000,000 x 64")
     parser.add_argument(
+        "--deferred", action="store_true", help="inserts into deferred collections, and workers"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="small, to try the script: figures mean nothing"
     )
     parser.add_argument(
@@ -36,6 +39,9 @@ def main() -> int:
     try:
         if chosen.large:
             report = runs.large(runs.LARGE_QUICK if chosen.quick else runs.LARGE, console)
+        elif chosen.deferred:
+            size = runs.DEFERRED_QUICK if chosen.quick else runs.DEFERRED
+            report = runs.deferred_embedding(size, console)
         else:
             report = runs.standard(runs.STANDARD_QUICK if chosen.quick else runs.STANDARD, console)
     except (SetupError, QueryError, psycopg.Error, OSError) as error:

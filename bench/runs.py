@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from bench import build, connections, data, insert, machine, search
+from bench import build, connections, data, deferred, insert, machine, search
 from bench.exact import Truth
 from bench.report import Bar, Report
 from bench.server import LARGE_SETTINGS, SETTINGS, server
@@ -29,12 +29,16 @@ class Size:
     builds: int
     insert_files: int = 0
     connections: int = 0
+    worker_rows: int = 0
 
 
 STANDARD = Size(rows=70_000, queries=3_000, builds=3, insert_files=12_000, connections=15)
 STANDARD_QUICK = Size(rows=12_000, queries=400, builds=1, insert_files=1_000, connections=3)
 LARGE = Size(rows=1_000_000, queries=2_000, builds=1)
 LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
+# Rows of an insert, of them timed in so many statements; runs of workers.
+DEFERRED = Size(rows=deferred.ROWS, queries=25, builds=3, worker_rows=20_000)
+DEFERRED_QUICK = Size(rows=1_000, queries=3, builds=1, worker_rows=1_000)
 DIMENSION, CLUSTERS = 64, 500
 
 
@@ -144,6 +148,23 @@ def _search_bars(report: Report, times: float) -> list[Bar]:
             "times",
         ),
     ]
+
+
+def deferred_embedding(size: Size, console: Console) -> Report:
+    """Measure what queueing costs an insert, and how workers share."""
+    with server(SETTINGS) as cluster:
+        facts = machine.facts(cluster)
+        pictures = data.fashion_mnist(max(size.rows, size.worker_rows))
+        data.register(cluster)
+        files = [png(picture) for picture in pictures]
+        deferred.create(cluster)
+        report = Report("deferred", facts, SETTINGS, vars(size))
+        console.print("Inserting …")
+        report.lines += deferred.insert(cluster, files[: size.rows], size.queries)
+        console.print("Embedding by workers …")
+        report.lines += deferred.workers(cluster, files[: size.worker_rows], size.builds)
+        report.bars += deferred.bars(report.lines)
+    return report
 
 
 def large(size: Size, console: Console) -> Report:

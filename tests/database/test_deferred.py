@@ -557,7 +557,7 @@ def test_types_that_bring_code_are_refused(
     session = connect(user=owner)
     session.execute("CREATE TYPE public.sly AS (id int)")
     alter = "ALTER TABLE t ALTER COLUMN {0} TYPE public.sly USING row(1)::public.sly"
-    # A policy of the vector table pins the type of keys, functions that are the owner's the images'.
+    # A policy of the vector table pins the keys' type; functions that are the owner's the images'.
     with sql_error("0A000", "cannot alter type"):
         session.execute(alter.format("id"))
     session.execute(

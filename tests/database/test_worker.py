@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -148,22 +149,22 @@ def test_once(table: Table) -> None:
 
 
 def test_two_workers_share(slow: Table) -> None:
-    slow.insert(1, 400)
-    processes = [slow.start("--once", "--batch", "16") for _ in range(2)]
+    slow.insert(1, 160)
+    processes = [slow.start("--once", "--batch", "8") for _ in range(2)]
     outs = [process.communicate(timeout=DEADLINE_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
     shares = [stored_by(out) for out, _ in outs]
-    assert sum(shares) == 400 and min(shares) > 0
+    assert sum(shares) == 160 and min(shares) > 0
     slow.check("slow")
-    slow.check_stored_once(400)
+    slow.check_stored_once(160)
 
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_ended_in_mid_batch(slow: Table, way: signal.Signals) -> None:
     """Nothing is lost and nothing is done twice; what was taken is free again."""
-    slow.insert(1, 200)
-    process = slow.start("--batch", "64")
-    wait_for(lambda: slow.embedded() >= 64, "a first batch")
+    slow.insert(1, 120)
+    process = slow.start("--batch", "32")
+    wait_for(lambda: slow.embedded() >= 32, "a first batch")
     wait_for(slow.is_embedding, "another batch")
     process.send_signal(way)
     out, err = process.communicate(timeout=DEADLINE_SECONDS)
@@ -173,13 +174,13 @@ def test_ended_in_mid_batch(slow: Table, way: signal.Signals) -> None:
         assert process.returncode == 0, err
         assert stored_by(out) == slow.embedded()
     before = slow.embedded()
-    assert before < 200
+    assert before < 120
     wait_for(lambda: not slow.is_embedding(), "the server to notice")
-    assert before + slow.waiting() == 200
+    assert before + slow.waiting() == 120
     status, out, err = slow.run("--once")
-    assert (status, stored_by(out)) == (0, 200 - before), err
+    assert (status, stored_by(out)) == (0, 120 - before), err
     slow.check("slow")
-    slow.check_stored_once(200)
+    slow.check_stored_once(120)
 
 
 def test_changes_while_a_worker_embeds(slow: Table) -> None:
@@ -452,4 +453,4 @@ def test_waits_longer_from_try_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
     worker.run()
     assert len(delays) == len(said) == 9
     assert 0.4 <= delays[0] <= 0.6 and 24 <= delays[-1] <= 36
-    assert all(later > earlier for earlier, later in zip(delays[:6], delays[1:7], strict=True))
+    assert all(later > earlier for earlier, later in itertools.pairwise(delays[:7]))
