@@ -298,6 +298,8 @@ DECLARE
     wanted integer;
     found integer;
 BEGIN
+    -- The table may have a new owner.
+    PERFORM siamese._give_to_owner(collection_id);
     -- The table's lock first: see the rules above.
     EXECUTE format('SELECT FROM siamese._locked_rows_%s(NULL)', collection_id);
     -- No more than needed, since others leave out what is locked here: small steps where tickets are large.
@@ -421,7 +423,8 @@ BEGIN
     -- or changed its image: it keeps its ticket.
     done := unchanged || ARRAY(SELECT unnest(seen) EXCEPT SELECT unnest(keys || failed_keys));
     EXECUTE format(
-        'DELETE FROM siamese.queue_%s AS q WHERE q.ticket = ANY($1) AND q.keys <@ $2::%s[]',
+        'DELETE FROM siamese.queue_%s AS q WHERE q.ticket = ANY($1)
+            AND NOT EXISTS (SELECT FROM unnest(q.keys) AS k (key) WHERE k.key <> ALL($2::%s[]))',
         collection.number, collection.key_type)
     USING tickets, done;
     EXECUTE format(

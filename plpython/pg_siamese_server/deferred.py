@@ -89,7 +89,7 @@ def embed_batch(
         sha256: of the model that ``encoder`` was opened with.
         encoder: the collection's.
         max_rows: about how many.
-        poll: called often; may raise to leave.
+        poll: called often; may raise to leave: plpy's errors, or what is no ``Exception``.
         seconds: after these, the rows that are left stay in their tickets.
     """
     tickets = database.take(collection_id, max_rows)
@@ -253,8 +253,6 @@ def _warn(plpy: Any, name: str, reason: str) -> None:
 
 def embed_collection(plpy: Any, collection: Collection, max_rows: int | None) -> int:
     """Embed waiting rows of one collection; returns how many vectors were stored."""
-    # The table may have a new owner.
-    plpy.execute(f"SELECT siamese._give_to_owner({collection.collection_id})")
     encoder = models.encoder(plpy, collection.model_id)
     database = _Server(plpy)
     poll = partial(interrupts.check, plpy)

@@ -43,8 +43,8 @@ Connection = psycopg.Connection[Any]
 Say = Callable[[str], None]
 
 
-class Stopped(Exception):
-    """A signal asked the worker to end."""
+class Stopped(BaseException):
+    """A signal asked the worker to end; no error, that a bad image could be taken for."""
 
 
 @dataclass(frozen=True)

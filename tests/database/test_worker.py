@@ -363,6 +363,14 @@ def test_privileges(
         session.execute("SELECT * FROM siamese._read_images(1, '{1}')")
 
 
+def test_table_with_a_new_owner(table: Table, new_role: Callable[[], str]) -> None:
+    owner = new_role()
+    table.insert(1, 5)
+    table.db.execute(f"GRANT CREATE ON SCHEMA public TO {owner}; ALTER TABLE t OWNER TO {owner}")
+    table.db.execute("REVOKE ALL ON t FROM postgres")
+    assert table.run("--once")[:2] == (0, "5 rows embedded\n")
+
+
 def test_reconnects(table: Table) -> None:
     process = table.start()
     others = "FROM pg_stat_activity WHERE application_name = 'pg_siamese'"

@@ -1,0 +1,158 @@
+"""One batch of deferred embedding, without a server: what is read, stored, failed and left."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pg_siamese_server.deferred import Outcome, Results, Row, embed_batch
+from pg_siamese_server.encoder import Encoder, ModelSpec
+from pg_siamese_server.errors import ModelError
+from pg_siamese_server.images import InputSpec
+from tests.support import encode, grid_encoder
+
+SPEC = ModelSpec(InputSpec(width=8, height=8, channels=3), metric="l2")
+
+
+def picture(value: int) -> bytes:
+    return encode(np.full((8, 8, 3), value, dtype=np.uint8))
+
+
+class Fake:
+    """Rows and tickets in memory."""
+
+    def __init__(self, rows: dict[str, bytes | None], *tickets: list[str]) -> None:
+        self.rows = rows
+        self.tickets = list(tickets)
+        self.portions: list[list[str]] = []
+        self.stored: Results | None = None
+
+    def take(self, collection_id: int, max_rows: int) -> list[tuple[int, list[str]]]:
+        return list(enumerate(self.tickets, start=1))
+
+    def read(self, collection_id: int, keys: Sequence[str]) -> list[Row]:
+        self.portions.append(list(keys))
+        return [(key, self.rows[key]) for key in keys if key in self.rows]
+
+    def store(self, collection_id: int, sha256: str, tickets: list[int], results: Results) -> int:
+        assert (collection_id, sha256) == (7, "model")
+        assert tickets == list(range(1, len(self.tickets) + 1))
+        self.stored = results
+        return len(results.keys)
+
+
+class Choosy(Encoder):
+    """Fails for batches with a picture of a certain value, with a certain error."""
+
+    bad: int = -1
+    error: type[BaseException] = ModelError
+
+    def embed(self, pixels: Any, poll: Any = None) -> Any:
+        if (pixels == self.bad).any():
+            raise self.error("graph failed")
+        return super().embed(pixels, poll)
+
+
+def encoder() -> Choosy:
+    return Choosy(grid_encoder(("n", 3, 8, 8), pool=4), SPEC)
+
+
+def run(fake: Fake, model: Encoder, max_rows: int = 256, **options: Any) -> Outcome:
+    return embed_batch(fake, 7, "model", model, max_rows, lambda: None, **options)
+
+
+def test_good_bad_and_gone() -> None:
+    rows: dict[str, bytes | None] = {"a": picture(10), "b": b"junk", "c": None, "e": picture(20)}
+    fake = Fake(rows, ["a", "b", "e"], ["c", "d", "a"])
+    assert run(fake, encoder()) == Outcome(stored=2, failed=2, settled=1)
+    found = fake.stored
+    assert found is not None
+    assert found.seen == ["a", "b", "c", "d", "e"]
+    assert found.keys == ["a", "e"]
+    assert found.digests == [hashlib.sha256(rows[key] or b"").digest() for key in ("a", "e")]
+    values = [[float(number) for number in text[1:-1].split(",")] for text in found.embeddings]
+    assert np.allclose(values, [[10 / 255] * 12, [20 / 255] * 12], atol=1e-6)
+    assert found.failed_keys == ["b", "c"]
+    assert found.failed_digests == [hashlib.sha256(b"junk").digest(), None]
+    assert found.sqlstates == ["22P03", "22004"]
+    assert found.may_retry == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("error", "sqlstate", "message"),
+    [(ModelError, "22023", "graph failed"), (MemoryError, "53200", "out of memory")],
+)
+def test_one_row_that_fails_is_alone(
+    error: type[BaseException], sqlstate: str, message: str
+) -> None:
+    """The others of its batch get their vectors; it may be tried again."""
+    rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 40)}
+    rows["x"] = b"junk"
+    fake = Fake(rows, list(rows))
+    model = encoder()
+    model.bad, model.error = 25, error
+    assert run(fake, model) == Outcome(stored=29, failed=2)
+    found = fake.stored
+    assert found is not None
+    assert sorted([*found.keys, "25", "x"]) == sorted(rows)
+    failed = list(
+        zip(found.failed_keys, found.sqlstates, found.messages, found.may_retry, strict=True)
+    )
+    assert sorted(failed) == [
+        ("25", sqlstate, message, True),
+        ("x", "22P03", "image cannot be decoded", False),
+    ]
+
+
+def test_no_more_rows_than_wanted() -> None:
+    """What is left stays in its ticket: it is not among those seen."""
+    rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 40)}
+    fake = Fake(rows, list(rows))
+    assert run(fake, encoder(), max_rows=12).stored == 12
+    assert fake.stored is not None
+    assert fake.stored.seen == [str(n) for n in range(10, 22)]
+
+
+def test_no_longer_than_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0.0, 1.0)
+    monkeypatch.setattr("pg_siamese_server.deferred.time.monotonic", lambda: next(clock))
+    rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 90)}
+    fake = Fake(rows, list(rows))
+    outcome = run(fake, encoder(), seconds=2.0)
+    assert [len(portion) for portion in fake.portions] == [8, 64]
+    assert outcome == Outcome(stored=72)
+
+
+def test_portions_of_large_files_are_small() -> None:
+    rows: dict[str, bytes | None] = {f"{n:02}": picture(n) + b"x" * 2**20 for n in range(10, 30)}
+    fake = Fake(rows, list(rows))
+    assert run(fake, encoder()).stored == 20
+    assert [len(portion) for portion in fake.portions] == [8, 3, 3, 3, 3]
+
+
+def test_nothing_to_do() -> None:
+    fake = Fake({})
+    assert not run(fake, encoder())
+    assert fake.stored is None
+
+
+def test_leaving_in_the_middle_stores_nothing() -> None:
+    class Left(BaseException):
+        pass
+
+    calls = itertools.count()
+
+    def poll() -> None:
+        if next(calls) == 5:
+            raise Left
+
+    rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 40)}
+    fake = Fake(rows, list(rows))
+    with pytest.raises(Left):
+        embed_batch(fake, 7, "model", encoder(), 256, poll)
+    assert fake.stored is None
