@@ -18,7 +18,8 @@ REVOKE ALL ON TABLE siamese.embedding_batches, siamese.embedding_queue_status FR
 REVOKE ALL ON FUNCTION siamese.create_collection(text, regclass, text, text, text, text, boolean, text) FROM public;
 REVOKE ALL ON FUNCTION siamese._create_queue(integer, text) FROM public;
 REVOKE ALL ON FUNCTION siamese._add_tickets(integer, text[]) FROM public;
-REVOKE ALL ON FUNCTION siamese._wake_workers(integer) FROM public;
+REVOKE ALL ON FUNCTION siamese._create_insert_trigger(integer) FROM public;
+REVOKE ALL ON FUNCTION siamese._check_columns(integer, oid) FROM public;
 REVOKE ALL ON FUNCTION siamese._forget_vectors(integer, text[]) FROM public;
 REVOKE ALL ON FUNCTION siamese._queue_change() FROM public;
 REVOKE ALL ON FUNCTION siamese._queued_collections() FROM public;

@@ -21,6 +21,7 @@ AS $$
 DECLARE
     collection siamese.collections;
     event text[];
+    change text := format('_queue_change(%s)', collection_id);
 BEGIN
     SELECT c.* INTO collection FROM siamese.collections AS c
     WHERE c.collection_id = _create_queue.collection_id;
@@ -37,21 +38,115 @@ BEGIN
     EXECUTE format(
         'COMMENT ON TABLE siamese.queue_%s IS %L', collection_id,
         'rows of collection ' || collection.name || ' that wait to be embedded');
+    PERFORM siamese._create_insert_trigger(collection_id);
     FOREACH event SLICE 1 IN ARRAY ARRAY[
-        ['INSERT', 'REFERENCING NEW TABLE AS new_rows'],
-        ['UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'],
-        ['DELETE', 'REFERENCING OLD TABLE AS old_rows'],
-        ['TRUNCATE', '']]
+        ['INSERT', 'REFERENCING NEW TABLE AS new_rows', format('_queue_insert_%s()', collection_id)],
+        ['UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows', change],
+        ['DELETE', 'REFERENCING OLD TABLE AS old_rows', change],
+        ['TRUNCATE', '', change]]
     LOOP
         EXECUTE format(
-            'CREATE TRIGGER pg_siamese_%s_%s AFTER %s ON %s %s
-            FOR EACH STATEMENT EXECUTE FUNCTION siamese._queue_change(%1$s)',
-            collection_id, lower(event[1]), event[1], relation_name, event[2]);
+            'CREATE TRIGGER pg_siamese_%s_%s AFTER %s ON %s %s FOR EACH STATEMENT EXECUTE FUNCTION siamese.%s',
+            collection_id, lower(event[1]), event[1], relation_name, event[2], event[3]);
     END LOOP;
 END
 $$;
 COMMENT ON FUNCTION siamese._create_queue(integer, text)
 IS 'create the queue and the triggers of a collection that is embedded later';
+
+CREATE FUNCTION siamese._create_insert_trigger(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    collection siamese.collections;
+    is_number boolean;
+BEGIN
+    SELECT c.* INTO collection FROM siamese.collections AS c
+    WHERE c.collection_id = _create_insert_trigger.collection_id;
+    is_number := collection.key_type IN ('integer', 'bigint');
+    -- One for each collection, since a session keeps the plans of what stands in a function as it is: this
+    -- one must be quick, also for single rows. Vectors of rows that are new are left-overs of changes with
+    -- triggers off; numbers beyond the last vector's key have none. Arrays of items of a fixed length are
+    -- cut up in no time; of texts, each slice would be looked for from the start.
+    EXECUTE format(
+        'CREATE FUNCTION siamese._queue_insert_%1$s() RETURNS trigger
+        LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+        SET search_path = pg_catalog, pg_temp
+        AS $f$
+        BEGIN
+            PERFORM siamese._check_columns(%1$s, TG_RELID);
+            IF NOT EXISTS (SELECT FROM siamese.queue_%1$s AS q WHERE q.not_before IS NULL) THEN
+                PERFORM pg_notify(''pg_siamese_queue'', ''%1$s'');
+            END IF;
+            WITH added AS MATERIALIZED (
+                SELECT array_agg(n.%2$I) AS keys, %3$s AS first FROM new_rows AS n
+            ), gone AS (
+                DELETE FROM siamese.embedding_%1$s AS e WHERE e.embedding_id = ANY(ARRAY(
+                    SELECT v.embedding_id FROM added CROSS JOIN unnest(added.keys) AS k (key)
+                    CROSS JOIN LATERAL (
+                        SELECT e.embedding_id FROM siamese.embedding_%1$s AS e
+                        WHERE e.key = k.key OFFSET 0) AS v
+                    WHERE %4$s))
+                RETURNING e.embedding_id
+            ), dead AS (
+                INSERT INTO siamese.pending_%1$s (embedding_id, deleted) SELECT g.embedding_id, true FROM gone AS g
+            )
+            INSERT INTO siamese.queue_%1$s (keys) %5$s;
+            IF EXISTS (SELECT FROM siamese.failures AS f WHERE f.collection_id = %1$s) THEN
+                DELETE FROM siamese.failures AS f USING new_rows AS n
+                WHERE f.collection_id = %1$s AND f.key = n.%2$I::text;
+            END IF;
+            RETURN NULL;
+        END
+        $f$',
+        collection_id, collection.key_column,
+        CASE WHEN is_number THEN format('min(n.%I)', collection.key_column) ELSE 'NULL' END,
+        CASE WHEN is_number
+            THEN format('added.first <= (SELECT max(e.key) FROM siamese.embedding_%s AS e)', collection_id)
+            ELSE 'true' END,
+        CASE collection.key_type WHEN 'text' THEN
+            'SELECT array_agg(k.key ORDER BY k.place)
+            FROM added CROSS JOIN unnest(added.keys) WITH ORDINALITY AS k (key, place)
+            GROUP BY (k.place - 1) / 64 ORDER BY min(k.place)'
+        ELSE
+            'SELECT added.keys[i:i + 63] FROM added CROSS JOIN generate_series(1, cardinality(added.keys), 64) AS i'
+        END);
+    EXECUTE format('REVOKE ALL ON FUNCTION siamese._queue_insert_%s FROM public', collection_id);
+    EXECUTE format(
+        'COMMENT ON FUNCTION siamese._queue_insert_%s IS %L', collection_id,
+        'statement trigger of collection ' || collection.name || ': queues rows that are inserted');
+END
+$$;
+COMMENT ON FUNCTION siamese._create_insert_trigger(integer)
+IS 'create the function that queues the inserted rows of a collection';
+
+CREATE FUNCTION siamese._check_columns(collection_id integer, relation oid) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    collection siamese.collections;
+BEGIN
+    SELECT c.* INTO collection FROM siamese.collections AS c
+    WHERE c.collection_id = _check_columns.collection_id AND c.relation::oid = _check_columns.relation;
+    -- Of other types, comparisons and casts could be code of the table's owner.
+    IF NOT FOUND OR (
+        SELECT count(*) FROM pg_attribute AS a
+        WHERE a.attrelid = _check_columns.relation AND NOT a.attisdropped AND (
+            (a.attname = collection.key_column AND a.atttypid = collection.key_type::regtype)
+            OR (a.attname = collection.image_column AND a.atttypid = 'bytea'::regtype))
+    ) < 2 THEN
+        RAISE EXCEPTION 'collection "%" does not match its table any more',
+            coalesce(collection.name, collection_id::text)
+        USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = 'A column may have been renamed, or have another type.',
+            HINT = 'Drop the collection and create it again.';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._check_columns(integer, oid)
+IS 'refuse a table whose columns are not those of the collection any more';
 
 CREATE FUNCTION siamese._add_tickets(collection_id integer, keys text[]) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -59,10 +154,17 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     key_type text;
+    is_busy boolean;
 BEGIN
     SELECT c.key_type INTO STRICT key_type FROM siamese.collections AS c
     WHERE c.collection_id = _add_tickets.collection_id;
-    PERFORM siamese._wake_workers(collection_id);
+    -- Commits that notify wait for each other, so only the first of many does: workers that have something
+    -- to do look for more by themselves.
+    EXECUTE format('SELECT EXISTS (SELECT FROM siamese.queue_%s WHERE not_before IS NULL)', collection_id)
+    INTO is_busy;
+    IF NOT is_busy THEN
+        PERFORM pg_notify('pg_siamese_queue', collection_id::text);
+    END IF;
     EXECUTE format(
         'INSERT INTO siamese.queue_%s (keys)
         SELECT array_agg(k.key::%s ORDER BY k.place)
@@ -72,24 +174,6 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._add_tickets(integer, text[]) IS 'queue rows for deferred embedding';
-
-CREATE FUNCTION siamese._wake_workers(collection_id integer) RETURNS void
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    is_busy boolean;
-BEGIN
-    -- Commits that notify wait for each other, so only the first of many does: workers that have something
-    -- to do look for more by themselves.
-    EXECUTE format('SELECT EXISTS (SELECT FROM siamese.queue_%s WHERE not_before IS NULL)', collection_id)
-    INTO is_busy;
-    IF NOT is_busy THEN
-        PERFORM pg_notify('pg_siamese_queue', collection_id::text);
-    END IF;
-END
-$$;
-COMMENT ON FUNCTION siamese._wake_workers(integer) IS 'tell idle workers that there is something to embed';
 
 CREATE FUNCTION siamese._forget_vectors(collection_id integer, keys text[]) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -149,59 +233,9 @@ DECLARE
     collection siamese.collections;
     keys text[];
 BEGIN
-    SELECT c.* INTO collection FROM siamese.collections AS c
-    WHERE c.collection_id = number AND c.relation = TG_RELID;
-    -- Of other types, comparisons and casts could be code of the table's owner.
-    IF NOT FOUND OR (
-        SELECT count(*) FROM pg_attribute AS a
-        WHERE a.attrelid = TG_RELID AND NOT a.attisdropped AND (
-            (a.attname = collection.key_column AND a.atttypid = collection.key_type::regtype)
-            OR (a.attname = collection.image_column AND a.atttypid = 'bytea'::regtype))
-    ) < 2 THEN
-        RAISE EXCEPTION 'collection "%" does not match its table any more', coalesce(collection.name, number::text)
-        USING ERRCODE = 'object_not_in_prerequisite_state',
-            DETAIL = 'A column may have been renamed, or have another type.',
-            HINT = 'Drop the collection and create it again.';
-    END IF;
+    PERFORM siamese._check_columns(number, TG_RELID);
+    SELECT c.* INTO collection FROM siamese.collections AS c WHERE c.collection_id = number;
     CASE TG_OP
-    WHEN 'INSERT' THEN
-        PERFORM siamese._wake_workers(number);
-        -- The one that must be quick. Vectors of rows that are new are left-overs of changes with triggers
-        -- off; keys beyond the last vector's have none. Arrays are cut up in a time that grows with their
-        -- number of slices where items have a fixed length.
-        EXECUTE format(
-            'WITH new AS MATERIALIZED (
-                SELECT array_agg(n.%2$I) AS keys, %4$s AS first FROM new_rows AS n
-            ), gone AS (
-                DELETE FROM siamese.embedding_%1$s AS e WHERE e.embedding_id = ANY(ARRAY(
-                    SELECT v.embedding_id FROM new CROSS JOIN unnest(new.keys) AS k (key)
-                    CROSS JOIN LATERAL (
-                        SELECT e.embedding_id FROM siamese.embedding_%1$s AS e
-                        WHERE e.key = k.key OFFSET 0) AS v
-                    WHERE %5$s))
-                RETURNING e.embedding_id
-            ), dead AS (
-                INSERT INTO siamese.pending_%1$s (embedding_id, deleted) SELECT embedding_id, true FROM gone
-            )
-            INSERT INTO siamese.queue_%1$s (keys) %3$s',
-            number, collection.key_column,
-            CASE collection.key_type WHEN 'text' THEN
-                'SELECT array_agg(k.key ORDER BY k.place)
-                FROM new CROSS JOIN unnest(new.keys) WITH ORDINALITY AS k (key, place)
-                GROUP BY (k.place - 1) / 64 ORDER BY min(k.place)'
-            ELSE
-                'SELECT new.keys[i:i + 63] FROM new CROSS JOIN generate_series(1, cardinality(new.keys), 64) AS i'
-            END,
-            CASE WHEN collection.key_type IN ('integer', 'bigint')
-                THEN format('min(n.%I)', collection.key_column) ELSE 'NULL' END,
-            CASE WHEN collection.key_type IN ('integer', 'bigint')
-                THEN format('new.first <= (SELECT max(e.key) FROM siamese.embedding_%s AS e)', number)
-                ELSE 'true' END);
-        IF EXISTS (SELECT FROM siamese.failures AS f WHERE f.collection_id = number) THEN
-            EXECUTE format(
-                'DELETE FROM siamese.failures AS f USING new_rows AS n
-                WHERE f.collection_id = %s AND f.key = n.%I::text', number, collection.key_column);
-        END IF;
     WHEN 'UPDATE' THEN
         -- Statement triggers can't tell which columns were set, so images are compared; a changed key
         -- makes one row that is gone and one that is new.

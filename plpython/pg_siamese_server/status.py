@@ -108,11 +108,15 @@ def _triggers(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
     plan = prepare(
         plpy,
         "SELECT t.tgname AS name FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = $1"
-        " AND t.tgenabled <> 'D' AND t.tgfoid = $2::regprocedure",
-        ("oid", "text"),
+        " AND t.tgenabled <> 'D'"
+        " AND t.tgfoid IN (SELECT to_regprocedure(f.name) FROM unnest($2) AS f (name))",
+        ("oid", "text[]"),
     )
-    function = "siamese._on_change()" if collection.embed == "sync" else "siamese._queue_change()"
-    found = {row["name"] for row in plan.execute([collection.relation_oid, function])}
+    functions = ["siamese._on_change()"]
+    if collection.embed == "deferred":
+        number = collection.collection_id
+        functions = ["siamese._queue_change()", f"siamese._queue_insert_{number}()"]
+    found = {row["name"] for row in plan.execute([collection.relation_oid, functions])}
     wanted = {f"pg_siamese_{collection.collection_id}_{event}" for event in TRIGGER_EVENTS}
     missing = ", ".join(sorted(wanted - found))
     plan = prepare(
