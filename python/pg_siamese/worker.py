@@ -208,7 +208,6 @@ class Worker:
         return self.totals
 
     def _serve(self, connection: Connection) -> None:
-        _check_version(connection)
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         for name, value in SETTINGS.items():
             connection.execute("SELECT pg_catalog.set_config(%s, %s, false)", (name, value))
@@ -239,6 +238,7 @@ class Worker:
 
     def _round(self, connection: Connection) -> bool:
         """Do one batch of each collection that has tickets; say whether anything was done."""
+        _check_version(connection)  # each time: it may be upgraded meanwhile
         queued = connection.execute(
             "SELECT collection_id, name, model_id, sha256 FROM siamese._queued_collections()"
         ).fetchall()

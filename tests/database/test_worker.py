@@ -415,6 +415,15 @@ def test_another_version_is_refused(table: Table, monkeypatch: pytest.MonkeyPatc
         Worker(Options(table.dsn, once=True), say=print).run()
 
 
+def test_an_upgrade_meanwhile_ends_it(table: Table) -> None:
+    process = table.start()
+    table.insert(1, 1)
+    wait_for(lambda: table.embedded() == 1, "the worker")
+    table.db.execute("UPDATE pg_extension SET extversion = '9.9.9' WHERE extname = 'pg_siamese'")
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 1 and "the database has version 9.9.9" in err
+
+
 def test_progress(table: Table) -> None:
     table.insert(1, 20)
     shown: list[int] = []
