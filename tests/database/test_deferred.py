@@ -134,6 +134,19 @@ def test_key_types(db: Connection, pictures: Pictures, key_type: str, key: str) 
     assert db.execute("SELECT count(*) FROM siamese.embedding_2").fetchone() == (149,)
 
 
+@pytest.mark.parametrize("key_type", ["text", "bigint"])
+def test_many_rows_in_one_statement(db: Connection, key_type: str) -> None:
+    """Each key is in one ticket, and none holds many."""
+    db.execute(f"CREATE TABLE t (id {key_type} PRIMARY KEY, image bytea)")
+    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    db.execute("INSERT INTO t SELECT i FROM generate_series(1, 20001) AS i")
+    row = db.execute(
+        "SELECT count(*), count(DISTINCT key), max(cardinality(keys)), count(DISTINCT ticket)"
+        " FROM siamese.queue_2 CROSS JOIN unnest(keys) AS u (key)"
+    ).fetchone()
+    assert row == (20001, 20001, 64, 313)
+
+
 def test_changes_while_queued(table: Deferred) -> None:
     table.insert(*range(100, 110))
     table.db.execute("UPDATE t SET image = %s WHERE id = 101", (table.files[200],))
