@@ -67,7 +67,7 @@ def show(dsn: str) -> tuple[str, str]:
     for name, is_default, path in run_sql(dsn, _AVAILABLE):
         if is_default == "t":
             default = name
-        if name != version:
+        if name != version and (path or is_default == "t"):  # not those to come from
             what = f"by {path}" if path else f"no path from {version}"
             say(f"available: {name} ({what}{', the default' if is_default == 't' else ''})")
     if not default:
