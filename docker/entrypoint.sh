@@ -117,7 +117,9 @@ run_scripts() {
 
 abandon() {
     say 'error: the database could not be made; what is above says why'
-    pg_ctl --silent --wait --mode immediate stop || true # none where it is that which failed
+    if [[ -e $PGDATA/postmaster.pid ]]; then
+        pg_ctl --silent --wait --mode immediate stop || true
+    fi
 }
 
 # For the scripts, a server that nobody outside reaches, in the place where clients look by default.
