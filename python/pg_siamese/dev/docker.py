@@ -30,6 +30,7 @@ from pg_siamese.dev.report import SetupError, clean_environment, fail, run, say,
 
 OFFICIAL_BASE = "debian:trixie-slim"
 CERTIFICATES = ROOT / "docker" / "certificates"
+ADDED = Path("/usr/local/share/ca-certificates")  # by the machine's administrator
 CONTAINER = "pg_siamese"
 VOLUME = "pg_siamese"
 DATA = "/var/lib/postgresql/data"
@@ -76,7 +77,7 @@ def certificates(folder: Path = CERTIFICATES, system: Path | None = None) -> str
     administrator has added certificates to the machine.
     """
     own = sorted(file for suffix in ("crt", "pem") for file in folder.glob(f"*.{suffix}"))
-    added = any(Path("/usr/local/share/ca-certificates").rglob("*.crt"))
+    added = any(ADDED.rglob("*.crt"))
     if not own and not added and "SSL_CERT_FILE" not in os.environ:
         return ""
     usual = ssl.get_default_verify_paths().cafile, "/etc/ssl/certs/ca-certificates.crt"
@@ -97,7 +98,7 @@ def pip_settings(environment: Mapping[str, str], files: Sequence[Path]) -> str:
             parser.read_string(file.read_text())
         for section in ("global", "install"):
             if parser.has_section(section):
-                settings |= parser[section]
+                settings |= dict(parser[section])
     for name in _PIP_SETTINGS:
         variable = "PIP_" + name.upper().replace("-", "_")
         if environment.get(variable):
@@ -232,6 +233,10 @@ def _free(port: int) -> bool:
     return False
 
 
+def _has_volume(found: Engine) -> bool:
+    return VOLUME in found.run("volume", "ls", "--quiet").splitlines()
+
+
 def _password() -> str:
     """Return the password of `make docker-up`: POSTGRES_PASSWORD, or one drawn once and kept."""
     if given := os.environ.get("POSTGRES_PASSWORD"):
@@ -252,6 +257,8 @@ def up(found: Engine) -> None:
         _wait_healthy(found, CONTAINER)
         port = _port(found, CONTAINER)
     else:
+        if _has_volume(found) and not (_folder() / "password").exists():
+            say(f"The volume {VOLUME} is there already: the password that it was made with holds.")
         chosen = os.environ.get("PORT")
         wanted = int(chosen) if chosen else PORT if _free(PORT) else None
         with step(f"Starting the container {CONTAINER}"):
@@ -259,7 +266,7 @@ def up(found: Engine) -> None:
             port = _start(found, CONTAINER, options, _password(), wanted)
     say(f"PostgreSQL is up: psql {_dsn(port)}")
     if not os.environ.get("POSTGRES_PASSWORD"):
-        say(f"Its password, drawn at the first start, is in {_folder() / 'password'}.")
+        say(f"The password drawn for a new volume is in {_folder() / 'password'}.")
 
 
 def down(found: Engine | None, volume: bool) -> None:
@@ -273,7 +280,8 @@ def down(found: Engine | None, volume: bool) -> None:
             found.run("rm", CONTAINER)
     if volume:
         found.run("volume", "rm", "--force", VOLUME)
-    engine.stop()
+    if not found.run("ps", "--quiet"):
+        engine.stop()
 
 
 # --- tests ----------------------------------------------------------------------------------------
