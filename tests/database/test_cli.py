@@ -367,6 +367,7 @@ def test_a_database_that_is_not_there(dsn: str) -> None:
 def test_the_pg_variables_are_enough(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = psycopg.conninfo.conninfo_to_dict(dsn)
     names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
+    names["password"] = "PGPASSWORD"
     for name, variable in names.items():
         if name in settings:
             monkeypatch.setenv(variable, str(settings[name]))
