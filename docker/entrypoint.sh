@@ -97,8 +97,10 @@ run_scripts() {
                 if [[ -x $file ]]; then
                     "$file"
                 else
+                    set +u # which is this script's taste, not everybody's
                     # shellcheck source=/dev/null
                     . "$file"
+                    set -u
                 fi
                 ;;
             *.sql)

@@ -119,7 +119,7 @@ def test_scripts_run_once_and_in_order(containers: Containers, tmp_path: Path) -
         'psql --username "$POSTGRES_USER" --dbname "$POSTGRES_DB"'
         " --command \"INSERT INTO steps (step) VALUES ('executed')\"\n",
         n30sourced_sh="psql --command \"INSERT INTO steps (step) VALUES ('sourced')\"\n"
-        "export FROM_SOURCED=kept\n",
+        '[ -z "$NOT_SET" ] && export FROM_SOURCED=kept\n',
         n40_sh="#!/bin/bash\n"
         "psql --command \"INSERT INTO steps (step) VALUES ('$FROM_SOURCED')\"\n",
         n50_sql_gz="INSERT INTO steps (step) SELECT 'model ' || name FROM siamese.models;",

@@ -124,9 +124,8 @@ def ensure() -> Engine:
             raise NoEngineError("no Docker Engine runs that you may use, and only root starts one")
         if not shutil.which("dockerd"):
             _install()
-        _start()
-        client = _answering()
-        assert client is not None
+        # Where there is systemd, the package has started it.
+        client = _answering() or _start()
     builder = _builder()
     if builder is None:
         if os.geteuid() == 0:
@@ -167,7 +166,8 @@ def _own_pid() -> int | None:
     return None
 
 
-def _start() -> None:
+def _start() -> str:
+    """Start the engine; return a client that reaches it."""
     log = _folder() / "dockerd.log"
     with step("Starting Docker Engine"):
         with log.open("w") as output:
@@ -183,8 +183,8 @@ def _start() -> None:
         (_folder() / "dockerd.pid").write_text(f"{process.pid}\n")
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
-            if _answering():
-                return
+            if client := _answering():
+                return client
             time.sleep(0.2)
         _end(process.pid)
     last = "".join(f"\n  | {line}" for line in log.read_text().splitlines()[-6:])
