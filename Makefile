@@ -2,7 +2,8 @@
 # everything can be run, tested and read without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help python deps deps-test up down dsn psql demo test lint bench bench-deferred bench-large train install migrate clean
+.PHONY: help python deps deps-test up down dsn psql demo test lint bench bench-deferred bench-large train install migrate clean \
+	docker-build docker-up docker-down docker-test docker-base
 MAKEFLAGS += --no-print-directory
 
 # PL/Python is linked to the distribution's Python: the server's packages must be for that one.
@@ -82,6 +83,21 @@ install: python ## for a DBA: install into the system's PostgreSQL (PG_CONFIG, P
 
 migrate: python ## show versions of the extension and upgrade the embedded database (ARGS='--dsn … --show')
 	@$(DEV).migrate $(ARGS)
+
+docker-build: python ## build the image of docker/ (BASE_IMAGE; certificates in docker/certificates/)
+	@$(DEV).docker build
+
+docker-up: python ## start the image in a container with a volume (PORT, POSTGRES_PASSWORD)
+	@$(DEV).docker up
+
+docker-down: python ## stop that container; ARGS=--volume removes its data too
+	@$(DEV).docker down $(ARGS)
+
+docker-test: deps-test ## build, start, test and stop the image (ARGS='tests/docker -k name')
+	@$(DEV).docker test $(ARGS)
+
+docker-base: python ## make the image's base from Debian's archive, without a registry
+	@$(DEV).docker base
 
 clean: ## stop the embedded cluster and remove build/ with its data
 	@if [ -e build ]; then $(DEV).embedded down || true; fi

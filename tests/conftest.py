@@ -18,6 +18,8 @@ from psycopg.conninfo import make_conninfo
 from pg_siamese import datasets
 from pg_siamese.dev.cluster import Cluster, create_database
 from pg_siamese.sources import png
+from tests import server
+from tests.server import ExternalServer
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 TEMPLATE = "template_siamese"
@@ -73,24 +75,40 @@ def onnx() -> bytes:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """A throw-away cluster for the whole run."""
+def cluster() -> Iterator[Cluster | ExternalServer]:
+    """A throw-away cluster for the whole run, or the server that the environment names."""
+    if server.DSN:
+        yield ExternalServer()
+        return
     with Cluster.temporary() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def template(cluster: Cluster, onnx: bytes) -> str:
+def template(cluster: Cluster | ExternalServer, onnx: bytes) -> str:
     """A database with the extension, the medical model and an empty collection ``images``."""
-    create_database(cluster, TEMPLATE)
+    if isinstance(cluster, Cluster):
+        create_database(cluster, TEMPLATE)
+    else:
+        create_database_elsewhere(cluster)
     with psycopg.connect(cluster.dsn(TEMPLATE), autocommit=True) as connection:
         connection.execute("SELECT siamese.register_model('medical', %s)", (onnx,))
         connection.execute("SELECT siamese.create_collection()")
     return TEMPLATE
 
 
+def create_database_elsewhere(server: ExternalServer) -> None:
+    """Make the template, instead of one that an earlier run left."""
+    name = sql.Identifier(TEMPLATE)
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+        admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(name))
+    with psycopg.connect(server.dsn(TEMPLATE), autocommit=True) as connection:
+        connection.execute("CREATE EXTENSION pg_siamese CASCADE")
+
+
 @pytest.fixture
-def dsn(cluster: Cluster, template: str) -> Iterator[str]:
+def dsn(cluster: Cluster | ExternalServer, template: str) -> Iterator[str]:
     """Connection string of a fresh database made from the template; dropped after the test."""
     name = f"test_{next(_numbers)}"
     with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:

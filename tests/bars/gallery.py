@@ -24,6 +24,7 @@ from pg_siamese import datasets
 from pg_siamese.sources import png
 from pg_siamese_server.encoder import Encoder, ModelSpec
 from pg_siamese_server.images import InputSpec
+from tests.server import path_of
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 DIMENSION = 64
@@ -339,7 +340,7 @@ def index_directory(connection: Connection) -> Path:
         " FROM pg_database AS d WHERE d.datname = current_database()"
     ).fetchone()
     assert row is not None
-    return Path(row[0])
+    return path_of(row[0])
 
 
 def check_files(connection: Connection) -> None:

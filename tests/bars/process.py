@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.server import pid_of
+
 MEGABYTE = 1024 * 1024
 SAMPLE_SECONDS = 0.002
 
@@ -26,7 +28,7 @@ def private_bytes(pid: int) -> int:
         PermissionError: the process is another user's.
     """
     total, is_shared = 0, False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+    for line in Path(f"/proc/{pid_of(pid)}/smaps").read_text().splitlines():
         name = line.split(maxsplit=1)[0]
         if not name.endswith(":"):  # address range, permissions, …
             is_shared = line.split()[1].endswith("s")
@@ -37,7 +39,7 @@ def private_bytes(pid: int) -> int:
 
 def anonymous_bytes(pid: int) -> int:
     """Return the memory that a process has allocated; quick to read."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    lines = Path(f"/proc/{pid_of(pid)}/status").read_text().splitlines()
     return 1024 * next(_kilobytes(line) for line in lines if line.startswith("RssAnon:"))
 
 

@@ -11,12 +11,13 @@ from psycopg import sql
 
 from pg_siamese.dev.cluster import Cluster
 from tests.conftest import Connection
+from tests.server import ExternalServer, login_role
 
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
-def shared(cluster: Cluster, template: str) -> Iterator[Connection]:
+def shared(cluster: Cluster | ExternalServer, template: str) -> Iterator[Connection]:
     """A connection to one database for all tests of a file that change nothing."""
     name = sql.Identifier(f"shared_{next(_numbers)}")
     with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
@@ -29,13 +30,13 @@ def shared(cluster: Cluster, template: str) -> Iterator[Connection]:
 
 
 @pytest.fixture(scope="session")
-def new_role(cluster: Cluster) -> Iterator[Callable[[], str]]:
+def new_role(cluster: Cluster | ExternalServer) -> Iterator[Callable[[], str]]:
     """Make login roles, of names of their own, that live as long as the cluster."""
     with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
 
         def create() -> str:
             name = f"role_{next(_numbers)}"
-            admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+            admin.execute(login_role(name))
             return name
 
         yield create

@@ -25,6 +25,7 @@ from pg_siamese.connection import connect, schema_prefix
 from pg_siamese.demo import things_to_try
 from pg_siamese.sources import png
 from tests.conftest import Connection
+from tests.server import login_role
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -366,6 +367,7 @@ def test_a_database_that_is_not_there(dsn: str) -> None:
 def test_the_pg_variables_are_enough(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = psycopg.conninfo.conninfo_to_dict(dsn)
     names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
+    names["password"] = "PGPASSWORD"
     for name, variable in names.items():
         if name in settings:
             monkeypatch.setenv(variable, str(settings[name]))
@@ -448,7 +450,7 @@ def fails_at_the_end(*arguments: str) -> str:
 @pytest.fixture
 def reader(loaded: str, db: Connection) -> Iterator[str]:
     """A connection string for a role that may search."""
-    db.execute("CREATE ROLE cli_reader LOGIN")
+    db.execute(login_role("cli_reader"))
     try:
         db.execute("SELECT siamese.grant_usage('cli_reader')")
         yield make_conninfo(loaded, user="cli_reader")

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from psycopg import sql
 
 from tests.conftest import Connection, Pictures, insert_images
+from tests.server import login_role
 from tests.support import assert_exact, exact_distances, sql_error
 
 # Members of the schema, but for those of pgvector, where that is installed in the same one.
@@ -346,7 +346,7 @@ def test_ready_made_table_made_after_the_grants(
 
 def test_odd_role_names(db: Connection, connect: Callable[..., Connection]) -> None:
     name = 'Dr. "No"; DROP TABLE images; --'
-    db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+    db.execute(login_role(name))
     db.execute("SELECT grant_usage(%s)", (name,))
     connect(user=name).execute("SELECT count(*) FROM images")
     with sql_error("42704", "does not exist"):

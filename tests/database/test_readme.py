@@ -113,6 +113,7 @@ def test_shell(
         "PGHOST": str(parameters["host"]),
         "PGPORT": str(parameters["port"]),
         "PGUSER": str(parameters["user"]),
+        "PGPASSWORD": str(parameters.get("password", "")),
         "PGDATABASE": str(parameters["dbname"]),
     }
     for block in blocks("sh"):

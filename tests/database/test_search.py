@@ -13,6 +13,7 @@ import pytest
 from psycopg import sql
 
 from tests.conftest import Connection, Pictures, insert_images
+from tests.server import path_of
 from tests.support import assert_exact, exact_distances, grid_encoder, sql_error
 
 ENGINES = ("faiss", "pgvector", "auto")
@@ -214,7 +215,7 @@ def index_directory(db: Connection) -> Path:
         " WHERE datname = current_database()"
     ).fetchone()
     assert row
-    return Path(row[0])
+    return path_of(row[0])
 
 
 def test_lost_directory(

@@ -1,0 +1,295 @@
+"""The set-up of the image: engines, base image, what a build is given of this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pg_siamese.dev import apt, base_image, docker, engine
+from pg_siamese.dev.apt import Archive, parse_deb822
+from pg_siamese.dev.engine import Engine, NoEngineError
+from pg_siamese.dev.report import SetupError
+
+Program = Callable[..., str]
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """Make docker programs of shell scripts, and let no other be found."""
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    found: list[str] = []
+    monkeypatch.setattr(engine, "_clients", lambda: found)
+
+    def make(name: str, body: str) -> str:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+        found.append(str(path))
+        return str(path)
+
+    return make
+
+
+SILENT = 'case "$*" in --version) echo "Docker version 28.2.2, build x";; *) exit 1;; esac'
+
+
+def version(text: str) -> str:
+    return f'case "$*" in --version) echo "Docker version {text}";; version*) ;; *) exit 1;; esac'
+
+
+def test_a_running_engine_is_found(program: Program) -> None:
+    program("first", SILENT)
+    assert engine.find() is None
+    second = program("second", version("20.10.24+dfsg1, build 297e128"))
+    assert engine.find() == Engine(second, second)
+    assert engine.ensure() == Engine(second, second)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (version("20.10.24+dfsg1, build 297e128"), True),
+        (version("22.06.0, build 1"), True),
+        (version("28.2.2, build e6534b4"), False),
+        ('case "$*" in "buildx version") ;; *) exit 1;; esac', True),
+        ("exit 1", False),
+    ],
+)
+def test_clients_that_can_build(program: Program, body: str, expected: bool) -> None:
+    assert engine.builds(program("docker", body)) is expected
+
+
+def test_the_builder_may_be_another_client(program: Program) -> None:
+    """As where a newer client without buildx comes before Debian's on the PATH."""
+    first = program("new", version("28.2.2, build x"))
+    second = program("old", version("20.10.24, build x"))
+    assert engine.find() == Engine(first, second)
+
+
+def test_no_engine_is_one_clear_line(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    program("docker", SILENT)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(NoEngineError, match="no Docker Engine runs"):
+        engine.ensure()
+    monkeypatch.setenv("DOCKER_HOST", "tcp://192.0.2.1:2375")
+    with pytest.raises(NoEngineError, match=r"no engine answers at DOCKER_HOST=tcp://192\.0\.2\.1"):
+        engine.ensure()
+
+
+def test_an_engine_that_cannot_be_installed(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(apt, "candidate", lambda name: None)
+    with pytest.raises(NoEngineError, match="apt has no package"):
+        engine.ensure()
+    monkeypatch.setattr(apt, "candidate", lambda name: "1" if name == "docker.io" else None)
+    installed: list[list[str]] = []
+
+    def refuse(packages: list[str], what: str) -> None:
+        installed.append(packages)
+        raise SetupError("no network")
+
+    monkeypatch.setattr(apt, "install", refuse)
+    with pytest.raises(NoEngineError, match="it can't be: no network"):
+        engine.ensure()
+    assert installed == [["docker.io"]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A build folder of the test's own."""
+    monkeypatch.setattr(engine, "build_folder", lambda: tmp_path)
+    (tmp_path / "docker").mkdir()
+    return tmp_path / "docker"
+
+
+def test_an_engine_that_cannot_start_says_why(
+    program: Program, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program("docker", SILENT)
+    daemon = tmp_path / "dockerd"
+    daemon.write_text("#!/bin/sh\necho 'mount: operation not permitted'\nexit 1\n")
+    daemon.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(NoEngineError, match="operation not permitted"):
+        engine.ensure()
+    assert not (folder / "dockerd.pid").exists()
+
+
+def test_the_engine_that_was_started_is_stopped_and_no_other(
+    program: Program, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(
+        "docker", f'case "$*" in --version) echo version 20.1;; *) test -e {tmp_path}/up;; esac'
+    )
+    # Its name counts: a number in the file may be another program's by now.
+    daemon = tmp_path / "dockerd"
+    daemon.write_text(
+        f"#!{sys.executable}\nimport time, pathlib\n"
+        "pathlib.Path('/proc/self/comm').write_text('dockerd')\n"
+        f"pathlib.Path('{tmp_path}/up').touch()\ntime.sleep(60)\n"
+    )
+    daemon.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert not engine.stop()
+    engine.ensure()
+    pid = int((folder / "dockerd.pid").read_text())
+    assert Path(f"/proc/{pid}").exists()
+    assert engine.stop()
+    assert not Path(f"/proc/{pid}").exists()
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        (folder / "dockerd.pid").write_text(f"{other.pid}\n")
+        assert not engine.stop()
+        assert other.poll() is None
+    finally:
+        other.terminate()
+        other.wait()
+
+
+# --- the base image ------------------------------------------------------------------------------
+
+KEYS = {"Signed-By": "/usr/share/keyrings/debian-archive-keyring.gpg"}
+
+
+def test_sources_of_the_base_image() -> None:
+    """The machine's own archives, with the other suite."""
+    main = Archive(("https://a.example/debian",), ("bookworm", "bookworm-updates"), ("main",), KEYS)
+    security = Archive(("https://b.example/security",), ("bookworm-security",), ("main",), KEYS)
+    other = Archive(("https://c.example/apt",), ("stable",), ("main",))
+    stanzas = base_image.stanzas(main, [main, other, security], "bookworm")
+    assert [parse_deb822(each) for each in stanzas] == [
+        [Archive(main.uris, ("trixie", "trixie-updates"), ("main",), KEYS)],
+        [Archive(security.uris, ("trixie-security",), ("main",), KEYS)],
+    ]
+    assert base_image.stanzas(
+        Archive(main.uris, ("bookworm",), ("main", "contrib")), [other], "bookworm"
+    ) == [Archive(main.uris, ("trixie",), ("main",)).stanza("deb", ["trixie"])]
+
+
+def test_the_base_image_needs_debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(apt, "main_archive", lambda: None)
+    with pytest.raises(SetupError, match="needs Debian with apt"):
+        base_image.make(Engine("docker", "docker"), tmp_path)
+
+
+def test_the_choice_of_a_base_image(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def make(found: Engine, scratch: Path) -> str:
+        made.append(scratch)
+        return "made"
+
+    monkeypatch.setattr(base_image, "make", make)
+    monkeypatch.delenv("BASE_IMAGE", raising=False)
+    official, own = docker.OFFICIAL_BASE, base_image.TAG
+
+    def choose(body: str) -> str:
+        client = program("docker", body)
+        return docker.choose_base(Engine(client, client))
+
+    assert choose(f'test "$*" = "image inspect {official}"') == official
+    assert choose(f'test "$*" = "pull --quiet {official}"') == official
+    assert choose(f'test "$*" = "image inspect {own}"') == own
+    assert made == []
+    assert choose("exit 1") == "made"
+    monkeypatch.setenv("BASE_IMAGE", "mine")
+    assert choose("exit 1") == "mine"
+
+
+# --- what a build is given of this machine -------------------------------------------------------
+
+
+def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    own, system = tmp_path / "certificates", tmp_path / "system.pem"
+    own.mkdir()
+    system.write_text("SYSTEM\n")
+    monkeypatch.setattr(docker, "ADDED", tmp_path / "added")
+    assert docker.certificates(own, system) == ""
+    (own / "b.crt").write_text("B")
+    (own / "a.pem").write_text("A\n\n")
+    (own / "README").write_text("no certificate")
+    assert docker.certificates(own, system) == "SYSTEM\nA\nB\n"
+    # Of the machine's own, its bundle has what its administrator added.
+    for file in own.iterdir():
+        file.unlink()
+    (tmp_path / "added" / "company").mkdir(parents=True)
+    (tmp_path / "added" / "company" / "proxy.crt").write_text("PROXY")
+    assert docker.certificates(own, system) == "SYSTEM\n"
+
+
+def test_settings_of_pip(tmp_path: Path) -> None:
+    """Places of the network go along; folders of this machine don't."""
+    first, second = tmp_path / "pip.conf", tmp_path / "user.conf"
+    first.write_text(
+        "[global]\nindex-url = https://one.example/simple\ncert = /etc/ssl/x.pem\n"
+        "extra-index-url = file:///srv/simple\n  https://two.example/simple\n"
+        "find-links = /srv/wheels\n"
+    )
+    second.write_text("[install]\ntrusted-host = one.example\n")
+    missing = tmp_path / "missing.conf"
+    assert docker.pip_settings({}, [first, second, missing]) == (
+        "[global]\nindex-url = https://one.example/simple\n"
+        "extra-index-url = https://two.example/simple\ntrusted-host = one.example\n"
+    )
+    changed = docker.pip_settings({"PIP_INDEX_URL": "https://three.example/simple"}, [first])
+    assert "index-url = https://three.example/simple\n" in changed
+    local = tmp_path / "local.conf"
+    local.write_text("[global]\nextra-index-url = file:///srv/simple\n")
+    assert docker.pip_settings({"PIP_FIND_LINKS": "/srv"}, [local, missing]) == ""
+
+
+def test_a_drawn_password_is_kept_and_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POSTGRES_PASSWORD", raising=False)
+    monkeypatch.setattr(docker, "build_folder", lambda: tmp_path)
+    first = docker._password()
+    assert len(first) >= 20
+    assert docker._password() == first
+    assert stat.S_IMODE((tmp_path / "docker" / "password").stat().st_mode) == 0o600
+    monkeypatch.setenv("POSTGRES_PASSWORD", "given")
+    assert docker._password() == "given"
+
+
+def test_ci_passes_where_no_engine_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> Engine:
+        raise NoEngineError("there is none")
+
+    monkeypatch.setattr(engine, "find", lambda: None)
+    monkeypatch.setattr(engine, "ensure", refuse)
+    assert docker.main(["test", "--if-possible"]) == 0
+    assert "isn't tested here: there is none" in capsys.readouterr().out
+    assert docker.main(["test"]) == 1
+    assert "error: there is none" in capsys.readouterr().err
+
+
+def test_an_engine_lives_as_long_as_the_command_that_started_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[str] = []
+    found = Engine("docker", "docker")
+    monkeypatch.setattr(engine, "ensure", lambda: found)
+    monkeypatch.setattr(engine, "stop", lambda: steps.append("stopped"))
+    monkeypatch.setattr(docker, "build", lambda each: steps.append("built"))
+    monkeypatch.setattr(engine, "find", lambda: found)
+    assert docker.main(["build"]) == 0
+    assert steps == ["built"]
+    monkeypatch.setattr(engine, "find", lambda: None)
+    assert docker.main(["build"]) == 0
+    assert steps == ["built", "built", "stopped"]
