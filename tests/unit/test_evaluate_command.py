@@ -106,6 +106,8 @@ def test_one_model_from_its_own_metadata(tmp_path: Path, data: Path) -> None:
     figures = one["figures"]
     # Colours far apart: everything is told right.
     assert figures["pairs"]["accuracy"] == figures["triples"]["accuracy"] == 1.0
+    report = figures["triples"]["report"]
+    assert report["two match"]["recall"] == report["no two match"]["recall"] == 1.0
     assert figures["sets"]["paints"]["retrieval"]["map5"] == 100
     assert figures["sets"]["paints"]["precision_at_10"] == 1.0
     # Vectors that are not of length one: both metrics are of interest.

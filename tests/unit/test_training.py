@@ -31,7 +31,7 @@ from pg_siamese.evaluation.retrieval import (
 from pg_siamese.training import callbacks, export, loop
 from pg_siamese.training.data import Augmenter, JoinedImages
 from pg_siamese.training.experiments import Augmentation, load_experiment, parse_experiment
-from pg_siamese.training.learner import embed, load_learner
+from pg_siamese.training.learner import MetricLearner, embed, load_learner
 from pg_siamese.training.networks.residual import ResidualEncoder
 from pg_siamese.training.sampling import class_sampler
 
@@ -470,3 +470,37 @@ def test_training_stops_early(tmp_path: Path, data: tuple[str, ...]) -> None:
         test=False,
     )
     assert len(json.loads((tmp_path / "metrics.json").read_text())) < 15
+
+
+def test_the_rate_falls_where_validation_gets_no_better(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    # Stripes are easy: mAP@5 is 100 from the first epoch on, and so never better.
+    settings = dataclasses.replace(TINY.validation, every=1)
+    optimiser = dataclasses.replace(
+        TINY.optimiser, schedule="plateau", patience=2, learning_rate=1e-3
+    )
+    loop.fit(
+        dataclasses.replace(TINY, data=data, epochs=7, validation=settings, optimiser=optimiser),
+        command="",
+        folder=tmp_path,
+        threads=1,
+        test=False,
+    )
+    rows = json.loads((tmp_path / "metrics.json").read_text())
+    assert [row["val_map5"] for row in rows] == [100.0] * 7
+    state = torch.load(tmp_path / loop.LAST, weights_only=True)
+    rates = [group["lr"] for group in state["optimizer_states"][0]["param_groups"]]
+    assert rates == [2.5e-4, 2.5e-4]
+
+
+def test_bfloat16_is_for_training_alone(data: tuple[str, ...]) -> None:
+    experiment = dataclasses.replace(TINY, data=data, precision="bfloat16")
+    learner = MetricLearner(experiment, ("grey",), ("grey: across", "grey: down"))
+    seen = []
+    stem = learner.encoder.get_submodule("stem")
+    stem.register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+    pixels = torch.zeros((2, 28, 28, 3), dtype=torch.uint8)
+    for training in (True, False):
+        assert learner.train(training).encode(pixels).dtype == torch.float32
+    assert seen == [torch.bfloat16, torch.float32]

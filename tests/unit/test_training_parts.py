@@ -206,6 +206,15 @@ def test_hadsell_loss_by_hand() -> None:
         build_objective("contrastive_hadsell", 3, 2, "l2", {"angular": 1.0})
 
 
+def test_hadsell_directions_lie_in_the_order_that_is_told() -> None:
+    options = {"angular": 1.0, "order": [2, 0, 3, 1]}
+    objective: Any = build_objective("contrastive_hadsell", 2, 4, "l2", options)
+    expected = [[0, 1], [0, -1], [1, 0], [-1, 0]]  # class 2 first, to the right, then class 0
+    assert np.allclose(objective.directions, expected, atol=1e-6)
+    with pytest.raises(ExperimentError, match="each of the 4 classes once"):
+        build_objective("contrastive_hadsell", 2, 4, "l2", {"angular": 1.0, "order": [0, 1, 2, 2]})
+
+
 def test_triplet_loss_by_hand() -> None:
     vectors = torch.tensor([[0.0, 0.0], [0.0, 3.0], [2.0, 0.0]])  # anchor, positive, negative
     objective: Any = build_objective("triplet", 2, 2, "l2", {"margin": 0.5})

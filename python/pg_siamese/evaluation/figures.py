@@ -203,6 +203,11 @@ def triple_figures(validation: Embedded, queries: Embedded, metric: str) -> dict
         "count": len(match),
         "threshold": threshold,
         "accuracy": float(((least <= threshold) == match).mean()),
+        "report": class_report(
+            match.astype(np.int64),
+            (least <= threshold).astype(np.int64),
+            ("no two match", "two match"),
+        ),
     }
 
 

@@ -55,8 +55,10 @@ class MetricLearner(lightning.LightningModule):
     def encode(self, batch: Tensor) -> Tensor:
         """Embed pixels (N, H, W, 3), or the features (N, F) that a frozen network gave for them."""
         encoder: Any = self.encoder
-        embeddings: Tensor = encoder.head(batch) if batch.ndim == 2 else encoder(batch)
-        return embeddings
+        half = self.training and self.experiment.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            embeddings: Tensor = encoder.head(batch) if batch.ndim == 2 else encoder(batch)
+        return embeddings.float()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of one augmented batch."""
@@ -110,8 +112,9 @@ class MetricLearner(lightning.LightningModule):
             self.log("val_accuracy", outcome.accuracy)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Set up the optimiser, and its rate: constant, falling to zero along a cosine, or first
-        rising for a tenth of the steps ("one_cycle").
+        """Set up the optimiser, and its rate: constant, halved where validation gets no better
+        ("plateau"), falling to zero along a cosine, or first rising for a tenth of the steps
+        ("one_cycle").
         """
         settings = self.experiment.optimiser
         # Norms and biases are not decayed, as is usual.
@@ -127,6 +130,21 @@ class MetricLearner(lightning.LightningModule):
         optimiser: torch.optim.Optimizer = build(groups, lr=settings.learning_rate)
         if settings.schedule == "constant":
             return optimiser
+        if settings.schedule == "plateau":
+            validation = self.experiment.validation
+            mode: Any = validation.mode
+            # Torch counts the validations that it lets pass.
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimiser, mode, factor=0.5, patience=settings.patience - 1
+            )
+            return {
+                "optimizer": optimiser,
+                "lr_scheduler": {
+                    "scheduler": plateau,
+                    "monitor": validation.monitor,
+                    "frequency": min(validation.every, self.experiment.epochs),
+                },
+            }
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: Any = (
             torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)

@@ -342,3 +342,5 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    # Frozen layers stay in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,9 @@ class HadsellContrastive(Objective):
     times the cosine between the embedding and each. The contrastive loss alone only parts the
     classes in the plane, where one may lie around the origin; a search by cosine needs them parted
     by their direction from the origin. In more than two dimensions there is room enough without.
+
+    `order` is that of the classes around the origin, else 0, 1, 2 …: what looks half like one
+    class and half like another lies between them, so classes that look alike should be neighbours.
     """
 
     takes = "pairs"
@@ -89,14 +93,19 @@ class HadsellContrastive(Objective):
         margin: float = 1.0,
         angular: float = 0.0,
         scale: float = 30.0,
+        order: Sequence[int] = (),
     ) -> None:
         super().__init__(dimension, classes, metric)
         if angular and dimension != 2:
             raise ValueError(f"angular is for two dimensions, not {dimension}")
+        if order and sorted(order) != list(range(classes)):
+            raise ValueError(f"order must name each of the {classes} classes once: {list(order)}")
         self.margin = margin
         self.angular = angular
         self.scale = scale
-        angles = torch.arange(classes) * (2 * math.pi / classes)
+        # The inverse of the order: where each class has its place.
+        places = torch.argsort(torch.tensor(order)) if order else torch.arange(classes)
+        angles = places * (2 * math.pi / classes)
         directions = torch.stack([torch.cos(angles), torch.sin(angles)], dim=1)
         self.register_buffer("directions", directions, persistent=False)
 
