@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psycopg
 import pytest
+from typer.testing import CliRunner
 
+from pg_siamese.cli import app
 from pg_siamese.dev.cluster import Cluster
 from tests.conftest import Connection, Pictures, insert_images
 from tests.operations.servers import (
@@ -138,6 +141,50 @@ def test_a_standby_makes_a_file_of_its_own(
         check(another, queries.files[0], "faiss")
     pair.catch_up()
     assert pair.db.execute("SELECT * FROM siamese.generations").fetchall() == before
+
+
+def test_rebuild_file_on_the_command_line(pair: Pair, fresh: Connection, queries: Pictures) -> None:
+    generation = pair.build()
+    remove_files(pair.standby)
+    result = CliRunner().invoke(app, ["rebuild-file", "--dsn", pair.standby.dsn()])
+    assert result.exit_code == 0, result.output
+    assert f"images: generation {generation} is here" in result.stdout
+    check(fresh, queries.files[0], "faiss")
+
+
+def test_a_graph_is_made_again(pair: Pair, fresh: Connection) -> None:
+    """Of 12,000 vectors, of which every seventh is not in it any more, and some come twice."""
+    pair.db.execute("CREATE TABLE public.many (id integer PRIMARY KEY, image bytea)")
+    pair.db.execute("SELECT create_collection('many', 'public.many', backfill => false)")
+    number = one(pair.db, "SELECT collection_id FROM siamese.collections WHERE name = 'many'")
+    values = np.random.default_rng(0).normal(size=(12_000, 64)).astype(np.float32)
+    values[11_000:] = values[:1000]
+    with pair.db.transaction(), pair.db.cursor() as cursor:
+        cursor.execute("SET LOCAL session_replication_role = replica")
+        cursor.execute("INSERT INTO many SELECT n, '' FROM generate_series(0, 11999) AS n")
+        with cursor.copy(f"COPY siamese.embedding_{number} (key, embedding) FROM STDIN") as copy:
+            for key, vector in enumerate(values.tolist()):
+                copy.write_row((key, str(vector)))
+    pair.db.execute("SELECT build_index('many', m => 16)")
+    pair.db.execute("DELETE FROM many WHERE id % 7 = 3")
+    pair.catch_up()
+    assert one(fresh, "SELECT rebuild_file('many')") is not None
+
+    unit = values / np.linalg.norm(values, axis=1, keepdims=True)
+    alive = np.flatnonzero(np.arange(12_000) % 7 != 3)
+    hits = 0
+    for key in range(0, 11_900, 119):
+        rows = fresh.execute(
+            "SELECT image_id FROM similar_images(image_id => %s, collection => 'many',"
+            " engine => 'faiss')",
+            (key,),
+        ).fetchall()
+        near = alive[np.argsort(-(unit[alive] @ unit[key]), kind="stable")]
+        truth = near[near != key][:K]
+        hits += len(np.intersect1d([row[0] for row in rows], truth))
+        assert len(rows) == K
+    assert hits > 0.95 * 100 * K
+    pair.db.execute("SELECT drop_collection('many')")
 
 
 def test_only_standbys_rebuild_files_and_only_primaries_build(

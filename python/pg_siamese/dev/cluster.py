@@ -200,8 +200,8 @@ class Cluster:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._own(self.folder)
-        where = ["-D", self.data, "-d", source.dsn("postgres"), "--checkpoint=fast"]
-        self._run("pg_basebackup", *where, *options)
+        where = ["-D", str(self.data), "-d", source.dsn("postgres")]
+        self._run("pg_basebackup", *where, "--checkpoint=fast", *options)
 
     def promote(self) -> None:
         """Make a standby a server of its own, which can be written. Raises `SetupError`."""
