@@ -26,7 +26,7 @@ if 'pg_siamese @VERSION@' not in GD:
 return GD['pg_siamese @VERSION@'].rebuild_file(plpy, collection)
 $python$;
 COMMENT ON FUNCTION siamese.rebuild_file(text)
-IS 'on a standby, make its own file of a collection''s current FAISS generation, unless it is whole; returns its number';
+IS 'on a standby, make its own file of the current FAISS generation, unless it is there whole; returns its number';
 
 CREATE FUNCTION siamese.warm_up(collection text DEFAULT 'images')
 RETURNS TABLE (engine text, detail text)
