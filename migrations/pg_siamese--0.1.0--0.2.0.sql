@@ -31,6 +31,7 @@ REVOKE ALL ON FUNCTION siamese._store_vectors(
 ) FROM public;
 REVOKE ALL ON FUNCTION siamese._build_if_needed(integer, bigint, real) FROM public;
 REVOKE ALL ON FUNCTION siamese._queue_missing(integer) FROM public;
+REVOKE ALL ON FUNCTION siamese.rebuild_file(text) FROM public;
 REVOKE ALL ON FUNCTION siamese.embed_pending(text, integer) FROM public;
 REVOKE ALL ON FUNCTION siamese._queue_counts(integer) FROM public;
 REVOKE ALL ON FUNCTION siamese.grant_worker(text) FROM public;

@@ -22,7 +22,7 @@ BEGIN
                     '_is_waiting')
                 OR (admin AND p.proname IN (
                     'register_model', 'drop_model', 'create_collection', 'drop_collection', 'backfill',
-                    'build_index', 'self_check', '_collection_counts', '_generation_file',
+                    'build_index', 'rebuild_file', 'self_check', '_collection_counts', '_generation_file',
                     'grant_usage', 'grant_admin', 'grant_worker', 'embed_pending', '_queue_counts'))
             )
     LOOP

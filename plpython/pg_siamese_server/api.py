@@ -166,6 +166,15 @@ def build_index(
 
 
 @_entry
+def rebuild_file(plpy: Any, collection: str | None) -> int | None:
+    """Body of ``rebuild_file``."""
+    with interrupts.signals_blocked():
+        from pg_siamese_server import rebuild
+
+    return rebuild.rebuild_file(plpy, collection)
+
+
+@_entry
 def similar_images(
     plpy: Any,
     image: bytes | None,

@@ -14,8 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import generations, graph, index_file, interrupts, vectors
-from pg_siamese_server.catalog import Collection, collection_by_name, prepare
-from pg_siamese_server.errors import OBJECT_NOT_IN_PREREQUISITE_STATE, SiameseError
+from pg_siamese_server.catalog import Collection, collection_by_name, is_standby, prepare
+from pg_siamese_server.errors import (
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    READ_ONLY_SQL_TRANSACTION,
+    SiameseError,
+)
 from pg_siamese_server.index_file import Rows
 
 # Key space of advisory locks that serialise builds of a collection.
@@ -39,8 +43,14 @@ def build_index(
     Runs beside inserts, updates, deletes and searches; builds of a collection wait for each other.
     """
     started = time.monotonic()
-    options = graph.Options(m, ef_construction, target_recall, threads or _default_threads(plpy))
+    options = graph.Options(m, ef_construction, target_recall, threads or default_threads(plpy))
     options.check()
+    if is_standby(plpy):
+        raise SiameseError(
+            "a standby cannot build an index generation",
+            sqlstate=READ_ONLY_SQL_TRANSACTION,
+            hint="Make its own file of the current generation with rebuild_file.",
+        )
     collection = collection_by_name(plpy, name)
     plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection.collection_id})")
     before = plpy.execute(
@@ -51,12 +61,7 @@ def build_index(
     index_file.remove_temporary(directory)
 
     poll = partial(interrupts.check, plpy)
-    rows, matrix = _read(plpy, collection)
-    matrix = vectors.prepare(matrix, collection.metric)
-    matrix, slots = _share_equal_vectors(matrix, poll)
-    matrix, slots, levels = graph.in_order(matrix, slots, options, poll)
-    if slots is not None:
-        rows.place(slots, len(matrix))
+    rows, matrix, levels = read(plpy, collection, options, poll)
     progress = graph.Progress(plpy, collection.name, max(1, len(matrix)), started)
     index, breadths = graph.build(matrix, levels, options, progress, poll)
 
@@ -111,18 +116,52 @@ def build_index(
     return generation
 
 
-def _default_threads(plpy: Any) -> int:
+def default_threads(plpy: Any) -> int:
+    """Return how many threads a build takes where its caller does not say."""
     workers = int(
         plpy.execute("SELECT current_setting('max_parallel_maintenance_workers') AS n")[0]["n"]
     )
     return max(1, min(len(os.sched_getaffinity(0)), 1 + workers))
 
 
-def _read(plpy: Any, collection: Collection) -> tuple[Rows, NDArray[np.float32]]:
-    """Read all vectors, ascending by embedding_id.
+def read(
+    plpy: Any,
+    collection: Collection,
+    options: graph.Options,
+    poll: index_file.Poll,
+    condition: str = "true",
+    is_graph: bool = True,
+) -> tuple[Rows, NDArray[np.float32], NDArray[np.int32] | None]:
+    """Read vectors and put them in order.
 
-    Each portion has its own snapshot. That is enough: what a portion does not see stays in the
-    pending table, since only ids that were read are removed from it.
+    Args:
+        plpy: of PL/Python.
+        collection: whose vectors.
+        options: of the build.
+        poll: called between pieces of work, may raise to leave.
+        condition: SQL on ``e``, a row of the vector table.
+        is_graph: whether a graph may come of them.
+
+    Returns:
+        The rows; their distinct vectors, prepared, float32 (vectors, dimension); and the levels of
+        these as :func:`graph.in_order` returns them, None for a flat index.
+    """
+    rows, matrix = _read(plpy, collection, condition)
+    matrix = vectors.prepare(matrix, collection.metric)
+    matrix, slots = _share_equal_vectors(matrix, poll)
+    levels = None
+    if is_graph:
+        matrix, slots, levels = graph.in_order(matrix, slots, options, poll)
+    if slots is not None:
+        rows.place(slots, len(matrix))
+    return rows, matrix, levels
+
+
+def _read(plpy: Any, collection: Collection, condition: str) -> tuple[Rows, NDArray[np.float32]]:
+    """Read vectors, ascending by embedding_id.
+
+    In a build each portion has its own snapshot. That is enough: what a portion does not see stays
+    in the pending table, since only ids that were read are removed from it.
     """
     integer = collection.has_integer_keys
     key = "int8send(e.key::int8)" if integer else "convert_to(e.key::text, 'UTF8')"
@@ -135,7 +174,7 @@ def _read(plpy: Any, collection: Collection) -> tuple[Rows, NDArray[np.float32]]
         " string_agg(v, '') AS vectors"
         f" FROM (SELECT e.embedding_id AS i, {key} AS k,"
         f" {collection.vector_schema}.vector_send(e.embedding) AS v"
-        f" FROM {collection.embeddings} AS e WHERE e.embedding_id > $1"
+        f" FROM {collection.embeddings} AS e WHERE e.embedding_id > $1 AND {condition}"
         f" ORDER BY e.embedding_id LIMIT {limit}) AS portion",
         ("bigint",),
     )

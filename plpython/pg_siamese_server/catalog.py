@@ -117,6 +117,11 @@ def prepare(plpy: Any, sql: str, types: tuple[str, ...] = ()) -> Any:
     return plan
 
 
+def is_standby(plpy: Any) -> bool:
+    """Whether this server replays another one's changes, and so can't write."""
+    return bool(plpy.execute("SELECT pg_catalog.pg_is_in_recovery() AS yes")[0]["yes"])
+
+
 def collection_by_name(plpy: Any, name: str | None) -> Collection:
     """Look a collection up; raises SiameseError 42704 where there is none."""
     if name is not None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import generations, interrupts, vectors
 from pg_siamese_server.catalog import MAX_CHANGES, Collection, prepare
+from pg_siamese_server.errors import IndexFileError
 from pg_siamese_server.generations import Generation
 from pg_siamese_server.pending import Changes, Snapshot
 
@@ -53,10 +54,15 @@ class FaissSearch:
         generation = state["generation"]
         index = generations.get(plpy, collection, generation)
         settled, opened = state["settled"], state["opened"]
+        snapshot = Snapshot.parse(state["snapshot"])
+        if index.made_for and not snapshot.sees_all_of(Snapshot.parse(index.made_for)):
+            raise IndexFileError(
+                f"index file of generation {generation} was made after this transaction began",
+                hint="Later transactions can use it.",
+            )
         changes = kept.get(collection.collection_id)
         if changes is not None and changes.is_up_to_date(generation, state["snapshot"], opened):
             return cls(plpy, collection, state, index, changes)
-        snapshot = Snapshot.parse(state["snapshot"])
         if changes is None or not changes.usable_for(generation, snapshot):
             read_from_start = changes is None or not changes.horizon
             changes = kept[collection.collection_id] = Changes(generation, index)

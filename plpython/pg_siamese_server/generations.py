@@ -48,6 +48,8 @@ class Generation:
         vectors: float32 (index.ntotal, dimension), mapped; row i is the vector at position i.
         ef_search_stored, ef_search: breadth of a search for up to ten neighbours, with a query that
             the index holds and with a new one; grows with more.
+        is_flat: whether the index is no graph, but a list.
+        made_for: the snapshot that the file was made in; see :class:`index_file.IndexFile`.
     """
 
     index: Any
@@ -56,6 +58,7 @@ class Generation:
     ef_search_stored: int
     ef_search: int
     is_flat: bool
+    made_for: str | None = None
 
     def __post_init__(self) -> None:
         """Set up the buffers of searches."""
@@ -204,7 +207,7 @@ def identity(collection: Collection, generation: int, build_id: str) -> Identity
 def _load(plpy: Any, collection: Collection, generation: int) -> Generation:
     plan = prepare(
         plpy,
-        "SELECT build_id::text AS build_id, index_type, ef_search_stored, ef_search"
+        "SELECT build_id::text AS build_id, ef_search_stored, ef_search"
         " FROM siamese.generations"
         " WHERE generation = $1 AND collection_id = $2",
         ("bigint", "integer"),
@@ -223,9 +226,11 @@ def _load(plpy: Any, collection: Collection, generation: int) -> Generation:
     return opened(
         file.index,
         file.rows,
-        row["index_type"] == "flat",
+        # A standby that makes its own file may find too few vectors left for a graph.
+        not isinstance(file.index, faiss.IndexHNSW),
         row["ef_search_stored"],
         row["ef_search"],
+        file.made_for,
     )
 
 
@@ -235,6 +240,7 @@ def opened(
     is_flat: bool,
     ef_search_stored: int | None = None,
     ef_search: int | None = None,
+    made_for: str | None = None,
 ) -> Generation:
     """Make a Generation of an index; a graph needs the breadths of its searches."""
     storage = index if is_flat else faiss.downcast_index(index.storage)
@@ -242,4 +248,6 @@ def opened(
     vectors = np.empty(shape, dtype=np.float32)
     if index.ntotal:
         vectors = faiss.rev_swig_ptr(storage.get_xb(), index.ntotal * index.d).reshape(shape)
-    return Generation(index, rows, vectors, ef_search_stored or 10, ef_search or 10, is_flat)
+    return Generation(
+        index, rows, vectors, ef_search_stored or 10, ef_search or 10, is_flat, made_for
+    )

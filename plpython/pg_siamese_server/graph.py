@@ -167,18 +167,8 @@ def build(
     """
     if levels is None:
         return _flat(matrix), None
-    index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
-    index.hnsw.efConstruction = options.ef_construction
-    levels = np.minimum(levels, index.hnsw.assign_probas.size())
-
-    def add(first: int, last: int) -> None:
-        for start, end in _portions(first, last):
-            faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
-            with _threads(options.threads):
-                index.add(matrix[start:end])
-            poll()
-            progress.report(end)
-
+    index = _empty(matrix, options)
+    add = partial(_add, index, matrix, levels, options, progress, poll)
     # The last ones are of the lowest level, drawn by chance: what they find, while the graph does
     # not know them, is what new images will find.
     known = _known_count(len(matrix))
@@ -195,6 +185,50 @@ def build(
         hint="Build with a larger m and ef_construction, or a lower target_recall.",
     )
     return _flat(matrix), None
+
+
+def build_again(
+    matrix: NDArray[np.float32],
+    levels: NDArray[np.int32] | None,
+    options: Options,
+    progress: Progress,
+    poll: Poll,
+) -> Any:
+    """Return an index like one that :func:`build` made: nothing of it is measured anew.
+
+    The arguments are those of :func:`build`.
+    """
+    if levels is None:
+        return _flat(matrix)
+    index = _empty(matrix, options)
+    _add(index, matrix, levels, options, progress, poll, 0, len(matrix))
+    return index
+
+
+def _empty(matrix: NDArray[np.float32], options: Options) -> Any:
+    index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
+    index.hnsw.efConstruction = options.ef_construction
+    return index
+
+
+def _add(
+    index: Any,
+    matrix: NDArray[np.float32],
+    levels: NDArray[np.int32],
+    options: Options,
+    progress: Progress,
+    poll: Poll,
+    first: int,
+    last: int,
+) -> None:
+    """Insert the vectors from ``first`` up to ``last`` into a graph."""
+    levels = np.minimum(levels, index.hnsw.assign_probas.size())
+    for start, end in _portions(first, last):
+        faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
+        with _threads(options.threads):
+            index.add(matrix[start:end])
+        poll()
+        progress.report(end)
 
 
 def _is_quicker(index: Any, matrix: NDArray[np.float32], ef_search: int) -> bool:

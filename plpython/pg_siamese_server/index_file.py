@@ -116,10 +116,18 @@ class Rows:
 
 @dataclass
 class IndexFile:
-    """An opened generation: the index and its rows, both mapped."""
+    """An opened generation: the index and its rows, both mapped.
+
+    Attributes:
+        index: the FAISS index.
+        rows: which row each vector belongs to.
+        made_for: of a file that a standby made for itself, the snapshot that it was made in; else
+            None, and the file serves all snapshots that know of the generation.
+    """
 
     index: Any
     rows: Rows
+    made_for: str | None = None
 
 
 def paths(directory: Path, generation: int) -> tuple[Path, Path]:
@@ -127,8 +135,21 @@ def paths(directory: Path, generation: int) -> tuple[Path, Path]:
     return directory / f"{generation}.faiss", directory / f"{generation}.meta"
 
 
-def write(directory: Path, identity: Identity, index: Any, rows: Rows, poll: Poll) -> int:
+def write(
+    directory: Path,
+    identity: Identity,
+    index: Any,
+    rows: Rows,
+    poll: Poll,
+    made_for: str | None = None,
+) -> int:
     """Write and publish a generation; returns its size in bytes.
+
+    Args:
+        directory: of the collection.
+        identity: of the generation.
+        index, rows, made_for: see :class:`IndexFile`.
+        poll: called between pieces of work, may raise to leave.
 
     Raises:
         OSError: the disk is full, or the directory not writable. Nothing is published then.
@@ -160,7 +181,7 @@ def write(directory: Path, identity: Identity, index: Any, rows: Rows, poll: Pol
 
     _publish(faiss_path, write_index)
     size = faiss_path.stat().st_size
-    header, body = _sidecar(identity, size, digest.hexdigest(), rows)
+    header, body = _sidecar(identity, size, digest.hexdigest(), rows, made_for)
     _publish(meta_path, lambda file: (file.write(header), [file.write(part) for part in body]))
     return size + meta_path.stat().st_size
 
@@ -189,12 +210,15 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _sidecar(identity: Identity, size: int, digest: str, rows: Rows) -> tuple[bytes, list[bytes]]:
+def _sidecar(
+    identity: Identity, size: int, digest: str, rows: Rows, made_for: str | None
+) -> tuple[bytes, list[bytes]]:
     arrays = rows.arrays()
     header: dict[str, Any] = {
         "identity": vars(identity),
         "faiss_bytes": size,
         "faiss_xxh3": digest,
+        "made_for": made_for,
         "arrays": [[name, str(value.dtype), len(value)] for name, value in arrays.items()],
     }
     text = json.dumps(header).encode()
@@ -235,7 +259,7 @@ def read(directory: Path, identity: Identity, poll: Poll) -> IndexFile:
     vectors = len(rows.embedding_ids if rows.slot_starts is None else rows.slot_starts[1:])
     if index.ntotal != vectors or index.d != identity.dimension:
         raise IndexFileError(f"index file of generation {identity.generation} is not consistent")
-    return IndexFile(index, rows)
+    return IndexFile(index, rows, header.get("made_for"))
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -297,6 +321,14 @@ def remove_temporary(directory: Path) -> None:
     """Remove what builds left that did not come to their end."""
     for path in directory.glob("*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def remove_before(directory: Path, generation: int) -> None:
+    """Remove generations that are older than one."""
+    for path in directory.iterdir():
+        stem = path.name.split(".", 1)[0]
+        if stem.isdigit() and int(stem) < generation:
+            path.unlink(missing_ok=True)
 
 
 def remove_others(directory: Path, keep: set[int]) -> None:

@@ -31,15 +31,27 @@ class Snapshot:
 
     text: str
     xmin: int
+    xmax: int
 
     @classmethod
     def parse(cls, text: str) -> Snapshot:
         """Parse ``xmin:xmax:xip,xip``; on a standby the list of running transactions is empty."""
-        return cls(text, int(text.split(":", 1)[0]))
+        xmin, xmax, _ = text.split(":", 2)
+        return cls(text, int(xmin), int(xmax))
 
     def includes(self, other: Snapshot) -> bool:
         """Whether all transactions that are settled for ``other`` are settled for this one, too."""
         return self.xmin >= other.xmin
+
+    def sees_all_of(self, other: Snapshot) -> bool:
+        """Whether whatever ``other`` sees is seen here, too, as far as can be told.
+
+        Both bounds only ever grow, so the one with a larger bound was taken later. Of two with the
+        same bounds this can be told only where nothing was running between them.
+        """
+        return (
+            self.xmax > other.xmax or self.xmin > other.xmin or self.xmin == self.xmax == other.xmax
+        )
 
 
 class Added:

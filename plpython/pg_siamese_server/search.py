@@ -21,6 +21,7 @@ from pg_siamese_server.catalog import (
     MAX_XACT_ID,
     Collection,
     collection_by_name,
+    is_standby,
     prepare,
 )
 from pg_siamese_server.errors import (
@@ -276,7 +277,7 @@ def _with_faiss(
             _noticed.add((collection.collection_id, generation, str(error)))
             plpy.notice(
                 f'searching collection "{collection.name}" without its FAISS index: {error}',
-                hint="Answers are exact, but slower. Build the index with build_index.",
+                hint=f"Answers are exact, but slower. {_remedy(plpy, error)}",
             )
         return None
     if finder is None:
@@ -290,6 +291,14 @@ def _with_faiss(
         return None
     keys, distances = found
     return Answer(collection, keys, distances)
+
+
+def _remedy(plpy: Any, error: IndexFileError | ImportError) -> str:
+    if isinstance(error, IndexFileError) and error.hint:
+        return error.hint
+    if is_standby(plpy):
+        return "Make this standby's own file with rebuild_file."
+    return "Build the index with build_index."
 
 
 def _no_faiss(reason: str) -> SiameseError:

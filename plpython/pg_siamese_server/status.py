@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pg_siamese_server import __version__, interrupts, models
-from pg_siamese_server.catalog import COLLECTION_QUERY, Collection, prepare
+from pg_siamese_server.catalog import COLLECTION_QUERY, Collection, is_standby, prepare
 from pg_siamese_server.changes import abandoned_query, missing_query
 from pg_siamese_server.errors import SiameseError
 
@@ -165,5 +165,6 @@ def _index(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
             partial(interrupts.check, plpy),
         )
     except (SiameseError, ImportError) as error:
-        return ("index", False, f"{error}; call build_index")
+        remedy = "rebuild_file" if is_standby(plpy) else "build_index"
+        return ("index", False, f"{error}; call {remedy}")
     return ("index", True, f"generation {row['generation']} is whole")

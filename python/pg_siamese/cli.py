@@ -330,6 +330,33 @@ def build_index(collection: CollectionName = "images", dsn: Dsn = None) -> None:
     output().print(f"generation {row[0] if row else '?'} of {escape(collection)} is current")
 
 
+@app.command("rebuild-file")
+def rebuild_file(
+    collection: Annotated[
+        str | None,
+        typer.Option(
+            "--collection", "-c", help="Only this collection; else all.", show_default=False
+        ),
+    ] = None,
+    dsn: Dsn = None,
+) -> None:
+    """Make a standby's own files of the current generations, where it has no whole ones."""
+    from pg_siamese.search import collection_names, find_collection
+
+    with connect(dsn) as connection:
+        if collection is not None:
+            find_collection(connection, collection)
+        for name in [collection] if collection is not None else collection_names(connection):
+            with notice_bar(connection, f"making the index file of {name}"):
+                row = connection.execute("SELECT siamese.rebuild_file(%s)", (name,)).fetchone()
+            generation = row[0] if row else None
+            output().print(
+                f"{escape(name)}: no generation yet"
+                if generation is None
+                else f"{escape(name)}: generation {generation} is here"
+            )
+
+
 @app.command()
 def worker(
     collection: Annotated[

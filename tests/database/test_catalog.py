@@ -20,6 +20,7 @@ PUBLIC_FUNCTIONS = {
     "grant_usage",
     "grant_worker",
     "image_distance",
+    "rebuild_file",
     "register_model",
     "renew_grants",
     "same_class",

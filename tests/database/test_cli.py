@@ -311,6 +311,12 @@ def test_build_index_of_what_is_not_there(dsn: str) -> None:
     assert 'no collection "nothing"' in fails("build-index", "-c", "nothing", "--dsn", dsn)
 
 
+def test_rebuild_file_is_for_standbys(dsn: str) -> None:
+    """What it does there, tests/operations shows."""
+    assert "not a standby" in fails("rebuild-file", "--dsn", dsn)
+    assert 'no collection "nothing"' in fails("rebuild-file", "-c", "nothing", "--dsn", dsn)
+
+
 def foreign_encoder(file: Path) -> Path:
     """Write an encoder that says nothing of its input: float32, channels first, any size."""
     from onnx import TensorProto, helper, save

@@ -27,6 +27,7 @@ COMMANDS = (
     "query",
     "status",
     "build-index",
+    "rebuild-file",
     "register-model",
     "demo",
     "train",
@@ -85,6 +86,7 @@ def test_start_up_imports_nothing_heavy() -> None:
     [
         ["status"],
         ["build-index"],
+        ["rebuild-file"],
         ["query", "--id", "1"],
         ["demo"],
     ],

@@ -106,6 +106,21 @@ def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: grap
         assert np.mean(hits) >= 9.8
 
 
+def test_a_graph_built_again_is_as_good(clusters: Array, progress: graph.Progress) -> None:
+    ordered, places, levels = in_order(clusters)
+    _, breadths = graph.build(ordered, levels, options(), progress, no_poll)
+    index = graph.build_again(ordered, levels, options(), progress, no_poll)
+    assert isinstance(index, faiss.IndexHNSWFlat) and breadths is not None
+    np.testing.assert_array_equal(index.reconstruct_n(0, index.ntotal), ordered)
+    chosen = np.random.default_rng(1).integers(0, 3000, 200)
+    truth = np.argsort(((clusters[None] - clusters[chosen, None]) ** 2).sum(axis=2), axis=1)[:, :10]
+    found = graph._search(index, clusters[chosen], None, breadths.new, options(), no_poll)
+    hits = [len(np.intersect1d(*pair)) for pair in zip(found, places[truth], strict=True)]
+    assert np.mean(hits) >= 9.8
+    flat = graph.build_again(clusters[:100], None, options(), progress, no_poll)
+    assert isinstance(flat, faiss.IndexFlatL2) and flat.ntotal == 100
+
+
 def test_no_graph_where_it_misses_the_recall(
     clusters: Array, progress: graph.Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:

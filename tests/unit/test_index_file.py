@@ -54,6 +54,23 @@ def test_round_trip(directory: Path, matrix: Array) -> None:
     assert [file.rows.key(row) for row in (0, 1, 59)] == [-3, 4, 410]
 
 
+@pytest.mark.parametrize("made_for", [None, "7:9:8"])
+def test_the_snapshot_of_a_file_is_in_it(
+    tmp_path: Path, matrix: Array, made_for: str | None
+) -> None:
+    rows = integer_rows(60)
+    index_file.write(tmp_path, IDENTITY, flat(matrix), rows, no_poll, made_for)
+    assert index_file.read(tmp_path, IDENTITY, no_poll).made_for == made_for
+
+
+def test_only_older_generations_are_removed(directory: Path, matrix: Array) -> None:
+    for generation in (4, 10):
+        identity = replace(IDENTITY, generation=generation)
+        index_file.write(directory, identity, flat(matrix), integer_rows(60), no_poll)
+    index_file.remove_before(directory, 5)
+    assert {path.stem for path in directory.iterdir()} == {"5", "10"}
+
+
 def test_size_is_that_of_both_files(tmp_path: Path, matrix: Array) -> None:
     size = index_file.write(tmp_path, IDENTITY, flat(matrix), integer_rows(60), no_poll)
     assert size == sum(path.stat().st_size for path in tmp_path.iterdir())

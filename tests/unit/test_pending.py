@@ -34,6 +34,22 @@ def test_snapshots(newer: str, older: str, included: bool) -> None:
     assert Snapshot.parse(newer).includes(Snapshot.parse(older)) is included
 
 
+@pytest.mark.parametrize(
+    ("newer", "older", "seen"),
+    [
+        ("100:100:", "100:100:", True),  # nothing ran, nothing ended
+        ("100:104:", "100:103:", True),
+        ("102:103:", "101:103:", True),
+        ("100:103:", "100:103:", False),  # one of those between may have ended in between
+        ("100:102:", "100:103:", False),
+        ("100:103:", "101:103:", False),
+        ("9999999999:9999999999:", "9999999998:9999999999:", True),
+    ],
+)
+def test_what_a_later_snapshot_sees(newer: str, older: str, seen: bool) -> None:
+    assert Snapshot.parse(newer).sees_all_of(Snapshot.parse(older)) is seen
+
+
 @pytest.fixture
 def generation() -> Generation:
     """Rows with embedding_ids 1 to 10."""

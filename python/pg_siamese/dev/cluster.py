@@ -193,6 +193,20 @@ class Cluster:
         self.stop()
         self.start()
 
+    def copy(self, source: Cluster, *options: str) -> None:
+        """Make the data folder a copy of a running cluster's, by pg_basebackup with `options`.
+
+        Raises `SetupError`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._own(self.folder)
+        where = ["-D", str(self.data), "-d", source.dsn("postgres")]
+        self._run("pg_basebackup", *where, "--checkpoint=fast", *options)
+
+    def promote(self) -> None:
+        """Make a standby a server of its own, which can be written. Raises `SetupError`."""
+        self._run("pg_ctl", "promote", "-w", "-t", "60", "-D", self.data)
+
     def running(self) -> bool:
         """Say whether this cluster's server runs. A stale pid file doesn't count."""
         return self.pid() is not None
