@@ -30,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--renew-golden", action="store_true", help="write the lists in tests/golden/ anew"
     )
+    faults = parser.getgroup("faults", "tests/faults/")
+    faults.addoption("--faults-long", action="store_true", help="run the long form")
+    faults.addoption("--faults-cycles", type=int, help="how often to kill (6; long form: 100)")
+    faults.addoption("--faults-seed", type=int, help="seed of what is random; drawn by default")
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,19 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-@pytest.fixture(scope="session")
-def template(cluster: Cluster, onnx: bytes) -> str:
-    """A database with the extension, the medical model and an empty collection ``images``."""
+def make_template(cluster: Cluster, onnx: bytes) -> str:
+    """Make a database with the extension, the medical model and an empty collection ``images``."""
     create_database(cluster, TEMPLATE)
     with psycopg.connect(cluster.dsn(TEMPLATE), autocommit=True) as connection:
         connection.execute("SELECT siamese.register_model('medical', %s)", (onnx,))
         connection.execute("SELECT siamese.create_collection()")
     return TEMPLATE
+
+
+@pytest.fixture(scope="session")
+def template(cluster: Cluster, onnx: bytes) -> str:
+    """Name of a database to copy; see :func:`make_template`."""
+    return make_template(cluster, onnx)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ TRIGGER_EVENTS = ("insert", "update", "delete", "truncate")
 
 
 def generation_file(plpy: Any, collection_id: int | None, generation: int | None) -> str | None:
-    """Tell whether a generation's file is on this node."""
+    """Tell whether a generation's file is on this node: present, missing or not readable."""
     if generation is None or collection_id is None:
         return None
     try:
@@ -26,7 +26,10 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
     except ImportError:
         return "FAISS is missing"
     paths = index_file.paths(generations.directory(plpy, collection_id), generation)
-    return "present" if all(path.is_file() for path in paths) else "missing"
+    try:
+        return "present" if all(path.is_file() for path in paths) else "missing"
+    except OSError:  # the directory is closed to the server
+        return "not readable"
 
 
 def self_check(plpy: Any) -> list[tuple[str, bool, str]]:
@@ -140,7 +143,9 @@ def _model(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
     try:
         models.encoder(plpy, collection.model_id)
     except SiameseError as error:
-        return ("model", False, error.message)
+        return ("model", False, f"{error.message}. {error.hint or ''}".strip())
+    except ImportError as error:
+        return ("model", False, f"{error}")
     return ("model", True, f"{collection.dimension} dimensions")
 
 
