@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from tests.bars.gallery import (
     gallery,
     index_directory,
     insert,
-    prepare,
 )
 from tests.faults.checks import Connect, check_fallback, check_repair, fill, put, with_notices
 
@@ -128,14 +128,16 @@ def test_not_a_readable_file(
         path.unlink()
     if kind == "directory":
         path.mkdir()
+        owner = path.parent.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
         (path / "something").touch()
     elif kind == "dangling link":
         path.symlink_to("nowhere")
     is_missing = kind in ("gone", "dangling link")
     check_fallback(connect, images, "is missing" if is_missing else "cannot be opened")
     check_repair(connect, images)
-    # The next build removes what has become of the one before the last.
-    check_repair(connect, images)
+    if kind == "directory":  # the generation before is kept; the build after removes it
+        check_repair(connect, images)
 
 
 KEYS: dict[str, Callable[[int], int | str]] = {
@@ -244,41 +246,35 @@ def test_flipped_bits(
         table.check(session, images, 0, "faiss")
 
 
-def test_a_flip_anywhere_in_a_graph(
+def test_flips_in_a_large_file(
     db: Connection, connect: Connect, images: Gallery, seed: int
 ) -> None:
     """Also in a file of some megabytes, which is mapped and of which a search reads little."""
-    prepare(db, images)
-    insert(db, images.files[:100])
-    # Copies get vectors of their own: as many as make a graph, or a large flat index.
-    db.execute("SELECT setseed(0.5)")
-    db.execute("SET session_replication_role = replica")
+    random = np.random.default_rng(seed)
+    vectors = random.normal(size=(12_000, 64)).astype(np.float32)
+    db.execute("SET session_replication_role = replica")  # vectors of no image
     db.execute(
-        "INSERT INTO siamese.images (image, dataset, split, label, source)"
-        " SELECT image, dataset, split, label, source FROM siamese.images, generate_series(1, 119)"
+        "INSERT INTO siamese.images (image) SELECT %s FROM generate_series(1, %s)",
+        (images.files[0], len(vectors)),
     )
-    db.execute(
-        "INSERT INTO siamese.embedding_1 (key, embedding) SELECT b.image_id, (SELECT"
-        " array_agg(random() - 0.5 + 0 * b.image_id) FROM generate_series(1, 64))::real[]::vector"
-        " FROM siamese.images AS b WHERE b.image_id > 100"
-    )
-    db.execute("SET session_replication_role = origin")
+    with db.cursor().copy("COPY siamese.embedding_1 (key, embedding) FROM STDIN") as copy:
+        for key, vector in enumerate(vectors, start=1):
+            copy.write_row((key, str(vector.tolist())))
     db.execute("SELECT build_index()")
     path = current(db, ".faiss")
     whole = path.read_bytes()
-    assert len(whole) > 3_000_000
-    truth = "SELECT e.key FROM siamese.embedding_1 AS e ORDER BY e.embedding <=> %s LIMIT 5"
-    query = db.execute("SELECT embedding FROM siamese.embedding_1 WHERE key = 5000").fetchone()
-    expected = [row[0] for row in db.execute(truth, query).fetchall()]
-    search = "SELECT 5000 UNION ALL (SELECT image_id FROM similar_images(5000, 4, engine => %s))"
-    random = np.random.default_rng(seed)
-    for place in (len(whole) - 1, *random.integers(len(whole), size=4).tolist()):
+    assert len(whole) > vectors.nbytes
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = (np.argsort(1 - unit @ unit[4999])[1:6] + 1).tolist()
+    search = "SELECT image_id FROM similar_images(5000, 5, engine => %s)"
+    places = random.integers(len(whole), size=4).tolist()
+    for place in (0, *places, len(whole) - 1):
         put(path, whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         session = connect()
         notices = with_notices(session)
-        assert [row[0] for row in session.execute(search, ("auto",)).fetchall()] == expected
+        assert [row[0] for row in session.execute(search, ("auto",))] == expected
         assert len(notices) == 1 and "is damaged" in notices[0], f"flip at {place}: {notices}"
         session.close()
     connect().execute("SELECT build_index()")
-    assert [row[0] for row in connect().execute(search, ("faiss",)).fetchall()] == expected
+    assert [row[0] for row in connect().execute(search, ("faiss",))] == expected
     check_files(db)

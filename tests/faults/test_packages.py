@@ -44,7 +44,7 @@ def test_without_what_index_files_need(
         assert (found.fetchone() or (1,))[0] < 1e-6
         session.execute("DELETE FROM siamese.images WHERE image_id IN (1, (SELECT max(image_id)"
                         " FROM siamese.images))")
-        with sql_error("58P01", f'package "{package}"', "cannot be imported", "make install"):
+        with sql_error("58P01", f'package "{module}"', "cannot be imported", "make install"):
             session.execute("SELECT build_index()")
         assert f"package {package}" in failed_checks(session)
         row = session.execute("SELECT generation_file FROM collection_status").fetchone()
