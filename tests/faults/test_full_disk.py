@@ -150,7 +150,9 @@ def test_no_room_for_rows(
             full(connect, disk, images)
         finally:
             with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
-                statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+                statement = (
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+                )
                 admin.execute(statement, (name,))
                 admin.execute(move.format(sql.Identifier(name), sql.Identifier("pg_default")))
                 admin.execute("DROP TABLESPACE small")
@@ -175,9 +177,7 @@ def full(connect: Connect, disk: Path, images: Gallery) -> None:
         # What waits stays waiting; nobody took note of a failure that is none of the image's.
         with pytest.raises(psycopg.errors.DiskFull):
             for _ in range(1000):
-                deferred.execute(
-                    "INSERT INTO t SELECT max(id) + 1, %s FROM t", (images.files[0],)
-                )
+                deferred.execute("INSERT INTO t SELECT max(id) + 1, %s FROM t", (images.files[0],))
         total = deferred.execute("SELECT count(*) FROM t").fetchone()
         with pytest.raises(psycopg.errors.DiskFull):
             deferred.execute("SELECT embed_pending('t')")
@@ -213,7 +213,9 @@ def test_no_room_for_anything(images: Gallery, is_long: bool) -> None:
     """A cluster on a full disk, down to its write-ahead log: PostgreSQL may stop, and comes back."""
     if not is_long:
         pytest.skip("in the long form only: needs a cluster of its own")
-    with FaultyCluster.temporary(SETTINGS | {"max_wal_size": "64MB", "min_wal_size": "32MB"}) as own:
+    with FaultyCluster.temporary(
+        SETTINGS | {"max_wal_size": "64MB", "min_wal_size": "32MB"}
+    ) as own:
         assert isinstance(own, FaultyCluster)
         create_database(own, "full")
         own.stop()

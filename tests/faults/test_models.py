@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,9 +60,7 @@ def test_corrupted_onnx(
     session.execute("INSERT INTO siamese.images (image) VALUES (%s)", (images.files[150],))
 
 
-def test_another_file_does_not_repair(
-    db: Connection, connect: Connect, images: Gallery
-) -> None:
+def test_another_file_does_not_repair(db: Connection, connect: Connect, images: Gallery) -> None:
     """Only the file whose SHA-256 is known is the model."""
     fill(db, images, 20)
     db.execute("UPDATE siamese.models SET onnx = ''")

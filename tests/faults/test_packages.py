@@ -42,8 +42,10 @@ def test_without_what_index_files_need(
         session.execute("INSERT INTO siamese.images (image) VALUES (%s)", (images.files[150],))
         found = session.execute("SELECT distance FROM similar_images(%s, 1)", (images.files[150],))
         assert (found.fetchone() or (1,))[0] < 1e-6
-        session.execute("DELETE FROM siamese.images WHERE image_id IN (1, (SELECT max(image_id)"
-                        " FROM siamese.images))")
+        session.execute(
+            "DELETE FROM siamese.images WHERE image_id IN (1, (SELECT max(image_id)"
+            " FROM siamese.images))"
+        )
         with sql_error("58P01", f'package "{module}"', "cannot be imported", "make install"):
             session.execute("SELECT build_index()")
         assert f"package {package}" in failed_checks(session)
@@ -69,7 +71,9 @@ def test_without_onnxruntime(
             with sql_error(*error):
                 session.execute(statement, (images.files[150],))
         assert db.execute("SELECT count(*) FROM siamese.images").fetchone() == (100,)
-        assert len(session.execute("SELECT similar_images(5, 99, engine => 'faiss')").fetchall()) == 99
+        assert (
+            len(session.execute("SELECT similar_images(5, 99, engine => 'faiss')").fetchall()) == 99
+        )
         session.execute("DELETE FROM siamese.images WHERE image_id < 10")
         session.execute("SELECT build_index()")
         assert len(session.execute("SELECT similar_images(50, 99)").fetchall()) == 90
