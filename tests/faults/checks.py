@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.bars.gallery import (
     Connection,
     Content,
+    Found,
     Gallery,
     check_files,
     check_tables,
@@ -47,14 +48,13 @@ def check_answers(session: Connection, images: Gallery, engine: str, what: str) 
     """Search for the nearest few, and for all rows: each committed one once, and no other."""
     content = Content.read(session, images)
     count = len(content.ids)
-    last = len(images) - 1
-    for k, arguments in (
-        (10, {"image": last}),
-        (count + 10, {"image": 0}),
-        *([(count + 10, {"row": count // 2})] if count else []),
-    ):
-        found = content.check(session, images, k=k, engine=engine, what=what, **arguments)
-        assert found.recall == 1.0, f"{what}: recall {found.recall}"
+    found = Found()
+    found.add(content.check(session, images, image=len(images) - 1, engine=engine, what=what))
+    found.add(content.check(session, images, image=0, k=count + 10, engine=engine, what=what))
+    if count:
+        row = count // 2
+        found.add(content.check(session, images, row=row, k=count + 10, engine=engine, what=what))
+    assert found.recall == 1.0, f"{what}: recall {found.recall}"
 
 
 def check_fallback(connect: Connect, images: Gallery, message: str) -> None:

@@ -295,7 +295,7 @@ class Kills:
 
     def change(
         self, writer: Writer, state: dict[int, int], random: np.random.Generator
-    ) -> tuple[sql.Composable, tuple[object, ...]]:
+    ) -> tuple[sql.Composed, tuple[object, ...]]:
         """Return a statement, and make its change in ``state``."""
         table = writer.table.identifier, sql.Identifier(writer.table.key)
         size = int(random.choice([1, 1, 3, 10, 25]))

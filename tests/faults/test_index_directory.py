@@ -78,11 +78,9 @@ def test_closed(
     if os.geteuid() != 0 or cluster.user is None:
         pytest.skip("only root can give a directory to another user")
     path = at(directory, level)
-    for close in (
-        lambda: path.chmod(0),
-        lambda: (path.chmod(0o700), os.chown(path, 0, 0)),
-    ):
-        close()
+    for mode, owner in ((0, cluster.user.pw_uid), (0o700, 0)):
+        path.chmod(mode)
+        os.chown(path, owner, cluster.user.pw_gid)
         check_fallback(connect, images, "cannot be opened")
         assert status(connect) == "not readable"
         with sql_error("42501", "could not write index file", str(path), "chown", "chmod"):
@@ -98,7 +96,7 @@ def test_closed(
 def test_elsewhere_by_a_link(
     connect: Connect, cluster: FaultyCluster, images: Gallery, directory: Path
 ) -> None:
-    """A link to a directory on another disk is fine; to nowhere, as where it is not mounted, not."""
+    """A link to another disk is fine; one that leads nowhere, as before a mount, is not."""
     place = directory.parents[1]
     disk = cluster.folder / "disk"
     place.rename(disk)
