@@ -22,7 +22,10 @@ CLASSES = {
 
 @dataclass(frozen=True, order=True)
 class Message:
-    """A message, with … for each part that varies; sqlstate is ``notice`` or ``warning`` of those."""
+    """A message, with … for each part that varies.
+
+    Of what is no error, ``sqlstate`` is ``notice`` or ``warning``.
+    """
 
     sqlstate: str
     text: str

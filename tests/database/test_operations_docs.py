@@ -1,4 +1,4 @@
-"""docs/operations.md: its statements run, its shell commands exist, its messages are the sources'."""
+"""docs/operations.md: statements run, shell commands exist, messages are those of the sources."""
 
 from __future__ import annotations
 

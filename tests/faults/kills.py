@@ -146,6 +146,8 @@ class Kills:
                 self.check(number)
             except AssertionError as error:
                 raise AssertionError(f"cycle {number}, {what}: {error}") from error
+            if number % 10 == 9:
+                self.report(f"{number + 1} cycles")
         self.report(", ".join(f"{what} {count}" for what, count in sorted(self.done.items())))
 
     def connect(self, name: str) -> Connection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -44,14 +44,19 @@ def status(connect: Connect) -> str:
     return str(row[0])
 
 
-LEVELS = {"collection": 0, "database": 1, "all": 2}
+LEVELS = {"collection": 0, "all": 2, "database": 1}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "level" in metafunc.fixturenames:
+        is_long = metafunc.config.getoption("--faults-long")
+        metafunc.parametrize("level", list(LEVELS) if is_long else list(LEVELS)[:2])
 
 
 def at(directory: Path, level: str) -> Path:
     return (directory, *directory.parents)[LEVELS[level]]
 
 
-@pytest.mark.parametrize("level", LEVELS)
 def test_removed(connect: Connect, images: Gallery, directory: Path, level: str) -> None:
     shutil.rmtree(at(directory, level))
     check_fallback(connect, images, "is missing")
@@ -59,7 +64,6 @@ def test_removed(connect: Connect, images: Gallery, directory: Path, level: str)
     check_repair(connect, images)
 
 
-@pytest.mark.parametrize("level", LEVELS)
 def test_replaced_by_a_file(connect: Connect, images: Gallery, directory: Path, level: str) -> None:
     path = at(directory, level)
     path.rename(path.with_name("aside"))
@@ -70,7 +74,6 @@ def test_replaced_by_a_file(connect: Connect, images: Gallery, directory: Path, 
     shutil.rmtree(path.with_name("aside"))
 
 
-@pytest.mark.parametrize("level", LEVELS)
 def test_closed(
     cluster: FaultyCluster, connect: Connect, images: Gallery, directory: Path, level: str
 ) -> None:
@@ -116,20 +119,13 @@ def test_elsewhere_by_a_link(
     check_repair(connect, images)
 
 
-@pytest.mark.parametrize(
-    "litter",
-    [
-        lambda path: (path / "77.faiss").mkdir(),
-        lambda path: (path / "78.faiss.tmp").mkdir(),
-        lambda path: (path / "notes.txt").write_text("mine"),
-        lambda path: (path / "79.meta").symlink_to("/nowhere"),
-    ],
-    ids=["directory", "temporary directory", "file", "link"],
-)
 def test_litter_is_removed_by_the_next_build(
-    connect: Connect, images: Gallery, directory: Path, litter: Callable[[Path], object]
+    connect: Connect, images: Gallery, directory: Path
 ) -> None:
-    litter(directory)
+    (directory / "77.faiss").mkdir()
+    (directory / "78.faiss.tmp").mkdir()
+    (directory / "notes.txt").write_text("mine")
+    (directory / "79.meta").symlink_to("/nowhere")
     check_answers(connect(), images, "faiss", "beside litter")
     check_repair(connect, images)
 

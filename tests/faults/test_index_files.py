@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,8 +116,15 @@ def test_swapped_with_each_other(db: Connection, connect: Connect, images: Galle
     check_repair(connect, images)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("kind", ["gone", "directory", "dangling link", "not readable"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kind" in metafunc.fixturenames:
+        kinds = ["gone", "directory", "dangling link", "not readable"]
+        cases = list(itertools.product(kinds, SUFFIXES))
+        if not metafunc.config.getoption("--faults-long"):
+            cases = list(zip(kinds, itertools.cycle(SUFFIXES), strict=False))
+        metafunc.parametrize(("kind", "suffix"), cases)
+
+
 def test_not_a_readable_file(
     db: Connection, connect: Connect, images: Gallery, suffix: str, kind: str
 ) -> None:
