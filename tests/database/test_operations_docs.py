@@ -7,14 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.conftest import Connection, Pictures
+from tests.conftest import Connection, Pictures, insert_images
 from tests.messages import Message, all_messages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -109,6 +109,22 @@ def test_shell(filled: Connection, dsn: str) -> None:
                 words = ["make", "-n", *words[1:]]
             done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+def test_a_session_of_a_pool(
+    db: Connection, connect: Callable[..., Connection], pictures: Pictures
+) -> None:
+    """Clients share a session, as PgBouncer lets them, with DISCARD ALL between or without."""
+    insert_images(db, pictures.files[:30])
+    db.execute("SELECT build_index()")
+    other = connect()
+    for number, between in enumerate(("SELECT 1", "DISCARD ALL", "DISCARD ALL")):
+        insert_images(other, pictures.files[30 + number : 31 + number])
+        other.execute("DELETE FROM images WHERE image_id = %s", (number + 1,))
+        query = "SELECT image_id FROM similar_images(%s, k => 100, engine => 'faiss') ORDER BY 1"
+        found = db.execute(query, (pictures.files[0],)).fetchall()
+        assert found == db.execute("SELECT image_id FROM images ORDER BY 1").fetchall()
+        db.execute(between)
 
 
 def test_links_lead_somewhere() -> None:
