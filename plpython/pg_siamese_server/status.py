@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from importlib import import_module
@@ -27,7 +28,9 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
         return "FAISS is missing"
     paths = index_file.paths(generations.directory(plpy, collection_id), generation)
     try:
-        return "present" if all(path.is_file() for path in paths) else "missing"
+        if not all(path.is_file() for path in paths):
+            return "missing"
+        return "present" if all(os.access(path, os.R_OK) for path in paths) else "not readable"
     except OSError:  # the directory is closed to the server
         return "not readable"
 

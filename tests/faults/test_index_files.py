@@ -142,6 +142,8 @@ def test_not_a_readable_file(
         path.symlink_to("nowhere")
     is_missing = kind in ("gone", "dangling link")
     check_fallback(connect, images, "is missing" if is_missing else "cannot be opened")
+    row = db.execute("SELECT generation_file FROM collection_status").fetchone()
+    assert row == ("not readable" if kind == "not readable" else "missing",)
     check_repair(connect, images)
     if kind == "directory":  # the generation before is kept; the build after removes it
         check_repair(connect, images)

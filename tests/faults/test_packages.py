@@ -95,7 +95,7 @@ def test_without_onnx(
     connect().execute("SELECT register_model('another', %s)", (onnx,))
 
 
-@pytest.mark.parametrize("module", ["numpy", "pg_siamese_server"])
+@pytest.mark.parametrize("module", ["numpy", "PIL", "pg_siamese_server"])
 def test_without_what_everything_needs(
     db: Connection, connect: Connect, cluster: FaultyCluster, images: Gallery, module: str
 ) -> None:
