@@ -2,7 +2,7 @@
 # everything can be run, tested and read without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help python deps deps-test up down dsn psql demo test lint bench bench-deferred bench-large train install migrate clean \
+.PHONY: help python deps deps-test up down dsn psql demo test test-faults lint bench bench-deferred bench-large train install migrate clean \
 	docker-build docker-up docker-down docker-test docker-base
 MAKEFLAGS += --no-print-directory
 
@@ -55,6 +55,9 @@ demo: up ## load medical images, search, print the answers and draw them
 
 test: deps-test ## run the tests, on clusters of their own (ARGS='-k name')
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: deps-test ## kill servers, fill disks and damage files, at length (ARGS='--faults-cycles 100 --faults-seed 7')
+	@$(BIN)/python -m pytest tests/faults --faults-long -s $(ARGS)
 
 lint: deps-test ## ruff, mypy and sqlfluff
 	@$(BIN)/ruff check .

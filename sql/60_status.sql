@@ -25,7 +25,7 @@ if 'pg_siamese @VERSION@' not in GD:
 return GD['pg_siamese @VERSION@'].generation_file(plpy, collection_id, generation)
 $python$;
 COMMENT ON FUNCTION siamese._generation_file(integer, bigint)
-IS 'whether a generation''s file is on this node: present or missing';
+IS 'whether a generation''s file is on this node: present, missing or not readable';
 
 CREATE FUNCTION siamese._queue_counts(collection_id integer)
 RETURNS TABLE (waiting bigint, retrying bigint, oldest_at timestamptz, rows_per_second real)

@@ -32,6 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--renew-golden", action="store_true", help="write the lists in tests/golden/ anew"
     )
+    faults = parser.getgroup("faults", "tests/faults/")
+    faults.addoption("--faults-long", action="store_true", help="run the long form")
+    faults.addoption("--faults-cycles", type=int, help="how often to kill (6; long form: 100)")
+    faults.addoption("--faults-seed", type=int, help="seed of what is random; drawn by default")
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,8 @@ def cluster() -> Iterator[Cluster | ExternalServer]:
         yield running
 
 
-@pytest.fixture(scope="session")
-def template(cluster: Cluster | ExternalServer, onnx: bytes) -> str:
-    """A database with the extension, the medical model and an empty collection ``images``."""
+def make_template(cluster: Cluster | ExternalServer, onnx: bytes) -> str:
+    """Make a database with the extension, the medical model and an empty collection ``images``."""
     if isinstance(cluster, Cluster):
         create_database(cluster, TEMPLATE)
     else:
@@ -105,6 +108,12 @@ def create_database_elsewhere(server: ExternalServer) -> None:
         admin.execute(sql.SQL("CREATE DATABASE {}").format(name))
     with psycopg.connect(server.dsn(TEMPLATE), autocommit=True) as connection:
         connection.execute("CREATE EXTENSION pg_siamese CASCADE")
+
+
+@pytest.fixture(scope="session")
+def template(cluster: Cluster | ExternalServer, onnx: bytes) -> str:
+    """Name of a database to copy; see :func:`make_template`."""
+    return make_template(cluster, onnx)
 
 
 @pytest.fixture

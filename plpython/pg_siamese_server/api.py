@@ -6,7 +6,6 @@ so that a late cancel hits this statement and not the next one of the session.
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 from collections import Counter
@@ -31,6 +30,8 @@ from pg_siamese_server.errors import (  # noqa: E402
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     UNDEFINED_COLUMN,
     SiameseError,
+    file_error,
+    package_error,
 )
 
 # Their threads inherit the mask; PostgreSQL's signal handlers stay in the main thread.
@@ -38,7 +39,6 @@ with interrupts.signals_blocked():
     from pg_siamese_server import search as _search
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-DISK_ERRORS = {errno.ENOSPC: "53100", errno.EDQUOT: "53100"}
 
 
 def _entry(function: Function) -> Function:
@@ -63,14 +63,10 @@ def _entry(function: Function) -> Function:
             )
         except OSError as error:
             interrupts.check(plpy)
-            _report(
-                plpy,
-                SiameseError(
-                    f'could not write index file "{error.filename or ""}": {error.strerror}',
-                    sqlstate=DISK_ERRORS.get(error.errno or 0, "58030"),
-                    hint="The tables are not affected; see that the data directory has room.",
-                ),
-            )
+            _report(plpy, file_error(error))
+        except ImportError as error:
+            interrupts.check(plpy)
+            _report(plpy, package_error(error))
         interrupts.check(plpy)
         return result
 

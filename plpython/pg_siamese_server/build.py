@@ -58,7 +58,7 @@ def build_index(
         f" WHERE collection_id = {collection.collection_id}"
     )[0]
     directory = generations.directory(plpy, collection.collection_id)
-    index_file.remove_temporary(directory)
+    _remove_orphans(plpy, collection, directory)
 
     poll = partial(interrupts.check, plpy)
     rows, matrix, levels = read(plpy, collection, options, poll)
@@ -316,6 +316,27 @@ def _drop_dead_additions(plpy: Any, collection: Collection) -> None:
     )
 
 
+def _sees_all_commits(plpy: Any) -> bool:
+    """Whether each statement has a snapshot of its own, and so sees what others have committed."""
+    isolation = plpy.execute("SELECT current_setting('transaction_isolation') AS name")[0]["name"]
+    return bool(isolation.startswith("read "))
+
+
+def _remove_orphans(plpy: Any, collection: Collection, directory: Path) -> None:
+    """Remove what builds left that were rolled back or killed: this one may need the room.
+
+    With the lock of the collection's builds held, no other is under way: what the manifest does not
+    list was never committed.
+    """
+    index_file.remove_temporary(directory)
+    if _sees_all_commits(plpy):
+        known = plpy.execute(
+            "SELECT generation FROM siamese.generations"
+            f" WHERE collection_id = {collection.collection_id}"
+        )
+        index_file.remove_others(directory, {row["generation"] for row in known})
+
+
 def _remove_abandoned(plpy: Any) -> None:
     """Remove the files of collections and databases that are no more.
 
@@ -323,8 +344,7 @@ def _remove_abandoned(plpy: Any) -> None:
     collection that this transaction can't see may be one that another has made and not committed;
     then that other one holds the lock of its index build.
     """
-    isolation = plpy.execute("SELECT current_setting('transaction_isolation') AS name")[0]["name"]
-    if not isolation.startswith("read "):  # may not see what there is by now
+    if not _sees_all_commits(plpy):
         return
     own = generations.directory(plpy)
     for path in _numbered(own):

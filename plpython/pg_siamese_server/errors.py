@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 INVALID_PARAMETER_VALUE = "22023"
 NULL_VALUE_NOT_ALLOWED = "22004"
 INVALID_BINARY_REPRESENTATION = "22P03"
@@ -16,6 +18,10 @@ PROGRAM_LIMIT_EXCEEDED = "54000"
 READ_ONLY_SQL_TRANSACTION = "25006"
 NO_DATA_FOUND = "P0002"
 DATA_CORRUPTED = "XX001"
+DISK_FULL = "53100"
+INSUFFICIENT_PRIVILEGE = "42501"
+UNDEFINED_FILE = "58P01"
+IO_ERROR = "58030"
 
 
 class SiameseError(Exception):
@@ -58,3 +64,42 @@ class IndexFileError(SiameseError):
     """A FAISS generation that is missing, torn, or not the one that the catalog names."""
 
     sqlstate = OBJECT_NOT_IN_PREREQUISITE_STATE
+
+
+MAKE_ROOM = "Make room in the data directory, then call build_index again."
+CHANGE_OWNER = (
+    "Give the directory pg_siamese in the data directory, with all that is in it, to the server's"
+    " user (chown -R, chmod -R u+rwX), then call build_index again."
+)
+MOUNT = "Mount what the link leads to, or remove the link, then call build_index again."
+# As PostgreSQL's own errcode_for_file_access does.
+FILE_ERRORS = {
+    errno.ENOSPC: (DISK_FULL, MAKE_ROOM),
+    errno.EDQUOT: (DISK_FULL, MAKE_ROOM),
+    errno.EACCES: (INSUFFICIENT_PRIVILEGE, CHANGE_OWNER),
+    errno.EPERM: (INSUFFICIENT_PRIVILEGE, CHANGE_OWNER),
+    errno.EROFS: (INSUFFICIENT_PRIVILEGE, CHANGE_OWNER),
+    errno.ENOENT: (UNDEFINED_FILE, MOUNT),
+}
+
+
+def file_error(error: OSError) -> SiameseError:
+    """Say what went wrong with an index file, and what to do; nothing else writes files."""
+    sqlstate, hint = FILE_ERRORS.get(error.errno or 0, (IO_ERROR, None))
+    return SiameseError(
+        f'could not write index file "{error.filename or ""}": {error.strerror}',
+        sqlstate=sqlstate,
+        detail="No table is affected, and searches go on without the file.",
+        hint=hint,
+    )
+
+
+def package_error(error: ImportError) -> SiameseError:
+    """Say which package of the server's environment is missing or broken."""
+    return SiameseError(
+        f'Python package "{error.name or "unknown"}" cannot be imported by the server',
+        sqlstate=UNDEFINED_FILE,
+        detail=f"{error}.",
+        hint="Install the server's Python environment anew (make install), then start a new"
+        " session; self_check() lists the packages.",
+    )

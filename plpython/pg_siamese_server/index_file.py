@@ -10,9 +10,12 @@ arrays at multiples of 64 bytes, as the header says.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import mmap
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +157,7 @@ def write(
     Raises:
         OSError: the disk is full, or the directory not writable. Nothing is published then.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    _make_directory(directory)
     faiss_path, meta_path = paths(directory, identity.generation)
     digest = xxhash.xxh3_128()
 
@@ -182,8 +185,28 @@ def write(
     _publish(faiss_path, write_index)
     size = faiss_path.stat().st_size
     header, body = _sidecar(identity, size, digest.hexdigest(), rows, made_for)
-    _publish(meta_path, lambda file: (file.write(header), [file.write(part) for part in body]))
+    try:
+        _publish(meta_path, lambda file: (file.write(header), [file.write(part) for part in body]))
+    except OSError:  # a full disk has no room for the one without the other
+        faiss_path.unlink(missing_ok=True)
+        raise
     return size + meta_path.stat().st_size
+
+
+def _make_directory(directory: Path) -> None:
+    """Make the directories of all collections, of the database and of the collection.
+
+    A file in place of one of them is removed: it is nothing that a DBA would put there. A link is
+    somebody's decision, so one that leads nowhere is an error.
+    """
+    for path in (directory.parents[1], directory.parent, directory):
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(
+                errno.ENOENT, "It is a link to a directory that does not exist", str(path)
+            )
+        if path.is_file():
+            path.unlink()
+        path.mkdir(exist_ok=True)
 
 
 def _publish(path: Path, fill: Callable[[Any], Any]) -> None:
@@ -195,8 +218,11 @@ def _publish(path: Path, fill: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write does not say of which file
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
@@ -320,20 +346,27 @@ def _check_faiss_file(path: Path, header: dict[str, Any], poll: Poll) -> None:
 def remove_temporary(directory: Path) -> None:
     """Remove what builds left that did not come to their end."""
     for path in directory.glob("*.tmp"):
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def remove_before(directory: Path, generation: int) -> None:
     """Remove generations that are older than one."""
-    for path in directory.iterdir():
+    for path in directory.iterdir() if directory.is_dir() else ():
         stem = path.name.split(".", 1)[0]
         if stem.isdigit() and int(stem) < generation:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def remove_others(directory: Path, keep: set[int]) -> None:
-    """Remove generations that no snapshot needs any more."""
-    for path in directory.iterdir():
+    """Remove generations that no snapshot needs any more, and whatever else is there."""
+    for path in directory.iterdir() if directory.is_dir() else ():
         stem = path.name.split(".", 1)[0]
         if not stem.isdigit() or int(stem) not in keep:
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -61,7 +61,8 @@ def encoder(plpy: Any, model_id: int) -> Encoder:
             raise SiameseError(
                 f"ONNX file of model {model_id} does not have its SHA-256",
                 sqlstate=DATA_CORRUPTED,
-                hint="Restore the row of siamese.models from a backup.",
+                hint="Register the same file under the same name once more with register_model:"
+                " that restores it.",
             )
         found = Encoder(data, key[1])
         while len(_encoders) >= MAX_OPEN_ENCODERS:
@@ -93,7 +94,7 @@ def embed(plpy: Any, model_id: int, images: list[bytes | None]) -> NDArray[np.fl
 def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, Any]) -> int:
     """Check an ONNX file and store it; returns its model_id.
 
-    The same file under the same name and specification is accepted again.
+    The same file under the same name and specification is accepted again, and mends the stored one.
     """
     from pg_siamese_server.registration import inspect_model  # parsing ONNX is needed only here
 
@@ -130,4 +131,11 @@ def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, A
             detail="It has another ONNX file or specification.",
             hint="Models never change: register this one under a new name.",
         )
+    # Where the stored bytes have been damaged, here are the right ones.
+    prepare(
+        plpy,
+        "UPDATE siamese.models SET onnx = $2 WHERE model_id = $1"
+        " AND encode(sha256(onnx), 'hex') <> sha256",
+        ("integer", "bytea"),
+    ).execute([row["model_id"], data])
     return int(row["model_id"])

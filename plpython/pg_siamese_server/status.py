@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from importlib import import_module
@@ -18,7 +19,7 @@ TRIGGER_EVENTS = ("insert", "update", "delete", "truncate")
 
 
 def generation_file(plpy: Any, collection_id: int | None, generation: int | None) -> str | None:
-    """Tell whether a generation's file is on this node."""
+    """Tell whether a generation's file is on this node: present, missing or not readable."""
     if generation is None or collection_id is None:
         return None
     try:
@@ -26,7 +27,12 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
     except ImportError:
         return "FAISS is missing"
     paths = index_file.paths(generations.directory(plpy, collection_id), generation)
-    return "present" if all(path.is_file() for path in paths) else "missing"
+    try:
+        if not all(path.is_file() for path in paths):
+            return "missing"
+        return "present" if all(os.access(path, os.R_OK) for path in paths) else "not readable"
+    except OSError:  # the directory is closed to the server
+        return "not readable"
 
 
 def self_check(plpy: Any) -> list[tuple[str, bool, str]]:
@@ -140,7 +146,9 @@ def _model(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
     try:
         models.encoder(plpy, collection.model_id)
     except SiameseError as error:
-        return ("model", False, error.message)
+        return ("model", False, f"{error.message}. {error.hint or ''}".strip())
+    except ImportError as error:
+        return ("model", False, f"{error}")
     return ("model", True, f"{collection.dimension} dimensions")
 
 

@@ -180,6 +180,49 @@ def test_failed_write_publishes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_room_for_the_second_file(
+    tmp_path: Path, matrix: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one must not stay: it may be what fills the disk."""
+    replaced: list[str] = []
+    replace_file = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        replaced.append(target.name)
+        if len(replaced) == 2:
+            raise OSError(28, "No space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        index_file.write(tmp_path, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+    assert replaced == ["5.faiss", "5.meta"]
+    assert caught.value.filename == str(tmp_path / "5.meta")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("level", ["pg_siamese", "pg_siamese/1", "pg_siamese/1/3"])
+def test_a_file_in_place_of_a_directory(level: str, tmp_path: Path, matrix: Array) -> None:
+    directory = tmp_path / "pg_siamese" / "1" / "3"
+    (tmp_path / level).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / level).write_text("not a directory")
+    refuse(directory, "cannot be opened")
+    index_file.write(directory, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+    index_file.read(directory, IDENTITY, no_poll)
+
+
+def test_links_in_place_of_a_directory(tmp_path: Path, matrix: Array) -> None:
+    (tmp_path / "pg_siamese").symlink_to(tmp_path / "disk")
+    directory = tmp_path / "pg_siamese" / "1" / "3"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        index_file.write(directory, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+    assert [path.name for path in tmp_path.iterdir()] == ["pg_siamese"]
+    (tmp_path / "disk").mkdir()
+    index_file.write(directory, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+    index_file.read(directory, IDENTITY, no_poll)
+    assert (tmp_path / "disk" / "1" / "3" / "5.faiss").exists()
+
+
 def refuse(directory: Path, message: str, identity: Identity = IDENTITY) -> None:
     with pytest.raises(IndexFileError) as caught:
         index_file.read(directory, identity, no_poll)
@@ -247,8 +290,11 @@ def test_directory_in_place_of_a_file(directory: Path) -> None:
 def test_remove_others(directory: Path) -> None:
     for name in ("4.faiss", "4.meta", "6.faiss", "7.faiss.tmp", "strange"):
         (directory / name).touch()
+    for name in ("8.faiss", "9.faiss.tmp"):
+        (directory / name).mkdir()
+        (directory / name / "something").touch()
     index_file.remove_temporary(directory)
-    assert not (directory / "7.faiss.tmp").exists()
+    assert not list(directory.glob("*.tmp"))
     index_file.remove_others(directory, {5, 6})
     assert sorted(path.name for path in directory.iterdir()) == ["5.faiss", "5.meta", "6.faiss"]
 

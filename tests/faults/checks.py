@@ -1,0 +1,81 @@
+"""What must hold after a fault: right answers, a clear message, and repair by one command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.bars.gallery import (
+    Connection,
+    Content,
+    Found,
+    Gallery,
+    check_files,
+    check_tables,
+    insert,
+    prepare,
+)
+from tests.support import sql_error
+
+Connect = Callable[[], Connection]
+
+
+def fill(db: Connection, images: Gallery, rows: int) -> None:
+    """Insert images and build an index."""
+    prepare(db, images)
+    insert(db, images.files[:rows])
+    db.execute("SELECT build_index()")
+
+
+def with_notices(session: Connection) -> list[str]:
+    """Return the list that takes the session's notices from now on, each with its HINT."""
+    notices: list[str] = []
+    session.add_notice_handler(
+        lambda notice: notices.append(f"{notice.message_primary} {notice.message_hint or ''}")
+    )
+    return notices
+
+
+def put(path: Path, data: bytes) -> None:
+    """Replace a file as a restore would: by another one, since somebody may have it mapped."""
+    new = path.with_name("new")
+    new.write_bytes(data)
+    os.replace(new, path)
+
+
+def check_answers(session: Connection, images: Gallery, engine: str, what: str) -> None:
+    """Search for the nearest few, and for all rows: each committed one once, and no other."""
+    content = Content.read(session, images)
+    count = len(content.ids)
+    found = Found()
+    found.add(content.check(session, images, image=len(images) - 1, engine=engine, what=what))
+    found.add(content.check(session, images, image=0, k=count + 10, engine=engine, what=what))
+    if count:
+        row = count // 2
+        found.add(content.check(session, images, row=row, k=count + 10, engine=engine, what=what))
+    assert found.recall == 1.0, f"{what}: recall {found.recall}"
+
+
+def check_fallback(connect: Connect, images: Gallery, message: str) -> None:
+    """A new session answers rightly, says once why FAISS doesn't, and self_check names the cure."""
+    session = connect()
+    notices = with_notices(session)
+    check_answers(session, images, "auto", message)
+    assert len(notices) == 1, notices
+    for text in ('searching collection "images" without its FAISS index', message, "build_index"):
+        assert text in notices[0], notices
+    with sql_error("55000", "FAISS cannot answer", message):
+        session.execute("SELECT similar_images(%s, engine => 'faiss')", (images.files[0],))
+    row = session.execute("SELECT ok, detail FROM self_check() WHERE subject ~ ': index$'")
+    ok, detail = row.fetchone() or (True, "")
+    assert not ok and message in detail and "call build_index" in detail, detail
+
+
+def check_repair(connect: Connect, images: Gallery) -> None:
+    """One command, and everything is as it should be."""
+    connect().execute("SELECT build_index()")
+    session = connect()
+    check_answers(session, images, "faiss", "after repair")
+    check_tables(session)
+    check_files(session)
