@@ -13,6 +13,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
+from pg_siamese.training.experiments import experiment_names
 from tests.conftest import Connection, Pictures
 
 pytest.importorskip("torch")
@@ -50,10 +51,18 @@ def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
 
 
 def test_all_blocks_are_run() -> None:
-    assert [text.split()[:3] for _, text in BLOCKS] == [
-        ["pg_siamese", "train", "folder"],
-        ["pg_siamese", "train", "medmnist_siamese"],
-    ]
+    """The first two are, below; the others are the same two commands, for as many minutes."""
+    texts = [text for _, text in BLOCKS]
+    assert texts[0].startswith("pg_siamese train folder")
+    assert texts[1].startswith("pg_siamese train medmnist_siamese")
+    for text in texts[2:]:
+        train, evaluate = text.splitlines()
+        match = re.fullmatch(
+            r"for seed in 0 1 2; do pg_siamese train (\w+) --seed \$seed; done", train
+        )
+        assert match and match[1] in experiment_names(), text
+        assert f" build/training/{match[1]}/seed-{{0,1,2}}/model.onnx " in evaluate
+        run(f"{evaluate} --help", ROOT)
 
 
 def test_a_folder_of_ones_own(

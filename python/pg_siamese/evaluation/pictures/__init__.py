@@ -75,7 +75,7 @@ def write_pictures(evaluations: Sequence[Evaluation], folder: Path) -> Iterator[
         folder / f"{name}-ten-nearest.png",
     )
     yield save(
-        confusion_matrices(shown.confusions(), f"{name}: confusion matrix, per cent of a class"),
+        confusion_matrices(shown.confusions(), f"{name}: confusion matrix,\nper cent of a class"),
         folder / f"{name}-confusion.png",
     )
     kind = "of one data set" if first.model.labels == "set" else "of one class"
