@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,39 +22,66 @@ LEAST_COSINE = 0.9999
 
 
 def torch_encoder(path: Path) -> Any:
-    """Rebuild the training code's network and give it the weights of an ONNX file.
+    """Build the network of an ONNX file's experiment and give it the file's weights.
 
-    The network's shape is read from the weights and from the strides of the graph's convolutions,
-    whose names are those of the network's own parts; every weight must find its place.
+    Those of the graph have the names of the network's own parts; every weight must find its place.
     """
     import torch
+    from torch import nn
 
-    from pg_siamese.training.export import fold_batch_norms
-    from pg_siamese.training.networks.residual import ResidualEncoder
+    from pg_siamese.training.experiments import load_experiment
+    from pg_siamese.training.export import METADATA_KEY, fold_batch_norms
+    from pg_siamese.training.networks import build_network
 
-    graph = onnx.load_model(str(path), load_external_data=False).graph
-    weights = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-    strides = {
-        node.input[1]: next(a.ints[0] for a in node.attribute if a.name == "strides")
-        for node in graph.node
-        if node.op_type == "Conv"
-    }
-    stages: list[tuple[int, int]] = []
-    while (name := f"blocks.{len(stages)}.first.0.weight") in weights:
-        stages.append((weights[name].shape[0], strides[name]))
+    model = onnx.load_model(str(path), load_external_data=False)
+    metadata = json.loads(next(p.value for p in model.metadata_props if p.key == METADATA_KEY))
+    experiment = load_experiment(metadata["name"])
+    settings, size = experiment.network, (experiment.input.height, experiment.input.width)
     network = fold_batch_norms(
-        ResidualEncoder(
-            dimension=weights["head.weight"].shape[0],
-            stem=(weights["stem.0.weight"].shape[0], strides["stem.0.weight"]),
-            stages=tuple(stages),
-        )
+        build_network(settings.name, settings.dimension, size, settings.options)
     )
-    expected = set(network.state_dict())
-    # What else the graph holds are constants of operators, not weights.
-    state = {name: torch.tensor(weights[name]) for name in expected}
-    assert {name for name in weights if "." in name} == expected
+    weights = {
+        item.name: torch.tensor(numpy_helper.to_array(item)) for item in model.graph.initializer
+    }
+    biases = {
+        node.input[1]: weights[node.input[2]] for node in model.graph.node if node.op_type == "Conv"
+    }
+    state = network.state_dict()
+    # What else the graph holds are constants of operators, and biases under names of its own.
+    assert {name for name in weights if name.endswith(".weight")} <= set(state)
+    norms = {name: part for name, part in network.named_modules() if is_norm(part)}
+    state |= {name: weights[name] for name in state if name in weights}
+    for name, norm in norms.items():
+        # The exporter folded it into the convolution before it: the bias is what is left of it.
+        assert isinstance(norm, nn.BatchNorm2d)
+        bias = biases[f"{convolution_before(name)}.weight"]
+        state |= {
+            f"{name}.running_mean": torch.zeros_like(bias),
+            f"{name}.running_var": torch.full_like(bias, 1 - norm.eps),
+            f"{name}.weight": torch.ones_like(bias),
+            f"{name}.bias": bias,
+        }
+    left = [name for name in state if name not in weights and name.rpartition(".")[0] not in norms]
+    assert left == []
     network.load_state_dict(state, strict=True)
     return network.eval()
+
+
+def is_norm(part: Any) -> bool:
+    """Say whether a part is a batch norm."""
+    return type(part).__name__ == "BatchNorm2d"
+
+
+def convolution_before(norm: str) -> str:
+    """Return the name of the convolution that a batch norm of EfficientNet's follows."""
+    parent, _, own = norm.rpartition(".")
+    names = {
+        "norm": "stem",
+        "_bn0": "_expand_conv",
+        "_bn1": "_depthwise_conv",
+        "_bn2": "_project_conv",
+    }
+    return f"{parent}.{names[own]}"
 
 
 def embed_torch(path: Path, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
