@@ -9,12 +9,20 @@ CREATE TABLE siamese.embedding_batches (
     rows integer NOT NULL
 );
 
+CREATE TABLE siamese.embedding_attempts (
+    collection_id integer NOT NULL,
+    ticket bigint NOT NULL,
+    begun integer NOT NULL DEFAULT 1,
+    PRIMARY KEY (collection_id, ticket)
+);
+
 -- It has one argument more now.
 DROP FUNCTION siamese.create_collection(text, regclass, text, text, text, text, boolean);
 
 -- @REPLACEABLE@
 
-REVOKE ALL ON TABLE siamese.embedding_batches, siamese.embedding_queue_status FROM public;
+REVOKE ALL ON TABLE
+siamese.embedding_batches, siamese.embedding_attempts, siamese.embedding_queue_status FROM public;
 REVOKE ALL ON FUNCTION siamese.create_collection(text, regclass, text, text, text, text, boolean, text) FROM public;
 REVOKE ALL ON FUNCTION siamese._create_queue(integer, text) FROM public;
 REVOKE ALL ON FUNCTION siamese._add_tickets(integer, text[]) FROM public;
@@ -25,6 +33,9 @@ REVOKE ALL ON FUNCTION siamese._queue_change() FROM public;
 REVOKE ALL ON FUNCTION siamese._queued_collections() FROM public;
 REVOKE ALL ON FUNCTION siamese._is_waiting(integer) FROM public;
 REVOKE ALL ON FUNCTION siamese._take_tickets(integer, integer) FROM public;
+REVOKE ALL ON FUNCTION siamese._begin_tickets(integer, bigint[]) FROM public;
+REVOKE ALL ON FUNCTION siamese._end_tickets(integer, bigint[]) FROM public;
+REVOKE ALL ON FUNCTION siamese._isolate_tickets(integer) FROM public;
 REVOKE ALL ON FUNCTION siamese._read_images(integer, text[]) FROM public;
 REVOKE ALL ON FUNCTION siamese._store_vectors(
     integer, text, bigint[], text[], text[], bytea[], text[], text[], bytea[], text[], text[], boolean[]

@@ -482,6 +482,7 @@ BEGIN
         'DROP FUNCTION IF EXISTS siamese._keys_%1$s, siamese._present_%1$s, siamese._rows_%1$s,
             siamese._locked_rows_%1$s, siamese._queue_insert_%1$s', collection.collection_id);
     DELETE FROM siamese.embedding_batches AS b WHERE b.collection_id = collection.collection_id;
+    DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = collection.collection_id;
     DELETE FROM siamese.collections AS c WHERE c.collection_id = collection.collection_id;
 END
 $$;

@@ -5,6 +5,9 @@
 --    vector that is there belongs to the image that is there, and a key that has one needs no other.
 -- 2. A vector is stored while its row is locked and its image is still the one that was embedded.
 -- 3. Locks are taken in this order: the table, tickets, rows; and nobody waits for a ticket or a row.
+-- An image that kills who embeds it must not do so for ever. What a worker begins with, it notes over another
+-- connection, which a crash doesn't roll back; tickets that workers keep dying with are cut up and taken one
+-- by one, and at last given up.
 
 CREATE TABLE siamese.embedding_batches (
     collection_id integer NOT NULL,
@@ -13,6 +16,15 @@ CREATE TABLE siamese.embedding_batches (
 );
 COMMENT ON TABLE siamese.embedding_batches
 IS 'deferred embedding of the last minutes, for the rate in embedding_queue_status';
+
+CREATE TABLE siamese.embedding_attempts (
+    collection_id integer NOT NULL,
+    ticket bigint NOT NULL,
+    begun integer NOT NULL DEFAULT 1,
+    PRIMARY KEY (collection_id, ticket)
+);
+COMMENT ON TABLE siamese.embedding_attempts
+IS 'how often workers have begun with a ticket without coming to an end, most likely because they died';
 
 CREATE FUNCTION siamese._create_queue(collection_id integer, relation_name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -331,27 +343,38 @@ DECLARE
     largest integer := 64;
     wanted integer;
     found integer;
+    is_suspect boolean;
 BEGIN
     -- The table may have a new owner.
     PERFORM siamese._give_to_owner(collection_id);
     -- The table's lock first: see the rules above.
     EXECUTE format('SELECT FROM siamese._locked_rows_%s(NULL)', collection_id);
     -- No more than needed, since others leave out what is locked here: small steps where tickets are large.
+    -- What a worker may have died of comes alone, so that nothing else is suspected with it.
     LOOP
         wanted := greatest(1, space / largest);
         found := 0;
         largest := 1;
-        FOR ticket, keys IN EXECUTE format(
-            'SELECT q.ticket, q.keys::text[] FROM siamese.queue_%s AS q
+        FOR ticket, keys, is_suspect IN EXECUTE format(
+            'SELECT q.ticket, q.keys::text[], EXISTS (
+                SELECT FROM siamese.embedding_attempts AS a
+                WHERE a.collection_id = %1$s AND a.ticket = q.ticket AND a.begun > 1)
+            FROM siamese.queue_%1$s AS q
             WHERE q.ticket > $1 AND (q.not_before IS NULL OR q.not_before <= clock_timestamp())
-            ORDER BY q.ticket LIMIT $2 FOR UPDATE SKIP LOCKED', collection_id)
+            ORDER BY q.ticket LIMIT $2 FOR UPDATE OF q SKIP LOCKED', collection_id)
         USING last, wanted
         LOOP
+            IF is_suspect AND last > 0 THEN
+                RETURN;
+            END IF;
             last := ticket;
             found := found + 1;
             largest := greatest(largest, cardinality(keys));
             space := space - cardinality(keys);
             RETURN NEXT;
+            IF is_suspect THEN
+                RETURN;
+            END IF;
         END LOOP;
         EXIT WHEN found < wanted OR space <= 0;
     END LOOP;
@@ -359,6 +382,86 @@ END
 $$;
 COMMENT ON FUNCTION siamese._take_tickets(integer, integer)
 IS 'lock tickets of about so many rows, for the rest of the transaction; those that others have are left out';
+
+CREATE FUNCTION siamese._begin_tickets(collection_id integer, tickets bigint[]) RETURNS void
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+INSERT INTO siamese.embedding_attempts AS a (collection_id, ticket)
+SELECT $1, t.ticket FROM unnest($2) AS t (ticket)
+ON CONFLICT (collection_id, ticket) DO UPDATE SET begun = a.begun + 1
+$$;
+COMMENT ON FUNCTION siamese._begin_tickets(integer, bigint[])
+IS 'note that a worker begins with these tickets; not in the transaction that has locked them';
+
+CREATE FUNCTION siamese._end_tickets(collection_id integer, tickets bigint[]) RETURNS void
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = $1 AND a.ticket = ANY($2)
+$$;
+COMMENT ON FUNCTION siamese._end_tickets(integer, bigint[])
+IS 'note that a worker came to an end with these tickets, good or bad';
+
+CREATE FUNCTION siamese._isolate_tickets(collection_id integer) RETURNS integer
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    item record;
+    given_up text[] := '{}';
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM siamese.embedding_attempts AS a WHERE a.collection_id = $1 AND a.begun > 1
+    ) THEN
+        RETURN 0;
+    END IF;
+    PERFORM siamese._give_to_owner($1);
+    -- The table's lock first: see the rules above.
+    EXECUTE format('SELECT FROM siamese._locked_rows_%s(NULL)', $1);
+    EXECUTE format(
+        'DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = %1$s
+            AND NOT EXISTS (SELECT FROM siamese.queue_%1$s AS q WHERE q.ticket = a.ticket)', $1);
+    FOR item IN EXECUTE format(
+        'SELECT q.ticket, q.keys::text[] AS keys, a.begun
+        FROM siamese.queue_%1$s AS q INNER JOIN siamese.embedding_attempts AS a USING (ticket)
+        WHERE a.collection_id = %1$s AND a.begun > 1 AND (cardinality(q.keys) > 1 OR a.begun > 3)
+        FOR UPDATE OF q SKIP LOCKED', $1)
+    LOOP
+        IF cardinality(item.keys) > 1 THEN
+            EXECUTE format(
+                'WITH single AS (
+                    INSERT INTO siamese.queue_%1$s (keys, attempts, not_before, last_error, queued_at)
+                    SELECT ARRAY[k.key], q.attempts, q.not_before, q.last_error, q.queued_at
+                    FROM siamese.queue_%1$s AS q CROSS JOIN unnest(q.keys) AS k (key) WHERE q.ticket = $1
+                    RETURNING ticket)
+                INSERT INTO siamese.embedding_attempts (collection_id, ticket, begun)
+                SELECT %1$s, s.ticket, $2 FROM single AS s', $1)
+            USING item.ticket, item.begun;
+        ELSE
+            given_up := given_up || item.keys;
+        END IF;
+        EXECUTE format('DELETE FROM siamese.queue_%s AS q WHERE q.ticket = $1', $1) USING item.ticket;
+        PERFORM siamese._end_tickets($1, ARRAY[item.ticket]);
+    END LOOP;
+    -- The row may be in other tickets as well; one that nobody has died with is of an image that came later.
+    EXECUTE format(
+        'DELETE FROM siamese.queue_%1$s AS q USING siamese.embedding_attempts AS a
+        WHERE a.collection_id = %1$s AND a.ticket = q.ticket AND a.begun > 1 AND q.keys::text[] <@ $1', $1)
+    USING given_up;
+    DELETE FROM siamese.failures AS f WHERE f.collection_id = $1 AND f.key = ANY(given_up);
+    EXECUTE format(
+        'INSERT INTO siamese.failures (collection_id, key, sqlstate, message)
+        SELECT %1$s, p.key::text, ''58000'', ''workers died each time that they embedded this row''
+        FROM siamese._present_%1$s($1::%2$s[]) AS p (key)',
+        $1, (SELECT c.key_type FROM siamese.collections AS c WHERE c.collection_id = $1))
+    USING given_up;
+    RETURN cardinality(given_up);
+END
+$$;
+COMMENT ON FUNCTION siamese._isolate_tickets(integer)
+IS 'cut up the tickets that workers have died with, and give those up that they keep dying with; returns how many';
 
 CREATE FUNCTION siamese._read_images(collection_id integer, keys text[])
 RETURNS TABLE (key text, image bytea)
@@ -467,6 +570,7 @@ BEGIN
             not_before = CASE WHEN q.keys::text[] && $3 THEN clock_timestamp() + interval ''1 s'' END
         WHERE q.ticket = ANY($1)', collection.number, collection.key_type)
     USING tickets, done, ARRAY(SELECT unnest(keys || failed_keys) EXCEPT SELECT unnest(unchanged));
+    PERFORM siamese._end_tickets(collection.number, tickets);
     INSERT INTO siamese.embedding_batches (collection_id, rows) VALUES (collection.number, stored);
     IF random() < 0.05 THEN
         DELETE FROM siamese.embedding_batches AS b WHERE b.ctid = ANY(ARRAY(

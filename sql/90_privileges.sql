@@ -80,7 +80,8 @@ BEGIN
     FOR signature IN
         SELECT p.oid::regprocedure::text FROM pg_proc AS p
         WHERE p.pronamespace = 'siamese'::regnamespace AND p.proname IN (
-            '_queued_collections', '_take_tickets', '_read_images', '_store_vectors', '_build_if_needed')
+            '_queued_collections', '_isolate_tickets', '_take_tickets', '_begin_tickets', '_end_tickets',
+            '_read_images', '_store_vectors', '_build_if_needed')
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', signature, target);
     END LOOP;

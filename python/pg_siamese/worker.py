@@ -2,7 +2,9 @@
 
 Several may run at once, on several machines: each takes tickets that no other has (FOR UPDATE SKIP
 LOCKED), embeds their images with the server package's own code, and stores the vectors, all in one
-transaction. A worker that dies rolls back, and its tickets are free again.
+transaction. A worker that dies rolls back, and its tickets are free again. Over a second connection
+it notes beforehand what it begins with: a ticket that workers died with is cut up, its rows are
+taken one by one, and a row that kills each worker is given up in the end.
 """
 
 from __future__ import annotations
@@ -129,16 +131,36 @@ class Signals:
 
 
 class Database:
-    """The functions of a batch, over a connection."""
+    """The functions of a batch, over a connection; another one keeps what this one rolls back."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, notes: Connection) -> None:
         self.connection = connection
+        self.notes = notes
+
+    @contextmanager
+    def batch(self, collection_id: int) -> Iterator[None]:
+        """One transaction; where it fails, its tickets are not taken for those of a dead worker."""
+        taken: list[int] = []
+        self._taken = taken
+        try:
+            with self.connection.transaction():
+                yield
+        except BaseException:
+            if taken and not (self.notes.closed or self.notes.broken):
+                self.notes.execute("SELECT siamese._end_tickets(%s, %s)", (collection_id, taken))
+            raise
 
     def take(self, collection_id: int, max_rows: int) -> list[tuple[int, list[str]]]:
-        """Return tickets that were free, with their keys."""
-        return self.connection.execute(
+        """Return tickets that were free, with their keys, after a note that they are begun with."""
+        rows = self.connection.execute(
             "SELECT ticket, keys FROM siamese._take_tickets(%s, %s)", (collection_id, max_rows)
         ).fetchall()
+        if rows:
+            self._taken += [ticket for ticket, _ in rows]
+            self.notes.execute(
+                "SELECT siamese._begin_tickets(%s, %s)", (collection_id, self._taken)
+            )
+        return rows
 
     def read(self, collection_id: int, keys: Sequence[str]) -> list[Row]:
         """Return keys and images of rows without a vector."""
@@ -188,9 +210,10 @@ class Worker:
         connected = False
         while not self.signals.stopping():
             try:
-                with connect(self.options.dsn) as connection:
+                dsn = self.options.dsn
+                with connect(dsn) as connection, connect(dsn) as notes:
                     connected, attempt = True, 0
-                    self._serve(connection)
+                    self._serve(connection, notes)
                     break
             except Stopped:
                 break
@@ -207,10 +230,11 @@ class Worker:
                 self.signals.wait(delay)
         return self.totals
 
-    def _serve(self, connection: Connection) -> None:
-        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-        for name, value in SETTINGS.items():
-            connection.execute("SELECT pg_catalog.set_config(%s, %s, false)", (name, value))
+    def _serve(self, connection: Connection, notes: Connection) -> None:
+        for each in (connection, notes):
+            each.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            for name, value in SETTINGS.items():
+                each.execute("SELECT pg_catalog.set_config(%s, %s, false)", (name, value))
         connection.add_notify_handler(self._on_notification)
         connection.execute(f"LISTEN {CHANNEL}")
         _check_collections(connection, self.options.collections)
@@ -218,7 +242,7 @@ class Worker:
         while True:
             self.signals.check()
             self._notified = False
-            if self._round(connection):
+            if self._round(connection, notes):
                 self._busy_at = time.monotonic()
                 self._rebuild(connection)
                 continue
@@ -236,7 +260,7 @@ class Worker:
     def _on_notification(self, notification: psycopg.Notify) -> None:
         self._notified = True
 
-    def _round(self, connection: Connection) -> bool:
+    def _round(self, connection: Connection, notes: Connection) -> bool:
         """Do one batch of each collection that has tickets; say whether anything was done."""
         _check_version(connection)  # each time: it may be upgraded meanwhile
         queued = connection.execute(
@@ -250,10 +274,12 @@ class Worker:
                 continue
             self.signals.check()
             try:
+                given_up = self._isolate(connection, collection_id, name)
                 encoder = self._encoder(connection, model_id, sha256)
-                with connection.transaction():
+                database = Database(connection, notes)
+                with database.batch(collection_id):
                     outcome = embed_batch(
-                        Database(connection),
+                        database,
                         collection_id,
                         sha256,
                         encoder,
@@ -265,21 +291,28 @@ class Worker:
                 self._hold(collection_id, name, error.message, BROKEN_SECONDS)
                 continue
             except psycopg.Error as error:
-                self._judge(connection, collection_id, name, error)
+                if connection.broken or notes.broken:
+                    raise
+                self._judge(collection_id, name, error)
                 continue
             self.failures.pop(name, None)
             self.totals.stored += outcome.stored
             self.totals.failed += outcome.failed
-            is_any = is_any or bool(outcome)
+            is_any = is_any or bool(outcome) or given_up > 0
             self.progress(self.totals)
         return is_any
 
-    def _judge(
-        self, connection: Connection, collection_id: int, name: str, error: psycopg.Error
-    ) -> None:
+    def _isolate(self, connection: Connection, collection_id: int, name: str) -> int:
+        """Cut up tickets that workers died with; returns how many rows were given up."""
+        row = connection.execute("SELECT siamese._isolate_tickets(%s)", (collection_id,)).fetchone()
+        given_up = int(row[0]) if row else 0
+        if given_up:
+            self.totals.failed += given_up
+            self.say(f'{given_up} rows of "{name}" are given up: workers died of each')
+        return given_up
+
+    def _judge(self, collection_id: int, name: str, error: psycopg.Error) -> None:
         """Decide what an error of a batch means; the batch is rolled back."""
-        if connection.closed or connection.broken:
-            raise error
         if isinstance(error, psycopg.errors.InsufficientPrivilege):
             raise CommandError(
                 f"{describe_error(error)}; let the role embed with siamese.grant_worker"

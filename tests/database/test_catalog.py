@@ -101,7 +101,7 @@ def test_tables_of_configuration_are_dumped(shared: Connection) -> None:
         " WHERE x.extname = 'pg_siamese' AND c.relkind IN ('r', 'S')"
     )
     # What is left out is about the last minutes only.
-    assert {row[0] for row in tables} - dumped == {"embedding_batches"}
+    assert {row[0] for row in tables} - dumped == {"embedding_batches", "embedding_attempts"}
 
 
 def test_user_tables_do_not_belong_to_the_extension(shared: Connection) -> None:

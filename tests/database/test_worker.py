@@ -245,6 +245,54 @@ def test_poisoned_images(table: Table) -> None:
     table.check()
 
 
+# A decoder with a hole: an image of these bytes takes the process with it.
+DEADLY = """
+import os, signal
+from pg_siamese_server import batches
+decode = batches.decode_image
+def deadly(image, *rest):
+    if image == b"deadly":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(image, *rest)
+batches.decode_image = deadly
+from pg_siamese.cli import app
+app()
+"""
+
+
+def test_an_image_that_kills_workers_is_given_up(table: Table) -> None:
+    """All others are embedded, and those that were in its batch need no more than one more try."""
+    table.insert(1, 100)
+    table.db.execute("UPDATE t SET image = 'deadly' WHERE id = 50")
+    table.db.execute("INSERT INTO t VALUES (101, %s)", (table.files[0],))
+    statuses = []
+    while not statuses or statuses[-1] != 0:
+        assert len(statuses) < 6, "workers die without end"
+        command = [sys.executable, "-c", DEADLY, "worker", "--once", "--dsn", table.dsn]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+        statuses.append(done.returncode)
+    assert statuses == [-signal.SIGKILL] * 4 + [0], done.stderr
+    assert '1 rows of "t" are given up' in done.stderr.replace("\n", " ")
+    failures = table.db.execute("SELECT key, sqlstate, message FROM embedding_failures").fetchall()
+    assert failures == [("50", "58000", "workers died each time that they embedded this row")]
+    assert (table.embedded(), table.waiting()) == (100, 0)
+    assert table.value("SELECT count(*) FROM siamese.embedding_attempts") == 0
+    table.db.execute("UPDATE t SET image = %s WHERE id = 50", (table.files[1],))
+    assert table.run("--once")[:2] == (0, "1 rows embedded\n")
+    table.check()
+
+
+def test_ends_that_are_no_deaths_are_forgotten(slow: Table) -> None:
+    """A worker that is told to end, or whose batch fails, leaves no suspicion behind."""
+    slow.insert(1, 120)
+    for _ in range(3):
+        process = slow.start("--batch", "64")
+        wait_for(slow.is_embedding, "a batch")
+        process.terminate()
+        assert process.wait(DEADLINE_SECONDS) == 0
+        assert slow.value("SELECT count(*) FROM siamese.embedding_attempts") == 0
+
+
 def test_a_broken_model_blocks_no_other(table: Table) -> None:
     model = grid_encoder(("n", 3, 28, 28), pool=7)
     table.db.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
@@ -457,11 +505,11 @@ def test_waits_longer_from_try_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     def connect(dsn: str | None) -> Lost:
-        if next(calls):
+        if next(calls) > 1:  # a worker has two connections
             raise NoServerError("nobody answers")
         return Lost()
 
-    def serve(connection: object) -> None:
+    def serve(connection: object, notes: object) -> None:
         raise psycopg.OperationalError("the connection is lost")
 
     monkeypatch.setattr("pg_siamese.worker.connect", connect)

@@ -92,6 +92,7 @@ def test_ensemble_is_one_unit_vector_of_shares() -> None:
         (16, {"set_dimension": 0}, "cannot be shared"),
         (16, {"set_dimension": 4, "set_share": 1.0}, "set_share"),
         (16, {"set_dimension": 4, "lite_blocks": 17}, "there are 16"),
+        (16, {"set_dimension": 4, "lite_blocks": 2, "lite_frozen": 3}, "there are 2"),
     ],
 )
 def test_ensembles_that_cannot_be(dimension: int, options: dict[str, Any], message: str) -> None:
@@ -105,16 +106,38 @@ def test_parts_are_judged_by_sets_and_classes() -> None:
     build: Any = build_objective(
         "cosface_parts", 12, 3, "cosine", {"members": 2, "set_dimension": 4}, [0, 0, 1]
     )
-    vectors = torch.nn.functional.normalize(torch.randn(6, 12), dim=1)
+    logits = torch.randn(6, 4)
+    softmax = 0.7 * torch.nn.functional.normalize(logits.softmax(dim=1), dim=1)
+    vectors = torch.cat([softmax, torch.randn(6, 8)], dim=1)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     swapped = torch.tensor([1, 0, 2, 1, 0, 2])  # other classes of the same sets
     parts = vectors.split([4, 4, 4], dim=1)
     sets = torch.tensor([0, 0, 1, 0, 0, 1])
-    expected = build.losses[0](parts[0], sets) + sum(
-        build.losses[place](parts[place], labels) for place in (1, 2)
+    expected = torch.nn.functional.cross_entropy(logits, sets) + sum(
+        build.losses[place](parts[place + 1], labels) for place in (0, 1)
     )
     torch.testing.assert_close(build(vectors, labels).loss, expected)
     assert not torch.isclose(build(vectors, swapped).loss, expected)
+
+
+def test_more_sets_than_their_part_has_room_for() -> None:
+    with pytest.raises(ExperimentError, match="there are 3 data sets"):
+        build_objective("cosface_parts", 12, 3, "cosine", {"set_dimension": 2}, [0, 1, 2])
+
+
+def test_frozen_blocks_stay_as_they_are() -> None:
+    options = {"width": 4, "lite_blocks": 3, "lite_frozen": 2, "set_dimension": 4}
+    encoder: Any = build_network("ensemble", 16, (28, 28), options).train()
+    before = {name: value.clone() for name, value in encoder.lite.state_dict().items()}
+    optimiser = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=1.0)
+    encoder(torch.randint(0, 256, (4, 28, 28, 3), dtype=torch.uint8)).sum().backward()
+    optimiser.step()
+    changed = {
+        name.split(".")[1] if name.startswith("blocks") else name.split(".")[0]
+        for name, value in encoder.lite.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert changed == {"2"}  # the stem, its norm and blocks 0 and 1 are frozen
 
 
 def test_sets_of_classes() -> None:
@@ -250,7 +273,9 @@ def test_objectives_learn(name: str) -> None:
     optimiser = torch.optim.Adam([vectors, *objective.parameters()], lr=0.1)
     losses = []
     for _ in range(30):
-        outcome = objective(torch.nn.functional.normalize(vectors, dim=1), labels)
+        # The first part of one of them is a softmax.
+        given = vectors.abs() if name == "cosface_parts" else vectors
+        outcome = objective(torch.nn.functional.normalize(given, dim=1), labels)
         optimiser.zero_grad()
         outcome.loss.backward()
         optimiser.step()

@@ -21,7 +21,8 @@ _NETWORKS = {
 }
 _OBJECTIVES = {
     "cosface": "Cosine-margin softmax (CosFace)",
-    "cosface_parts": "Cosine-margin softmax (CosFace) on each part of the vector",
+    "cosface_parts": "Cosine-margin softmax (CosFace) on each member's part of the vector,"
+    " cross-entropy on that of the data sets",
     "contrastive_sigmoid": "Contrastive loss on the sigmoid of a linear layer on the distance",
     "contrastive_hadsell": "Contrastive loss of Hadsell, Chopra and LeCun",
     "pair_cross_entropy": "Binary cross entropy of a linear layer on the distance",

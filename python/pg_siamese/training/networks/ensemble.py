@@ -18,10 +18,10 @@ class Ensemble(nn.Module):
     The first `set_dimension` numbers say which data set an image is of: a softmax, which for known
     kinds of images is next to one of the axes, so that it adds nothing to distances within a data
     set, and much to those between two. Two members share the rest evenly: pretrained filters
-    (`LiteTrunk` of `lite_blocks` blocks at `lite_size` pixels) and a small residual network
-    (`width` channels in stem and first block, twice and four times as many in the others). A
-    distance is then the members' mean, which is less a matter of chance than that of one network on
-    a small data set (Lakshminarayanan et al. 2017, arXiv 1612.01474).
+    (`LiteTrunk` of `lite_blocks` blocks at `lite_size` pixels, of which `lite_frozen` don't learn)
+    and a small residual network (`width` channels in stem and first block, twice and four times as
+    many in the others). A distance is then the members' mean, which is less a matter of chance than
+    that of one network on a small data set (Lakshminarayanan et al. 2017, arXiv 1612.01474).
 
     `set_share` is the part of the squared length that `set_dimension` takes.
     """
@@ -36,6 +36,7 @@ class Ensemble(nn.Module):
         width: int = 16,
         lite_blocks: int = 8,
         lite_size: int = 56,
+        lite_frozen: int = 0,
     ) -> None:
         super().__init__()
         own = member_dimension(dimension, set_dimension, self.MEMBERS)
@@ -45,7 +46,7 @@ class Ensemble(nn.Module):
         self.residual = ResidualEncoder(
             own, (width, 2), ((width, 1), (2 * width, 2), (4 * width, 1))
         )
-        self.lite = LiteTrunk(lite_blocks, lite_size)
+        self.lite = LiteTrunk(lite_blocks, lite_size, lite_frozen)
         self.lite_head = nn.Linear(self.lite.channels, own)
         self.set_head = nn.Linear(4 * width + self.lite.channels, set_dimension)
         self.set_scale = math.sqrt(set_share)

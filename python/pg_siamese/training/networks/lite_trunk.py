@@ -20,14 +20,17 @@ class LiteTrunk(nn.Module):
     photographs of 224 pixels; the first `blocks` of the 16 blocks follow, and their mean. What
     early layers have learned of edges, colours and textures serves other images as well (Yosinski
     et al. 2014, arXiv 1411.1792); the later ones, which know ImageNet's classes, hold most of the
-    weights and are left out.
+    weights and are left out. The first `frozen` blocks stay as they were learned, batch norms
+    included: they are as good for any image, and most of the work of training.
     """
 
-    def __init__(self, blocks: int = 8, size: int = 56) -> None:
+    def __init__(self, blocks: int = 8, size: int = 56, frozen: int = 0) -> None:
         super().__init__()
         network = pretrained_lite0(size)
         if not 1 <= blocks <= len(network._blocks):
             raise ValueError(f"blocks is {blocks}: there are {len(network._blocks)}")
+        if not 0 <= frozen <= blocks:
+            raise ValueError(f"frozen is {frozen}: there are {blocks} blocks")
         self.size = size
         self.stem = network._conv_stem
         self.norm = network._bn0
@@ -36,6 +39,16 @@ class LiteTrunk(nn.Module):
         for part in self.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.momentum = MOMENTUM
+        self._frozen = [self.stem, self.norm, *self.blocks[:frozen]] if frozen else []
+        for part in self._frozen:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LiteTrunk:
+        """Set the mode; frozen layers stay in evaluation mode, and so do their batch norms."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the features of a batch."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from pytorch_metric_learning.losses import CosFaceLoss
 from torch import Tensor, nn
 
 from pg_siamese.training.networks.ensemble import member_dimension
 from pg_siamese.training.objectives.base import Objective, Outcome
+
+LEAST_CHANCE = 1e-30  # its logarithm is finite
 
 
 class CosFace(Objective):
@@ -37,9 +40,10 @@ class CosFace(Objective):
 
 
 class CosFaceParts(Objective):
-    """CosFace on each part of an embedding: on the sets first, then on the classes, by members.
+    """Cross-entropy on an embedding's first part, the sets; CosFace on the others, the classes.
 
-    For `Ensemble`, with its `set_dimension`. `sets` gives each class's data set, as a number.
+    For `Ensemble`, with its `set_dimension`: its first part is a softmax made a unit vector, which
+    is undone here. `sets` gives each class's data set, as a number.
     """
 
     def __init__(
@@ -57,19 +61,22 @@ class CosFaceParts(Objective):
         own = member_dimension(dimension, set_dimension, members)
         self.sizes = [set_dimension, *[own] * members]
         self.register_buffer("sets", torch.tensor(sets), persistent=False)
-        counts = [max(sets) + 1, *[classes] * members]
+        if max(sets) >= set_dimension:
+            raise ValueError(
+                f"set_dimension is {set_dimension}: there are {max(sets) + 1} data sets"
+            )
         self.losses = nn.ModuleList(
-            CosFaceLoss(count, size, margin=margin, scale=scale)
-            for count, size in zip(counts, self.sizes, strict=True)
+            CosFaceLoss(classes, own, margin=margin, scale=scale) for _ in range(members)
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
         """Judge single images; right is the class that most of the members' logits speak for."""
         parts = torch.split(embeddings, self.sizes, dim=1)
         sets: Tensor = self.sets  # type: ignore[assignment]
-        loss = self.losses[0](parts[0], sets[labels])
+        chances = parts[0] / parts[0].sum(dim=1, keepdim=True)
+        loss = F.nll_loss(chances.clamp_min(LEAST_CHANCE).log(), sets[labels])
         logits = 0
-        for judge, part in zip(self.losses[1:], parts[1:], strict=True):
+        for judge, part in zip(self.losses, parts[1:], strict=True):
             loss = loss + judge(part, labels)
             logits = logits + judge.get_logits(part.detach())  # type: ignore[operator]
         right = logits.argmax(dim=1) == labels  # type: ignore[attr-defined]
