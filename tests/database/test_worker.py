@@ -265,7 +265,7 @@ def test_an_image_that_kills_workers_is_given_up(table: Table) -> None:
     table.insert(1, 100)
     table.db.execute("UPDATE t SET image = 'deadly' WHERE id = 50")
     table.db.execute("INSERT INTO t VALUES (101, %s)", (table.files[0],))
-    statuses = []
+    statuses: list[int] = []
     while not statuses or statuses[-1] != 0:
         assert len(statuses) < 6, "workers die without end"
         command = [sys.executable, "-c", DEADLY, "worker", "--once", "--dsn", table.dsn]
