@@ -306,6 +306,19 @@ def trained(
     return folder / "tiny.onnx", result
 
 
+def test_weights_as_float16(trained: tuple[Path, loop.Trained], tmp_path: Path) -> None:
+    """Half the size, and the same but for the rounding of the weights."""
+    path, result = trained
+    small = tmp_path / "small.onnx"
+    export.export_encoder(result.encoder, small, result.metadata, half=True)
+    kinds = {w.data_type for w in onnx.load(small).graph.initializer if np.prod(w.dims) >= 1024}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    assert small.stat().st_size < 0.65 * path.stat().st_size
+    assert 0.9999 <= loop.check(result, small) < 1
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 28, 28, 3), np.uint8)
+    assert export.embed_onnx(small, pixels).dtype == np.float32
+
+
 def test_export_equals_pytorch(trained: tuple[Path, loop.Trained]) -> None:
     path, result = trained
     assert loop.check(result, path) >= 0.9999

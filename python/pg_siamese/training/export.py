@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 METADATA_KEY = "pg_siamese"
 OPSET = 18
+LEAST_HALVED = 1024  # numbers: below, nothing is saved that counts
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
@@ -39,11 +40,16 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 
 
 def export_encoder(
-    encoder: nn.Module, path: Path, metadata: dict[str, Any], size: tuple[int, int] = (28, 28)
+    encoder: nn.Module,
+    path: Path,
+    metadata: dict[str, Any],
+    size: tuple[int, int] = (28, 28),
+    half: bool = False,
 ) -> None:
     """Write an encoder as ONNX: uint8 `image` (batch, H, W, 3) to float32 `embedding` (batch, d).
 
-    `metadata` goes into the file's metadata_props as JSON under the key `pg_siamese`. The file
+    With `half`, the file keeps its weights as float16, to be made float32 when it is opened; one
+    that float16 can't hold stays as it is. `metadata` goes into the file's metadata_props as JSON under the key `pg_siamese`. The file
     appears whole or not at all. Raises `onnx.checker.ValidationError` for a broken graph.
     """
     example = torch.zeros((2, *size, 3), dtype=torch.uint8)
@@ -64,6 +70,8 @@ def export_encoder(
     assert program is not None
     model = program.model_proto
     _strip(model)
+    if half:
+        _halve_weights(model.graph)
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata, ensure_ascii=False))
     onnx.checker.check_model(model, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +94,25 @@ def _strip(model: onnx.ModelProto) -> None:
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]
+
+
+def _halve_weights(graph: onnx.GraphProto) -> None:
+    # ONNX Runtime folds casts of constants into them as it opens a file: the graph runs as before.
+    casts = []
+    for weight in graph.initializer:
+        values = onnx.numpy_helper.to_array(weight)
+        if weight.data_type != onnx.TensorProto.FLOAT or values.size < LEAST_HALVED:
+            continue
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        stored = f"{weight.name}_float16"
+        casts.append(
+            onnx.helper.make_node("Cast", [stored], [weight.name], to=onnx.TensorProto.FLOAT)
+        )
+        weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), stored))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:

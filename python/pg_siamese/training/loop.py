@@ -89,8 +89,8 @@ def write(
     trained: Trained, path: Path, output: Path | None = None, *, say: Say = print
 ) -> dict[str, Any]:
     """Export an encoder to `path` (and `output`), check it, and write the model card beside it."""
-    size = trained.experiment.input
-    export_encoder(trained.encoder, path, trained.metadata, (size.height, size.width))
+    size, half = trained.experiment.input, trained.experiment.weights == "float16"
+    export_encoder(trained.encoder, path, trained.metadata, (size.height, size.width), half)
     cosine = check(trained, path)
     speed = images_per_second(path)
     paths = [path]

@@ -115,7 +115,8 @@ class Experiment:
     had are left out. `labels` says what matches: images of one "class" of one set, or of one
     "set". `metric` ("cosine" or "l2") is how embeddings are compared. `precision` is "float32", or
     "bfloat16" for the products of training alone: twice as quick on processors that can, and never
-    what is validated or exported. `average_decay` is that of the moving average of the weights (0:
+    what is validated or exported. `weights` is how the exported file keeps them: "float32", or
+    "float16" for half the size; they are computed with in float32 either way. `average_decay` is that of the moving average of the weights (0:
     none). With `snapshots`, so many pictures of a 2-d embedding of the validation images are kept
     while it forms. `augmentation` is by the data set's name, "default" for all others.
     """
@@ -131,6 +132,7 @@ class Experiment:
     skip_missing: bool = False
     batch_size: int = 128
     precision: str = "float32"
+    weights: str = "float32"
     average_decay: float = 0.0
     snapshots: int = 0
     seed: int = 0
@@ -149,6 +151,7 @@ class Experiment:
         _one_of(self.optimiser.name, ("adamw", "adam"), "optimiser.name")
         _one_of(self.optimiser.schedule, SCHEDULES, "optimiser.schedule")
         _one_of(self.precision, ("float32", "bfloat16"), "precision")
+        _one_of(self.weights, ("float32", "float16"), "weights")
         _one_of(self.validation.mode, ("max", "min"), "validation.mode")
         _one_of(self.validation.keep, ("best", "last"), "validation.keep")
         positive = {
