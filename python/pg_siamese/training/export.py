@@ -49,8 +49,9 @@ def export_encoder(
     """Write an encoder as ONNX: uint8 `image` (batch, H, W, 3) to float32 `embedding` (batch, d).
 
     With `half`, the file keeps its weights as float16, to be made float32 when it is opened; one
-    that float16 can't hold stays as it is. `metadata` goes into the file's metadata_props as JSON under the key `pg_siamese`. The file
-    appears whole or not at all. Raises `onnx.checker.ValidationError` for a broken graph.
+    that float16 can't hold stays as it is. `metadata` goes into the file's metadata_props as JSON
+    under the key `pg_siamese`. The file appears whole or not at all. Raises
+    `onnx.checker.ValidationError` for a broken graph.
     """
     example = torch.zeros((2, *size, 3), dtype=torch.uint8)
     # The exporter warns that torchvision, of which nothing is used here, is not installed.

@@ -116,9 +116,10 @@ class Experiment:
     "set". `metric` ("cosine" or "l2") is how embeddings are compared. `precision` is "float32", or
     "bfloat16" for the products of training alone: twice as quick on processors that can, and never
     what is validated or exported. `weights` is how the exported file keeps them: "float32", or
-    "float16" for half the size; they are computed with in float32 either way. `average_decay` is that of the moving average of the weights (0:
-    none). With `snapshots`, so many pictures of a 2-d embedding of the validation images are kept
-    while it forms. `augmentation` is by the data set's name, "default" for all others.
+    "float16" for half the size; they are computed with in float32 either way. `average_decay` is
+    that of the moving average of the weights (0: none). With `snapshots`, so many pictures of a 2-d
+    embedding of the validation images are kept while it forms. `augmentation` is by the data set's
+    name, "default" for all others.
     """
 
     name: str
