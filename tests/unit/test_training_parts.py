@@ -75,12 +75,13 @@ def test_every_experiment_can_be_built(name: str) -> None:
 
 
 def test_ensemble_is_one_unit_vector_of_shares() -> None:
-    options = {"width": 4, "lite_blocks": 2, "set_dimension": 4, "set_share": 0.25}
+    options: dict[str, Any] = {"residuals": 2, "width": 4, "lite_blocks": 2}
+    options |= {"set_dimension": 4, "set_share": 0.25}
     encoder: Any = build_network("ensemble", 16, (28, 28), options).eval()
     with torch.inference_mode():
         vectors = encoder(torch.randint(0, 256, (5, 28, 28, 3), dtype=torch.uint8))
-    squares = [part.square().sum(dim=1) for part in vectors.split([4, 6, 6], dim=1)]
-    for square, share in zip(squares, [0.25, 0.375, 0.375], strict=True):
+    squares = [part.square().sum(dim=1) for part in vectors.split([4, 4, 4, 4], dim=1)]
+    for square, share in zip(squares, [0.25] * 4, strict=True):
         torch.testing.assert_close(square, torch.full((5,), share))
 
 

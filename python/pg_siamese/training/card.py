@@ -12,7 +12,7 @@ from pg_siamese.training.experiments import Augmentation, Experiment
 _NETWORKS = {
     "residual": "small residual CNN with batch norm, mean over the image, linear layer",
     "ensemble": "first blocks of EfficientNet-lite0, which began with weights learned on ImageNet,"
-    " beside a small residual CNN, and a part of the vector for the data set",
+    " beside small residual CNNs, and a part of the vector for the data set",
     "siamese_cnn": "batch norm, two 5 x 5 convolutions with tanh and average pooling, linear layer",
     "conv5": "five convolutions, each followed by max pooling",
     "conv3_gap": "three convolutions of stride 2 with ReLU, global average pooling, linear layer",
