@@ -43,6 +43,10 @@ def torch_encoder(path: Path) -> Any:
     weights = {
         item.name: torch.tensor(numpy_helper.to_array(item)) for item in model.graph.initializer
     }
+    # Weights that are kept as float16 are cast by the graph, to their own names.
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in weights:
+            weights[node.output[0]] = weights.pop(node.input[0]).float()
     biases = {
         node.input[1]: weights[node.input[2]] for node in model.graph.node if node.op_type == "Conv"
     }
