@@ -18,6 +18,7 @@ from pg_siamese.evaluation.pictures import write_pictures
 from pg_siamese.evaluation.pictures.collages import (
     Shown,
     Triplet,
+    brief,
     neighbour_collage,
     triplet_collage,
 )
@@ -55,6 +56,13 @@ def epochs(count: int = 5) -> list[dict[str, Any]]:
 
 
 # --- single pictures --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("distance", "text"), [(0.0, "0.000"), (0.0123, "0.012"), (0.0005, "0.001"), (3.2e-6, "3e-06")]
+)
+def test_small_distances_are_not_shown_as_none(distance: float, text: str) -> None:
+    assert brief(distance) == text
 
 
 def test_curves_have_a_line_for_each_figure_of_each_run() -> None:

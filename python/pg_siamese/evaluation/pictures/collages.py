@@ -35,6 +35,11 @@ class Shown:
     distance: float = 0.0
 
 
+def brief(distance: float) -> str:
+    """Return a distance to three decimals, or its order of magnitude where these would say 0."""
+    return f"{distance:.3f}" if distance == 0 or distance >= 0.0005 else f"{distance:.0e}"
+
+
 @dataclass(frozen=True)
 class Triplet:
     """An anchor, an image that matches it, and one that doesn't."""
@@ -105,7 +110,7 @@ def neighbour_collage(rows: Sequence[tuple[Shown, Sequence[Shown]]], title: str)
             axes.set_axis_on()
             same = shown.label == query.label
             colour = SAME_COLOUR if same else OTHER_COLOUR
-            image_cell(axes, shown.pixels, colour, f"{shown.distance:.3f}", dashed=not same)
+            image_cell(axes, shown.pixels, colour, brief(shown.distance), dashed=not same)
     figure.supxlabel(
         "left: the query; then its nearest, with their distance; green: the same label, "
         "dashed orange: another one",
