@@ -102,6 +102,7 @@ def test_shell(filled: Connection, dsn: str) -> None:
         "PGPORT": str(parameters["port"]),
         "PGUSER": str(parameters["user"]),
         "PGDATABASE": str(parameters["dbname"]),
+        "PGPASSWORD": str(parameters.get("password", "")),
     }
     for block in blocks("sh"):
         for line in block.splitlines():

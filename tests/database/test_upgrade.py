@@ -7,17 +7,16 @@ The earlier version's server package is a wheel in ``tests/data``; its install s
 from __future__ import annotations
 
 import itertools
-import zipfile
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from pg_siamese.dev import environments, migrate
+from pg_siamese.dev import migrate
 from pg_siamese.dev.cluster import Cluster
 from pg_siamese.dev.project import ROOT, version
 from pg_siamese.dev.report import SetupError
@@ -35,18 +34,37 @@ RELEASED = sorted(
 _numbers = itertools.count(1)
 
 
-def packages_of(cluster: Cluster, released: str) -> Path:
-    """Make a folder of Python packages with the server package of an earlier version."""
-    folder = cluster.folder / f"packages-{released}"
-    if folder.exists():
-        return folder
-    folder.mkdir(mode=0o755)
-    for entry in environments.site_packages(ROOT / "build" / "server").resolve().iterdir():
-        if not entry.name.startswith(PACKAGE):
-            (folder / entry.name).symlink_to(entry)
-    with zipfile.ZipFile(DATA / f"{PACKAGE}-{released}-py3-none-any.whl") as wheel:
-        wheel.extractall(folder)
-    return folder
+# By the server itself, which may be in a container: the wheel beside links to the other packages.
+UNPACK = """
+CREATE OR REPLACE FUNCTION pg_temp.unpack(wheel bytea, packages text, folder text) RETURNS void
+LANGUAGE plpython3u AS $$
+import io, os, zipfile
+if not os.path.isdir(folder):
+    os.mkdir(folder)
+    for name in os.listdir(packages):
+        if not name.startswith('pg_siamese_server'):
+            os.symlink(os.path.join(packages, name), os.path.join(folder, name))
+    zipfile.ZipFile(io.BytesIO(wheel)).extractall(folder)
+$$
+"""
+
+
+def use_packages_of(db: Connection, released: str) -> None:
+    """Let a database load the server package of an earlier version.
+
+    Its script names the packages of the current version, as any installation's does.
+    """
+    row = db.execute(
+        "SELECT pg_get_functiondef('siamese._load'::regproc), current_setting('data_directory')"
+    ).fetchone()
+    assert row is not None
+    found = re.search(r"^directory = '(.+)'$", row[0], re.MULTILINE)
+    assert found is not None
+    folder = f"{row[1]}/packages-{released}"
+    db.execute(UNPACK)
+    wheel = (DATA / f"{PACKAGE}-{released}-py3-none-any.whl").read_bytes()
+    db.execute("SELECT pg_temp.unpack(%s, %s, %s)", (wheel, found[1], folder))
+    db.execute(row[0].replace(found[1], folder))
 
 
 class Databases:
@@ -77,12 +95,7 @@ class Databases:
             )
         )
         if of_version != version():
-            # The script names the packages of the current version, as any installation's does.
-            row = db.execute("SELECT pg_get_functiondef('siamese._load'::regproc)").fetchone()
-            assert row is not None
-            now = str(environments.site_packages(ROOT / "build" / "server"))
-            assert now in row[0]
-            db.execute(row[0].replace(now, str(packages_of(self.cluster, of_version))))
+            use_packages_of(db, of_version)
         return db
 
     def dsn(self, db: Connection) -> str:
