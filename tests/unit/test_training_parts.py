@@ -76,13 +76,40 @@ def test_every_experiment_can_be_built(name: str) -> None:
 
 def test_ensemble_is_one_unit_vector_of_shares() -> None:
     options: dict[str, Any] = {"residuals": 2, "width": 4, "lite_blocks": 2}
-    options |= {"set_dimension": 4, "set_share": 0.25}
+    options |= {"set_dimension": 4, "set_share": 0.25, "lite_share": 0.5}
     encoder: Any = build_network("ensemble", 16, (28, 28), options).eval()
     with torch.inference_mode():
         vectors = encoder(torch.randint(0, 256, (5, 28, 28, 3), dtype=torch.uint8))
     squares = [part.square().sum(dim=1) for part in vectors.split([4, 4, 4, 4], dim=1)]
-    for square, share in zip(squares, [0.25] * 4, strict=True):
+    for square, share in zip(squares, [0.25, 0.3, 0.3, 0.15], strict=True):
         torch.testing.assert_close(square, torch.full((5,), share))
+
+
+def test_members_of_an_ensemble_learn_from_rows_of_their_own() -> None:
+    """In training a row of the batch changes one member, and is judged by that one alone."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"residuals": 2, "width": 4, "lite_blocks": 2, "set_dimension": 4}
+    options |= {"lite_rows": 0.5}
+    encoder: Any = build_network("ensemble", 16, (28, 28), options).train()
+    objective: Any = build_objective(
+        "cosface_parts", 16, 3, "cosine", {"members": 3, "set_dimension": 4}, [0, 0, 1]
+    )
+    vectors = encoder(torch.randint(0, 256, (10, 28, 28, 3), dtype=torch.uint8))
+    filled = vectors[:, 4:].reshape(10, 3, 4).any(dim=2)
+    owner = torch.tensor([0] * 4 + [1] * 4 + [2] * 2)
+    assert torch.equal(filled, owner[:, None] == torch.arange(3))
+    labels = torch.arange(10) % 3
+    outcome = objective(vectors, labels)
+    parts = vectors.split([4, 4, 4, 4], dim=1)
+    expected = sum(
+        objective.losses[n](parts[n + 1][owner == n], labels[owner == n]) for n in range(3)
+    )
+    chances = torch.nn.functional.normalize(parts[0], p=1, dim=1)
+    sets = torch.tensor([0, 0, 1])[labels]
+    expected = expected + torch.nn.functional.nll_loss(chances.log(), sets)
+    torch.testing.assert_close(outcome.loss, expected)
+    with pytest.raises(ValueError, match="a batch of 2 is too small for 3 members"):
+        encoder(torch.zeros((2, 28, 28, 3), dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +121,8 @@ def test_ensemble_is_one_unit_vector_of_shares() -> None:
         (16, {"set_dimension": 4, "set_share": 1.0}, "set_share"),
         (16, {"set_dimension": 4, "lite_blocks": 17}, "there are 16"),
         (16, {"set_dimension": 4, "lite_blocks": 2, "lite_frozen": 3}, "there are 2"),
+        (16, {"set_dimension": 4, "lite_rows": 0}, "lite_rows is 0"),
+        (16, {"set_dimension": 4, "lite_share": 0}, "lite_share is 0"),
     ],
 )
 def test_ensembles_that_cannot_be(dimension: int, options: dict[str, Any], message: str) -> None:

@@ -43,7 +43,8 @@ class CosFaceParts(Objective):
     """Cross-entropy on an embedding's first part, the sets; CosFace on the others, the classes.
 
     For `Ensemble`, with its `set_dimension`: its first part is a softmax made a unit vector, which
-    is undone here. `sets` gives each class's data set, as a number.
+    is undone here. `sets` gives each class's data set, as a number. A member is not judged by
+    rows in which all its numbers are 0: they are other members'.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class CosFaceParts(Objective):
         loss = F.nll_loss(chances.clamp_min(LEAST_CHANCE).log(), sets[labels])
         logits = 0
         for judge, part in zip(self.losses, parts[1:], strict=True):
-            loss = loss + judge(part, labels)
+            own = part.detach().any(dim=1)
+            loss = loss + judge(part[own], labels[own])
             logits = logits + judge.get_logits(part.detach())  # type: ignore[operator]
         right = logits.argmax(dim=1) == labels  # type: ignore[attr-defined]
         return Outcome(loss, right.float().mean())
