@@ -37,8 +37,9 @@ def torch_encoder(path: Path) -> Any:
     metadata = json.loads(next(p.value for p in model.metadata_props if p.key == METADATA_KEY))
     experiment = load_experiment(metadata["name"])
     settings, size = experiment.network, (experiment.input.height, experiment.input.width)
+    sets = [each["name"] for each in metadata["training"]["data"]]
     network = fold_batch_norms(
-        build_network(settings.name, settings.dimension, size, settings.options)
+        build_network(settings.name, settings.dimension, size, settings.options, sets)
     )
     weights = {
         item.name: torch.tensor(numpy_helper.to_array(item)) for item in model.graph.initializer
@@ -80,7 +81,7 @@ def convolution_before(norm: str) -> str:
     """Return the name of the convolution that a batch norm of EfficientNet's follows."""
     parent, _, own = norm.rpartition(".")
     names = {
-        "norm": "stem",
+        "1": "0",
         "_bn0": "_expand_conv",
         "_bn1": "_depthwise_conv",
         "_bn2": "_project_conv",

@@ -85,18 +85,30 @@ def test_ensemble_is_one_unit_vector_of_shares() -> None:
         torch.testing.assert_close(square, torch.full((5,), share))
 
 
+def test_share_of_the_pretrained_member_by_data_set() -> None:
+    options: dict[str, Any] = {"width": 4, "lites": 2, "lite_blocks": 2, "set_dimension": 3}
+    options |= {"lite_share": {"b": 2.0, "c": 0.5, "elsewhere": 9.0}}
+    encoder: Any = build_network("ensemble", 15, (28, 28), options, ("a", "b")).eval()
+    sure = 1e3 * torch.eye(3)
+    parts = torch.nn.functional.normalize(torch.randn(3, 3, 4), dim=2)
+    vectors = encoder._joined(sure, parts.flatten(1))
+    torch.testing.assert_close(vectors.square().sum(dim=1), torch.ones(3))
+    lites = vectors[:, -8:].square().sum(dim=1)
+    torch.testing.assert_close(lites, 0.5 * torch.tensor([2 / 3, 4 / 5, 2 / 3]))
+
+
 def test_members_of_an_ensemble_learn_from_rows_of_their_own() -> None:
     """In training a row of the batch changes one member, and is judged by that one alone."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"residuals": 2, "width": 4, "lite_blocks": 2, "set_dimension": 4}
-    options |= {"lite_rows": 0.5}
+    options: dict[str, Any] = {"width": 4, "lites": 2, "lite_blocks": 2, "lite_frozen": 1}
+    options |= {"set_dimension": 4, "lite_rows": 0.75}
     encoder: Any = build_network("ensemble", 16, (28, 28), options).train()
     objective: Any = build_objective(
         "cosface_parts", 16, 3, "cosine", {"members": 3, "set_dimension": 4}, [0, 0, 1]
     )
     vectors = encoder(torch.randint(0, 256, (10, 28, 28, 3), dtype=torch.uint8))
     filled = vectors[:, 4:].reshape(10, 3, 4).any(dim=2)
-    owner = torch.tensor([0] * 4 + [1] * 4 + [2] * 2)
+    owner = torch.tensor([0] * 4 + [1] * 3 + [2] * 3)
     assert torch.equal(filled, owner[:, None] == torch.arange(3))
     labels = torch.arange(10) % 3
     outcome = objective(vectors, labels)
@@ -156,18 +168,19 @@ def test_more_sets_than_their_part_has_room_for() -> None:
 
 
 def test_frozen_blocks_stay_as_they_are() -> None:
-    options = {"width": 4, "lite_blocks": 3, "lite_frozen": 2, "set_dimension": 4}
+    options = {"width": 4, "lite_blocks": 3, "lite_frozen": 2, "set_dimension": 4, "lites": 2}
     encoder: Any = build_network("ensemble", 16, (28, 28), options).train()
     before = {name: value.clone() for name, value in encoder.lite.state_dict().items()}
     optimiser = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=1.0)
     encoder(torch.randint(0, 256, (4, 28, 28, 3), dtype=torch.uint8)).sum().backward()
     optimiser.step()
     changed = {
-        name.split(".")[1] if name.startswith("blocks") else name.split(".")[0]
+        ".".join(name.split(".")[:3])
         for name, value in encoder.lite.state_dict().items()
         if not torch.equal(value, before[name])
     }
-    assert changed == {"2"}  # the stem, its norm and blocks 0 and 1 are frozen
+    # The stem, its norm and blocks 0 and 1 are frozen; each branch has a block 2 of its own.
+    assert changed == {"branches.0.0", "branches.1.0"}
 
 
 def test_sets_of_classes() -> None:

@@ -40,7 +40,7 @@ class MetricLearner(lightning.LightningModule):
         self.classes = classes
         size = (experiment.input.height, experiment.input.width)
         network = experiment.network
-        self.encoder = build_network(network.name, network.dimension, size, network.options)
+        self.encoder = build_network(network.name, network.dimension, size, network.options, names)
         self.objective = build_objective(
             experiment.objective.name,
             network.dimension,

@@ -7,7 +7,7 @@ the exported graph. A new network is a new module with a class, and a line in `N
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -32,9 +32,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_network(
-    name: str, dimension: int, size: tuple[int, int], options: Mapping[str, Any]
+    name: str,
+    dimension: int,
+    size: tuple[int, int],
+    options: Mapping[str, Any],
+    sets: Sequence[str] = (),
 ) -> nn.Module:
-    """Make a network for images of `size` (height, width).
+    """Make a network for images of `size` (height, width) of the data sets named.
 
     Raises `ExperimentError` for a network or an option that there isn't, and for a size that the
     network can't take.
@@ -42,14 +46,15 @@ def build_network(
     build = NETWORKS.get(name)
     if build is None:
         raise ExperimentError(f'no network "{name}"; there are: {", ".join(NETWORKS)}')
-    known = [key for key in inspect.signature(build).parameters if key not in ("dimension", "size")]
+    given = {"dimension": dimension, "size": size, "sets": tuple(sets)}
+    takes = inspect.signature(build).parameters
+    known = [key for key in takes if key not in given]
     for key in options:
         if key not in known:
             raise ExperimentError(
                 f'network "{name}" has no option "{key}"; there are: {", ".join(known) or "none"}'
             )
-    place = {"size": size} if "size" in inspect.signature(build).parameters else {}
     try:
-        return build(dimension=dimension, **place, **options)
+        return build(**{key: given[key] for key in given if key in takes}, **options)
     except (TypeError, ValueError) as error:
         raise ExperimentError(f'network "{name}": {error}') from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -19,17 +20,19 @@ class Ensemble(nn.Module):
 
     The first `set_dimension` numbers say which data set an image is of: a softmax, which for known
     kinds of images is next to one of the axes, so that it adds nothing to distances within a data
-    set, and much to those between two. The members have as many numbers each: pretrained filters
-    (`LiteTrunk` of `lite_blocks` blocks at `lite_size` pixels, of which `lite_frozen` don't learn)
-    and `residuals` small residual networks (`width` channels in stem and first block, twice and
-    four times as many in the others). A distance is then the members' mean, which is less a matter
-    of chance than that of one network on a small data set (Lakshminarayanan et al. 2017, arXiv
-    1612.01474); that of the pretrained filters counts `lite_share` times as much as another.
+    set, and much to those between two. The members have as many numbers each: `residuals` small
+    residual networks (`width` channels in stem and first block, twice and four times as many in the
+    others) and `lites` branches of pretrained filters (`LiteTrunk` of `lite_blocks` blocks at
+    `lite_size` pixels, of which `lite_frozen` don't learn). A distance is then the members' mean,
+    which is less a matter of chance than that of one network on a small data set
+    (Lakshminarayanan et al. 2017, arXiv 1612.01474); a pretrained one counts `lite_share` times as
+    much as a residual one, which can be a number for each data set by its name (1 for those it
+    doesn't name): `sets` are the names in the order of the softmax.
 
     That takes members which err on different images. So in training each has rows of the batch of
     its own, drawn and augmented for itself, in which the other members' numbers are 0: members
-    that see the same batches come out too much alike. A residual network has as many rows as
-    another; the pretrained one, which learns faster, has `lite_rows` times as many.
+    that see the same batches come out too much alike. Pretrained ones, which
+    learn faster, have `lite_rows` times as many rows as residual ones.
 
     `set_share` is the part of the squared length that `set_dimension` takes.
     """
@@ -41,62 +44,88 @@ class Ensemble(nn.Module):
         set_share: float = 0.5,
         residuals: int = 1,
         width: int = 16,
+        lites: int = 1,
         lite_blocks: int = 8,
         lite_size: int = 56,
         lite_frozen: int = 0,
         lite_rows: float = 1.0,
-        lite_share: float = 1.0,
+        lite_share: float | Mapping[str, float] = 1.0,
+        sets: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        members = residuals + 1
+        members = residuals + lites
         own = member_dimension(dimension, set_dimension, members)
         if not 0 < set_share < 1:
             raise ValueError(f"set_share is {set_share}: it must be between 0 and 1")
-        for name, value in (("lite_rows", lite_rows), ("lite_share", lite_share)):
+        shares = _by_set(lite_share, sets, set_dimension)
+        for name, value in (("lite_rows", lite_rows), ("lite_share", min(shares))):
             if not value > 0:
                 raise ValueError(f"{name} is {value}: it must be above 0")
         self.dimension = dimension
-        self.rows = [1.0] * residuals + [lite_rows]
+        self.rows = [1.0] * residuals + [lite_rows] * lites
         stages = ((width, 1), (2 * width, 2), (4 * width, 1))
         self.residuals = nn.ModuleList(
             ResidualEncoder(own, (width, 2), stages) for _ in range(residuals)
         )
-        self.lite = LiteTrunk(lite_blocks, lite_size, lite_frozen)
-        self.lite_head = nn.Linear(self.lite.channels, own)
-        channels = [4 * width] * residuals + [self.lite.channels]
+        self.lite = LiteTrunk(lite_blocks, lite_size, lite_frozen, lites)
+        self.lite_heads = nn.ModuleList(nn.Linear(self.lite.channels, own) for _ in range(lites))
+        channels = [4 * width] * residuals + [self.lite.channels] * lites
         self.set_heads = nn.ModuleList(nn.Linear(count, set_dimension) for count in channels)
-        self.set_scale = math.sqrt(set_share)
-        shares = [1.0] * residuals + [lite_share]
-        self.scales = [math.sqrt((1 - set_share) * share / sum(shares)) for share in shares]
+        self.register_buffer("lite_shares", torch.tensor(shares), persistent=False)
+        self.set_share = set_share
+        self.own = own
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed a batch; in training, each member rows of its own."""
         members = len(self.set_heads)
+        rows = self._own_rows(image) if self.training else [image] * members
+        features = self._features(rows)
+        logits = [head(part) for head, part in zip(self.set_heads, features, strict=True)]
+        parts = self._parts(features)
         if not self.training:
-            all_logits, parts = zip(*(self._member(n, image) for n in range(members)), strict=True)
-            return self._joined(torch.stack(all_logits).mean(dim=0), torch.cat(parts, dim=1))
-        rows = []
-        for number, own in enumerate(self._own_rows(image)):
-            logits, part = self._member(number, own)
-            before = number * part.shape[1]
-            after = (members - 1 - number) * part.shape[1]
-            rows.append(self._joined(logits, F.pad(part, (before, after))))
-        return torch.cat(rows)
+            return self._joined(torch.stack(logits).mean(dim=0), torch.cat(parts, dim=1))
+        around = [(n * self.own, (members - 1 - n) * self.own) for n in range(members)]
+        padded = [F.pad(part, place) for part, place in zip(parts, around, strict=True)]
+        return torch.cat([self._joined(*each) for each in zip(logits, padded, strict=True)])
 
-    def _member(self, number: int, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return one member's logits of the data sets, and its vectors."""
-        if number < len(self.residuals):
-            network: Any = self.residuals[number]
-            features = network.features(image)
-            part = network.embedding(features)
+    def _features(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Return each member's features of its rows."""
+        count = len(self.residuals)
+        networks: Any = self.residuals
+        found = [net.features(own) for net, own in zip(networks, rows[:count], strict=True)]
+        if self.training:
+            sizes = [len(own) for own in rows[count:]]
+            shared = torch.split(self.lite.shared(torch.cat(list(rows[count:]))), sizes)
         else:
-            features = self.lite(image)
-            part = F.normalize(self.lite_head(features), dim=1)
-        return self.set_heads[number](features), self.scales[number] * part
+            shared = (self.lite.shared(rows[-1]),) * len(self.lite_heads)
+        return found + [self.lite.features(n, own) for n, own in enumerate(shared)]
+
+    def _parts(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return each member's unit vectors."""
+        count = len(self.residuals)
+        networks: Any = self.residuals
+        lites = zip(self.lite_heads, features[count:], strict=True)
+        return [
+            *(net.embedding(part) for net, part in zip(networks, features[:count], strict=True)),
+            *(F.normalize(head(part), dim=1) for head, part in lites),
+        ]
 
     def _joined(self, logits: Tensor, parts: Tensor) -> Tensor:
-        sets = F.normalize(logits.softmax(dim=1), dim=1)
-        return torch.cat([self.set_scale * sets, parts], dim=1)
+        """Put a vector together: the softmax, and the members' parts by their shares."""
+        chances = logits.softmax(dim=1)
+        lite: Tensor = chances @ self.lite_shares[:, None]  # type: ignore[index]
+        residuals, lites = len(self.residuals), len(self.lite_heads)
+        shares = torch.cat(
+            [
+                torch.ones_like(lite).expand(-1, residuals * self.own),
+                lite.expand(-1, lites * self.own),
+            ],
+            dim=1,
+        )
+        scales = ((1 - self.set_share) * shares / (residuals + lites * lite)).sqrt()
+        return torch.cat(
+            [math.sqrt(self.set_share) * F.normalize(chances, dim=1), scales * parts], dim=1
+        )
 
     def _own_rows(self, batch: Tensor) -> tuple[Tensor, ...]:
         ends = [round(len(batch) * end / sum(self.rows)) for end in accumulate(self.rows)]
@@ -104,6 +133,14 @@ class Ensemble(nn.Module):
         if not all(len(part) for part in parts):
             raise ValueError(f"a batch of {len(batch)} is too small for {len(parts)} members")
         return parts
+
+
+def _by_set(share: float | Mapping[str, float], sets: Sequence[str], count: int) -> list[float]:
+    """Return the share for each of `count` data sets."""
+    if not isinstance(share, Mapping):
+        return [float(share)] * count
+    found = [float(share.get(name, 1.0)) for name in sets]
+    return found + [1.0] * (count - len(found))
 
 
 def member_dimension(dimension: int, set_dimension: int, members: int) -> int:
