@@ -144,7 +144,10 @@ def _normalised(experiment: Experiment) -> bool:
 
 
 def _options(options: Mapping[str, Any]) -> str:
-    named = ", ".join(f"{key} {value}" for key, value in options.items())
+    named = ", ".join(
+        f"{key}{_options(value)}" if isinstance(value, Mapping) else f"{key} {value}"
+        for key, value in options.items()
+    )
     return f" ({named})" if named else ""
 
 
