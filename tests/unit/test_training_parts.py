@@ -133,6 +133,7 @@ def test_members_of_an_ensemble_learn_from_rows_of_their_own() -> None:
         (16, {"set_dimension": 4, "set_share": 1.0}, "set_share"),
         (16, {"set_dimension": 4, "lite_blocks": 17}, "there are 16"),
         (16, {"set_dimension": 4, "lite_blocks": 2, "lite_frozen": 3}, "there are 2"),
+        (16, {"set_dimension": 4, "lites": 0}, "lites is 0"),
         (16, {"set_dimension": 4, "lite_rows": 0}, "lite_rows is 0"),
         (16, {"set_dimension": 4, "lite_share": 0}, "lite_share is 0"),
     ],

@@ -31,8 +31,8 @@ class Ensemble(nn.Module):
 
     That takes members which err on different images. So in training each has rows of the batch of
     its own, drawn and augmented for itself, in which the other members' numbers are 0: members
-    that see the same batches come out too much alike. Pretrained ones, which
-    learn faster, have `lite_rows` times as many rows as residual ones.
+    that see the same batches come out too much alike. Pretrained ones, which learn faster, have
+    `lite_rows` times as many rows as residual ones.
 
     `set_share` is the part of the squared length that `set_dimension` takes.
     """
@@ -58,6 +58,8 @@ class Ensemble(nn.Module):
         if not 0 < set_share < 1:
             raise ValueError(f"set_share is {set_share}: it must be between 0 and 1")
         shares = _by_set(lite_share, sets, set_dimension)
+        if lites < 1:
+            raise ValueError(f"lites is {lites}: it must be at least 1")
         for name, value in (("lite_rows", lite_rows), ("lite_share", min(shares))):
             if not value > 0:
                 raise ValueError(f"{name} is {value}: it must be above 0")
@@ -115,13 +117,8 @@ class Ensemble(nn.Module):
         chances = logits.softmax(dim=1)
         lite: Tensor = chances @ self.lite_shares[:, None]  # type: ignore[index]
         residuals, lites = len(self.residuals), len(self.lite_heads)
-        shares = torch.cat(
-            [
-                torch.ones_like(lite).expand(-1, residuals * self.own),
-                lite.expand(-1, lites * self.own),
-            ],
-            dim=1,
-        )
+        ones = torch.ones_like(lite).expand(-1, residuals * self.own)
+        shares = torch.cat([ones, lite.expand(-1, lites * self.own)], dim=1)
         scales = ((1 - self.set_share) * shares / (residuals + lites * lite)).sqrt()
         return torch.cat(
             [math.sqrt(self.set_share) * F.normalize(chances, dim=1), scales * parts], dim=1
