@@ -20,7 +20,7 @@ pytest.importorskip("pytorch_metric_learning")
 import onnx
 
 from pg_siamese.datasets import LabelledImages, hold_out, open_dataset
-from pg_siamese.evaluation.pairs import balanced_pairs, calibrate, score_pairs
+from pg_siamese.evaluation.pairs import balanced_pairs, calibrate, pair_distances, score_pairs
 from pg_siamese.evaluation.retrieval import (
     Embedded,
     nearest,
@@ -302,7 +302,7 @@ def trained(
     folder = tmp_path_factory.mktemp("tiny")
     tiny = dataclasses.replace(TINY, data=data)
     result = loop.fit(tiny, command="pg_siamese train tiny", folder=folder / "run", threads=1)
-    export.export_encoder(result.encoder, folder / "tiny.onnx", result.metadata)
+    export.write_model(result.model, folder / "tiny.onnx", result.metadata)
     return folder / "tiny.onnx", result
 
 
@@ -310,13 +310,29 @@ def test_weights_as_float16(trained: tuple[Path, loop.Trained], tmp_path: Path) 
     """Half the size, and the same but for the rounding of the weights."""
     path, result = trained
     small = tmp_path / "small.onnx"
-    export.export_encoder(result.encoder, small, result.metadata, half=True)
+    export.write_model(export.to_onnx(result.encoder, half=True), small, result.metadata)
     kinds = {w.data_type for w in onnx.load(small).graph.initializer if np.prod(w.dims) >= 1024}
     assert kinds == {onnx.TensorProto.FLOAT16}
     assert small.stat().st_size < 0.65 * path.stat().st_size
     assert 0.9999 <= loop.check(result, small) < 1
     pixels = np.random.default_rng(0).integers(0, 256, (9, 28, 28, 3), np.uint8)
     assert export.embed_onnx(small, pixels).dtype == np.float32
+
+
+def test_stated_figures_are_those_of_the_file(trained: tuple[Path, loop.Trained]) -> None:
+    """Also where its weights are rounded, which moves distances."""
+    path, result = trained
+    learner = load_learner(path.parent / "run" / "last.ckpt")
+    learner.experiment = dataclasses.replace(result.experiment, weights="float16")
+    halved = loop.finish(learner, result.splits, command="", test=False)
+    val = JoinedImages([each.val for each in result.splits])
+    labels, sets = val.labels.numpy(), val.sets.numpy()
+    for each in (result, halved):
+        vectors = export.embed_onnx(each.model.SerializeToString(), val.pixels.numpy())
+        pairs = pair_distances(Embedded(vectors, labels, sets), 20_000, 0, "cosine")
+        found = calibrate(*pairs)
+        assert each.metadata["calibration"] == {"weight": found.weight, "bias": found.bias}
+    assert result.metadata["calibration"] != halved.metadata["calibration"]
 
 
 def test_export_equals_pytorch(trained: tuple[Path, loop.Trained]) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pg_siamese.training.export import export_encoder
+from pg_siamese.training.export import to_onnx, write_model
 from pg_siamese.training.networks.efficientnet import FEATURES, EfficientNetLite0
 
 NAME = "efficientnet_lite0"
@@ -55,4 +55,4 @@ def export_baseline(path: Path, specs: Sequence[str]) -> None:
             "data": [{"name": spec.rpartition(":")[2], "spec": spec} for spec in specs],
         },
     }
-    export_encoder(_Features().eval(), path, metadata, (SIZE, SIZE))
+    write_model(to_onnx(_Features().eval(), (SIZE, SIZE)), path, metadata)

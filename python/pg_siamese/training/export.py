@@ -39,19 +39,13 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     return module
 
 
-def export_encoder(
-    encoder: nn.Module,
-    path: Path,
-    metadata: dict[str, Any],
-    size: tuple[int, int] = (28, 28),
-    half: bool = False,
-) -> None:
-    """Write an encoder as ONNX: uint8 `image` (batch, H, W, 3) to float32 `embedding` (batch, d).
+def to_onnx(
+    encoder: nn.Module, size: tuple[int, int] = (28, 28), half: bool = False
+) -> onnx.ModelProto:
+    """Return an encoder as ONNX: uint8 `image` (batch, H, W, 3) to float32 `embedding` (batch, d).
 
-    With `half`, the file keeps its weights as float16, to be made float32 when it is opened; one
-    that float16 can't hold stays as it is. `metadata` goes into the file's metadata_props as JSON
-    under the key `pg_siamese`. The file appears whole or not at all. Raises
-    `onnx.checker.ValidationError` for a broken graph.
+    With `half`, its weights are kept as float16, to be made float32 when it is opened; one that
+    float16 can't hold stays as it is.
     """
     example = torch.zeros((2, *size, 3), dtype=torch.uint8)
     # The exporter warns that torchvision, of which nothing is used here, is not installed.
@@ -73,6 +67,15 @@ def export_encoder(
     _strip(model)
     if half:
         _halve_weights(model.graph)
+    return model
+
+
+def write_model(model: onnx.ModelProto, path: Path, metadata: dict[str, Any]) -> None:
+    """Write a model with `metadata`, which goes into the file's metadata_props as JSON under the
+    key `pg_siamese`. The file appears whole or not at all. Raises
+    `onnx.checker.ValidationError` for a broken graph.
+    """
+    del model.metadata_props[:]
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata, ensure_ascii=False))
     onnx.checker.check_model(model, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,19 +127,19 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     return metadata
 
 
-def open_session(path: Path | str, threads: int = 1) -> onnxruntime.InferenceSession:
-    """Open an encoder in ONNX Runtime on the CPU."""
+def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
+    """Open an encoder, a file or its bytes, in ONNX Runtime on the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def embed_onnx(
-    path: Path | str, pixels: npt.NDArray[np.uint8], batch_size: int = 64, threads: int = 1
+    model: Path | bytes, pixels: npt.NDArray[np.uint8], batch_size: int = 64, threads: int = 1
 ) -> npt.NDArray[np.float32]:
     """Embed uint8 pixels (N, H, W, 3) in ONNX Runtime; float32 (N, d)."""
-    session = open_session(path, threads)
+    session = open_session(model, threads)
     return np.concatenate(
         [
             session.run(["embedding"], {"image": pixels[start : start + batch_size]})[0]
@@ -145,7 +148,7 @@ def embed_onnx(
     )
 
 
-def least_cosine(encoder: nn.Module, path: Path | str, pixels: npt.NDArray[np.uint8]) -> float:
+def least_cosine(encoder: nn.Module, path: Path, pixels: npt.NDArray[np.uint8]) -> float:
     """Return the least cosine between PyTorch's and ONNX Runtime's embedding of an image."""
     from pg_siamese.evaluation.retrieval import distances
     from pg_siamese.training.learner import embed
@@ -154,7 +157,7 @@ def least_cosine(encoder: nn.Module, path: Path | str, pixels: npt.NDArray[np.ui
     return float((1 - distances(expected, embed_onnx(path, pixels))).min())
 
 
-def images_per_second(path: Path | str, batch_size: int = 32, seconds: float = 2.0) -> float:
+def images_per_second(path: Path, batch_size: int = 32, seconds: float = 2.0) -> float:
     """Measure one thread of ONNX Runtime: images a second of CPU time, best of ten stretches.
 
     CPU time, so that what else the machine is doing counts little.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import onnx
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
@@ -28,7 +29,7 @@ from pg_siamese.training.callbacks import EpochFigures, EpochLines, Snapshots
 from pg_siamese.training.card import write_card
 from pg_siamese.training.data import Batch, JoinedImages
 from pg_siamese.training.experiments import Experiment, ExperimentError
-from pg_siamese.training.export import export_encoder, images_per_second, least_cosine
+from pg_siamese.training.export import images_per_second, least_cosine, to_onnx, write_model
 from pg_siamese.training.learner import AverageWeights, MetricLearner, load_learner
 from pg_siamese.training.metadata import describe
 from pg_siamese.training.sampling import Batches
@@ -44,10 +45,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run gives: the encoder and the figures that go into file and card."""
+    """What a training run gives: the encoder, also as ONNX, and what goes into file and card."""
 
     experiment: Experiment
     encoder: torch.nn.Module
+    model: onnx.ModelProto
     splits: list[DataSplits]
     metadata: dict[str, Any]
 
@@ -89,8 +91,7 @@ def write(
     trained: Trained, path: Path, output: Path | None = None, *, say: Say = print
 ) -> dict[str, Any]:
     """Export an encoder to `path` (and `output`), check it, and write the model card beside it."""
-    size, half = trained.experiment.input, trained.experiment.weights == "float16"
-    export_encoder(trained.encoder, path, trained.metadata, (size.height, size.width), half)
+    write_model(trained.model, path, trained.metadata)
     cosine = check(trained, path)
     speed = images_per_second(path)
     paths = [path]
@@ -245,18 +246,21 @@ def export_checkpoint(
 def finish(
     learner: MetricLearner, splits: list[DataSplits], *, command: str, test: bool = True
 ) -> Trained:
-    """Calibrate and evaluate a trained encoder."""
+    """Calibrate and evaluate a trained encoder, as its file will be: by ONNX Runtime."""
     encoder = learner.encoder.cpu().eval()
     encoder.requires_grad_(False)
+    experiment = learner.experiment
+    size, half = experiment.input, experiment.weights == "float16"
+    model = to_onnx(encoder, (size.height, size.width), half)
     metadata = describe(
-        learner.experiment,
-        encoder,
+        experiment,
+        model.SerializeToString(),
         splits,
         command=command,
         head=learner.objective.calibration(),
         test=test,
     )
-    return Trained(learner.experiment, encoder, splits, metadata)
+    return Trained(experiment, encoder, model, splits, metadata)
 
 
 def open_splits(experiment: Experiment, say: Say = print) -> list[DataSplits]:

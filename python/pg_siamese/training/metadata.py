@@ -19,28 +19,31 @@ from pg_siamese.evaluation.pairs import (
 from pg_siamese.evaluation.retrieval import Embedded, Floats, retrieval_by_set, right_set
 from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.experiments import Experiment
-from pg_siamese.training.learner import as_one_set, embed
+from pg_siamese.training.export import embed_onnx
+from pg_siamese.training.learner import as_one_set
 
 PAIRS = 20_000
 # Figures are of at most so many images of train: retrieval compares all with all.
 GALLERY = 60_000
 
 
-def embed_joined(encoder: torch.nn.Module, images: JoinedImages) -> Embedded:
-    """Embed joined data sets."""
-    return Embedded(embed(encoder, images.pixels), images.labels.numpy(), images.sets.numpy())
+def embed_joined(model: bytes, images: JoinedImages) -> Embedded:
+    """Embed joined data sets by a model's ONNX file."""
+    vectors = embed_onnx(model, images.pixels.numpy(), threads=torch.get_num_threads())
+    return Embedded(vectors, images.labels.numpy(), images.sets.numpy())
 
 
 def describe(
     experiment: Experiment,
-    encoder: torch.nn.Module,
+    model: bytes,
     splits: list[DataSplits],
     *,
     command: str,
     head: tuple[float, float] | None,
     test: bool = True,
 ) -> dict[str, Any]:
-    """Return the metadata of a trained encoder, a JSON object.
+    """Return the metadata of a trained encoder, a JSON object; its figures are those of `model`,
+    the bytes of an ONNX file, as they are found by whoever has it.
 
     `head` is weight and bias of the Siamese head, which is the calibration where there is one;
     otherwise a logistic regression is fitted on validation pairs. The threshold is always chosen
@@ -51,15 +54,15 @@ def describe(
         for part in ("train", "val", "test")
     }
     train, metric = joined["train"], experiment.metric
-    gallery = embed_joined(encoder, train.some(GALLERY, experiment.seed))
-    queries = embed_joined(encoder, joined["val"])
+    gallery = embed_joined(model, train.some(GALLERY, experiment.seed))
+    queries = embed_joined(model, joined["val"])
     try:
         calibration = calibrate(*_pairs(queries, experiment, 0))
         if head is not None:
             calibration = dataclasses.replace(calibration, weight=head[0], bias=head[1])
         parts = {"validation": queries}
         if test:
-            parts["test"] = embed_joined(encoder, joined["test"])
+            parts["test"] = embed_joined(model, joined["test"])
         metrics = {
             part: _figures(gallery, embedded, train.names, experiment, calibration)
             for part, embedded in parts.items()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_siamese.training.networks.lite_trunk import LiteTrunk
-from pg_siamese.training.networks.residual import ResidualEncoder
+from pg_siamese.training.networks.residual import ResidualTrunk
 
 
 class Ensemble(nn.Module):
@@ -66,12 +66,10 @@ class Ensemble(nn.Module):
         self.dimension = dimension
         self.rows = [1.0] * residuals + [lite_rows] * lites
         stages = ((width, 1), (2 * width, 2), (4 * width, 1))
-        self.residuals = nn.ModuleList(
-            ResidualEncoder(own, (width, 2), stages) for _ in range(residuals)
-        )
+        self.residuals = nn.ModuleList(ResidualTrunk((width, 2), stages) for _ in range(residuals))
         self.lite = LiteTrunk(lite_blocks, lite_size, lite_frozen, lites)
-        self.lite_heads = nn.ModuleList(nn.Linear(self.lite.channels, own) for _ in range(lites))
         channels = [4 * width] * residuals + [self.lite.channels] * lites
+        self.heads = nn.ModuleList(nn.Linear(count, own) for count in channels)
         self.set_heads = nn.ModuleList(nn.Linear(count, set_dimension) for count in channels)
         self.register_buffer("lite_shares", torch.tensor(shares), persistent=False)
         self.set_share = set_share
@@ -79,11 +77,12 @@ class Ensemble(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed a batch; in training, each member rows of its own."""
-        members = len(self.set_heads)
+        members = len(self.heads)
         rows = self._own_rows(image) if self.training else [image] * members
         features = self._features(rows)
         logits = [head(part) for head, part in zip(self.set_heads, features, strict=True)]
-        parts = self._parts(features)
+        heads = zip(self.heads, features, strict=True)
+        parts = [F.normalize(head(part), dim=1) for head, part in heads]
         if not self.training:
             return self._joined(torch.stack(logits).mean(dim=0), torch.cat(parts, dim=1))
         around = [(n * self.own, (members - 1 - n) * self.own) for n in range(members)]
@@ -99,24 +98,15 @@ class Ensemble(nn.Module):
             sizes = [len(own) for own in rows[count:]]
             shared = torch.split(self.lite.shared(torch.cat(list(rows[count:]))), sizes)
         else:
-            shared = (self.lite.shared(rows[-1]),) * len(self.lite_heads)
+            shared = (self.lite.shared(rows[-1]),) * (len(rows) - count)
         return found + [self.lite.features(n, own) for n, own in enumerate(shared)]
-
-    def _parts(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return each member's unit vectors."""
-        count = len(self.residuals)
-        networks: Any = self.residuals
-        lites = zip(self.lite_heads, features[count:], strict=True)
-        return [
-            *(net.embedding(part) for net, part in zip(networks, features[:count], strict=True)),
-            *(F.normalize(head(part), dim=1) for head, part in lites),
-        ]
 
     def _joined(self, logits: Tensor, parts: Tensor) -> Tensor:
         """Put a vector together: the softmax, and the members' parts by their shares."""
         chances = logits.softmax(dim=1)
         lite: Tensor = chances @ self.lite_shares[:, None]  # type: ignore[index]
-        residuals, lites = len(self.residuals), len(self.lite_heads)
+        residuals = len(self.residuals)
+        lites = len(self.heads) - residuals
         ones = torch.ones_like(lite).expand(-1, residuals * self.own)
         shares = torch.cat([ones, lite.expand(-1, lites * self.own)], dim=1)
         scales = ((1 - self.set_share) * shares / (residuals + lites * lite)).sqrt()

@@ -37,12 +37,36 @@ class ResidualBlock(nn.Module):
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
 
 
-class ResidualEncoder(nn.Module):
-    """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension).
+class ResidualTrunk(nn.Module):
+    """uint8 or float pixels in 0..255, (N, H, W, 3), to features (N, `channels`).
 
     `stem` is (channels, stride) of the first convolution; `stages` is (channels, stride) of each
     residual block. Any height and width that the strides leave something of will do.
     """
+
+    def __init__(
+        self,
+        stem: tuple[int, int] = (32, 2),
+        stages: tuple[tuple[int, int], ...] = ((32, 1), (64, 2), (128, 1)),
+    ) -> None:
+        super().__init__()
+        channels, stride = stem
+        self.stem = convolution(3, channels, stride=stride)
+        blocks = []
+        for outputs, stride in stages:
+            blocks.append(ResidualBlock(channels, outputs, stride))
+            channels = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.channels = channels
+
+    def features(self, image: Tensor) -> Tensor:
+        """Return what an embedding is made of: the last block's mean over the image."""
+        found: Tensor = self.blocks(F.relu(self.stem(centred(image))))
+        return found.mean(dim=(2, 3))
+
+
+class ResidualEncoder(ResidualTrunk):
+    """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension)."""
 
     def __init__(
         self,
@@ -51,27 +75,11 @@ class ResidualEncoder(nn.Module):
         stages: tuple[tuple[int, int], ...] = ((32, 1), (64, 2), (128, 1)),
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(stem, stages)
         self.dimension = dimension
-        channels, stride = stem
-        self.stem = convolution(3, channels, stride=stride)
-        blocks = []
-        for outputs, stride in stages:
-            blocks.append(ResidualBlock(channels, outputs, stride))
-            channels = outputs
-        self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels, dimension)
-
-    def features(self, image: Tensor) -> Tensor:
-        """Return what the embedding is made of, (N, channels of the last block)."""
-        found: Tensor = self.blocks(F.relu(self.stem(centred(image))))
-        return found.mean(dim=(2, 3))
-
-    def embedding(self, features: Tensor) -> Tensor:
-        """Make embeddings of features."""
-        return F.normalize(self.head(self.dropout(features)), dim=1)
+        self.head = nn.Linear(self.channels, dimension)
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed a batch."""
-        return self.embedding(self.features(image))
+        return F.normalize(self.head(self.dropout(self.features(image))), dim=1)
