@@ -27,7 +27,7 @@ from pg_siamese_server.images import InputSpec
 from tests.server import path_of
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
-DIMENSION = 64
+DIMENSION = 124
 # Float32 rounding differs between one query at a time and a batch, and between summation orders.
 DISTANCE_TOLERANCE = 1e-5
 TIE_TOLERANCE = 1e-6
@@ -58,7 +58,7 @@ def image_sets(count: int) -> list[datasets.LabelledImages]:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Image files and their vectors, float32 (count, 64), of length one."""
+    """Image files and their vectors, float32 (count, DIMENSION), of length one."""
 
     files: list[bytes]
     vectors: npt.NDArray[np.float32]
@@ -241,7 +241,7 @@ class Content:
 
     Attributes:
         ids: int64 (rows,), ascending.
-        vectors: float64 (rows, 64).
+        vectors: float64 (rows, DIMENSION).
         columns: values of the columns of FILTERS, by name.
     """
 

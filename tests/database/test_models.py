@@ -38,7 +38,7 @@ def test_metadata_is_read(db: Connection, onnx: bytes) -> None:
     ).fetchone()
     assert row
     assert row[0] == hashlib.sha256(onnx).hexdigest()
-    assert (row[1], row[2], row[3], row[4]) == (64, "medical", "28", "cosine")
+    assert (row[1], row[2], row[3], row[4]) == (124, "medical", "28", "cosine")
     assert row[5] is not None and row[6] > 0 and row[7]
 
 

@@ -23,7 +23,7 @@ def test_collection_status(db: Connection, pictures: Pictures) -> None:
     counts = ("rows_embedded", "pending", "dead", "rows_indexed")
     assert status(
         db, "relation::text", "model", "dimension", "on_error", "failures", "generation"
-    ) == ("images", "medical", 64, "reject", 0, None)
+    ) == ("images", "medical", 124, "reject", 0, None)
     assert status(db, *counts) == (0, 0, 0, None)
     ids = insert_images(db, pictures.files[:20])
     assert status(db, *counts) == (20, 20, 0, None)
