@@ -15,7 +15,7 @@ import psycopg
 from onnx import TensorProto, helper, numpy_helper
 
 from pg_siamese.sources import png
-from tests.bars.gallery import Connection, Gallery, check_files, index_directory
+from tests.bars.gallery import DIMENSION, Connection, Gallery, check_files, index_directory
 
 WITHIN = 1.0
 CANCELLED = psycopg.errors.QueryCanceled
@@ -289,12 +289,12 @@ class Cancel:
             f" FROM generate_series(1, {self.vectors}); COMMIT"
         )
         random = np.random.default_rng(0)
-        centres = random.normal(size=(200, 64))
+        centres = random.normal(size=(200, DIMENSION))
         ids = self.session.execute("SELECT image_id FROM siamese.images").fetchall()
         sql = "COPY siamese.embedding_1 (key, embedding) FROM STDIN"
         with self.session.cursor().copy(sql) as copy:
             for (image_id,) in ids:
-                vector = centres[image_id % 200] + random.normal(0, 0.5, 64)
+                vector = centres[image_id % 200] + random.normal(0, 0.5, DIMENSION)
                 copy.write_row((image_id, "[" + ",".join(map("%.3g".__mod__, vector)) + "]"))
         self.session.execute(
             "INSERT INTO siamese.pending_1 (embedding_id)"

@@ -42,6 +42,11 @@ FILTERS: dict[float, tuple[str, int]] = {
 Connection = psycopg.Connection[Any]
 
 
+def filled_up(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Give vectors (count, up to DIMENSION) the model's dimension, with zeros."""
+    return np.pad(vectors, ((0, 0), (0, DIMENSION - vectors.shape[1])))
+
+
 def image_sets(count: int) -> list[datasets.LabelledImages]:
     """Return all 28 x 28 image sets that this machine has, up to ``count`` images of each."""
     found = []

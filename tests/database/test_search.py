@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests.bars.gallery import filled_up
 from tests.conftest import Connection, Pictures, insert_images
 from tests.server import path_of
 from tests.support import assert_exact, exact_distances, grid_encoder, sql_error
@@ -522,7 +523,7 @@ class Large:
         centres = generator.normal(size=(300, 64))
         points = centres[generator.integers(0, 300, 12_000)] + generator.normal(size=(12_000, 64))
         points /= np.linalg.norm(points, axis=1, keepdims=True)
-        self.points = points.astype(np.float32)
+        self.points = filled_up(points.astype(np.float32))
         db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, n int)")
         db.execute("SELECT create_collection('t', 't')")
         db.execute("SET session_replication_role = replica")

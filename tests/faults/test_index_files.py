@@ -16,6 +16,7 @@ from tests.bars.gallery import (
     TIE_TOLERANCE,
     Connection,
     Gallery,
+    filled_up,
     gallery,
     index_directory,
     insert,
@@ -260,7 +261,7 @@ def test_flips_in_a_large_file(
 ) -> None:
     """Also in a file of some megabytes, which is mapped and of which a search reads little."""
     random = np.random.default_rng(seed)
-    vectors = random.normal(size=(12_000, 64)).astype(np.float32)
+    vectors = filled_up(random.normal(size=(12_000, 64)).astype(np.float32))
     db.execute("SET session_replication_role = replica")  # vectors of no image
     db.execute(
         "INSERT INTO siamese.images (image) SELECT %s FROM generate_series(1, %s)",

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pg_siamese.cli import app
 from pg_siamese.dev.cluster import Cluster
+from tests.bars.gallery import filled_up
 from tests.conftest import Connection, Pictures, insert_images
 from tests.operations.servers import (
     catch_up,
@@ -157,7 +158,7 @@ def test_a_graph_is_made_again(pair: Pair, fresh: Connection) -> None:
     pair.db.execute("CREATE TABLE public.many (id integer PRIMARY KEY, image bytea)")
     pair.db.execute("SELECT create_collection('many', 'public.many', backfill => false)")
     number = one(pair.db, "SELECT collection_id FROM siamese.collections WHERE name = 'many'")
-    values = np.random.default_rng(0).normal(size=(12_000, 64)).astype(np.float32)
+    values = filled_up(np.random.default_rng(0).normal(size=(12_000, 64))).astype(np.float32)
     values[11_000:] = values[:1000]
     with pair.db.transaction(), pair.db.cursor() as cursor:
         cursor.execute("SET LOCAL session_replication_role = replica")
