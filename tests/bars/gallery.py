@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import psycopg
 from psycopg.types.json import Jsonb
 
@@ -26,8 +27,14 @@ from pg_siamese_server.encoder import Encoder, ModelSpec
 from pg_siamese_server.images import InputSpec
 from tests.server import path_of
 
+
+def _dimension(path: Path) -> int:
+    (embedding,) = onnx.load_model(path).graph.output
+    return int(embedding.type.tensor_type.shape.dim[1].dim_value)
+
+
 MODELS = Path(__file__).resolve().parents[2] / "models"
-DIMENSION = 124
+DIMENSION = _dimension(MODELS / "medical.onnx")
 # Float32 rounding differs between one query at a time and a batch, and between summation orders.
 DISTANCE_TOLERANCE = 1e-5
 TIE_TOLERANCE = 1e-6

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto
 from PIL import Image
 
+from tests.bars.gallery import DIMENSION
 from tests.conftest import Connection, Pictures, insert_images
 from tests.support import Array, encode, grid, grid_encoder, sql_error
 
@@ -38,7 +39,7 @@ def test_metadata_is_read(db: Connection, onnx: bytes) -> None:
     ).fetchone()
     assert row
     assert row[0] == hashlib.sha256(onnx).hexdigest()
-    assert (row[1], row[2], row[3], row[4]) == (124, "medical", "28", "cosine")
+    assert (row[1], row[2], row[3], row[4]) == (DIMENSION, "medical", "28", "cosine")
     assert row[5] is not None and row[6] > 0 and row[7]
 
 

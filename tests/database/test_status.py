@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.bars.gallery import DIMENSION
 from tests.conftest import Connection, Pictures, insert_images
 from tests.support import sql_error
 
@@ -23,7 +24,7 @@ def test_collection_status(db: Connection, pictures: Pictures) -> None:
     counts = ("rows_embedded", "pending", "dead", "rows_indexed")
     assert status(
         db, "relation::text", "model", "dimension", "on_error", "failures", "generation"
-    ) == ("images", "medical", 124, "reject", 0, None)
+    ) == ("images", "medical", DIMENSION, "reject", 0, None)
     assert status(db, *counts) == (0, 0, 0, None)
     ids = insert_images(db, pictures.files[:20])
     assert status(db, *counts) == (20, 20, 0, None)
