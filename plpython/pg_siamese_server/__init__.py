@@ -5,4 +5,4 @@ Importable and testable without PostgreSQL: every function that talks to the dat
 every session pays for it.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -129,7 +129,7 @@ def test_version(shared: Connection) -> None:
         "SELECT extversion, n.nspname, extrelocatable FROM pg_extension AS x"
         " JOIN pg_namespace AS n ON n.oid = x.extnamespace WHERE extname = 'pg_siamese'"
     ).fetchone()
-    assert row == ("0.2.0", "siamese", False)
+    assert row == ("0.3.0", "siamese", False)
 
 
 def test_extension_can_be_dropped(db: Connection) -> None:

@@ -153,7 +153,7 @@ def test_old_version_in_a_session_is_refused(db: Connection, pictures: Pictures)
         $$
         """
     )
-    with sql_error("55000", "version 0.0.9", "0.2.0", "Start a new session"):
+    with sql_error("55000", "version 0.0.9", "0.3.0", "Start a new session"):
         db.execute("SELECT embed_image(%s)", (pictures.files[0],))
 
 
