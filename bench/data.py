@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,14 +66,21 @@ def insert(session: Session, table: str, files: list[bytes]) -> None:
         insertion(part)
 
 
-def copy_vectors(cluster: Cluster, source: str) -> None:
-    """Make pgvector's table: the same vectors, in the order of their rows."""
+def copy_vectors(cluster: Cluster, source: str, columns: Sequence[str] = ()) -> None:
+    """Make pgvector's table: the same vectors, in the order of their rows.
+
+    ``columns`` are columns of ``bench.large`` that it has, too, with an index on each.
+    """
+    more = "".join(f", b.{name}" for name in columns)
+    joined = " INNER JOIN bench.large AS b ON b.image_id = e.key" if columns else ""
     with connect(cluster.dsn()) as admin:
         admin.execute(
-            "CREATE TABLE bench.vectors AS"
-            f" SELECT key AS image_id, embedding FROM {source} ORDER BY key"
+            f"CREATE TABLE bench.vectors AS SELECT e.key AS image_id, e.embedding{more}"
+            f" FROM {source} AS e{joined} ORDER BY e.key"
         )
         admin.execute("ALTER TABLE bench.vectors ADD PRIMARY KEY (image_id)")
+        for name in columns:
+            admin.execute(f"CREATE INDEX ON bench.vectors ({name})")
 
 
 def read_vectors(cluster: Cluster) -> Vectors:
@@ -108,8 +115,10 @@ def mixture(count: int, dimension: int, clusters: int, seed: int = 0) -> Vectors
     return Vectors(np.arange(1, count + 1, dtype=np.int64), matrix)
 
 
-def load_mixture(cluster: Cluster, vectors: Vectors) -> None:
-    """Make collection ``large`` with these vectors.
+def load_mixture(
+    cluster: Cluster, vectors: Vectors, columns: Mapping[str, NDArray[np.int32]]
+) -> None:
+    """Make collection ``large`` with these vectors, and with columns to filter by.
 
     There are no images behind them: the collection is created while its table is empty, and then
     triggers are off, as in a restore, while rows, vectors and the notes that no index holds them
@@ -117,7 +126,9 @@ def load_mixture(cluster: Cluster, vectors: Vectors) -> None:
     """
     with connect(cluster.dsn()) as admin:
         admin.execute(
-            "CREATE TABLE bench.large (image_id bigint PRIMARY KEY, image bytea NOT NULL)"
+            "CREATE TABLE bench.large (image_id bigint PRIMARY KEY, image bytea NOT NULL"
+            + "".join(f", {name} integer NOT NULL" for name in columns)
+            + ")"
         )
         admin.execute("SELECT siamese.create_collection('large', 'bench.large')")
         row = admin.execute(
@@ -126,25 +137,31 @@ def load_mixture(cluster: Cluster, vectors: Vectors) -> None:
     assert row is not None
     table, pending = f"siamese.embedding_{row[0]}", f"siamese.pending_{row[0]}"
     with Session(cluster.dsn(), session_replication_role="replica") as session:
-        session.copy("bench.large (image_id, image)", _rows(vectors.ids))
+        names = ", ".join(["image_id", "image", *columns])
+        session.copy(f"bench.large ({names})", _rows(vectors.ids, columns))
+        for name in columns:
+            session.run(f"CREATE INDEX ON bench.large ({name})")
         session.copy(f"{table} (key, embedding)", _vector_rows(vectors))
         session.run(f"INSERT INTO {pending} (embedding_id) SELECT embedding_id FROM {table}")
-    copy_vectors(cluster, table)
+    copy_vectors(cluster, table, list(columns))
 
 
 _HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER = b"\xff\xff"
 
 
-def _rows(ids: NDArray[np.int64]) -> Iterator[bytes]:
-    """Yield COPY's binary format of rows (bigint, bytea of one byte)."""
-    record = np.zeros(
-        len(ids),
-        dtype=[("n", ">i2"), ("l1", ">i4"), ("id", ">i8"), ("l2", ">i4"), ("image", "u1")],
-    )
-    record["n"], record["l1"], record["id"], record["l2"] = 2, 8, ids, 1
+def _rows(ids: NDArray[np.int64], columns: Mapping[str, NDArray[np.int32]]) -> Iterator[bytes]:
+    """Yield COPY's binary format of rows (bigint, bytea of one byte, integers)."""
+    layout = [("n", ">i2"), ("l1", ">i4"), ("id", ">i8"), ("l2", ">i4"), ("image", "u1")]
+    for name in columns:
+        layout += [(f"length of {name}", ">i4"), (name, ">i4")]
+    record = np.zeros(len(ids), dtype=layout)
+    record["n"], record["l1"], record["id"], record["l2"] = 2 + len(columns), 8, ids, 1
+    for name, values in columns.items():
+        record[f"length of {name}"], record[name] = 4, values
     yield _HEADER
-    yield record.tobytes()
+    for start in range(0, len(ids), COPY_ROWS):
+        yield record[start : start + COPY_ROWS].tobytes()
     yield _TRAILER
 
 

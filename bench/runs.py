@@ -8,7 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from bench import build, connections, data, deferred, insert, machine, search
+from bench import (
+    build,
+    connections,
+    data,
+    deferred,
+    filtered,
+    groups,
+    insert,
+    machine,
+    search,
+)
 from bench.exact import Truth
 from bench.report import Bar, Report
 from bench.server import LARGE_SETTINGS, SETTINGS, server
@@ -174,7 +184,8 @@ def large(size: Size, console: Console) -> Report:
         console.print(f"Loading {size.rows:,} x {DIMENSION} vectors …")
         data.register(cluster)
         vectors = data.mixture(size.rows, DIMENSION, CLUSTERS)
-        data.load_mixture(cluster, vectors)
+        columns = groups.draw(vectors)
+        data.load_mixture(cluster, vectors, columns)
         build.vacuum(cluster)
         parameters = vars(size) | {
             "dimension": DIMENSION,
@@ -194,6 +205,10 @@ def large(size: Size, console: Console) -> Report:
         truth = Truth.of(vectors, vectors.of(own), own)
         report.lines += search.by_id(cluster, "large", truth)
         report.bars += _search_bars(report, 2.0)
+        console.print("Searching with filters …")
+        filters = filtered.filtered(cluster, "large", vectors, columns, own)
+        report.lines += filters
+        report.bars += filtered.bars(filters)
         mine = report.line(build.SECTION, build.OURS)
         theirs = report.line(build.SECTION, search.PGVECTOR)
         report.bars.append(

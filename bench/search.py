@@ -17,7 +17,7 @@ from bench.server import index_file
 from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints
 from bench.timing import Summary, one_core, round_robin
 from pg_siamese.dev.cluster import Cluster
-from pg_siamese_server.generations import opened
+from pg_siamese_server.generations import Breadths, opened
 from pg_siamese_server.index_file import read_sidecar
 
 OURS = "similar_images"
@@ -131,12 +131,13 @@ class FaissAlone:
         _, rows = read_sidecar(path.with_suffix(".meta"), lambda: None)
         with connect(cluster.dsn()) as admin:
             row = admin.execute(
-                "SELECT g.ef_search_stored, g.ef_search FROM siamese.generations AS g"
+                "SELECT g.ef_search_stored, g.ef_search, g.ef_search_many"
+                " FROM siamese.generations AS g"
                 " JOIN siamese.collections AS c USING (generation) WHERE c.name = %s",
                 (collection,),
             ).fetchone()
             assert row is not None
-        self.generation = opened(self.index, rows, False, *row)
+        self.generation = opened(self.index, rows, False, Breadths(*row))
         self.count = K + (truth.own is not None)
         self.note = f"ef_search {row[1] if truth.own is None else row[0]}"
         self.truth = truth

@@ -1,5 +1,7 @@
 \echo Use "ALTER EXTENSION pg_siamese UPDATE" to load this file. \quit
 
+ALTER TABLE siamese.generations ADD COLUMN ef_search_many integer[];
+
 -- @REPLACEABLE@
 
 -- What an update creates gets PostgreSQL's defaults, and so may be executed by everyone. Tables of the

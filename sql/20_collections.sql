@@ -35,7 +35,8 @@ CREATE TABLE siamese.generations (
     recall real,
     bytes bigint NOT NULL,
     seconds real NOT NULL,
-    built_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+    built_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    ef_search_many integer[]
 );
 CREATE INDEX generations_collection_id_idx ON siamese.generations (collection_id);
 COMMENT ON TABLE siamese.generations IS 'manifest of FAISS index files; the files are a cache of the tables';
@@ -46,6 +47,8 @@ COMMENT ON COLUMN siamese.generations.ef_search_stored
 IS 'HNSW search breadth for ten neighbours of a stored image, chosen by the build';
 COMMENT ON COLUMN siamese.generations.ef_search
 IS 'HNSW search breadth for ten neighbours of a new image, chosen by the build';
+COMMENT ON COLUMN siamese.generations.ef_search_many
+IS 'HNSW search breadths for 30, 100, 300 and 1,000 neighbours';
 COMMENT ON COLUMN siamese.generations.recall IS 'recall at 10 measured by the build at these breadths';
 
 CREATE TABLE siamese.failures (

@@ -1,3 +1,14 @@
+-- A search, which is STABLE, may not run EXPLAIN. This function is VOLATILE, and has the rights of whoever
+-- searches. It explains what the search that calls it has noted in the session's memory, and nothing else.
+CREATE FUNCTION siamese._estimate() RETURNS text
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    plpy.execute('SELECT siamese._load()')
+return GD['pg_siamese @VERSION@'].estimate(plpy)
+$python$;
+COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for the search that calls it';
+
 CREATE FUNCTION siamese.similar_images(
     image bytea,
     k integer DEFAULT 10,

@@ -100,7 +100,8 @@ SELECT
     g.recall,
     g.bytes,
     g.seconds,
-    g.built_at
+    g.built_at,
+    g.ef_search_many
 FROM siamese.generations AS g
 INNER JOIN siamese.collections AS c ON g.collection_id = c.collection_id;
 COMMENT ON VIEW siamese.index_generations IS 'FAISS generations of all collections';

@@ -19,7 +19,7 @@ BEGIN
                 p.proname IN (
                     '_load', 'similar_images', '_similar_keys', 'similar_rows', 'classify_image',
                     'embed_image', 'image_distance', 'same_class', 'any_two_match', '_model_id', 'warm_up',
-                    '_is_waiting')
+                    '_is_waiting', '_estimate')
                 OR (admin AND p.proname IN (
                     'register_model', 'drop_model', 'create_collection', 'drop_collection', 'backfill',
                     'build_index', 'rebuild_file', 'self_check', '_collection_counts', '_generation_file',

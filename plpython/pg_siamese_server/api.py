@@ -228,6 +228,14 @@ def _ranked(plpy: Any, answer: Any) -> list[tuple[int, Any, str, str | None]]:
 
 
 @_entry
+def estimate(plpy: Any) -> str | None:
+    """Body of ``_estimate``."""
+    from pg_siamese_server import exact
+
+    return exact.explain_asked()
+
+
+@_entry
 def classify_image(
     plpy: Any, image: bytes | None, k: int | None, collection: str | None, label_column: str | None
 ) -> list[tuple[str | None, int, float]]:

@@ -63,7 +63,7 @@ def build_index(
     poll = partial(interrupts.check, plpy)
     rows, matrix, levels = read(plpy, collection, options, poll)
     progress = graph.Progress(plpy, collection.name, max(1, len(matrix)), started)
-    index, breadths = graph.build(matrix, levels, options, progress, poll)
+    index, measured = graph.build(matrix, levels, options, progress, poll)
 
     generation = int(
         plpy.execute(
@@ -76,8 +76,9 @@ def build_index(
     prepare(
         plpy,
         "INSERT INTO siamese.generations (generation, collection_id, build_id, rows, vectors,"
-        " index_type, m, ef_construction, ef_search_stored, ef_search, recall, bytes, seconds)"
-        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        " index_type, m, ef_construction, ef_search_stored, ef_search, ef_search_many,"
+        " recall, bytes, seconds)"
+        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
         (
             "bigint",
             "integer",
@@ -86,6 +87,7 @@ def build_index(
             "bigint",
             "text",
             *("integer",) * 4,
+            "integer[]",
             "real",
             "bigint",
             "real",
@@ -97,12 +99,8 @@ def build_index(
             build_id,
             len(rows.embedding_ids),
             len(matrix),
-            "hnsw" if breadths else "flat",
-            options.m if breadths else None,
-            options.ef_construction if breadths else None,
-            breadths.stored if breadths else None,
-            breadths.new if breadths else None,
-            breadths.recall if breadths else 1.0,
+            *(_searched(options, measured) if measured else ("flat", *(None,) * 5)),
+            measured.recall if measured else 1.0,
             size,
             time.monotonic() - started,
         ]
@@ -114,6 +112,19 @@ def build_index(
     index_file.remove_others(directory, {generation, before["generation"] or generation})
     _remove_abandoned(plpy)
     return generation
+
+
+def _searched(options: graph.Options, measured: graph.Measured) -> tuple[Any, ...]:
+    """Return what the manifest says of a graph."""
+    breadths = measured.breadths
+    return (
+        "hnsw",
+        options.m,
+        options.ef_construction,
+        breadths.stored,
+        breadths.new,
+        list(breadths.many or ()),
+    )
 
 
 def default_threads(plpy: Any) -> int:

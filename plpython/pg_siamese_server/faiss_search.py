@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import bisect
 import math
-import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server import generations, interrupts, vectors
+from pg_siamese_server import exact, generations, interrupts, vectors
 from pg_siamese_server.catalog import MAX_CHANGES, Collection, prepare
 from pg_siamese_server.errors import IndexFileError
-from pg_siamese_server.generations import Generation
+from pg_siamese_server.generations import MAX_BOUNDED, Generation
 from pg_siamese_server.pending import Changes, Snapshot
 
 if TYPE_CHECKING:
     from pg_siamese_server.filters import Conditions
     from pg_siamese_server.search import Request
 
-CANDIDATE_SHARE = 0.05
-MIN_CANDIDATES = 500
-MAX_CANDIDATES = 20_000
+# Microseconds, as measured with 64 dimensions; only their proportions matter.
+WALK_STEP = 1.2  # of a walk through the graph
+SCAN_ROW = 0.03  # a vector, where all are compared
+CHECK_ROW = 1.5  # the table is asked about it
+CHECK_CANDIDATE = 0.1  # looked for in the caller's list
+COMPARE_CANDIDATE = 0.1  # one of the list, where all of it are compared
+CALL = 150  # whatever else a round takes
+# Times what is expected to be enough.
+ENOUGH = 1.25
+# A first look at so many times k rows; taken where it costs so many times less than the rest.
+LOOK, LITTLE = 6, 3
+# Rows that may be read where next to none are expected, and where any number is.
+MIN_READ, MAX_READ = 10_000, 2**62
 
 
 class FaissSearch:
@@ -38,6 +48,10 @@ class FaissSearch:
         self.index = index
         self.changes = changes
         changes.is_restricted = self.is_restricted
+        # Under row-level security, what this caller sees may change from one call to the next.
+        self.keeps_pending = not self.is_restricted and not changes.is_too_large(
+            collection.dimension
+        )
 
     @classmethod
     def open(
@@ -73,11 +87,8 @@ class FaissSearch:
             return None
         changes.take(settled, opened, snapshot)
         found = cls(plpy, collection, state, index, changes)
-        if changes.has_additions:
-            if changes.is_too_large(collection.dimension):
-                return None
-            if not found.is_restricted:
-                changes.fetch(plpy, collection)
+        if changes.has_additions and found.keeps_pending:
+            changes.fetch(plpy, collection)
         return found
 
     @staticmethod
@@ -102,31 +113,11 @@ class FaissSearch:
 
     def search(
         self, request: Request, embedding: NDArray[np.float32] | None, conditions: Conditions
-    ) -> tuple[list[Any], list[float]] | None:
-        """Find the k nearest rows that qualify.
-
-        Returns:
-            Keys and distances, or None where an exact scan is better.
-        """
-        assert request.k is not None
+    ) -> tuple[list[Any], list[float]]:
+        """Find the k nearest rows that qualify; returns keys and distances."""
         query, entry = self._query(embedding)
-        limit = math.inf
-        if request.max_distance is not None:
-            limit = _squared_limit(request.max_distance, self.collection.metric)
-        is_plain = not conditions.clauses and not self.is_restricted
-        count = self._first_count(request.k, is_plain)
-        most = self._most_candidates()
-        checked: dict[Any, bool] = {}
-        while count <= most:
-            keys, squared, complete = self._candidates(query, entry, count)
-            near = min(limit, complete)
-            taken = self._qualifying(request, keys, squared, near, is_plain, conditions, checked)
-            if len(taken[0]) == request.k or complete >= limit or complete == math.inf:
-                return taken[0], to_distances(taken[1], self.collection.metric)
-            interrupts.check(self.plpy)
-            share = (len(taken[0]) + 0.5) / max(1, len(checked))
-            count = max(2 * count, int(1.3 * request.k / share))
-        return None
+        keys, squared = _Search(self, request, conditions, query, entry).run()
+        return keys, vectors.to_distances(squared, self.collection.metric)
 
     def _query(
         self, embedding: NDArray[np.float32] | None
@@ -139,7 +130,7 @@ class FaissSearch:
         if row is not None:
             slot = self.index.slot_of(row)
             return self.index.vectors[slot : slot + 1], slot
-        vector = None if self.is_restricted else self.changes.find(self.query_id)
+        vector = self.changes.find(self.query_id) if self.keeps_pending else None
         if vector is None:
             plan = prepare(
                 self.plpy,
@@ -151,60 +142,16 @@ class FaissSearch:
             vector = vectors.prepare(vectors.from_send(data, 1), self.collection.metric)
         return vector, None
 
-    def _first_count(self, k: int, is_plain: bool) -> int:
-        """Choose how many to ask FAISS for at first: most, if not all, will qualify."""
-        count = k + (self.query_id is not None)
-        if not is_plain:
-            return 6 * count
-        dead = self.changes.dead_count()
-        if dead:
-            alive = max(0.1, 1 - dead / max(1, len(self.index.rows.embedding_ids)))
-            count = math.ceil(count / alive) + 2
-        return count
-
-    def _most_candidates(self) -> int:
-        """Return how many candidates FAISS may give before an exact scan is cheaper."""
-        if self.index.is_flat:  # scanned whole anyway, and then the list is complete
-            return sys.maxsize
-        share = int(self.index.index.ntotal * CANDIDATE_SHARE)
-        return max(MIN_CANDIDATES, min(MAX_CANDIDATES, share))
-
-    def _candidates(
-        self, query: NDArray[np.float32], entry: int | None, count: int
-    ) -> tuple[list[Any], list[float], float]:
-        """Return keys and squared distances, nearest first, and how far the list is complete."""
-        index = self.index
-        complete = math.inf
-        keys: list[Any] = []
-        squared: NDArray[np.float32] = np.empty(0, dtype=np.float32)
-        if index.index.ntotal:
-            positions, squared = index.search(query, count, entry)
-            if len(positions) < index.index.ntotal:
-                complete = float(squared[-1]) if len(positions) else 0.0
-            rows, squared = index.expand(positions, squared)
-            dead = self.changes.is_dead(rows)
-            if dead is not None:
-                rows, squared = rows[~dead], squared[~dead]
-            if index.rows.keys is not None:
-                keys = index.rows.keys[rows].tolist()
-            else:
-                keys = [index.rows.key(row) for row in rows.tolist()]
-        distances: list[float] = squared.tolist()
-        more_to_sort = self.changes.has_additions
-        if more_to_sort:
-            more, near, complete_here = self._pending(query, count)
-            keys = keys + more
-            distances = distances + near
-            complete = min(complete, complete_here)
-        return *in_order(keys, distances, more_to_sort), complete
-
-    def _pending(
+    def pending(
         self, query: NDArray[np.float32], count: int
     ) -> tuple[list[Any], list[float], float]:
-        if not self.is_restricted:
+        """Find the nearest pending vectors, exactly.
+
+        Returns:
+            Keys and squared distances, in no order, and the distance within which none is missing.
+        """
+        if self.keeps_pending:
             return self.changes.nearest(query, count)
-        # Under row-level security, what this caller sees may change from one call to the next, so
-        # nothing of it is kept.
         collection = self.collection
         key = "e.key" if collection.has_integer_keys else "e.key::text"
         plan = prepare(
@@ -223,99 +170,261 @@ class FaissSearch:
         complete = math.inf if len(rows) < count else float(near.max()) * (1 - 1e-5)
         return [row["key"] for row in rows], near.tolist(), complete
 
-    def _qualifying(
+
+class _Search:
+    """One search: by way of the nearest rows, or of those that qualify, whichever is cheaper.
+
+    The one asks FAISS for the nearest rows, and the table which of them qualify. The other reads
+    all that qualify, and compares them. The planner's estimate says which to begin with, and what
+    was found corrects it.
+    """
+
+    def __init__(
         self,
+        finder: FaissSearch,
         request: Request,
-        keys: list[Any],
-        squared: list[float],
-        near: float,
-        is_plain: bool,
         conditions: Conditions,
-        checked: dict[Any, bool],
-    ) -> tuple[list[Any], list[float]]:
-        """Return the first k candidates within ``near`` that the table says qualify."""
+        query: NDArray[np.float32],
+        entry: int | None,
+    ) -> None:
         assert request.k is not None
+        self.finder = finder
+        self.plpy, self.collection, self.index = finder.plpy, finder.collection, finder.index
+        self.changes = finder.changes
+        self.query, self.entry = query, entry
+        self.k, self.own = request.k, request.key
+        self.limit = math.inf
+        if request.max_distance is not None:
+            self.limit = vectors.squared_limit(request.max_distance, self.collection.metric)
+        self.conditions = conditions
+        self.among: NDArray[np.int64] | None = None
+        if request.candidates is not None:
+            if self.collection.has_integer_keys:
+                wanted = request.candidates
+                if None in wanted:
+                    wanted = [key for key in wanted if key is not None]
+                self.among = np.fromiter(wanted, dtype=np.int64, count=len(wanted))
+            else:
+                self.conditions = conditions.copy()
+                place = self.conditions.parameter(self.collection.key_array, request.candidates)
+                key = f"b.{self.collection.key_column}"
+                self.conditions.clauses.append(f"{key} = ANY({place})")
+        self.is_plain = not self.conditions.clauses and not finder.is_restricted
+        self.poll = partial(interrupts.check, self.plpy)
+        self.checked: dict[Any, bool] = {}
+        self.seen = 0
+
+    def run(self) -> tuple[list[Any], list[float]]:
+        """Return keys and squared distances of the k nearest rows that qualify."""
+        if self.is_plain and self.among is None:
+            return self._run_plain()
+        total = max(1, len(self.index.rows.embedding_ids) + self.changes.addition_count())
+        expected = self._estimate()
+        prior = min(1.0, max(0.5, expected.rows) / total)
+        most = 4 * int(expected.rows) + MIN_READ
+        # Rows that qualify may be the nearest ones: worth a look, where it costs little.
+        look = LOOK * (self.k + 1)
+        count = math.ceil(ENOUGH * (self.k + 1) / prior)
+        if look < count:
+            cost = min(self._cost(count), expected.microseconds)
+            count = look if LITTLE * self._cost(look) <= cost else count
+        while True:
+            if self._cost(count) > expected.microseconds:
+                answer = self._exactly(most)
+                if answer is not None:
+                    return answer
+                expected = exact.Estimate(total, expected.microseconds * total / most)
+                prior, most = min(1.0, most / total), MAX_READ
+                count = max(count, math.ceil(ENOUGH * (self.k + 1) / prior))
+                continue
+            answer, is_complete = self._nearest(count)
+            if is_complete:
+                return answer
+            self.poll()
+            share = (len(answer[0]) + 1) / (self.seen + 1 / prior)
+            count = max(2 * count, math.ceil(ENOUGH * (self.k + 1) / share))
+
+    def _run_plain(self) -> tuple[list[Any], list[float]]:
+        """Search where all rows qualify, but those that are deleted."""
+        count = self.k + (self.own is not None)
+        dead = self.changes.dead_count()
+        if dead:
+            alive = max(0.1, 1 - dead / max(1, len(self.index.rows.embedding_ids)))
+            count = math.ceil(count / alive) + 2
+        while True:
+            answer, is_complete = self._nearest(count)
+            if is_complete:
+                return answer
+            self.poll()
+            count *= 2
+
+    def _estimate(self) -> exact.Estimate:
+        """Return how many rows are expected to qualify, and what an exact search takes."""
+        if self.among is None:
+            return exact.estimate(self.plpy, self.collection, self.conditions)
+        rows = len(self.among)
+        return exact.Estimate(rows, rows * COMPARE_CANDIDATE)
+
+    def _cost(self, count: int) -> float:
+        """Return about how many microseconds a search by way of so many nearest rows takes."""
+        scale = self.collection.dimension / 64
+        walk = self.index.breadths.for_count(count) * WALK_STEP * scale
+        if self._is_scanned(count):
+            walk = self.index.index.ntotal * SCAN_ROW * scale
+        return walk + count * (CHECK_ROW if self.among is None else CHECK_CANDIDATE) + CALL
+
+    def _is_scanned(self, count: int) -> bool:
+        """Whether to compare all vectors rather than walk through the graph."""
+        if self.index.is_flat:
+            return True
+        walk = self.index.breadths.for_count(count) * WALK_STEP
+        return count > MAX_BOUNDED and walk > self.index.index.ntotal * SCAN_ROW
+
+    def _nearest(self, count: int) -> tuple[tuple[list[Any], list[float]], bool]:
+        """Look for the k nearest that qualify among the nearest rows.
+
+        Returns:
+            Keys and squared distances, and whether these are the whole answer.
+        """
+        index = self.index
+        complete = math.inf
+        keys: list[Any] = []
+        squared: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+        if index.index.ntotal:
+            if self._is_scanned(count) and not index.is_flat:
+                positions, squared = exact.nearest_of_all(index, self.query, count, self.poll)
+            else:
+                positions, squared = index.search(self.query, count, self.entry)
+            if len(positions) < index.index.ntotal:
+                complete = float(squared[-1]) if len(positions) else 0.0
+            rows, squared = index.expand(positions, squared)
+            dead = self.changes.is_dead(rows)
+            if dead is not None:
+                rows, squared = rows[~dead], squared[~dead]
+            self.seen = len(rows)
+            if index.rows.keys is None:
+                keys = [index.rows.key(row) for row in rows.tolist()]
+            elif self.among is None:
+                keys = index.rows.keys[rows].tolist()
+            else:
+                found = index.rows.keys[rows]
+                taken = np.isin(found, self._among_these(found))
+                keys, squared = found[taken].tolist(), squared[taken]
+        return self._taken(keys, squared.tolist(), complete, count)
+
+    def _among_these(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of a few keys that are candidates; quick with many candidates."""
+        assert self.among is not None
+        order = np.sort(keys)
+        if not len(order):
+            return order
+        places = np.minimum(order.searchsorted(self.among), len(order) - 1)
+        found: NDArray[np.int64] = order[places[order[places] == self.among]]
+        return found
+
+    def _exactly(self, most: int) -> tuple[list[Any], list[float]] | None:
+        """Compare all rows that qualify.
+
+        Returns:
+            Keys and squared distances of the k nearest, or None where more than ``most`` qualify.
+        """
+        index = self.index
+        if self.among is not None:
+            labels = np.unique(self.among)
+        else:
+            read = exact.read_keys(self.plpy, self.collection, self.conditions, most)
+            if read is None:
+                return None
+            labels = read
+        by_key = self.collection.has_integer_keys
+        rows = index.rows_of_keys(labels) if by_key else index.rows_of(labels)
+        dead = self.changes.is_dead(rows)
+        if dead is not None:
+            rows = rows[~dead]
+        squared = exact.squared_distances(index, self.query, index.slots_of(rows), self.poll)
+        count = 4 * (self.k + 1)
+        while True:
+            places, complete = exact.nearest_places(squared, count)
+            near = rows[places]
+            if index.rows.keys is not None:
+                keys = index.rows.keys[near].tolist()
+            else:
+                keys = [index.rows.key(row) for row in near.tolist()]
+            if self.among is None:
+                self.checked.update(dict.fromkeys(keys, True))
+            answer, is_complete = self._taken(keys, squared[places].tolist(), complete, count)
+            if is_complete:
+                return answer
+            self.poll()
+            count *= 8
+
+    def _taken(
+        self, keys: list[Any], squared: list[float], complete: float, count: int
+    ) -> tuple[tuple[list[Any], list[float]], bool]:
+        """Add pending rows; take the k nearest that qualify, as far as the lists are complete."""
+        is_mixed = self.changes.has_additions
+        if is_mixed:
+            more, near, complete_here = self.finder.pending(self.query, count)
+            if self.among is not None:
+                wanted = set(self._among_these(np.array(more, dtype=np.int64)).tolist())
+                kept = [place for place, key in enumerate(more) if key in wanted]
+                more, near = [more[place] for place in kept], [near[place] for place in kept]
+            keys, squared = keys + more, squared + near
+            complete = min(complete, complete_here)
+        keys, squared = vectors.in_order(keys, squared, is_mixed)
+        answer = self._qualifying(keys, squared, min(self.limit, complete))
+        is_whole = len(answer[0]) == self.k or complete >= self.limit or complete == math.inf
+        return answer, is_whole
+
+    def _qualifying(
+        self, keys: list[Any], squared: list[float], near: float
+    ) -> tuple[list[Any], list[float]]:
+        """Return the first k rows within ``near`` that the table says qualify."""
         end = bisect.bisect_right(squared, near)
-        if request.key is not None and request.key in keys:
-            own = keys.index(request.key)
+        if self.own is not None and self.own in keys:
+            own = keys.index(self.own)
             del keys[own], squared[own]
             end -= own < end
         taken: tuple[list[Any], list[float]] = ([], [])
         place = 0
-        while place < end and len(taken[0]) < request.k:
-            after = min(end, place + request.k - len(taken[0])) if is_plain else end
-            self._check(
-                [key for key in keys[place:after] if key not in checked], conditions, checked
-            )
+        while place < end and len(taken[0]) < self.k:
+            after = min(end, place + self.k - len(taken[0])) if self.is_plain else end
+            self._check([key for key in keys[place:after] if key not in self.checked])
             for key, distance in zip(keys[place:after], squared[place:after], strict=True):
-                if checked[key] and len(taken[0]) < request.k:
+                if self.checked[key] and len(taken[0]) < self.k:
                     taken[0].append(key)
                     taken[1].append(distance)
             place = after
         return taken
 
-    def _check(self, keys: list[Any], conditions: Conditions, checked: dict[Any, bool]) -> None:
+    def _check(self, keys: list[Any]) -> None:
         """Ask the collection's own table, as the invoker, which rows are there and qualify."""
         if not keys:
             return
         collection = self.collection
-        plan = None if conditions.clauses else collection.plans.get("check")
+        plan = None if self.conditions.clauses else collection.plans.get("check")
         if plan is None:
-            plan, values = self._check_plan(keys, conditions)
+            plan, values = self._check_plan(keys)
         else:
             values = [keys]
-        checked.update(dict.fromkeys(keys, False))
-        for row in plan.execute(values):
-            checked[row["key"]] = True
+        self.checked.update(dict.fromkeys(keys, False))
+        there = plan.execute(values)[0]["keys"]
+        if there:
+            self.checked.update(dict.fromkeys(there, True))
 
-    def _check_plan(self, keys: list[Any], conditions: Conditions) -> tuple[Any, list[Any]]:
+    def _check_plan(self, keys: list[Any]) -> tuple[Any, list[Any]]:
         collection = self.collection
-        where = conditions.copy()
+        where = self.conditions.copy()
         type_name = "bigint[]" if collection.has_integer_keys else collection.key_array
         key = f"b.{collection.key_column}"
         shown = key if collection.has_integer_keys else f"{key}::text"
         clauses = [f"{key} = ANY({where.parameter(type_name, keys)})", *where.clauses]
         plan = prepare(
             self.plpy,
-            f"SELECT {shown} AS key FROM {collection.relation} AS b WHERE {' AND '.join(clauses)}",
+            f"SELECT pg_catalog.array_agg({shown}) AS keys FROM {collection.relation} AS b"
+            f" WHERE {' AND '.join(clauses)}",
             tuple(where.types),
         )
-        if not conditions.clauses:
+        if not self.conditions.clauses:
             collection.plans["check"] = plan
         return plan, where.values
-
-
-def in_order(
-    keys: list[Any], distances: list[float], is_mixed: bool = False
-) -> tuple[list[Any], list[float]]:
-    """Sort by distance and then by key.
-
-    FAISS has sorted by distance, unless ``is_mixed``; equal distances are for the keys to order.
-    """
-    if is_mixed or len(set(distances)) < len(distances):
-        order = sorted(range(len(keys)), key=lambda place: (distances[place], keys[place]))
-        return [keys[place] for place in order], [distances[place] for place in order]
-    return keys, distances
-
-
-def to_distances(squared: list[float], metric: str) -> list[float]:
-    """Turn squared Euclidean distances of prepared vectors into those that callers see."""
-    if metric == "cosine":
-        return [0.5 * square for square in squared]
-    return [math.sqrt(square) for square in squared]
-
-
-def _squared_limit(max_distance: float, metric: str) -> float:
-    """Return the squared Euclidean distance between prepared vectors that a distance means."""
-    if max_distance < 0:
-        return -1.0
-    if metric == "cosine":
-        return 2 * max_distance
-    # The largest square whose root, as callers see it, is still within.
-    distance = np.float32(max_distance)
-    limit = distance * distance
-    while np.isfinite(limit) and np.sqrt(np.nextafter(limit, np.float32(np.inf))) <= distance:
-        limit = np.nextafter(limit, np.float32(np.inf))
-    while np.sqrt(limit) > distance:
-        limit = np.nextafter(limit, np.float32(0))
-    return float(limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,6 +21,12 @@ from pg_siamese_server.errors import IndexFileError
 from pg_siamese_server.index_file import Identity, Rows
 
 MAX_OPEN = 4
+# Breadth up to which FAISS's bounded queue is the quicker one.
+MAX_BOUNDED = 200
+# Numbers of neighbours that a build measures breadths for, besides ten.
+MANY = (30, 100, 300, 1000)
+# Breadth where nothing was measured, in times the number of neighbours.
+FACTOR_UNKNOWN = 4
 
 # A backend's working directory is the data directory. Kept as found at first use, and not read from
 # the setting data_directory, which only some roles may see.
@@ -38,6 +46,33 @@ def directory(plpy: Any, collection_id: int | None = None) -> Path:
     return _data_directory if collection_id is None else _data_directory / str(collection_id)
 
 
+@dataclass(frozen=True)
+class Breadths:
+    """How many vectors a search of a graph keeps in view (efSearch), as its build measured it.
+
+    Attributes:
+        stored, new: for ten neighbours, of a query that the index holds and of a new one.
+        many: for MANY neighbours of a new query; None where the build did not measure them.
+    """
+
+    stored: int = 10
+    new: int = 10
+    many: tuple[int, ...] | None = None
+
+    def for_count(self, count: int) -> int:
+        """Return efSearch for so many neighbours of a new query."""
+        if count <= 10:
+            return self.new
+        many = self.many or tuple(FACTOR_UNKNOWN * point for point in MANY)
+        points = [(10, self.new), *zip(MANY, many, strict=True)]
+        for (low, low_breadth), (high, high_breadth) in itertools.pairwise(points):
+            if count <= high:
+                place = math.log(count / low) / math.log(high / low)
+                factor = (1 - place) * low_breadth / low + place * high_breadth / high
+                return max(count, low_breadth, math.ceil(count * factor))
+        return math.ceil(count * many[-1] / MANY[-1])
+
+
 @dataclass
 class Generation:
     """A generation opened for searching.
@@ -46,8 +81,7 @@ class Generation:
         index: the FAISS index.
         rows: which row each vector belongs to.
         vectors: float32 (index.ntotal, dimension), mapped; row i is the vector at position i.
-        ef_search_stored, ef_search: breadth of a search for up to ten neighbours, with a query that
-            the index holds and with a new one; grows with more.
+        breadths: of searches.
         is_flat: whether the index is no graph, but a list.
         made_for: the snapshot that the file was made in; see :class:`index_file.IndexFile`.
     """
@@ -55,8 +89,7 @@ class Generation:
     index: Any
     rows: Rows
     vectors: NDArray[np.float32]
-    ef_search_stored: int
-    ef_search: int
+    breadths: Breadths
     is_flat: bool
     made_for: str | None = None
 
@@ -65,6 +98,8 @@ class Generation:
         ids = self.rows.embedding_ids
         self._first = int(ids[0]) if len(ids) else 0
         self._dense = len(ids) > 0 and int(ids[-1]) - self._first == len(ids) - 1
+        self._dense_keys: bool | None = None
+        self._repeated_keys = False
         self._parameters = None if self.is_flat else faiss.SearchParametersHNSW()
         self._buffers: dict[int, tuple[Any, ...]] = {}
         self._entry = np.empty((1, 1), dtype=np.int32)
@@ -89,6 +124,43 @@ class Generation:
         found: NDArray[np.int64] = places[ids[places] == embedding_ids]
         return found
 
+    def rows_of_keys(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of those integer keys that the file holds.
+
+        A key has several rows where its image was replaced during the build; all but one are dead.
+        """
+        own = self.rows.keys
+        assert own is not None
+        if not len(own):
+            return np.empty(0, dtype=np.int64)
+        if self._dense_keys is None:
+            first, last = int(own[0]), int(own[-1])
+            self._dense_keys = self.rows.by_key is None and last - first == len(own) - 1
+            ordered = own if self.rows.by_key is None else own[self.rows.by_key]
+            self._repeated_keys = bool((ordered[1:] == ordered[:-1]).any())
+            self._dense_keys &= not self._repeated_keys
+        if self._dense_keys:
+            dense: NDArray[np.int64] = keys[(keys >= own[0]) & (keys <= own[-1])] - own[0]
+            return dense
+        starts = own.searchsorted(keys, sorter=self.rows.by_key)
+        if self._repeated_keys:
+            ends = own.searchsorted(keys, side="right", sorter=self.rows.by_key)
+            counts = ends - starts
+            offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            places = np.repeat(starts, counts) + offsets
+            repeated: NDArray[np.int64] = (
+                places if self.rows.by_key is None else self.rows.by_key[places]
+            )
+            return repeated
+        places = np.minimum(starts, len(own) - 1)
+        rows = places if self.rows.by_key is None else self.rows.by_key[places]
+        found: NDArray[np.int64] = rows[own[rows] == keys]
+        return found
+
+    def slots_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the FAISS positions of rows' vectors."""
+        return rows if self.rows.slots is None else self.rows.slots[rows].astype(np.int64)
+
     def slot_of(self, row: int) -> int:
         """Return the FAISS position of a row's vector."""
         return row if self.rows.slots is None else int(self.rows.slots[row])
@@ -108,50 +180,53 @@ class Generation:
             where the graph ends.
         """
         count = min(count, self.index.ntotal)
+        distances, positions, distance_pointer, position_pointer = self._buffer(count)
+        pointer = faiss.swig_ptr(query)
+        if self._parameters is None:
+            self.index.search_c(1, pointer, count, distance_pointer, position_pointer)
+        elif entry is None or count > MAX_BOUNDED:
+            breadth = self.breadths.for_count(count)
+            self._parameters.efSearch = breadth
+            # FAISS's bounded queue is scanned whole at each step: time would grow with the square.
+            self._parameters.bounded_queue = breadth <= MAX_BOUNDED
+            self.index.search_c(
+                1, pointer, count, distance_pointer, position_pointer, self._parameters
+            )
+        else:
+            breadth = self.breadths.stored
+            if count > 11:
+                breadth = max(breadth, self.breadths.for_count(count))
+            self._parameters.efSearch = breadth
+            self._entry[0, 0] = entry
+            self.index.search_level_0(
+                1,
+                pointer,
+                count,
+                *self._entry_pointers,
+                distance_pointer,
+                position_pointer,
+                1,
+                1,
+                self._parameters,
+            )
+        found, squared = positions[0], distances[0]
+        if found[-1] < 0:
+            valid = found >= 0
+            return found[valid], squared[valid]
+        return found, squared
+
+    def _buffer(self, count: int) -> tuple[Any, ...]:
+        """Return arrays for results, and FAISS's pointers to them; small ones are kept."""
         buffers = self._buffers.get(count)
         if buffers is None:
             if len(self._buffers) > 32:
                 self._buffers.clear()
             distances = np.empty((1, count), dtype=np.float32)
             positions = np.empty((1, count), dtype=np.int64)
-            buffers = (
-                positions,
-                distances,
-                faiss.swig_ptr(distances),
-                faiss.swig_ptr(positions),
-            )
-            self._buffers[count] = buffers
-        positions, distances, distance_pointer, position_pointer = buffers
-        pointer = faiss.swig_ptr(query)
-        if self._parameters is None:
-            self.index.search_c(1, pointer, count, distance_pointer, position_pointer)
-        else:
-            breadth = self.ef_search if entry is None else self.ef_search_stored
-            # Measured for ten neighbours; the farther ones of many are found less surely.
-            per_ten = breadth if count <= 20 else max(breadth, 20)
-            self._parameters.efSearch = max(breadth, per_ten * count // 10)
-            if entry is None:
-                self.index.search_c(
-                    1, pointer, count, distance_pointer, position_pointer, self._parameters
-                )
-            else:
-                self._entry[0, 0] = entry
-                self.index.search_level_0(
-                    1,
-                    pointer,
-                    count,
-                    *self._entry_pointers,
-                    distance_pointer,
-                    position_pointer,
-                    1,
-                    1,
-                    self._parameters,
-                )
-        found, squared = positions[0], distances[0]
-        if found[-1] < 0:
-            valid = found >= 0
-            return found[valid], squared[valid]
-        return found, squared
+            buffers = distances, positions, faiss.swig_ptr(distances), faiss.swig_ptr(positions)
+            if count <= MAX_BOUNDED:
+                self._buffers[count] = buffers
+        return buffers
 
     def expand(
         self, positions: NDArray[np.int64], squared: NDArray[np.float32]
@@ -207,7 +282,7 @@ def identity(collection: Collection, generation: int, build_id: str) -> Identity
 def _load(plpy: Any, collection: Collection, generation: int) -> Generation:
     plan = prepare(
         plpy,
-        "SELECT build_id::text AS build_id, ef_search_stored, ef_search"
+        "SELECT build_id::text AS build_id, ef_search_stored, ef_search, ef_search_many"
         " FROM siamese.generations"
         " WHERE generation = $1 AND collection_id = $2",
         ("bigint", "integer"),
@@ -228,8 +303,11 @@ def _load(plpy: Any, collection: Collection, generation: int) -> Generation:
         file.rows,
         # A standby that makes its own file may find too few vectors left for a graph.
         not isinstance(file.index, faiss.IndexHNSW),
-        row["ef_search_stored"],
-        row["ef_search"],
+        Breadths(
+            row["ef_search_stored"] or 10,
+            row["ef_search"] or 10,
+            None if row["ef_search_many"] is None else tuple(row["ef_search_many"]),
+        ),
         file.made_for,
     )
 
@@ -238,8 +316,7 @@ def opened(
     index: Any,
     rows: Rows,
     is_flat: bool,
-    ef_search_stored: int | None = None,
-    ef_search: int | None = None,
+    breadths: Breadths | None = None,
     made_for: str | None = None,
 ) -> Generation:
     """Make a Generation of an index; a graph needs the breadths of its searches."""
@@ -248,6 +325,4 @@ def opened(
     vectors = np.empty(shape, dtype=np.float32)
     if index.ntotal:
         vectors = faiss.rev_swig_ptr(storage.get_xb(), index.ntotal * index.d).reshape(shape)
-    return Generation(
-        index, rows, vectors, ef_search_stored or 10, ef_search or 10, is_flat, made_for
-    )
+    return Generation(index, rows, vectors, breadths or Breadths(), is_flat, made_for)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.generations import MANY, MAX_BOUNDED, Breadths
 from pg_siamese_server.index_file import Poll
 from pg_siamese_server.interrupts import PIECE_SECONDS, signals_blocked
 
@@ -29,6 +30,9 @@ TIMED_QUERIES = 30
 TIMED_BELOW = 200_000  # from here on, a scan takes many times as long
 NEIGHBOURS = 10
 PRODUCTS_AT_ONCE = 1_000_000_000  # multiplications of one call of FAISS, about 80 ms
+MANY_QUERIES = 50
+# Multiples of a number of neighbours.
+MANY_BREADTHS = (1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
 BREADTHS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
 
 
@@ -54,14 +58,10 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Breadths:
-    """What searches of a graph need: efSearch for ten neighbours, and the recall at 10 with it.
+class Measured:
+    """What a build measured of its graph: how to search it, and the recall at 10 that it gives."""
 
-    A stored vector is easier to find its neighbours for than one that the graph does not know.
-    """
-
-    stored: int
-    new: int
+    breadths: Breadths
     recall: float
 
 
@@ -152,7 +152,7 @@ def build(
     options: Options,
     progress: Progress,
     poll: Poll,
-) -> tuple[Any, Breadths | None]:
+) -> tuple[Any, Measured | None]:
     """Return an index, and how to search it.
 
     Args:
@@ -173,14 +173,14 @@ def build(
     # not know them, is what new images will find.
     known = _known_count(len(matrix))
     add(0, known)
-    breadths = _calibrate(index, matrix[:known], matrix[known:], options, poll)
+    measured = _calibrate(index, matrix[:known], matrix[known:], options, poll)
     add(known, len(matrix))
-    if breadths.recall >= options.target_recall:
-        is_quicker = _is_quicker(index, matrix, breadths.new)
-        return (index, breadths) if is_quicker else (_flat(matrix), None)
+    if measured.recall >= options.target_recall:
+        is_quicker = _is_quicker(index, matrix, measured.breadths.new)
+        return (index, measured) if is_quicker else (_flat(matrix), None)
     progress.plpy.notice(
         f'graph index of collection "{progress.name}" reaches a recall of'
-        f" {breadths.recall:.3f} only",
+        f" {measured.recall:.3f} only",
         detail="A flat index takes its place: exact, but the slower the more vectors there are.",
         hint="Build with a larger m and ef_construction, or a lower target_recall.",
     )
@@ -271,8 +271,10 @@ def _calibrate(
     unknown: NDArray[np.float32],
     options: Options,
     poll: Poll,
-) -> Breadths:
+) -> Measured:
     """Choose the narrowest searches that reach the recall, on queries from this very data.
+
+    A stored vector is easier to find its neighbours for than one that the graph does not know.
 
     Args:
         index: the graph of ``stored``.
@@ -282,45 +284,76 @@ def _calibrate(
         poll: called between pieces of work, may raise to leave.
     """
     places = np.random.default_rng(0).choice(len(stored), len(unknown), replace=False)
-    truth = _exact(stored, np.concatenate([stored[places], unknown]), options, poll)
-    reached = []
-    for queries, entries, true in (
-        (stored[places], places.astype(np.int32), truth[: len(places)]),
-        (unknown, None, truth[len(places) :]),
-    ):
-        best = (BREADTHS[-1], 0.0)
-        for breadth in BREADTHS:
-            found = _search(index, queries, entries, breadth, options, poll)
-            recall = float((found[:, :, None] == true[:, None, :]).any(axis=2).mean())
-            if recall > best[1]:
-                best = (breadth, recall)
-            if recall >= options.target_recall:
-                break
-        reached.append(best)
-    (for_stored, recall_stored), (for_new, recall_new) = reached
-    return Breadths(for_stored, for_new, min(recall_stored, recall_new))
+    truth = _exact(stored, np.concatenate([stored[places], unknown]), NEIGHBOURS, options, poll)
+    for_stored, recall_stored = _narrowest(
+        index,
+        stored[places],
+        places.astype(np.int32),
+        truth[: len(places)],
+        BREADTHS,
+        options,
+        poll,
+    )
+    for_new, recall_new = _narrowest(
+        index, unknown, None, truth[len(places) :], BREADTHS, options, poll
+    )
+    queries = unknown[:MANY_QUERIES]
+    truth = _exact(stored, queries, MANY[-1], options, poll)
+    many = []
+    for count in MANY:
+        choices = [max(for_new, int(count * factor)) for factor in MANY_BREADTHS]
+        many.append(_narrowest(index, queries, None, truth[:, :count], choices, options, poll)[0])
+    return Measured(Breadths(for_stored, for_new, tuple(many)), min(recall_stored, recall_new))
+
+
+def _narrowest(
+    index: Any,
+    queries: NDArray[np.float32],
+    entries: NDArray[np.int32] | None,
+    truth: NDArray[np.int64],
+    choices: Sequence[int],
+    options: Options,
+    poll: Poll,
+) -> tuple[int, float]:
+    """Return the first breadth that reaches the recall, or the best one, and its recall.
+
+    ``truth`` is int64 (queries, neighbours); the other arguments are those of :func:`_search`.
+    """
+    best = (choices[-1], 0.0)
+    for breadth in choices:
+        found = _search(index, queries, entries, truth.shape[1], breadth, options, poll)
+        hits = [np.isin(true, near).sum() for true, near in zip(truth, found, strict=True)]
+        recall = float(sum(hits)) / truth.size
+        if recall > best[1]:
+            best = (breadth, recall)
+        if recall >= options.target_recall:
+            break
+    return best
 
 
 def _search(
     index: Any,
     queries: NDArray[np.float32],
     entries: NDArray[np.int32] | None,
+    count: int,
     breadth: int,
     options: Options,
     poll: Poll,
 ) -> NDArray[np.int64]:
-    """Return the neighbours that the graph finds; int64 (queries, NEIGHBOURS).
+    """Return the neighbours that the graph finds; int64 (queries, count).
 
     Searches start from the top of the graph, or on its lowest level from ``entries``, int32
     (queries,): the queries themselves.
     """
     parameters = faiss.SearchParametersHNSW()
     parameters.efSearch = breadth
-    positions = np.empty((len(queries), NEIGHBOURS), dtype=np.int64)
-    distances = np.empty((len(queries), NEIGHBOURS), dtype=np.float32)
-    for start in range(0, len(queries), SEARCH_AT_ONCE):
-        part = slice(start, start + SEARCH_AT_ONCE)
-        sizes = len(queries[part]), faiss.swig_ptr(queries[part]), NEIGHBOURS
+    parameters.bounded_queue = breadth <= MAX_BOUNDED
+    positions = np.empty((len(queries), count), dtype=np.int64)
+    distances = np.empty((len(queries), count), dtype=np.float32)
+    at_once = max(1, SEARCH_AT_ONCE * NEIGHBOURS // count)
+    for start in range(0, len(queries), at_once):
+        part = slice(start, start + at_once)
+        sizes = len(queries[part]), faiss.swig_ptr(queries[part]), count
         results = faiss.swig_ptr(distances[part]), faiss.swig_ptr(positions[part])
         with _threads(options.threads):
             if entries is None:
@@ -336,20 +369,21 @@ def _search(
 def _exact(
     matrix: NDArray[np.float32],
     queries: NDArray[np.float32],
+    count: int,
     options: Options,
     poll: Poll,
 ) -> NDArray[np.int64]:
-    """Return the true nearest neighbours of queries; int64 (queries, NEIGHBOURS)."""
-    block = max(1_000, 1_000_000 // matrix.shape[1])
+    """Return the true nearest neighbours of queries; int64 (queries, count) or fewer."""
+    block = max(count, 1_000, 1_000_000 // matrix.shape[1])
     distances, places = [], []
     for start in range(0, len(matrix), block):
         part = matrix[start : start + block]
         with _threads(options.threads):
-            near, where = faiss.knn(queries, part, min(NEIGHBOURS, len(part)))
+            near, where = faiss.knn(queries, part, min(count, len(part)))
         distances.append(near)
         places.append(where + start)
         poll()
-    order = np.argsort(np.concatenate(distances, axis=1), axis=1)[:, :NEIGHBOURS]
+    order = np.argsort(np.concatenate(distances, axis=1), axis=1)[:, :count]
     return np.take_along_axis(np.concatenate(places, axis=1), order, axis=1)
 
 

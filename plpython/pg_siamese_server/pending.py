@@ -175,8 +175,11 @@ class Changes:
 
     def is_too_large(self, dimension: int) -> bool:
         """Whether a scan by pgvector is better than a copy in this session."""
-        count = len(self.added.ids) + len(self.unfetched) + len(self.open_ids)
-        return count * dimension * 4 > MAX_BYTES
+        return self.addition_count() * dimension * 4 > MAX_BYTES
+
+    def addition_count(self) -> int:
+        """How many vectors the generation does not hold, at most."""
+        return len(self.added.ids) + len(self.unfetched) + len(self.open_ids)
 
     def fetch(self, plpy: Any, collection: Collection) -> None:
         """Read the vectors that are not here yet, as the invoker sees them."""

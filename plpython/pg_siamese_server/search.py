@@ -257,14 +257,9 @@ def _with_faiss(
     """Answer by FAISS, or return None where it can't, with a NOTICE if it should have."""
     required = request.engine == "faiss"
     generation = state["generation"]
-    if generation is None or request.candidates is not None:
+    if generation is None:
         if required:
-            reason = (
-                "The collection has no index generation."
-                if generation is None
-                else "A list of candidates is always searched exactly."
-            )
-            raise _no_faiss(reason)
+            raise _no_faiss("The collection has no index generation.")
         return None
     try:
         from pg_siamese_server.faiss_search import FaissSearch
@@ -284,13 +279,7 @@ def _with_faiss(
         if required:
             raise _no_faiss("Too many vectors wait for an index build.")
         return None
-    found = finder.search(request, embedding, conditions)
-    if found is None:
-        if required:
-            raise _no_faiss("An exact scan is the better way for this k and filter.")
-        return None
-    keys, distances = found
-    return Answer(collection, keys, distances)
+    return Answer(collection, *finder.search(request, embedding, conditions))
 
 
 def _remedy(plpy: Any, error: IndexFileError | ImportError) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import vectors
 from pg_siamese_server.catalog import MAX_XACT_ID, Collection
-from pg_siamese_server.faiss_search import in_order, to_distances
+from pg_siamese_server.vectors import in_order, to_distances
 
 if TYPE_CHECKING:
     from pg_siamese_server.pending import Changes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,39 @@ def squared_distances(
     difference = matrix - query
     result: NDArray[np.float32] = np.einsum("ij,ij->i", difference, difference)
     return result
+
+
+def in_order(
+    keys: list[Any], distances: list[float], is_mixed: bool = False
+) -> tuple[list[Any], list[float]]:
+    """Sort by distance and then by key.
+
+    FAISS has sorted by distance, unless ``is_mixed``; equal distances are for the keys to order.
+    """
+    if is_mixed or len(set(distances)) < len(distances):
+        order = sorted(range(len(keys)), key=lambda place: (distances[place], keys[place]))
+        return [keys[place] for place in order], [distances[place] for place in order]
+    return keys, distances
+
+
+def to_distances(squared: list[float], metric: str) -> list[float]:
+    """Turn squared Euclidean distances of prepared vectors into those that callers see."""
+    if metric == "cosine":
+        return [0.5 * square for square in squared]
+    return [math.sqrt(square) for square in squared]
+
+
+def squared_limit(max_distance: float, metric: str) -> float:
+    """Return the squared Euclidean distance between prepared vectors that a distance means."""
+    if max_distance < 0:
+        return -1.0
+    if metric == "cosine":
+        return 2 * max_distance
+    # The largest square whose root, as callers see it, is still within.
+    distance = np.float32(max_distance)
+    limit = distance * distance
+    while np.isfinite(limit) and np.sqrt(np.nextafter(limit, np.float32(np.inf))) <= distance:
+        limit = np.nextafter(limit, np.float32(np.inf))
+    while np.sqrt(limit) > distance:
+        limit = np.nextafter(limit, np.float32(0))
+    return float(limit)

@@ -11,6 +11,8 @@ import pytest
 
 from pg_siamese_server import build, graph, vectors
 from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.generations import Breadths, opened
+from pg_siamese_server.index_file import Rows
 from tests.support import Array
 
 
@@ -87,34 +89,53 @@ def progress() -> graph.Progress:
 
 
 def test_few_vectors_are_scanned(clusters: Array, progress: graph.Progress) -> None:
-    index, breadths = graph.build(clusters[:100], None, options(), progress, no_poll)
-    assert (index.ntotal, breadths) == (100, None)
+    index, measured = graph.build(clusters[:100], None, options(), progress, no_poll)
+    assert (index.ntotal, measured) == (100, None)
     assert isinstance(index, faiss.IndexFlatL2)
 
 
 def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: graph.Progress) -> None:
     ordered, places, levels = in_order(clusters)
-    index, breadths = graph.build(ordered, levels, options(), progress, no_poll)
-    assert isinstance(index, faiss.IndexHNSWFlat) and breadths is not None
-    assert breadths.recall >= 0.99
+    index, measured = graph.build(ordered, levels, options(), progress, no_poll)
+    assert isinstance(index, faiss.IndexHNSWFlat) and measured is not None
+    assert measured.recall >= 0.99
     chosen = np.random.default_rng(1).integers(0, 3000, 200)
     queries = clusters[chosen]
     truth = np.argsort(((clusters[None] - queries[:, None]) ** 2).sum(axis=2), axis=1)[:, :10]
-    for entries, breadth in ((places[chosen], breadths.stored), (None, breadths.new)):
-        found = graph._search(index, queries, entries, breadth, options(), no_poll)
+    for entries, breadth in (
+        (places[chosen], measured.breadths.stored),
+        (None, measured.breadths.new),
+    ):
+        found = graph._search(index, queries, entries, 10, breadth, options(), no_poll)
         hits = [len(np.intersect1d(*pair)) for pair in zip(found, places[truth], strict=True)]
         assert np.mean(hits) >= 9.8
 
 
+def test_many_neighbours_have_the_recall_too(clusters: Array, progress: graph.Progress) -> None:
+    ordered, _, levels = in_order(clusters)
+    index, measured = graph.build(ordered, levels, options(), progress, no_poll)
+    assert measured is not None
+    generation = opened(index, Rows(np.arange(3000)), False, measured.breadths)
+    for count in (100, 300, 1000):
+        hits = 0
+        for place in range(0, 3000, 100):
+            query = ordered[place : place + 1]
+            truth = np.argsort(((ordered - query) ** 2).sum(axis=1))[:count]
+            hits += np.isin(truth, generation.search(query, count, None)[0]).sum()
+        assert hits >= 0.985 * 30 * count
+
+
 def test_a_graph_built_again_is_as_good(clusters: Array, progress: graph.Progress) -> None:
     ordered, places, levels = in_order(clusters)
-    _, breadths = graph.build(ordered, levels, options(), progress, no_poll)
+    _, measured = graph.build(ordered, levels, options(), progress, no_poll)
     index = graph.build_again(ordered, levels, options(), progress, no_poll)
-    assert isinstance(index, faiss.IndexHNSWFlat) and breadths is not None
+    assert isinstance(index, faiss.IndexHNSWFlat) and measured is not None
     np.testing.assert_array_equal(index.reconstruct_n(0, index.ntotal), ordered)
     chosen = np.random.default_rng(1).integers(0, 3000, 200)
     truth = np.argsort(((clusters[None] - clusters[chosen, None]) ** 2).sum(axis=2), axis=1)[:, :10]
-    found = graph._search(index, clusters[chosen], None, breadths.new, options(), no_poll)
+    found = graph._search(
+        index, clusters[chosen], None, 10, measured.breadths.new, options(), no_poll
+    )
     hits = [len(np.intersect1d(*pair)) for pair in zip(found, places[truth], strict=True)]
     assert np.mean(hits) >= 9.8
     flat = graph.build_again(clusters[:100], None, options(), progress, no_poll)
@@ -124,16 +145,16 @@ def test_a_graph_built_again_is_as_good(clusters: Array, progress: graph.Progres
 def test_no_graph_where_it_misses_the_recall(
     clusters: Array, progress: graph.Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "_calibrate", lambda *_: graph.Breadths(512, 512, 0.7))
+    monkeypatch.setattr(graph, "_calibrate", lambda *_: graph.Measured(Breadths(512, 512), 0.7))
     ordered, _, levels = in_order(clusters)
-    index, breadths = graph.build(ordered, levels, options(), progress, no_poll)
+    index, measured = graph.build(ordered, levels, options(), progress, no_poll)
     assert isinstance(index, faiss.IndexFlatL2)
-    assert (index.ntotal, breadths) == (3000, None)
+    assert (index.ntotal, measured) == (3000, None)
     assert "recall of 0.700 only" in progress.plpy.notices[0]
 
 
 def test_exact_neighbours(clusters: Array) -> None:
-    found = graph._exact(clusters, clusters[:20].copy(), options(), no_poll)
+    found = graph._exact(clusters, clusters[:20].copy(), 10, options(), no_poll)
     truth = np.argsort(((clusters[None] - clusters[:20, None]) ** 2).sum(axis=2), axis=1)[:, :10]
     assert (found[:, 0] == np.arange(20)).all()
     assert np.mean([len(np.intersect1d(*pair)) for pair in zip(found, truth, strict=True)]) >= 9.9

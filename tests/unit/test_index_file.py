@@ -13,7 +13,7 @@ import pytest
 
 from pg_siamese_server import index_file
 from pg_siamese_server.errors import IndexFileError
-from pg_siamese_server.generations import opened
+from pg_siamese_server.generations import Breadths, opened
 from pg_siamese_server.index_file import Identity, Rows
 from tests.support import Array
 
@@ -81,7 +81,7 @@ def test_hnsw_round_trip(tmp_path: Path, matrix: Array) -> None:
     index.add(matrix)
     index_file.write(tmp_path, IDENTITY, index, integer_rows(60), no_poll)
     file = index_file.read(tmp_path, IDENTITY, no_poll)
-    generation = opened(file.index, file.rows, False, 40, 40)
+    generation = opened(file.index, file.rows, False, Breadths(40, 40))
     np.testing.assert_array_equal(generation.vectors, matrix)
     for query in (7, 31):
         positions, squared = generation.search(matrix[query : query + 1], 5, None)
@@ -127,7 +127,7 @@ def test_shared_vectors(tmp_path: Path, matrix: Array) -> None:
     rows.place(np.array([0, 1, 0, 2, 0], dtype=np.int32), 3)
     index_file.write(tmp_path, IDENTITY, flat(matrix[:3]), rows, no_poll)
     file = index_file.read(tmp_path, IDENTITY, no_poll)
-    generation = opened(file.index, file.rows, True, 10)
+    generation = opened(file.index, file.rows, True)
     positions, squared = generation.search(matrix[:1], 2, None)
     found, distances = generation.expand(positions, squared)
     assert found.tolist()[:3] == [0, 2, 4] and len(found) == 4
@@ -139,15 +139,15 @@ def test_empty(tmp_path: Path) -> None:
     nothing = np.empty((0, DIMENSION), np.float32)
     index_file.write(tmp_path, IDENTITY, flat(nothing), integer_rows(0), no_poll)
     file = index_file.read(tmp_path, IDENTITY, no_poll)
-    generation = opened(file.index, file.rows, True, 10)
+    generation = opened(file.index, file.rows, True)
     assert file.index.ntotal == 0
     assert generation.row_of(1) is None
     assert len(generation.rows_of(np.array([1, 2]))) == 0
 
 
 def test_rows_by_embedding_id(matrix: Array) -> None:
-    dense = opened(flat(matrix), integer_rows(60), True, 10)
-    sparse = opened(flat(matrix[:3]), Rows(np.array([2, 5, 9]), keys=np.arange(3)), True, 10)
+    dense = opened(flat(matrix), integer_rows(60), True)
+    sparse = opened(flat(matrix[:3]), Rows(np.array([2, 5, 9]), keys=np.arange(3)), True)
     assert [dense.row_of(number) for number in (9, 10, 69, 70)] == [None, 0, 59, None]
     assert [sparse.row_of(number) for number in (1, 2, 3, 9, 10)] == [None, 0, None, 2, None]
     assert sparse.rows_of(np.array([9, 4, 2, 99])).tolist() == [2, 0]
@@ -308,3 +308,31 @@ def test_reading_can_be_left(directory: Path) -> None:
 
     with pytest.raises(CancelledError):
         index_file.read(directory, IDENTITY, cancel)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [
+        ([1, 2, 3, 4], [0, 1, 3]),  # without a gap
+        ([1, 2, 9, 4], [0, 1, 3]),  # not in order
+        ([-5, 1, 2, 4], [1, 2, 3]),
+        ([4, 1, 2, 1], [1, 3, 2, 0]),  # 1 was replaced during the build: both rows
+    ],
+)
+def test_rows_of_integer_keys(keys: list[int], rows: list[int], matrix: Array) -> None:
+    held = Rows(np.arange(len(keys), dtype=np.int64))
+    held.set_keys(np.array(keys, dtype=np.int64))
+    generation = opened(flat(matrix[: len(keys)]), held, True)
+    wanted = np.array([-(2**63), 1, 2, 4, 2**62], dtype=np.int64)
+    assert generation.rows_of_keys(wanted).tolist() == rows
+
+
+def test_breadth_by_count() -> None:
+    measured = Breadths(16, 32, (75, 200, 450, 1200))
+    counts = [1, 10, 11, 50, 100, 300, 1000, 10_000]
+    found = [measured.for_count(count) for count in counts]
+    assert found[:2] == [32, 32] and found[4] == 200 and found[6:] == [1200, 12_000]
+    assert found == sorted(found)
+    assert all(breadth >= count for breadth, count in zip(found, counts, strict=True))
+    # An index from before these were measured is searched more broadly.
+    assert Breadths(16, 32).for_count(100) > 200

@@ -55,7 +55,7 @@ def generation() -> Generation:
     """Rows with embedding_ids 1 to 10."""
     index = faiss.IndexFlatL2(DIMENSION)
     index.add(np.eye(10, DIMENSION, dtype=np.float32))
-    return opened(index, Rows(np.arange(1, 11), keys=np.arange(1, 11)), True, 10)
+    return opened(index, Rows(np.arange(1, 11), keys=np.arange(1, 11)), True)
 
 
 class Table:

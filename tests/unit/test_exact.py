@@ -1,0 +1,80 @@
+"""Exact comparison of some or all vectors of an index file."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+
+from pg_siamese_server import exact
+from pg_siamese_server.generations import Generation, opened
+from pg_siamese_server.index_file import Rows
+
+Array = np.ndarray[Any, Any]
+COUNT, DIMENSION = 1000, 12
+
+
+@pytest.fixture
+def matrix() -> Array:
+    return np.random.default_rng(3).standard_normal((COUNT, DIMENSION)).astype(np.float32)
+
+
+@pytest.fixture
+def generation(matrix: Array) -> Generation:
+    index = faiss.IndexFlatL2(DIMENSION)
+    index.add(matrix)
+    return opened(index, Rows(np.arange(COUNT), keys=np.arange(COUNT)), True)
+
+
+class Polls:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def squares(matrix: Array, query: Array) -> Array:
+    result: Array = ((matrix - query) ** 2).sum(axis=1)
+    return result
+
+
+def test_distances_to_some(
+    generation: Generation, matrix: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces, with a look at interrupts after each."""
+    monkeypatch.setattr(exact, "VALUES_AT_ONCE", 10 * DIMENSION)
+    slots = np.array([999, 0, 5, *range(100, 130)], dtype=np.int64)
+    polls = Polls()
+    found = exact.squared_distances(generation, matrix[:1], slots, polls)
+    np.testing.assert_allclose(found, squares(matrix[slots], matrix[0]), atol=1e-4)
+    assert polls.count == 4
+
+
+@pytest.mark.parametrize("count", [1, 10, 999, 1000, 5000])
+def test_nearest_of_all(
+    generation: Generation, matrix: Array, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "VALUES_AT_ONCE", 300 * DIMENSION)
+    truth = squares(matrix, matrix[7])
+    positions, squared = exact.nearest_of_all(generation, matrix[7:8], count, Polls())
+    assert positions[0] == 7 and len(positions) == min(count, COUNT)
+    np.testing.assert_allclose(squared, np.sort(truth)[:count], atol=1e-4)
+    np.testing.assert_allclose(squared, truth[positions], atol=1e-4)
+
+
+def test_nearest_places_keep_all_that_are_as_far_as_the_last() -> None:
+    squared = np.array([3, 1, 2, 1, 2, 9], dtype=np.float32)
+    places, complete = exact.nearest_places(squared, 3)
+    assert sorted(places[:2].tolist()) == [1, 3] and sorted(places[2:].tolist()) == [2, 4]
+    assert complete == 2.0
+    places, complete = exact.nearest_places(squared, 6)
+    assert len(places) == 6 and complete == math.inf
+    assert exact.nearest_places(squared[:0], 3)[1] == math.inf
+
+
+def test_nobody_but_a_search_has_anything_explained() -> None:
+    assert exact.explain_asked() is None
