@@ -212,6 +212,8 @@ class _Search:
         self.is_plain = not self.conditions.clauses and not finder.is_restricted
         self.poll = partial(interrupts.check, self.plpy)
         self.checked: dict[Any, bool] = {}
+        # Integer keys of all rows that qualify, once they have been read.
+        self.qualifying: NDArray[np.int64] | None = None
         self.seen = 0
 
     def run(self) -> tuple[list[Any], list[float]]:
@@ -308,19 +310,9 @@ class _Search:
                 keys = index.rows.keys[rows].tolist()
             else:
                 found = index.rows.keys[rows]
-                taken = np.isin(found, self._among_these(found))
+                taken = np.isin(found, _common(found, self.among))
                 keys, squared = found[taken].tolist(), squared[taken]
         return self._taken(keys, squared.tolist(), complete, count)
-
-    def _among_these(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return those of a few keys that are candidates; quick with many candidates."""
-        assert self.among is not None
-        order = np.sort(keys)
-        if not len(order):
-            return order
-        places = np.minimum(order.searchsorted(self.among), len(order) - 1)
-        found: NDArray[np.int64] = order[places[order[places] == self.among]]
-        return found
 
     def _exactly(self, most: int) -> tuple[list[Any], list[float]] | None:
         """Compare all rows that qualify.
@@ -336,6 +328,8 @@ class _Search:
             if read is None:
                 return None
             labels = read
+            if self.collection.has_integer_keys:
+                self.qualifying = labels
         by_key = self.collection.has_integer_keys
         rows = index.rows_of_keys(labels) if by_key else index.rows_of(labels)
         dead = self.changes.is_dead(rows)
@@ -365,10 +359,13 @@ class _Search:
         is_mixed = self.changes.has_additions
         if is_mixed:
             more, near, complete_here = self.finder.pending(self.query, count)
-            if self.among is not None:
-                wanted = set(self._among_these(np.array(more, dtype=np.int64)).tolist())
-                kept = [place for place, key in enumerate(more) if key in wanted]
+            wanted = self.among if self.qualifying is None else self.qualifying
+            if wanted is not None:
+                found = set(_common(np.array(more, dtype=np.int64), wanted).tolist())
+                kept = [place for place, key in enumerate(more) if key in found]
                 more, near = [more[place] for place in kept], [near[place] for place in kept]
+            if self.qualifying is not None:
+                self.checked.update(dict.fromkeys(more, True))
             keys, squared = keys + more, squared + near
             complete = min(complete, complete_here)
         keys, squared = vectors.in_order(keys, squared, is_mixed)
@@ -428,3 +425,13 @@ class _Search:
         if not self.conditions.clauses:
             collection.plans["check"] = plan
         return plan, where.values
+
+
+def _common(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return those of a few numbers that are among many; the many need no order."""
+    order = np.sort(few)
+    if not len(order):
+        return order
+    places = np.minimum(order.searchsorted(many), len(order) - 1)
+    found: NDArray[np.int64] = order[places[order[places] == many]]
+    return found
