@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 
 import numpy as np
 
+from bench.data import MODEL
 from bench.report import Line
 from bench.search import ours
+from bench.server import index_file
 from bench.session import Session, bigint, private_bytes
 from bench.timing import Summary
 from pg_siamese.dev.cluster import Cluster
+from pg_siamese.dev.project import ROOT
 
 FIRST = "first search of a new connection"
 MEMORY = "private memory of a session"
 BY_ID, BY_IMAGE = "by stored id", "by new image"
+BARE = {
+    BY_ID: "numpy, FAISS and the index file in a Python process",
+    BY_IMAGE: "the same with ONNX Runtime and the model",
+}
+# What a first search can't do without: from the process's start until it is ready.
+_BARE_BY_ID = """
+import sys
+import numpy, faiss
+index = faiss.read_index(sys.argv[1], faiss.IO_FLAG_MMAP_IFC)
+"""
+_BARE_BY_IMAGE = (
+    _BARE_BY_ID
+    + """
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[2], options, providers=["CPUExecutionProvider"])
+"""
+)
 
 
 def first_searches(
     cluster: Cluster, collection: str, ids: list[int], files: list[bytes], count: int
 ) -> list[Line]:
-    """Open connections and search once, by id and by image in turns; connecting counts."""
-    seconds: dict[str, list[float]] = {BY_ID: [], BY_IMAGE: []}
+    """Open connections and search once, by id and by image in turns; connecting counts.
+
+    Beside each, a bare Python process of the server's environment does what can't be saved.
+    """
+    seconds: dict[str, list[float]] = {}
+    for name in (BY_ID, BY_IMAGE):
+        seconds |= {name: [], BARE[name]: []}
+    path = str(index_file(cluster, collection))
     for number in range(count):
         for name, value in ((BY_ID, bigint(ids[number])), (BY_IMAGE, files[number])):
+            program = _BARE_BY_ID if name == BY_ID else _BARE_BY_IMAGE
+            seconds[BARE[name]].append(_ready(program, path, str(MODEL)))
             began = time.perf_counter()
             with Session(cluster.dsn()) as session:
                 answer = ours(session, collection, name == BY_IMAGE)(value)
@@ -34,10 +66,27 @@ def first_searches(
             FIRST,
             name,
             Summary.of(np.asarray(values)),
-            note=f"{count} connections, from connect on",
+            note=f"{count} times, from the start on"
+            if name in BARE.values()
+            else f"{count} connections, from connect on",
         )
         for name, values in seconds.items()
     ]
+
+
+def _ready(program: str, *arguments: str) -> float:
+    """Return the seconds until a Python process has run a program."""
+    python = str(ROOT / "build" / "server" / "bin" / "python")
+    command = [python, "-c", f"{program}\nprint()"]
+    began = time.perf_counter()
+    with subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        return time.perf_counter() - began
 
 
 def memory(cluster: Cluster, collection: str, ids: list[int], files: list[bytes]) -> list[Line]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Microseconds, as measured with 64 dimensions; only their proportions matter.
 WALK_STEP = 1.2  # of a walk through the graph
+MAX_WALK = 100_000  # which cannot be left half-way
 SCAN_ROW = 0.03  # a vector, where all are compared
 CHECK_ROW = 1.5  # the table is asked about it
 CHECK_CANDIDATE = 0.1  # looked for in the caller's list
@@ -280,7 +281,8 @@ class _Search:
         if self.index.is_flat:
             return True
         walk = self.index.breadths.for_count(count) * WALK_STEP
-        return count > MAX_BOUNDED and walk > self.index.index.ntotal * SCAN_ROW
+        is_long = walk * self.collection.dimension / 64 > MAX_WALK
+        return count > MAX_BOUNDED and (is_long or walk > self.index.index.ntotal * SCAN_ROW)
 
     def _nearest(self, count: int) -> tuple[tuple[list[Any], list[float]], bool]:
         """Look for the k nearest that qualify among the nearest rows.
