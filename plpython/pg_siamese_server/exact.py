@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Microseconds of one of the planner's units (a page read in sequence), and of each row that an
 # exact search reads, and then compares.
-PLANNER_UNIT, READ_ROW, COMPARE_ROW = 1.0, 0.25, 0.03
+PLANNER_UNIT, READ_ROW, COMPARE_ROW = 0.5, 0.1, 0.03
 # Numbers that one call of FAISS compares, in some 30 ms.
 VALUES_AT_ONCE = 64_000_000
 _ESTIMATE = re.compile(r"cost=[\d.]+\.\.([\d.]+) rows=(\d+)")

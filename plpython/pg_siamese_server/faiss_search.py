@@ -225,6 +225,10 @@ class _Search:
         expected = self._estimate()
         prior = min(1.0, max(0.5, expected.rows) / total)
         most = 4 * int(expected.rows) + MIN_READ
+        if expected.microseconds < LITTLE * CALL:  # less than the quickest look
+            answer = self._exactly(most)
+            if answer is not None:
+                return answer
         # Rows that qualify may be the nearest ones: worth a look, where it costs little.
         look = LOOK * (self.k + 1)
         count = math.ceil(ENOUGH * (self.k + 1) / prior)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import math
 import os
 from collections import OrderedDict
@@ -64,13 +64,14 @@ class Breadths:
         if count <= 10:
             return self.new
         many = self.many or tuple(FACTOR_UNKNOWN * point for point in MANY)
-        points = [(10, self.new), *zip(MANY, many, strict=True)]
-        for (low, low_breadth), (high, high_breadth) in itertools.pairwise(points):
-            if count <= high:
-                place = math.log(count / low) / math.log(high / low)
-                factor = (1 - place) * low_breadth / low + place * high_breadth / high
-                return max(count, low_breadth, math.ceil(count * factor))
-        return math.ceil(count * many[-1] / MANY[-1])
+        place = bisect.bisect_left(MANY, count)
+        if place == len(MANY):
+            return math.ceil(count * many[-1] / MANY[-1])
+        low, low_breadth = (MANY[place - 1], many[place - 1]) if place else (10, self.new)
+        high, high_breadth = MANY[place], many[place]
+        part = math.log(count / low) / math.log(high / low)
+        factor = (1 - part) * low_breadth / low + part * high_breadth / high
+        return max(count, low_breadth, math.ceil(count * factor))
 
 
 @dataclass
