@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pg_siamese_server.domain import Domain
 from pg_siamese_server.errors import ImageError, ModelError
 from pg_siamese_server.images import InputSpec
 from pg_siamese_server.interrupts import PIECE_SECONDS, pending, signals_blocked
@@ -39,6 +40,7 @@ class ModelSpec:
         mean, std: per channel, for float encoders, of pixels scaled to 0..1.
         weight, bias: calibration, P(match) = 1 / (1 + exp(-(weight * distance + bias))), or None.
         threshold: distance up to which two images count as a match, or None.
+        domain: the images that calibration and threshold hold for, or None for all.
     """
 
     input: InputSpec
@@ -48,6 +50,7 @@ class ModelSpec:
     weight: float | None = None
     bias: float | None = None
     threshold: float | None = None
+    domain: Domain | None = None
 
     def __post_init__(self) -> None:
         """Check what InputSpec does not; raises ModelError."""
@@ -76,6 +79,7 @@ class ModelSpec:
         """Make a specification from the JSON object that :meth:`to_json` gives."""
         spec = InputSpec.from_json(value["input"])
         calibration = value.get("calibration") or {}
+        domain = value.get("domain")
         return cls(
             input=spec,
             metric=value.get("metric", "cosine"),
@@ -84,6 +88,7 @@ class ModelSpec:
             weight=calibration.get("weight"),
             bias=calibration.get("bias"),
             threshold=value.get("threshold"),
+            domain=None if domain is None else Domain.from_json(domain),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +96,7 @@ class ModelSpec:
         calibration = None
         if self.weight is not None and self.bias is not None:
             calibration = {"weight": self.weight, "bias": self.bias}
-        return {
+        described = {
             "input": self.input.to_json(),
             "metric": self.metric,
             "mean": list(self.mean),
@@ -99,9 +104,22 @@ class ModelSpec:
             "calibration": calibration,
             "threshold": self.threshold,
         }
+        # Models of versions that knew of no domain are described as they were.
+        if self.domain is not None:
+            described["domain"] = self.domain.to_json()
+        return described
+
+    def is_inside(self, prepared: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Tell of which prepared vectors (count, dimension) calibration and threshold hold."""
+        if self.domain is None:
+            return np.ones(len(prepared), dtype=bool)
+        return self.domain.contains(prepared)
 
     def match_probability(self, distance: float) -> float | None:
-        """Return the calibrated probability that two images at this distance match, or None."""
+        """Return the calibrated probability that two images at this distance match, or None.
+
+        It holds for images inside the domain: see :meth:`is_inside`.
+        """
         if self.weight is None or self.bias is None:
             return None
         logit = self.weight * distance + self.bias

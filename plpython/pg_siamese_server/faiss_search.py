@@ -114,11 +114,11 @@ class FaissSearch:
 
     def search(
         self, request: Request, embedding: NDArray[np.float32] | None, conditions: Conditions
-    ) -> tuple[list[Any], list[float]]:
-        """Find the k nearest rows that qualify; returns keys and distances."""
+    ) -> tuple[list[Any], list[float], NDArray[np.float32]]:
+        """Find the k nearest rows that qualify; returns keys, distances and the prepared query."""
         query, entry = self._query(embedding)
         keys, squared = _Search(self, request, conditions, query, entry).run()
-        return keys, vectors.to_distances(squared, self.collection.metric)
+        return keys, vectors.to_distances(squared, self.collection.metric), query
 
     def _query(
         self, embedding: NDArray[np.float32] | None
@@ -133,14 +133,7 @@ class FaissSearch:
             return self.index.vectors[slot : slot + 1], slot
         vector = self.changes.find(self.query_id) if self.keeps_pending else None
         if vector is None:
-            plan = prepare(
-                self.plpy,
-                f"SELECT {self.collection.vector_schema}.vector_send(e.embedding) AS vector"
-                f" FROM {self.collection.embeddings} AS e WHERE e.embedding_id = $1",
-                ("bigint",),
-            )
-            data = plan.execute([self.query_id])[0]["vector"]
-            vector = vectors.prepare(vectors.from_send(data, 1), self.collection.metric)
+            vector = vectors.stored(self.plpy, self.collection, self.query_id)
         return vector, None
 
     def pending(

@@ -44,7 +44,14 @@ def inspect_model(data: bytes, given: dict[str, Any]) -> tuple[ModelSpec, int, d
     metadata = metadata_of({entry.key: entry.value for entry in model.metadata_props})
     shape, dtype = _image_input(model)
     spec = _specification(shape, dtype, metadata, given)
-    return spec, _trial_run(data, spec), metadata
+    dimension = _trial_run(data, spec)
+    if spec.domain is not None and spec.domain.dimension != dimension:
+        raise ModelError(
+            "model's domain is not understood",
+            detail=f"Its centres have {spec.domain.dimension} dimensions, the embeddings"
+            f" {dimension}.",
+        )
+    return spec, dimension, metadata
 
 
 def _parse(data: bytes) -> onnx.ModelProto:

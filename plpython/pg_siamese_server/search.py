@@ -83,11 +83,15 @@ class Request:
 
 @dataclass
 class Answer:
-    """Keys and distances of the rows found, nearest first."""
+    """Keys and distances of the rows found, nearest first.
+
+    ``query`` is the prepared vector that was searched for, unless the model has no use for it.
+    """
 
     collection: Collection
     keys: list[Any]
     distances: list[float]
+    query: NDArray[np.float32] | None
 
 
 def search(plpy: Any, request: Request) -> Answer:
@@ -341,7 +345,13 @@ def _with_pgvector(
         tuple(where.types),
     )
     rows = plan.execute(where.values)
-    return Answer(collection, [row["key"] for row in rows], [row["distance"] for row in rows])
+    keys, distances = [row["key"] for row in rows], [row["distance"] for row in rows]
+    prepared = None
+    if embedding is not None:
+        prepared = vectors.prepare(embedding, collection.metric)
+    elif models.spec(plpy, collection.model_id).domain is not None:
+        prepared = vectors.stored(plpy, collection, state["query_id"])
+    return Answer(collection, keys, distances, prepared)
 
 
 def _candidate_type(collection: Collection) -> str:

@@ -41,7 +41,7 @@ def search(
     request: Request,
     changes: Changes,
     embedding: NDArray[np.float32] | None,
-) -> tuple[list[int], list[float]] | None:
+) -> tuple[list[int], list[float], NDArray[np.float32]] | None:
     """Find the k nearest rows.
 
     Args:
@@ -52,7 +52,8 @@ def search(
         embedding: of the image to search for, float32 (1, dimension), or None to search by key.
 
     Returns:
-        Keys and distances, or None where anything is not as expected: then the ordinary way.
+        Keys, distances and the prepared query, or None where anything is not as expected: then the
+        ordinary way.
     """
     assert request.k is not None
     index = changes.index
@@ -89,7 +90,7 @@ def search(
     seen = state[0]
     if seen["generation"] != changes.generation or seen["changed"] or seen["there"] < len(asked):
         return None
-    return keys, to_distances(distances, collection.metric)
+    return keys, to_distances(distances, collection.metric), query
 
 
 def _plan(plpy: Any, collection: Collection) -> Any:

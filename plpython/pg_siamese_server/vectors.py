@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pg_siamese_server.catalog import Collection
+from pg_siamese_server.catalog import prepare as prepare_statement
+
 
 def from_send(data: bytes, count: int) -> NDArray[np.float32]:
     """Parse concatenated results of pgvector's ``vector_send``.
@@ -22,6 +25,18 @@ def from_send(data: bytes, count: int) -> NDArray[np.float32]:
     """
     words = np.frombuffer(data, dtype=">f4").reshape(count, -1)
     return words[:, 1:].astype(np.float32)
+
+
+def stored(plpy: Any, collection: Collection, embedding_id: int) -> NDArray[np.float32]:
+    """Read a stored vector, prepared; float32 (1, dimension)."""
+    plan = prepare_statement(
+        plpy,
+        f"SELECT {collection.vector_schema}.vector_send(e.embedding) AS vector"
+        f" FROM {collection.embeddings} AS e WHERE e.embedding_id = $1",
+        ("bigint",),
+    )
+    data = plan.execute([embedding_id])[0]["vector"]
+    return prepare(from_send(data, 1), collection.metric)
 
 
 def to_text(vector: NDArray[np.float32]) -> str:

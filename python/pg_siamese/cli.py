@@ -27,7 +27,7 @@ from pg_siamese.terminal import (
     progress_bar,
     worker_line,
 )
-from pg_siamese.training.cli import export_command, train_command
+from pg_siamese.training.cli import calibrate_domain_command, export_command, train_command
 
 if TYPE_CHECKING:
     from pg_siamese.search import Answer, Collection
@@ -641,6 +641,7 @@ def baseline(
 # These import nothing heavy themselves: torch comes when they run.
 app.command("train")(train_command)
 app.command("export")(export_command)
+app.command("calibrate-domain")(calibrate_domain_command)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ def torch_encoder(path: Path) -> Any:
     from torch import nn
 
     from pg_siamese.training.experiments import load_experiment
-    from pg_siamese.training.export import METADATA_KEY, fold_batch_norms
+    from pg_siamese.training.export import fold_batch_norms
     from pg_siamese.training.networks import build_network
+    from pg_siamese_server.encoder import METADATA_KEY
 
     model = onnx.load_model(str(path), load_external_data=False)
     metadata = json.loads(next(p.value for p in model.metadata_props if p.key == METADATA_KEY))

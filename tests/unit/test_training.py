@@ -28,7 +28,7 @@ from pg_siamese.evaluation.retrieval import (
     retrieval_by_set,
     right_set,
 )
-from pg_siamese.training import callbacks, export, loop
+from pg_siamese.training import callbacks, export, files, loop
 from pg_siamese.training.data import Augmenter, JoinedImages
 from pg_siamese.training.experiments import Augmentation, load_experiment, parse_experiment
 from pg_siamese.training.learner import MetricLearner, embed, load_learner
@@ -302,7 +302,7 @@ def trained(
     folder = tmp_path_factory.mktemp("tiny")
     tiny = dataclasses.replace(TINY, data=data)
     result = loop.fit(tiny, command="pg_siamese train tiny", folder=folder / "run", threads=1)
-    export.write_model(result.model, folder / "tiny.onnx", result.metadata)
+    files.write_model(result.model, folder / "tiny.onnx", result.metadata)
     return folder / "tiny.onnx", result
 
 
@@ -310,7 +310,7 @@ def test_weights_as_float16(trained: tuple[Path, loop.Trained], tmp_path: Path) 
     """Half the size, and the same but for the rounding of the weights."""
     path, result = trained
     small = tmp_path / "small.onnx"
-    export.write_model(export.to_onnx(result.encoder, half=True), small, result.metadata)
+    files.write_model(export.to_onnx(result.encoder, half=True), small, result.metadata)
     kinds = {w.data_type for w in onnx.load(small).graph.initializer if np.prod(w.dims) >= 1024}
     assert kinds == {onnx.TensorProto.FLOAT16}
     assert small.stat().st_size < 0.65 * path.stat().st_size
@@ -377,7 +377,7 @@ def test_the_file_keeps_to_the_contract(trained: tuple[Path, loop.Trained]) -> N
     assert {item.domain for item in model.opset_import} == {""}
     # Nothing of the machine that made it: stack traces, paths.
     assert b".py" not in path.read_bytes()
-    metadata = export.read_metadata(path)
+    metadata = files.read_metadata(path)
     assert metadata == json.loads(json.dumps(result.metadata))
     assert metadata["calibration"]["weight"] < 0
     assert 0 < metadata["threshold"] < 2

@@ -17,7 +17,7 @@ pytest.importorskip("lightning")
 from typer.testing import CliRunner, Result
 
 from pg_siamese.cli import app
-from pg_siamese.training import export
+from pg_siamese.training import export, files
 
 SETTINGS = """
 title = "A tiny encoder"
@@ -91,8 +91,8 @@ def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> 
         "model.onnx",
         "tensorboard",
     }
-    metadata = export.read_metadata(tmp_path / "a.onnx")
-    assert metadata == export.read_metadata(place / "model.onnx")
+    metadata = files.read_metadata(tmp_path / "a.onnx")
+    assert metadata == files.read_metadata(place / "model.onnx")
     assert metadata["classes"] == ["colours: blue", "colours: green", "colours: red"]
     assert metadata["input"]["width"] == 20
     assert metadata["training"]["data"][0]["spec"] == f"folder:{folder}"
@@ -107,7 +107,7 @@ def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> 
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 20, 3), np.uint8)
     first, second = (export.embed_onnx(tmp_path / f"{name}.onnx", pixels) for name in "ab")
     assert (first == second).all()
-    repeated = export.read_metadata(tmp_path / "b.onnx")
+    repeated = files.read_metadata(tmp_path / "b.onnx")
     assert repeated["calibration"] == metadata["calibration"]
 
 
@@ -126,7 +126,7 @@ def test_other_systems_train(
         "train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path), "--threads", "1"
     )
     assert result.exit_code == 0, result.output
-    metadata = export.read_metadata(tmp_path / "x" / "seed-0" / "model.onnx")
+    metadata = files.read_metadata(tmp_path / "x" / "seed-0" / "model.onnx")
     assert metadata["training"]["objective"] == objective
     assert metadata["metric"] == ("l2" if more else "cosine")
 
@@ -139,7 +139,7 @@ def test_the_head_of_a_siamese_network_is_the_calibration(folder: Path, tmp_path
     assert result.exit_code == 0, result.output
     place = tmp_path / "x" / "seed-0"
     weights = torch.load(place / "best.ckpt", weights_only=True)["state_dict"]
-    metadata = export.read_metadata(place / "model.onnx")
+    metadata = files.read_metadata(place / "model.onnx")
     assert metadata["calibration"] == {
         "weight": -float(weights["objective.head.weight"]),
         "bias": -float(weights["objective.head.bias"]),

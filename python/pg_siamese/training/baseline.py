@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pg_siamese.training.export import to_onnx, write_model
+from pg_siamese.training.export import to_onnx
+from pg_siamese.training.files import write_model
 from pg_siamese.training.networks.efficientnet import FEATURES, EfficientNetLite0
 
 NAME = "efficientnet_lite0"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pg_siamese.datasets import LICENCES, DataSplits, sha256
+from pg_siamese.evaluation.domain import ACCEPTED, SPREAD
 from pg_siamese.training.experiments import Augmentation, Experiment
 
+_DOMAIN = "## Domain"
+_LIMITS = "## Limits"
 _NETWORKS = {
     "residual": "small residual CNN with batch norm, mean over the image, linear layer",
     "ensemble": "first blocks of EfficientNet-lite0, which began with weights learned on ImageNet,"
@@ -66,7 +70,7 @@ def write_card(
         "",
         "| | |",
         "| --- | --- |",
-        f"| File | {model.stat().st_size:,} bytes, SHA-256 `{sha256(model)}` |",
+        _file(model),
         f"| Input `image` | uint8, batch x {size['height']} x {size['width']} x 3 (RGB; grey "
         "images replicated), any batch size; normalisation is in the graph |",
         f"| Output `embedding` | float32, batch x {metadata['dimension']}"
@@ -129,7 +133,8 @@ def write_card(
             for part, v in metrics.items()
         ),
         "",
-        "## Limits",
+        *_domain(metadata),
+        _LIMITS,
         "",
         experiment.limits,
         "",
@@ -137,6 +142,49 @@ def write_card(
     path = model.with_suffix(".md")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def renew_card(card: Path, metadata: dict[str, Any], model: Path) -> None:
+    """Bring a card up to date with a model that has another domain than before."""
+    text = card.read_text(encoding="utf-8")
+    text = re.sub(r"^\| File \|.*$", lambda _: _file(model), text, count=1, flags=re.MULTILINE)
+    before, _, rest = text.partition(f"{_LIMITS}\n")
+    before = before.partition(f"{_DOMAIN}\n")[0]
+    lines = "\n".join([*_domain(metadata), _LIMITS, rest])
+    card.write_text(before + lines, encoding="utf-8")
+
+
+def _file(model: Path) -> str:
+    return f"| File | {model.stat().st_size:,} bytes, SHA-256 `{sha256(model)}` |"
+
+
+def _domain(metadata: dict[str, Any]) -> list[str]:
+    balls = len(metadata["domain"]["limits"])
+    errors = metadata["training"]["domain"]
+    parts, others = errors["refused"], errors["accepted"]
+    return [
+        _DOMAIN,
+        "",
+        "The calibration is for images inside the domain: for all others `same_class` and "
+        "`similarity` are NULL, and `any_two_match` leaves them out. Distances stay. The domain "
+        f"is {balls} balls around the centres of k-means of the train images' vectors, in a space "
+        "that is shrunk along the directions in which images differ most from their centres. Each "
+        f"is so large that it holds {100 * SPREAD:.0f} % of its own images, and then all are "
+        f"widened by one factor so that {100 * ACCEPTED:.0f} % of the validation images are "
+        f"inside. Fitted by `{errors['command']}`.",
+        "",
+        f"| wrongly outside, % of | {' | '.join(parts)} |",
+        f"| --- |{' --- |' * len(parts)}",
+        *(
+            f"| {name} | {' | '.join(f'{sets[name]:.1f}' for sets in parts.values())} |"
+            for name in next(iter(parts.values()))
+        ),
+        "",
+        "| other images (test splits of data sets) | wrongly inside, % |",
+        "| --- | --- |",
+        *(f"| {name} | {share:.1f} |" for name, share in others.items()),
+        "",
+    ]
 
 
 def _normalised(experiment: Experiment) -> bool:

@@ -1,4 +1,7 @@
-"""The commands `train` and `export`. Torch is imported when they run, not when they are shown."""
+"""The commands `train`, `export` and `calibrate-domain`.
+
+Torch is imported when they run, not when they are shown.
+"""
 
 from __future__ import annotations
 
@@ -129,6 +132,42 @@ def export_command(
         from pg_siamese.training.loop import export_checkpoint
 
         export_checkpoint(checkpoint, output, threads=threads, say=typer.echo)
+
+
+@app.command("calibrate-domain")
+def calibrate_domain_command(
+    model: Annotated[
+        Path, typer.Argument(help="ONNX file of an encoder; it is changed.", show_default=False)
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Data that it was trained on, as medmnist:breastmnist or folder:photos; can be "
+            "given again. Else what the file names.",
+            show_default=False,
+        ),
+    ] = None,
+    outside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Data of other kinds, to count errors by; can be given again. Pages of text, "
+            "noise and plain colours are tried in any case.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Threads = 2,
+) -> None:
+    """Store in an encoder's file which images its match probability holds for.
+
+    Exported encoders have that already. The graph, and so every embedding, stays the same.
+    """
+    try:
+        from pg_siamese.training.domain import calibrate_domain
+    except ImportError as error:
+        raise CommandError(
+            f"this needs the extra packages of pg_siamese[train]: {error}"
+        ) from error
+    calibrate_domain(model, data=data or (), outside=outside or (), threads=threads, say=typer.echo)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
-import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-METADATA_KEY = "pg_siamese"
 OPSET = 18
 LEAST_HALVED = 1024  # numbers: below, nothing is saved that counts
 
@@ -70,25 +65,6 @@ def to_onnx(
     return model
 
 
-def write_model(model: onnx.ModelProto, path: Path, metadata: dict[str, Any]) -> None:
-    """Write a model with `metadata`, which goes into the file's metadata_props as JSON under the
-    key `pg_siamese`. The file appears whole or not at all. Raises
-    `onnx.checker.ValidationError` for a broken graph.
-    """
-    del model.metadata_props[:]
-    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata, ensure_ascii=False))
-    onnx.checker.check_model(model, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def _strip(model: onnx.ModelProto) -> None:
     # The exporter writes Python stack traces, with the paths of this machine, into every node.
     del model.metadata_props[:]
@@ -117,14 +93,6 @@ def _halve_weights(graph: onnx.GraphProto) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-def read_metadata(path: Path | str) -> dict[str, Any]:
-    """Return the project's metadata of an ONNX file; raises `KeyError` where it has none."""
-    model = onnx.load_model(str(path), load_external_data=False)
-    values = {item.key: item.value for item in model.metadata_props}
-    metadata: dict[str, Any] = json.loads(values[METADATA_KEY])
-    return metadata
 
 
 def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:

@@ -29,7 +29,8 @@ from pg_siamese.training.callbacks import EpochFigures, EpochLines, Snapshots
 from pg_siamese.training.card import write_card
 from pg_siamese.training.data import Batch, JoinedImages
 from pg_siamese.training.experiments import Experiment, ExperimentError
-from pg_siamese.training.export import images_per_second, least_cosine, to_onnx, write_model
+from pg_siamese.training.export import images_per_second, least_cosine, to_onnx
+from pg_siamese.training.files import write_model
 from pg_siamese.training.learner import AverageWeights, MetricLearner, load_learner
 from pg_siamese.training.metadata import describe
 from pg_siamese.training.sampling import Batches
@@ -213,7 +214,7 @@ def fit(
             f"validation: {', '.join(sorted(trainer.callback_metrics))}"
         )
     learner = load_learner(chosen)
-    return finish(learner, splits, command=command, test=test)
+    return finish(learner, splits, command=command, test=test, say=say)
 
 
 def export_checkpoint(
@@ -239,12 +240,17 @@ def export_checkpoint(
         raise ExportError(str(error)) from error
     splits = open_splits(learner.experiment, say)
     command = f"pg_siamese train {learner.experiment.name} --seed {learner.experiment.seed}"
-    trained = finish(learner, splits, command=command)
+    trained = finish(learner, splits, command=command, say=say)
     return write(trained, output or folder / "model.onnx", say=say)
 
 
 def finish(
-    learner: MetricLearner, splits: list[DataSplits], *, command: str, test: bool = True
+    learner: MetricLearner,
+    splits: list[DataSplits],
+    *,
+    command: str,
+    test: bool = True,
+    say: Say = print,
 ) -> Trained:
     """Calibrate and evaluate a trained encoder, as its file will be: by ONNX Runtime."""
     encoder = learner.encoder.cpu().eval()
@@ -259,6 +265,7 @@ def finish(
         command=command,
         head=learner.objective.calibration(),
         test=test,
+        say=say,
     )
     return Trained(experiment, encoder, model, splits, metadata)
 

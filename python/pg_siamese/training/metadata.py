@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pg_siamese.datasets import DataFormatError, DataSplits, sha256
+from pg_siamese.evaluation.domain import domain_errors, fit_domain, other_images
 from pg_siamese.evaluation.pairs import (
     Calibration,
     Flags,
@@ -21,6 +23,7 @@ from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.experiments import Experiment
 from pg_siamese.training.export import embed_onnx
 from pg_siamese.training.learner import as_one_set
+from pg_siamese_server.images import InputSpec
 
 PAIRS = 20_000
 # Figures are of at most so many images of train: retrieval compares all with all.
@@ -41,13 +44,15 @@ def describe(
     command: str,
     head: tuple[float, float] | None,
     test: bool = True,
+    say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Return the metadata of a trained encoder, a JSON object; its figures are those of `model`,
     the bytes of an ONNX file, as they are found by whoever has it.
 
     `head` is weight and bias of the Siamese head, which is the calibration where there is one;
     otherwise a logistic regression is fitted on validation pairs. The threshold is always chosen
-    on these. Raises `DataFormatError` where there are no such pairs.
+    on these. The domain is fitted to train and validation images. Raises `DataFormatError` where
+    there are no such pairs.
     """
     joined = {
         part: JoinedImages([getattr(s, part) for s in splits], experiment.labels)
@@ -72,6 +77,13 @@ def describe(
             f"{experiment.name}: {error}: the validation and test splits need two classes and two "
             "images of a class at least"
         ) from error
+    domain = fit_domain(gallery.vectors, queries.vectors, metric, experiment.seed)
+    size = InputSpec(**dataclasses.asdict(experiment.input))
+    others = {
+        name: embed_onnx(model, pixels, threads=torch.get_num_threads())
+        for name, pixels in other_images(experiment.outside, size, say)
+    }
+    known = {part: _by_set(embedded, train.names) for part, embedded in parts.items()}
     return {
         "format": 1,
         "name": experiment.name,
@@ -87,6 +99,7 @@ def describe(
         },
         "calibration": {"weight": calibration.weight, "bias": calibration.bias},
         "threshold": calibration.threshold,
+        "domain": domain.to_json(),
         "classes": list(train.classes),
         "training": {
             "experiment": experiment.name,
@@ -95,8 +108,13 @@ def describe(
             "data": [item for s in splits for item in _sources(s)],
             "command": command,
             "metrics": metrics,
+            "domain": {"command": command, **domain_errors(domain, metric, known, others)},
         },
     }
+
+
+def _by_set(embedded: Embedded, names: tuple[str, ...]) -> dict[str, Floats]:
+    return {name: embedded.vectors[embedded.sets == place] for place, name in enumerate(names)}
 
 
 def _pairs(embedded: Embedded, experiment: Experiment, shift: int) -> tuple[Floats, Flags]:

@@ -119,7 +119,8 @@ class Experiment:
     "float16" for half the size; they are computed with in float32 either way. `average_decay` is
     that of the moving average of the weights (0: none). With `snapshots`, so many pictures of a 2-d
     embedding of the validation images are kept while it forms. `augmentation` is by the data set's
-    name, "default" for all others.
+    name, "default" for all others. `outside` are data sets of other kinds of images, by which the
+    errors of the domain are counted; those that can't be had are left out.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Experiment:
     labels: str = "class"
     metric: str = "cosine"
     skip_missing: bool = False
+    outside: tuple[str, ...] = ()
     batch_size: int = 128
     precision: str = "float32"
     weights: str = "float32"
