@@ -212,8 +212,8 @@ def _ranked(plpy: Any, answer: Any) -> list[tuple[int, Any, str, str | None]]:
     from pg_siamese_server import models
 
     spec = models.spec(plpy, answer.collection.model_id)
-    # The rows are not checked: those nearest to an image inside are inside but for one in 20,000
-    # (medical encoder, a quarter of the rows of other kinds).
+    # The rows found are not checked: of those nearest to an image inside, one in 10,000 is
+    # outside and claimed to match (medical encoder, a quarter of the rows of other kinds).
     is_known = answer.query is None or spec.is_inside(answer.query)[0]
     match = spec.match_probability if is_known else _no_probability
     # Reals as text: PL/Python would write all 17 digits of a float, and PostgreSQL read them.

@@ -51,11 +51,12 @@ def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
 
 
 def test_all_blocks_are_run() -> None:
-    """The first two are, below; the others are the same two commands, for as many minutes."""
+    """The first three are, below; the others are the same two commands, for as many minutes."""
     texts = [text for _, text in BLOCKS]
     assert texts[0].startswith("pg_siamese train folder")
     assert texts[1].startswith("pg_siamese train medmnist_siamese")
-    for text in texts[2:]:
+    assert texts[2].startswith("pg_siamese calibrate-domain photos.onnx")
+    for text in texts[3:]:
         train, evaluate = text.splitlines()
         match = re.fullmatch(
             r"for seed in 0 1 2; do pg_siamese train (\w+) --seed \$seed; done", train
@@ -92,6 +93,8 @@ def test_a_folder_of_ones_own(
     found = [line for line in answer.splitlines() if any(label in line for label in classes)]
     assert len(found) == 5, answer
     assert (tmp_path / "photos.md").is_file()
+    (line,) = commands("pg_siamese calibrate-domain")
+    assert "pages of text" in run(line, tmp_path)
 
 
 def test_an_experiment(tmp_path: Path) -> None:

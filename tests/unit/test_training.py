@@ -381,6 +381,9 @@ def test_the_file_keeps_to_the_contract(trained: tuple[Path, loop.Trained]) -> N
     assert metadata == json.loads(json.dumps(result.metadata))
     assert metadata["calibration"]["weight"] < 0
     assert 0 < metadata["threshold"] < 2
+    assert metadata["domain"]["limits"]
+    assert set(metadata["training"]["domain"]["refused"]) == {"validation", "test"}
+    assert set(metadata["training"]["domain"]["refused"]["test"]) == {"grey", "colour"}
     assert metadata["classes"][0] == "grey: 0"
     assert metadata["input"] == {
         "width": 28,

@@ -1,4 +1,4 @@
-"""The commands `train` and `export`, and the experiments that they take."""
+"""The commands `train`, `export` and `calibrate-domain`, and the experiments that they take."""
 
 # ruff: noqa: E402 - what is imported below needs what is skipped over above
 
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -16,8 +17,10 @@ pytest.importorskip("lightning")
 
 from typer.testing import CliRunner, Result
 
+from pg_siamese import datasets
 from pg_siamese.cli import app
 from pg_siamese.training import export, files
+from tests.support import grid_encoder
 
 SETTINGS = """
 title = "A tiny encoder"
@@ -109,6 +112,42 @@ def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> 
     assert (first == second).all()
     repeated = files.read_metadata(tmp_path / "b.onnx")
     assert repeated["calibration"] == metadata["calibration"]
+    assert repeated["domain"] == metadata["domain"]
+
+    # A file of an earlier version gets the same domain, and keeps its graph.
+    model, card = tmp_path / "b.onnx", tmp_path / "b.md"
+    del repeated["domain"], repeated["training"]["domain"]
+    files.write_model(onnx.load(model), model, repeated)
+    text = card.read_text()
+    before, _, after = text.partition("## Domain\n")
+    card.write_text(before + "## Limits\n" + after.partition("## Limits\n")[2])
+    calibrated = run("calibrate-domain", str(model), "--outside", f"folder:{folder}")
+    assert calibrated.exit_code == 0, calibrated.output
+    assert "pages of text: " in calibrated.output
+    found = files.read_metadata(model)
+    assert found["domain"]["limits"] == pytest.approx(metadata["domain"]["limits"], rel=1e-3)
+    assert list(found["training"]["domain"]["accepted"])[-1] == "colours"
+    assert (export.embed_onnx(model, pixels) == first).all()
+    renewed = card.read_text()
+    assert datasets.sha256(model) in renewed
+    assert renewed.count("## Domain\n") == 1
+    assert f"Fitted by `pg_siamese calibrate-domain {model} --outside folder:{folder}`" in renewed
+    assert renewed.endswith("## Limits\n\nKnows two colours.\n")
+    assert [line for line in renewed.splitlines() if line.startswith("#")] == [
+        line for line in text.splitlines() if line.startswith("#")
+    ]
+
+
+def test_only_a_calibration_has_a_domain(tmp_path: Path) -> None:
+    model = tmp_path / "m.onnx"
+    described = {"input": {"width": 8, "height": 8}}
+    model.write_bytes(grid_encoder(("n", 3, 8, 8), pool=4, metadata=json.dumps(described)))
+    result = run("calibrate-domain", str(model))
+    assert result.exit_code == 1
+    assert "neither calibration nor threshold" in result.output
+    result = run("calibrate-domain", str(tmp_path / "none.onnx"))
+    assert result.exit_code == 1
+    assert "No such file" in result.output
 
 
 @pytest.mark.parametrize(
