@@ -131,7 +131,7 @@ def test_fitted_domain_holds_the_known_and_no_other(metric: str, length: float) 
     others = (-np.eye(8) * length).astype("f4")
     assert refused(domain, others, metric) == 100
     # What lies between two kinds is of neither.
-    between = np.array([[1, 1, 0, 0, 0, 0, 0, 0]], "f4") * (length / 2**0.5)
+    between = (np.array([[1, 1, 0, 0, 0, 0, 0, 0]]) * (length / 2**0.5)).astype("f4")
     assert refused(domain, between, metric) == 100
     found = domain_errors(
         domain, metric, {"test": {"ours": clusters(300, 2, length)}}, {"theirs": others}

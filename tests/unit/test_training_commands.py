@@ -115,12 +115,12 @@ def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> 
     assert repeated["domain"] == metadata["domain"]
 
     # A file of an earlier version gets the same domain, and keeps its graph.
-    model, card = tmp_path / "b.onnx", tmp_path / "b.md"
+    model, beside = tmp_path / "b.onnx", tmp_path / "b.md"
     del repeated["domain"], repeated["training"]["domain"]
     files.write_model(onnx.load(model), model, repeated)
-    text = card.read_text()
+    text = beside.read_text()
     before, _, after = text.partition("## Domain\n")
-    card.write_text(before + "## Limits\n" + after.partition("## Limits\n")[2])
+    beside.write_text(before + "## Limits\n" + after.partition("## Limits\n")[2])
     calibrated = run("calibrate-domain", str(model), "--outside", f"folder:{folder}")
     assert calibrated.exit_code == 0, calibrated.output
     assert "pages of text: " in calibrated.output
@@ -128,7 +128,7 @@ def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> 
     assert found["domain"]["limits"] == pytest.approx(metadata["domain"]["limits"], rel=1e-3)
     assert list(found["training"]["domain"]["accepted"])[-1] == "colours"
     assert (export.embed_onnx(model, pixels) == first).all()
-    renewed = card.read_text()
+    renewed = beside.read_text()
     assert datasets.sha256(model) in renewed
     assert renewed.count("## Domain\n") == 1
     assert f"Fitted by `pg_siamese calibrate-domain {model} --outside folder:{folder}`" in renewed

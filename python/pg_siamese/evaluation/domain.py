@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
-from pg_siamese.evaluation.retrieval import Floats
+from pg_siamese.evaluation.retrieval import Vectors
 from pg_siamese.sources import png
 from pg_siamese_server import vectors
 from pg_siamese_server.domain import Domain
@@ -37,7 +37,7 @@ _WORDS = (
 )
 
 
-def fit_domain(train: Floats, validation: Floats, metric: str, seed: int = 0) -> Domain:
+def fit_domain(train: Vectors, validation: Vectors, metric: str, seed: int = 0) -> Domain:
     """Fit a domain to an encoder's embeddings of train and validation images, each (count, d).
 
     The centres are those of k-means, so that the kinds of images need no names. The directions are
@@ -45,7 +45,7 @@ def fit_domain(train: Floats, validation: Floats, metric: str, seed: int = 0) ->
     """
     from sklearn.cluster import KMeans
 
-    known = vectors.prepare(train.astype(np.float32), metric).astype(np.float64)
+    known = vectors.prepare(train, metric).astype(np.float64)
     enough = max(1, len(known) // IMAGES_PER_CENTRE)
     count = min(MOST_CENTRES, enough, len(np.unique(known, axis=0)))
     found = KMeans(count, n_init=3, random_state=seed).fit(known)
@@ -64,7 +64,7 @@ def fit_domain(train: Floats, validation: Floats, metric: str, seed: int = 0) ->
     )
     # Not below what 8 bits make of a centre.
     spread = np.maximum(spread, known.shape[1] * (scale / 2) ** 2)
-    held_out = vectors.prepare(validation.astype(np.float32), metric)
+    held_out = vectors.prepare(validation, metric)
     factor = float(np.quantile((unit.squares(held_out) / spread).min(axis=1), ACCEPTED))
     # Nor below what holds the train images, however few validation images there are.
     return ball(spread * max(factor, 1.0))
@@ -90,17 +90,17 @@ def _directions(
     return np.rint(chosen * 127).astype(np.int8), shrink
 
 
-def refused(domain: Domain, embedded: Floats, metric: str) -> float:
+def refused(domain: Domain, embedded: Vectors, metric: str) -> float:
     """Return the share of embedded images that are outside, in per cent."""
-    inside = domain.contains(vectors.prepare(embedded.astype(np.float32), metric))
+    inside = domain.contains(vectors.prepare(embedded, metric))
     return round(100 * float((~inside).mean()), 1)
 
 
 def domain_errors(
     domain: Domain,
     metric: str,
-    known: Mapping[str, Mapping[str, Floats]],
-    others: Mapping[str, Floats],
+    known: Mapping[str, Mapping[str, Vectors]],
+    others: Mapping[str, Vectors],
 ) -> dict[str, Any]:
     """Return the errors of a domain in per cent: what it wrongly refuses and wrongly accepts.
 

@@ -19,7 +19,7 @@ from pg_siamese.evaluation.model import (
     open_data,
     open_model,
 )
-from pg_siamese.evaluation.retrieval import Floats
+from pg_siamese.evaluation.retrieval import Vectors
 from pg_siamese.training.card import renew_card
 from pg_siamese.training.files import write_model
 
@@ -70,5 +70,5 @@ def calibrate_domain(
         say(f"{card}: model card")
 
 
-def _embed(model: EvaluatedModel, splits: Sequence[DataSplits], part: str) -> dict[str, Floats]:
+def _embed(model: EvaluatedModel, splits: Sequence[DataSplits], part: str) -> dict[str, Vectors]:
     return {each.name: embed_images(model, getattr(each, part)) for each in splits}

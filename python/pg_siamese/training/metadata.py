@@ -18,7 +18,7 @@ from pg_siamese.evaluation.pairs import (
     pair_distances,
     score_pairs,
 )
-from pg_siamese.evaluation.retrieval import Embedded, Floats, retrieval_by_set, right_set
+from pg_siamese.evaluation.retrieval import Embedded, Floats, Vectors, retrieval_by_set, right_set
 from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.experiments import Experiment
 from pg_siamese.training.export import embed_onnx
@@ -113,7 +113,7 @@ def describe(
     }
 
 
-def _by_set(embedded: Embedded, names: tuple[str, ...]) -> dict[str, Floats]:
+def _by_set(embedded: Embedded, names: tuple[str, ...]) -> dict[str, Vectors]:
     return {name: embedded.vectors[embedded.sets == place] for place, name in enumerate(names)}
 
 
