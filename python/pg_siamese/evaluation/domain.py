@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
 from pg_siamese.evaluation.retrieval import Vectors
-from pg_siamese.sources import png
 from pg_siamese_server import vectors
 from pg_siamese_server.domain import Domain
 from pg_siamese_server.images import InputSpec, decode_image
@@ -29,7 +30,7 @@ SPREAD = 0.95
 ACCEPTED = 0.99
 # Of every other kind that is tried, at most so many.
 OUTSIDE_IMAGES = 1000
-GENERATED_IMAGES = 200
+GENERATED_IMAGES = 100
 _PAGE = (700, 900)
 _WORDS = (
     *("the", "and", "of", "to", "in", "is", "for", "was", "with", "that", "from", "this", "not"),
@@ -142,19 +143,17 @@ def other_images(
 
 
 def _page(random: np.random.Generator, size: InputSpec) -> Pixels:
-    """Draw a page of text, black on white, of a font size of its own."""
-    page = Image.new("RGB", _PAGE, "white")
-    draw = ImageDraw.Draw(page)
-    points = int(random.integers(12, 36))
+    """Draw a page of text, black on white, of a font size and margins of its own."""
+    points, margin = int(random.integers(12, 36)), int(random.integers(20, 90))
+    text = textwrap.wrap(
+        " ".join(random.choice(_WORDS, 800)), (_PAGE[0] - 2 * margin) * 2 // points
+    )
+    text = text[: (_PAGE[1] - 2 * margin) * 3 // (4 * points)]
+    # Paragraphs.
+    lines = [line if random.random() > 0.07 else "" for line in text]
+    page = Image.new("L", _PAGE, 255)
     font = ImageFont.load_default(points)
-    text = " ".join(random.choice(_WORDS, 1500))
-    margin = int(random.integers(20, 90))
-    height = int(points * 1.4)
-    words = iter(text.split())
-    for top in range(margin, _PAGE[1] - margin - height, height):
-        line = ""
-        while draw.textlength(line, font) < _PAGE[0] - 2 * margin - 60:
-            line += next(words, "end") + " "
-        if random.random() > 0.07:  # or else a new paragraph
-            draw.text((margin, top), line, "black", font)
-    return decode_image(png(np.asarray(page)), size)
+    ImageDraw.Draw(page).multiline_text((margin, margin), "\n".join(lines), 0, font)
+    file = io.BytesIO()
+    page.save(file, "BMP")
+    return decode_image(file.getvalue(), size)
