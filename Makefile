@@ -2,7 +2,7 @@
 # everything can be run, tested and read without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help python deps deps-test up down dsn psql demo test test-faults lint bench bench-deferred bench-large train install migrate clean \
+.PHONY: help python deps deps-test up down dsn psql demo test test-small test-faults lint lock bench bench-deferred bench-large train install migrate clean \
 	docker-build docker-up docker-down docker-test docker-base
 MAKEFLAGS += --no-print-directory
 
@@ -36,7 +36,7 @@ deps: python ## install what is missing: PostgreSQL, PL/Python, pgvector, Python
 	@$(DEV).deps
 
 deps-test: python
-	@$(DEV).deps --test --train
+	@$(DEV).deps --test --train-if-small
 
 up: deps ## start the embedded cluster and make the database (make deps first)
 	@$(DEV).embedded up
@@ -54,6 +54,10 @@ demo: up ## load medical images, search, print the answers and draw them
 	@$(BIN)/pg_siamese demo --dsn "$$($(DEV).embedded dsn)" $(ARGS)
 
 test: deps-test ## run the tests, on clusters of their own (ARGS='-k name')
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-small: python ## the tests that need no PyTorch, with the smaller environment
+	@$(DEV).deps --test
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-faults: deps-test ## kill servers, fill disks and damage files, at length (ARGS='--faults-cycles 100 --faults-seed 7')
@@ -83,6 +87,9 @@ train: python ## train the shipped medical encoder anew, or ARGS="EXPERIMENT ...
 
 install: python ## for a DBA: install into the system's PostgreSQL (PG_CONFIG, PREFIX, DESTDIR)
 	@$(DEV).install --pg-config "$(PG_CONFIG)" --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
+
+lock: python ## choose the Python packages' versions and hashes anew (ARGS=--upgrade)
+	@$(DEV).lock $(ARGS)
 
 migrate: python ## show versions of the extension and upgrade the embedded database (ARGS='--dsn … --show')
 	@$(DEV).migrate $(ARGS)

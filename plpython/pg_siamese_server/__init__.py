@@ -5,4 +5,9 @@ Importable and testable without PostgreSQL: every function that talks to the dat
 every session pays for it.
 """
 
+from pg_siamese_server import telemetry
+
 __version__ = "0.3.0"
+
+# Before anything of the server, the client or a worker can import ONNX Runtime.
+telemetry.switch_off()

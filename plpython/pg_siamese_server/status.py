@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from pg_siamese_server import __version__, interrupts, models
+from pg_siamese_server import __version__, interrupts, models, telemetry
 from pg_siamese_server.catalog import COLLECTION_QUERY, Collection, is_standby, prepare
 from pg_siamese_server.changes import abandoned_query, missing_query
 from pg_siamese_server.errors import SiameseError
@@ -40,6 +40,7 @@ def self_check(plpy: Any) -> list[tuple[str, bool, str]]:
     result = [
         ("server package", True, f"version {__version__}, Python {sys.version.split()[0]}"),
         *map(_package, PACKAGES),
+        ("telemetry", *telemetry.check()),
     ]
     for row in plpy.execute(COLLECTION_QUERY + "ORDER BY c.name"):
         subject = f'collection "{row["name"]}"'

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from pg_siamese import caches
 from pg_siamese.connection import CommandError, connect, describe_error, one_line
 from pg_siamese.terminal import (
     answer_table,
@@ -41,6 +42,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; expected errors end the process instead of showing a traceback."""
+        caches.set_aside()
         try:
             return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev import apt, environments, extension, overlay, pgvector, postgres, project
+from pg_siamese.dev import apt, extension, overlay, pgvector, postgres, project
 from pg_siamese.dev.apt import Archive, parse_deb822, parse_one_line
 from pg_siamese.dev.cluster import Cluster
 from pg_siamese.dev.installation import Installation
@@ -287,13 +287,3 @@ def test_python_settings_do_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/x")
     assert "PYTHONPATH" not in clean_environment()
     assert clean_environment({"A": "1"})["A"] == "1"
-
-
-def test_pins_are_consistent() -> None:
-    """What both packages need has one version, and the constraints name every direct pin."""
-    constraints = environments.CONSTRAINTS.read_text().splitlines()
-    for folder in ("plpython", "python"):
-        pins = (ROOT / folder / "pyproject.toml").read_text()
-        for name, number in re.findall(r'"([\w.-]+)(?:\[\w+\])?==([\w.]+)"', pins):
-            if name != "pg_siamese_server":
-                assert f"{name}=={number}" in constraints

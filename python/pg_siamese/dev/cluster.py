@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from pg_siamese.dev import overlay
 from pg_siamese.dev.installation import Installation
-from pg_siamese.dev.project import ROOT, server_user, version
+from pg_siamese.dev.project import ROOT, TELEMETRY_OFF, server_user, version
 from pg_siamese.dev.report import SetupError, say, step
 
 DATABASE = "siamese"
@@ -289,12 +289,15 @@ class Cluster:
     def _environment(self) -> dict[str, str]:
         """Return the server's environment: as good as empty, so that it is always the same.
 
-        PL/Python would obey PYTHONPATH, and libpq in extensions the PG* variables.
+        PL/Python would obey PYTHONPATH, and libpq in extensions the PG* variables. What a
+        library keeps in the user's home stays in the cluster's folder.
         """
         return {
             "PATH": "/usr/local/bin:/usr/bin:/bin",
             "LANG": "C.UTF-8",
-            "HOME": self.user.pw_dir if self.user else str(Path.home()),
+            "HOME": str(self.folder),
+            # For functions that import ONNX Runtime without pg_siamese.
+            TELEMETRY_OFF: "1",
         }
 
     def _own(self, path: Path, mode: int = 0o700) -> None:

@@ -51,8 +51,11 @@ def ensure_fashion_mnist() -> Path:
     return FASHION_MNIST
 
 
-def ensure(extras: Collection[str] = ()) -> Built:
-    """Install and build all that is missing, and return where it is. Raises `SetupError`."""
+def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
+    """Install and build all that is missing, and return where it is. Raises `SetupError`.
+
+    `small` is that of `environments.ensure_client`.
+    """
     os.umask(0o022)  # the server's user must be able to read what root builds
     # First, because the user that the build folder must be open to comes with PostgreSQL.
     system = postgres.ensure_installed(ROOT / "build")
@@ -62,7 +65,7 @@ def ensure(extras: Collection[str] = ()) -> Built:
     with _only_one(build):
         vector = pgvector.ensure(system, build)
         environments.ensure_server(build / "server")
-        environments.ensure_client(build / "client", extras)
+        environments.ensure_client(build / "client", extras, small=small)
         extension.write(
             build / "extension" / "extension", environments.site_packages(build / "server")
         )
@@ -92,11 +95,15 @@ def main(arguments: Collection[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make deps", description=__doc__)
     parser.add_argument("--test", action="store_true", help="what the tests and linters need")
     parser.add_argument("--train", action="store_true", help="PyTorch and what training needs")
+    parser.add_argument(
+        "--train-if-small", action="store_true", help="the same, with a CPU build of PyTorch only"
+    )
     parser.add_argument("--bench", action="store_true", help="Fashion-MNIST")
     chosen = parser.parse_args(None if arguments is None else list(arguments))
-    extras = [name for name in ("test", "train") if getattr(chosen, name)]
+    train = chosen.train or chosen.train_if_small
+    extras = [name for name, wanted in (("test", chosen.test), ("train", train)) if wanted]
     try:
-        ensure(extras)
+        ensure(extras, small=not chosen.train)
         if chosen.bench:
             ensure_fashion_mnist()
         elif chosen.test:

@@ -1,26 +1,36 @@
-"""The two virtual environments: a lean one for the server, one for clients, tests and training."""
+"""The two virtual environments: a lean one for the server, one for clients, tests and training.
+
+Packages come by hash only, from the locks in requirements/ (`make lock` writes them), and as
+wheels: no code of a package runs while it is installed.
+"""
 
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pg_siamese.dev.project import ROOT, Stamp, digest
+from pg_siamese.dev.project import ROOT, TELEMETRY_OFF, Stamp, digest
 from pg_siamese.dev.report import SetupError, run, say, step
 
-CONSTRAINTS = ROOT / "python" / "constraints.txt"
+LOCKS = ROOT / "requirements"
+NAMES = ("tool", "server", "client", "test", "train", "torch", "torch-cpu")
 _FAILED = (
     "pip could not install {what}: check the network (and pip's own settings, where there is "
     "a proxy or a mirror), then run it again"
 )
 
 
-def _pyproject(folder: str) -> dict[str, Any]:
+def lock(name: str) -> Path:
+    """Return a file of pinned packages with their hashes; `name` is one of NAMES."""
+    return LOCKS / f"{name}.txt"
+
+
+def project(folder: str) -> dict[str, Any]:
+    """Return what the pyproject.toml of a folder says."""
     return tomllib.loads((ROOT / folder / "pyproject.toml").read_text())
 
 
@@ -35,15 +45,35 @@ def _create(venv: Path) -> None:
         [sys.executable, "-m", "venv", "--clear", venv],
         failure=f"the virtual environment {venv} could not be made",
     )
+    # For whatever is run in it: the packages' own switch works only once they are imported.
+    line = f'import os; os.environ["{TELEMETRY_OFF}"] = "1"\n'
+    (site_packages(venv) / "pg_siamese_telemetry_off.pth").write_text(line)
 
 
-def _pip(venv: Path, what: str, *arguments: str | Path, constrained: bool = True) -> None:
+def _pip(venv: Path, what: str, *arguments: str | Path) -> None:
     command: list[str | Path] = [venv / "bin" / "python", "-m", "pip", "install", "--quiet"]
     command += ["--no-input", "--disable-pip-version-check", "--no-warn-script-location"]
-    if constrained:
-        command += ["--constraint", CONSTRAINTS]
     # Three lines: the last of pip's retries says the cause, and pip's own conclusion follows.
     run([*command, *arguments], failure=_FAILED.format(what=what), lines=3)
+
+
+def _install_locked(venv: Path, what: str, name: str) -> None:
+    """Install the packages of a lock: exactly those, and only files with the hashes in it."""
+    options = ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    try:
+        _pip(venv, what, *options, "-r", lock(name))
+    except SetupError as error:
+        if "Expected sha256" not in str(error):
+            raise
+        raise SetupError(
+            f"pip refused a file for {what}: it is not one of those that {lock(name)} names. It "
+            f"was changed, or comes from another place than the package index.\n{error}"
+        ) from None
+
+
+def _install_own(venv: Path, what: str, *arguments: str | Path) -> None:
+    """Install packages of the project itself, with the build backend that is installed."""
+    _pip(venv, what, "--no-deps", "--no-index", "--no-build-isolation", *arguments)
 
 
 def make_server(venv: Path) -> None:
@@ -55,12 +85,10 @@ def make_server(venv: Path) -> None:
 def ensure_server(venv: Path) -> None:
     """Make or bring up to date the server's environment in the build folder.
 
-    Its packages are those of `plpython/pyproject.toml`. The server package itself is a copy,
+    Its packages are those of `requirements/server.txt`. The server package itself is a copy,
     not a link into the project: the server must not run half-edited files.
     """
-    place = [str(venv), sys.version]
-    metadata = ROOT / "plpython" / "pyproject.toml"
-    packages = Stamp(venv.parent, "server-packages", *place, metadata, CONSTRAINTS)
+    packages = Stamp(venv.parent, "server-packages", str(venv), sys.version, lock("server"))
     own = Stamp(venv.parent, "server-own", packages.key, ROOT / "plpython")
     if not packages.fresh():
         with step("Making the server's Python environment"):
@@ -76,26 +104,35 @@ def ensure_server(venv: Path) -> None:
 
 
 def _make_server_packages(venv: Path) -> None:
-    project = _pyproject("plpython")
     _create(venv)
-    needs = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    _pip(venv, "the server's packages", *needs)
+    _install_locked(venv, "the server's packages", "server")
 
 
 def _install_server_package(venv: Path) -> None:
-    options = ["--no-deps", "--no-build-isolation", "--force-reinstall"]
-    _pip(venv, "the server package", *options, ROOT / "plpython")
+    _install_own(venv, "the server package", "--force-reinstall", ROOT / "plpython")
 
 
-def ensure_client(venv: Path, extras: Collection[str]) -> None:
+def ensure_tool(venv: Path) -> None:
+    """Make or bring up to date the environment of what writes the locks."""
+    made = Stamp(venv.parent, "lock-tool", str(venv), sys.version, lock("tool"))
+    if not made.fresh():
+        made.remove()
+        _create(venv)
+        _install_locked(venv, "uv", "tool")
+        made.write()
+
+
+def ensure_client(venv: Path, extras: Collection[str], *, small: bool = False) -> None:
     """Make or bring up to date the clients' environment, with optional dependencies.
 
     `extras` are names of `[project.optional-dependencies]` in `python/pyproject.toml`; those
-    that an earlier run installed stay. The project's two packages are installed as links.
+    that an earlier run installed stay. With `small`, "train" is left out, with a line that says
+    so, where no CPU build of torch can be had. The project's two packages are installed as links.
     """
-    client, server = _pyproject("python"), _pyproject("plpython")
+    # With other locks it is made anew, so that it never has more than they name.
+    place = [str(venv), sys.version, digest(map(lock, sorted(NAMES)))]
     files = [ROOT / folder / "pyproject.toml" for folder in ("plpython", "python")]
-    key = digest([str(venv), sys.version, CONSTRAINTS, *files])
+    key = digest([*place, *files])
     state = venv.parent / "stamps" / "client.json"
     try:
         known = json.loads(state.read_text())
@@ -105,42 +142,52 @@ def ensure_client(venv: Path, extras: Collection[str]) -> None:
     wanted = set(extras) | set(known.get("extras", ()))
     if fresh and wanted == set(known["extras"]):
         return
-    what = f" ({', '.join(sorted(wanted))})" if wanted else ""
     state.unlink(missing_ok=True)
-    if known.get("venv") != [str(venv), sys.version]:
+    if known.get("venv") != place:
         _create(venv)
-    if "train" in wanted:
-        _warn_of_cuda(venv, client)
+    if "train" in wanted and not _has_torch(venv) and not _install_torch(venv, small):
+        wanted.remove("train")
+    what = f" ({', '.join(sorted(wanted))})" if wanted else ""
     with step(f"Making the clients' Python environment{what}"):
-        backend = {*client["build-system"]["requires"], *server["build-system"]["requires"]}
-        _pip(venv, "the build backend", *sorted(backend))
-        chosen = f"{ROOT / 'python'}[{','.join(sorted(wanted))}]" if wanted else ROOT / "python"
-        editable: list[str | Path] = ["--editable", ROOT / "plpython", "--editable", chosen]
-        _pip(venv, "the clients' packages", "--no-build-isolation", *editable)
-        # medmnist declares torchvision, of which nothing is used (see pyproject.toml).
-        alone = client["dependency-groups"]["without-dependencies"]
-        _pip(venv, "medmnist", "--no-deps", *alone)
-    state.parent.mkdir(exist_ok=True)
-    state.write_text(
-        json.dumps({"key": key, "extras": sorted(wanted), "venv": [str(venv), sys.version]})
-    )
-
-
-def _warn_of_cuda(venv: Path, client: dict[str, Any]) -> None:
-    """Say before a download of several GB that it comes, and how to avoid it.
-
-    Where pip finds a CPU build (version NUMBER+cpu), it takes that, without being told.
-    """
-    pins = client["project"]["optional-dependencies"]["train"]
-    pin = next(each for each in pins if each.startswith("torch=="))
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return
-    if list(site_packages(venv).glob("torch-*.dist-info")):
-        return
-    try:
-        _pip(venv, pin, "--dry-run", "--no-deps", f"{pin}+cpu", constrained=False)
-    except SetupError:
-        say(
-            f"pip finds no CPU build of {pin}, so the default build with CUDA comes: several GB. "
-            "To avoid that, add PyTorch's CPU index to pip's settings (PIP_EXTRA_INDEX_URL)."
+        for name in ("client", *sorted(wanted)):
+            _install_locked(venv, "the clients' packages", name)
+        _install_own(
+            venv, "the client", "--editable", ROOT / "plpython", "--editable", ROOT / "python"
         )
+    state.parent.mkdir(exist_ok=True)
+    state.write_text(json.dumps({"key": key, "extras": sorted(wanted), "venv": place}))
+
+
+def _torch_version() -> str:
+    pins = project("python")["project"]["optional-dependencies"]["train"]
+    pin: str = next(each for each in pins if each.startswith("torch=="))
+    return pin.partition("==")[2]
+
+
+def _has_torch(venv: Path) -> bool:
+    """Say whether torch is there already, in whatever build."""
+    return any(site_packages(venv).glob(f"torch-{_torch_version()}*.dist-info"))
+
+
+def _install_torch(venv: Path, small: bool) -> bool:
+    """Install torch, the CPU build where pip finds it; return whether it was.
+
+    On Linux the package index has the build with CUDA only: several GB, which `small` refuses.
+    """
+    if sys.platform == "linux":
+        try:
+            with step("Installing PyTorch's CPU build"):
+                _install_locked(venv, "PyTorch's CPU build", "torch-cpu")
+            return True
+        except SetupError:
+            say(
+                f"pip finds no CPU build of torch {_torch_version()} with a known hash. To have "
+                "it, add PyTorch's CPU index to pip's settings (PIP_EXTRA_INDEX_URL)."
+            )
+            if small:
+                say("Without torch, the tests of training are skipped (make train installs it).")
+                return False
+            say("So the build with CUDA comes: several GB.")
+    with step("Installing PyTorch"):
+        _install_locked(venv, "torch", "torch")
+    return True

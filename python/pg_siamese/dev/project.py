@@ -15,6 +15,7 @@ from pg_siamese.dev.report import SetupError, say
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVER_USER = "postgres"
+TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"  # of ONNX Runtime; the server package says why
 
 
 @cache
