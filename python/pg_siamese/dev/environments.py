@@ -139,14 +139,18 @@ def ensure_client(venv: Path, extras: Collection[str], *, small: bool = False) -
     except (FileNotFoundError, ValueError):
         known = {}
     fresh = known.get("key") == key
-    wanted = set(extras) | set(known.get("extras", ()))
-    if fresh and wanted == set(known["extras"]):
+    there = set(known.get("extras", ()))
+    wanted = there | set(extras)
+    if fresh and wanted == there:
         return
-    state.unlink(missing_ok=True)
     if known.get("venv") != place:
+        state.unlink(missing_ok=True)
         _create(venv)
     if "train" in wanted and not _has_torch(venv) and not _install_torch(venv, small):
         wanted.remove("train")
+        if fresh and wanted == there:
+            return
+    state.unlink(missing_ok=True)
     what = f" ({', '.join(sorted(wanted))})" if wanted else ""
     with step(f"Making the clients' Python environment{what}"):
         for name in ("client", *sorted(wanted)):
