@@ -20,7 +20,7 @@ BEGIN
     LOOP
         EXECUTE pg_catalog.format(
             'REVOKE ALL ON %s %s FROM public',
-            CASE object.type WHEN 'view' THEN 'table' ELSE object.type END, object.identity);
+            CASE WHEN object.type OPERATOR(pg_catalog.=) 'view' THEN 'table' ELSE object.type END, object.identity);
     END LOOP;
 END
 $$;
