@@ -56,6 +56,19 @@ class ImageError(SiameseError):
     sqlstate = INVALID_BINARY_REPRESENTATION
 
 
+class ImageSizeError(ImageError):
+    """An image over a collection's limit of pixels."""
+
+    sqlstate = PROGRAM_LIMIT_EXCEEDED
+
+    def __init__(self, message: str, max_pixels: int, max_side: int) -> None:
+        super().__init__(
+            message,
+            detail=f"The limit is {max_pixels} pixels, {max_side} on a side.",
+            hint="Raise max_pixels, or reduce the image.",
+        )
+
+
 class ModelError(SiameseError):
     """An ONNX file that can't serve as an encoder."""
 

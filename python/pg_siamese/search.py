@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 DEFAULT_COLLECTION = "images"
 # Pixels a side at most of an image that is shown; larger ones are reduced.
 DISPLAY_PIXELS = 512
-EXIF_ORIENTATION = 0x0112
-TURNED = 5  # this orientation and those above turn width into height
 INTEGER_TYPES = frozenset({"smallint", "integer", "bigint"})
 
 
@@ -286,21 +283,11 @@ def display_pixels(data: bytes) -> npt.NDArray[np.uint8]:
     It is the server's own decoder, so what is shown is what the encoder sees. Raises CommandError
     for a file that the server would reject.
     """
-    from PIL import Image
-
     from pg_siamese_server.errors import ImageError
-    from pg_siamese_server.images import FORMATS, InputSpec, decode_image
+    from pg_siamese_server.images import render_image
 
     try:
-        # First as one pixel: past this, the file is a whole image whose size can be trusted.
-        decode_image(data, InputSpec(width=1, height=1))
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION, 1) >= TURNED:
-                width, height = height, width
-        scale = min(1.0, DISPLAY_PIXELS / max(width, height))
-        spec = InputSpec(width=max(1, round(width * scale)), height=max(1, round(height * scale)))
-        return decode_image(data, spec)
+        return render_image(data, DISPLAY_PIXELS)
     except ImageError as error:
         raise CommandError(f"not an image that can be shown: {error}") from None
 

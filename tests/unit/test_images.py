@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 from typing import Any
@@ -316,7 +317,7 @@ def test_webp_size_is_read_before_its_decoder_allocates(data: bytes) -> None:
 
 def test_thirty_two_bits_have_no_range(grey: Array) -> None:
     for values in (grey.astype(np.int32), grey.astype(np.float32)):
-        refuse(encode(values, "TIFF"), "22P03", "32 bits")
+        refuse(encode(values, "TIFF"), "22P03", "no defined range")
 
 
 def test_damaged_files_never_crash(pictures: Pictures) -> None:
@@ -356,6 +357,12 @@ def test_long_decodes_can_be_left() -> None:
         {"interpolation": "cubic"},
         {"max_bytes": 0},
         {"max_pixels": -1},
+        {"input_range": (0,)},
+        {"input_range": (1, 1)},
+        {"input_range": (0, float("inf"))},
+        {"input_range": (0, True)},
+        {"input_range": ("0", "1")},
+        {"input_range": (0.0, 1e-320)},
     ],
 )
 def test_specification_is_checked(given: dict[str, Any]) -> None:
@@ -366,3 +373,120 @@ def test_specification_is_checked(given: dict[str, Any]) -> None:
 def test_specification_survives_json() -> None:
     spec = InputSpec(8, 9, channels=1, resize="pad", interpolation="nearest", max_bytes=7)
     assert InputSpec.from_json({**spec.to_json(), "unknown": 1}) == spec
+    ranged = InputSpec(8, 9, input_range=(0, 4095))
+    assert InputSpec.from_json(json.loads(json.dumps(ranged.to_json()))) == ranged
+    assert "input_range" not in spec.to_json()  # as versions before 0.3.0 stored it
+
+
+def deep_png(samples: Array, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of 16 bits a channel: grey, RGB, grey or RGB with alpha."""
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[2]]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    return png_chunks((16, colour), rows, *chunks)
+
+
+@pytest.fixture(scope="module")
+def twelve_bits() -> Array:
+    """Samples from 0 to 4095, (height, width, 4)."""
+    return np.random.default_rng(0).integers(0, 4096, (HEIGHT, WIDTH, 4))
+
+
+def eight_bits(samples: Array, high: int) -> Array:
+    found = np.rint(samples / high * 255).astype(np.uint8)
+    return three(found[..., 0]) if found.shape[2] < 3 else found[..., :3]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("stored", ["as they are", "filled with zeros", "replicated", "scaled"])
+def test_significant_bits(stored: str, channels: int, twelve_bits: Array) -> None:
+    """Twelve bits in 16, scaled as the standard says and as they are: the same picture."""
+    values = twelve_bits[..., :channels].copy()
+    samples = {
+        "as they are": values,
+        "filled with zeros": values * 16,
+        "replicated": values * 16 + values // 256,
+        "scaled": np.rint(values / 4095 * 65535).astype(int),
+    }[stored]
+    if channels in (2, 4):
+        samples[..., -1] = 65535
+    found = decode_image(deep_png(samples, (b"sBIT", bytes([12] * channels))), SPEC)
+    assert np.abs(found.astype(int) - eight_bits(values, 4095)).max() <= 1
+
+
+def test_dark_picture_of_scaled_samples(twelve_bits: Array) -> None:
+    dark = twelve_bits[..., :1] // 16 * 16  # of 0 to 255 of 4095, by the standard
+    found = decode_image(deep_png(dark, (b"sBIT", b"\x0c")), SPEC)
+    np.testing.assert_array_equal(found, eight_bits(dark, 65535))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_input_range(channels: int, twelve_bits: Array) -> None:
+    samples = twelve_bits[..., :channels].copy()
+    if channels in (2, 4):
+        samples[..., -1] = 65535
+    ranged = InputSpec(WIDTH, HEIGHT, input_range=(0, 4095))
+    found = decode_image(deep_png(samples), ranged)
+    np.testing.assert_array_equal(found, eight_bits(samples, 4095))
+    # What the file says itself goes before it, and 8 bits have their range.
+    full = np.where(samples > 2000, 65535, 0)
+    found = decode_image(deep_png(full, (b"sBIT", bytes([12] * channels))), ranged)
+    np.testing.assert_array_equal(found, eight_bits(full, 65535))
+    inverted = InputSpec(WIDTH, HEIGHT, input_range=(4095, 0))
+    found = decode_image(deep_png(samples[..., :1]), inverted)
+    np.testing.assert_array_equal(found, 255 - eight_bits(samples[..., :1], 4095))
+
+
+def test_input_range_leaves_eight_bits_alone(colour: Array) -> None:
+    ranged = InputSpec(WIDTH, HEIGHT, input_range=(0, 4095))
+    np.testing.assert_array_equal(decode_image(encode(colour), ranged), colour)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_sample_of_sixteen_bits(channels: int, twelve_bits: Array) -> None:
+    """All 16 bits of it count; one that differs in the low ones only is another colour."""
+    samples = twelve_bits[..., :channels] * 16
+    key = samples[2, 3].tolist()
+    samples[5, 6] = [*key[:-1], key[-1] ^ 1]
+    found = decode_image(deep_png(samples, (b"tRNS", struct.pack(f">{channels}H", *key))), SPEC)
+    assert found[2, 3].tolist() == [255] * 3
+    assert np.abs(found[5, 6].astype(int) - eight_bits(samples, 65535)[5, 6]).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("high", [0, 0xFF00])
+def test_transparent_grey_of_few_bits(depth: int, high: int) -> None:
+    top = 2**depth - 1
+    values = np.random.default_rng(depth).integers(0, top + 1, (HEIGHT, WIDTH))
+    single = (values[..., None] >> np.arange(depth - 1, -1, -1)) & 1
+    packed = np.packbits(single.reshape(HEIGHT, -1).astype(np.uint8), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    key = int(values[0, 0]) & (top - 1 if depth > 1 else top)
+    data = png_chunks((depth, 0), rows, (b"tRNS", struct.pack(">H", key | high)))
+    expected = three(np.where(values == key, 255, values * 255 // top).astype(np.uint8))
+    np.testing.assert_array_equal(decode_image(data, SPEC), expected)
+    np.testing.assert_array_equal(decode_image(data, GREY_SPEC), expected[..., :1])
+
+
+def test_transparent_colour(colour: Array) -> None:
+    key = colour[1, 1]
+    rows = b"".join(b"\0" + row.tobytes() for row in colour)
+    data = png_chunks((8, 2), rows, (b"tRNS", struct.pack(">3H", *(int(v) | 0x100 for v in key))))
+    expected = np.where((colour == key).all(axis=2)[..., None], 255, colour)
+    np.testing.assert_array_equal(decode_image(data, SPEC), expected)
+
+
+def test_transparency_of_odd_length(colour: Array) -> None:
+    rows = b"".join(b"\0" + row.tobytes() for row in colour)
+    data = png_chunks((8, 2), rows, (b"tRNS", b"\0"))
+    np.testing.assert_array_equal(decode_image(data, SPEC), colour)
+
+
+def test_limits_say_what_to_do(colour: Array) -> None:
+    with pytest.raises(ImageError, match=r"image of 12 x 8 pixels is too large") as caught:
+        decode_image(encode(colour), InputSpec(WIDTH, HEIGHT, max_pixels=95))
+    assert caught.value.detail == "The limit is 95 pixels, 65535 on a side."
+    assert "max_pixels" in (caught.value.hint or "")
+    with pytest.raises(ImageError, match="too large") as caught:
+        decode_image(encode(colour), InputSpec(WIDTH, HEIGHT, max_bytes=9))
+    assert caught.value.detail == "The limit is 9 bytes."
+    assert "max_bytes" in (caught.value.hint or "")

@@ -1,0 +1,165 @@
+"""JPEG: whether the whole picture is there, and what a file is that libjpeg can't decode."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageChops
+
+END = b"\xff\xd9"
+# In coded data 0xFF is followed by 0 or a restart marker; anything else ends the scan.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_SCAN = 0xDA
+_FRAMES = frozenset(
+    (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
+)
+_JPEG_LS = 0xF7
+# By component: of each coefficient, the lowest bit that scans have brought.
+Coefficients = dict[int, list[int | None]]
+_CODINGS = {
+    0xC3: "lossless coding",
+    0xC5: "differential coding",
+    0xC6: "differential coding",
+    0xC7: "differential coding",
+    0xCB: "lossless arithmetic coding",
+    0xCD: "differential arithmetic coding",
+    0xCE: "differential arithmetic coding",
+    0xCF: "differential arithmetic coding",
+    _JPEG_LS: "JPEG-LS coding",
+}
+# Bits that stand for what is missing: where they matter, the picture is not whole.
+_FILLERS = (b"", b"\x55\x2a" * 512, b"\xaa\x55" * 512)
+# What libjpeg leaves where it finds no more data, in every channel.
+_NO_DATA = 128
+
+
+def layout(data: bytes) -> tuple[bool, bool]:
+    """Walk a JPEG's markers: whether it ends properly, and whether its scans hold all bits."""
+    place = 2
+    complete: Coefficients = {}
+    try:
+        while True:
+            found = _MARKER.search(data, place)
+            if found is None:
+                return False, _has_all_bits(complete)
+            marker, place = data[found.start() + 1], found.end()
+            if marker == 0xD9:
+                return True, _has_all_bits(complete)
+            if marker in (0x01, 0xD8):
+                continue
+            (length,) = struct.unpack_from(">H", data, place)
+            segment = data[place + 2 : place + length]
+            if marker in _FRAMES:
+                complete = {segment[6 + 3 * number]: [None] * 64 for number in range(segment[5])}
+            elif marker == _SCAN:
+                _note(segment, complete)
+            place += length
+    except (struct.error, IndexError):
+        return False, False
+
+
+def unsupported_coding(data: bytes) -> str | None:
+    """Name the coding of a JPEG that libjpeg has no decoder for; None where it has one."""
+    place = 2
+    try:
+        while (found := _MARKER.search(data, place)) is not None:
+            marker, place = data[found.start() + 1], found.end()
+            if marker in _FRAMES or marker == _JPEG_LS:
+                if data[place + 2] != 8:
+                    return f"{data[place + 2]} bits a channel"
+                return _CODINGS.get(marker)
+            if marker not in (0x01, 0xD8):
+                (length,) = struct.unpack_from(">H", data, place)
+                place += length
+    except (struct.error, IndexError):
+        pass
+    return None
+
+
+def _note(segment: bytes, complete: Coefficients) -> None:
+    """Note which bits of which coefficients a scan brings."""
+    count = segment[0]
+    first, last, low = segment[1 + 2 * count], segment[2 + 2 * count], segment[3 + 2 * count] & 15
+    for number in range(count):
+        coefficients = complete.get(segment[1 + 2 * number])
+        if coefficients is not None:
+            coefficients[first : last + 1] = [low] * (min(last, 63) + 1 - first)
+
+
+def _has_all_bits(complete: Coefficients) -> bool:
+    return bool(complete) and all(set(bits) == {0} for bits in complete.values())
+
+
+def mended(data: bytes, load: Callable[[bytes], Image.Image]) -> bytes | None:
+    """Give a file without its end marker one; None where part of the picture is missing.
+
+    Zeros after it are no data: they are what a download that broke off leaves. The picture is
+    whole if what follows the data has no influence on it.
+
+    Args:
+        data: the file.
+        load: decodes a file.
+    """
+    ended, is_complete = layout(data)
+    if ended:
+        return data
+    if not is_complete:
+        return None
+    bare = data.rstrip(b"\0")
+    if bare.endswith(b"\xff"):  # in the data a zero follows it; alone, it is half of the end marker
+        bare = bare + b"\0" if len(bare) < len(data) else bare.rstrip(b"\xff")
+    # One zero may well be data: that of a picture of one colour.
+    candidates = [bare] if len(data) - len(bare) != 1 else [bare, data]
+    return next((each + END for each in candidates if _is_whole(each, load)), None)
+
+
+def is_cut_off(image: Image.Image, data: bytes, load: Callable[[bytes], Image.Image]) -> bool:
+    """Whether an image that ends properly lacks its lower part, which libjpeg leaves grey.
+
+    Costs a look at one corner; only where that is of just this grey, the file is decoded again.
+    """
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if isinstance(last, tuple):
+        red, green, blue = (*last, *last)[:3]
+        last = 0.299 * red + 0.587 * green + 0.114 * blue
+    # Also for CMYK, whose no data is all 127.
+    if last is None or abs(last - _NO_DATA) > 1:
+        return False
+    if any(abs(value - _NO_DATA) > 1 for value in _last_block(image)):
+        return False
+    end = data.rfind(END)
+    return not _is_whole(data[:end], load)
+
+
+def _last_block(image: Image.Image) -> list[float]:
+    """Return the extremes of the last coded block, as far as it is seen.
+
+    Its first row and column are smoothed with the colours beside them; where there is no more of
+    it, its brightness is.
+    """
+    layers = getattr(image, "layer", None) or [("", 1, 1)]
+    scale = getattr(image, "decoderconfig", None) or (1,)
+    sides = []
+    for size, place in zip(image.size, (1, 2), strict=True):
+        block = max(1, 8 * max(layer[place] for layer in layers) // scale[0])
+        sides.append((size - 1) % block)
+    width, height = image.size
+    if not all(sides):
+        pixel = image.crop((width - 1, height - 1, width, height))
+        return [float(value) for value in np.ravel(pixel.convert("L").getextrema())]
+    corner = image.crop((width - sides[0], height - sides[1], width, height))
+    extremes = corner.getextrema()
+    return [float(value) for value in np.ravel(extremes)]
+
+
+def _is_whole(bare: bytes, load: Callable[[bytes], Image.Image]) -> bool:
+    first: Image.Image | None = None
+    for filler in _FILLERS:
+        image = load(bare + filler + END)
+        if first is not None and ImageChops.difference(first, image).getbbox() is not None:
+            return False
+        first = first or image
+    return True

@@ -1,0 +1,174 @@
+"""Colour profiles: sRGB for the encoder, whatever the file was made in."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pg_siamese_server import colour
+from pg_siamese_server.images import InputSpec, decode_image
+from tests import profiles
+from tests.support import Array
+from tests.tiff_files import Tiff
+
+WIDTH, HEIGHT = 24, 18
+SPEC = InputSpec(WIDTH, HEIGHT)
+P3 = profiles.screen(profiles.DISPLAY_P3, profiles.SRGB_CURVE)
+ADOBE = profiles.screen(profiles.ADOBE_RGB, 2.19921875)
+SRGB = profiles.screen(profiles.SRGB, profiles.SRGB_CURVE)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Array:
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    noise[0, :3] = [[0, 0, 0], [255, 255, 255], [224, 172, 105]]  # and a tone of skin
+    return noise
+
+
+def save(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    ("profile", "colorants", "gamma"),
+    [(P3, profiles.DISPLAY_P3, None), (ADOBE, profiles.ADOBE_RGB, 2.19921875)],
+    ids=["Display P3", "Adobe RGB"],
+)
+def test_colours_are_those_of_the_profile(
+    kind: str, profile: bytes, colorants: Array, gamma: float | None, pixels: Array
+) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = save(Image.fromarray(pixels), kind, icc_profile=profile, **options)
+    found = decode_image(data, SPEC).astype(int)
+    expected = profiles.converted(pixels, colorants, gamma)
+    difference = np.abs(found - expected)
+    assert difference.max() <= 3 and difference.mean() < 0.6
+    assert np.abs(found - pixels).max() > 10
+
+
+def test_jpeg_and_its_part_of_the_size(pixels: Array) -> None:
+    soft = Image.fromarray(pixels // 4 + 96)
+    large = soft.resize((WIDTH * 20, HEIGHT * 20), Image.Resampling.BICUBIC)
+    plain = decode_image(save(large, "JPEG", quality=95), SPEC)
+    found = decode_image(save(large, "JPEG", quality=95, icc_profile=P3), SPEC)
+    expected = profiles.converted(plain, profiles.DISPLAY_P3, None)
+    assert np.abs(found - expected).mean() < 2
+
+
+def test_alpha_and_palette(pixels: Array) -> None:
+    alpha = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
+    alpha[:9] = 0
+    layered = Image.fromarray(np.concatenate([pixels, alpha], axis=2))
+    found = decode_image(save(layered, "PNG", icc_profile=P3), SPEC)
+    assert (found[:9] == 255).all()
+    expected = profiles.converted(pixels, profiles.DISPLAY_P3, None)
+    assert np.abs(found[9:] - expected[9:]).max() <= 3
+    palette = Image.fromarray(pixels).quantize(16)
+    found = decode_image(save(palette, "PNG", icc_profile=P3), SPEC)
+    expected = profiles.converted(np.asarray(palette.convert("RGB")), profiles.DISPLAY_P3, None)
+    assert np.abs(found - expected).max() <= 3
+    clear = int(np.asarray(palette)[0, 0])
+    found = decode_image(save(palette, "PNG", icc_profile=P3, transparency=clear), SPEC)
+    assert (found[np.asarray(palette) == clear] == 255).all()
+
+
+def test_tiff_of_sixteen_bits(pixels: Array) -> None:
+    tags: Any = {34675: (7, tuple(P3))}
+    page = Tiff(pixels.astype(np.uint16) * 257, 16, photometric=2, tags=tags)
+    found = decode_image(page.file(), SPEC)
+    expected = profiles.converted(pixels, profiles.DISPLAY_P3, None)
+    assert np.abs(found - expected).max() <= 3
+
+
+def test_to_one_channel(pixels: Array) -> None:
+    data = save(Image.fromarray(pixels), "PNG", icc_profile=P3)
+    found = decode_image(data, InputSpec(WIDTH, HEIGHT, channels=1))[..., 0]
+    luma = decode_image(data, SPEC) @ [0.299, 0.587, 0.114]
+    assert np.abs(found - luma).max() <= 1
+
+
+def test_printing() -> None:
+    """All inks but black give a dark grey in print, as only the profile knows."""
+    inks = Image.new("CMYK", (WIDTH, HEIGHT), (255, 255, 255, 0))
+    data = save(inks, "JPEG", quality=95, icc_profile=profiles.press(255))
+    found = decode_image(data, SPEC).astype(int)
+    assert np.abs(found - 94).max() <= 4  # L of 40
+    assert (decode_image(save(inks, "JPEG", quality=95), SPEC) < 4).all()
+
+
+def test_grey_is_left_as_it_is(pixels: Array) -> None:
+    image = Image.fromarray(pixels[..., 0])
+    data = save(image, "PNG", icc_profile=profiles.grey(1.0))
+    assert (decode_image(data, SPEC)[..., 0] == pixels[..., 0]).all()
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        b"",
+        b"x",
+        b"x" * 300,
+        P3[:200],
+        P3[:128] + b"\xff" * 200,
+        P3[:60] + bytes(len(P3) - 60),
+        profiles.grey(2.2),
+        profiles.press(200),
+        P3 + bytes(colour.MAX_PROFILE_BYTES),
+    ],
+    ids=range(9),
+)
+def test_what_is_no_profile_of_the_picture_is_ignored(profile: bytes, pixels: Array) -> None:
+    data = save(Image.fromarray(pixels), "TIFF", icc_profile=profile)
+    np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
+
+
+def test_damaged_profiles_never_fail(pixels: Array) -> None:
+    generator = np.random.default_rng(0)
+    for profile in (P3, ADOBE, profiles.press(200)):
+        mode = "CMYK" if profile[16:20] == b"CMYK" else "RGB"
+        image = Image.fromarray(pixels).convert(mode)
+        for _ in range(100):
+            mutated = np.frombuffer(profile, np.uint8).copy()
+            places = generator.integers(0, len(mutated), 6)
+            mutated[places] = generator.integers(0, 256, 6)
+            data = save(image, "TIFF", icc_profile=mutated.tobytes())
+            assert decode_image(data, SPEC).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_srgb_changes_nothing_and_is_known(pixels: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = save(Image.fromarray(pixels), "PNG", icc_profile=SRGB)
+    np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
+    # Nothing is built or applied the next time.
+    monkeypatch.setattr(colour, "_made", None)
+    np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
+
+
+def test_transforms_are_kept_but_few(pixels: Array) -> None:
+    colour._transforms.clear()
+    for number in range(colour.MAX_TRANSFORMS + 5):
+        profile = profiles.screen(profiles.DISPLAY_P3, 1.5 + number / 50)
+        decode_image(save(Image.fromarray(pixels), "PNG", icc_profile=profile), SPEC)
+    assert len(colour._transforms) == colour.MAX_TRANSFORMS
+
+
+def test_cancel_during_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CancelledError(Exception):
+        sqlstate = "57014"
+
+    polls: list[int] = []
+
+    def poll() -> None:
+        polls.append(1)
+        if len(polls) == 3:
+            raise CancelledError
+
+    monkeypatch.setattr(colour, "STRIPE_PIXELS", 64)
+    with pytest.raises(CancelledError):
+        colour.to_srgb(Image.new("RGB", (64, 64)), P3, poll)
