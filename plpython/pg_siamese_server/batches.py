@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server.encoder import Encoder, check_embedding
+from pg_siamese_server.encoder import Encoder, check_embedding, have_distances
 from pg_siamese_server.errors import ImageError
 from pg_siamese_server.images import decode_image
 
@@ -53,7 +53,7 @@ def embed(
     stacked = np.stack(pixels)
     pixels.clear()
     embeddings = encoder.embed(stacked, poll)
-    if np.isfinite(embeddings).all() and embeddings.any(axis=1).all():
+    if have_distances(embeddings, encoder.spec.metric):
         return keys, embeddings
     kept = []
     for place, key in enumerate(keys):

@@ -28,6 +28,12 @@ MAX_BATCH = 64
 # Pre-packed weights are a private copy in every session: worth it for small encoders only.
 PREPACK_BELOW_BYTES = 16 * 1024 * 1024
 WATCH_SECONDS = 0.05
+# pgvector counts in single precision: it can't divide by the square of a smaller length.
+MIN_SQUARED_LENGTH = float(np.finfo(np.float32).tiny)
+BAD_EMBEDDING = (
+    "The encoder fails on this image, perhaps because it is blank. Remove the image, or let the"
+    " collection put such rows aside with on_error => 'quarantine'."
+)
 
 
 @dataclass(frozen=True)
@@ -308,12 +314,30 @@ def _described(output: Any) -> str:
     return f"shape {list(output.shape)} of type {output.dtype}"
 
 
+def have_distances(embeddings: NDArray[np.float32], metric: str) -> bool:
+    """Whether all embeddings (count, dimension) have a distance to others, as pgvector counts.
+
+    One that has none, in an index, can take most of its recall for all others.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = np.einsum("ij,ij->i", embeddings, embeddings)
+    if metric == "cosine" and not (squared >= MIN_SQUARED_LENGTH).all():
+        return False
+    return bool(np.isfinite(squared).all())
+
+
 def check_embedding(embedding: NDArray[np.float32], metric: str) -> None:
     """Refuse an embedding that has no distance to others; raises ImageError."""
+    if have_distances(embedding[None], metric):
+        return
     if not np.isfinite(embedding).all():
-        raise ImageError("encoder gave an embedding that is not finite")
-    if metric == "cosine" and not embedding.any():
-        raise ImageError("encoder gave an embedding of length zero, which has no cosine distance")
+        raise ImageError("encoder gave an embedding that is not finite", hint=BAD_EMBEDDING)
+    if not embedding.any():
+        raise ImageError(
+            "encoder gave an embedding of length zero, which has no cosine distance",
+            hint=BAD_EMBEDDING,
+        )
+    raise ImageError("encoder gave an embedding whose length is out of range", hint=BAD_EMBEDDING)
 
 
 def _no_constant(name: str) -> None:
