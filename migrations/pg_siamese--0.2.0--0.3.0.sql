@@ -2,6 +2,11 @@
 
 ALTER TABLE siamese.generations ADD COLUMN ef_search_many integer[];
 
+-- Parameters became as wide as drivers send them, and one more came.
+DROP FUNCTION siamese.register_model(
+    text, bytea, integer, integer, real[], real[], text, text, text, jsonb, real, bigint, bigint
+);
+
 -- @REPLACEABLE@
 
 -- What an update creates gets PostgreSQL's defaults, and so may be executed by everyone. Tables of the

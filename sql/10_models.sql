@@ -20,17 +20,18 @@ COMMENT ON COLUMN siamese.models.metadata IS 'what the ONNX file says of itself'
 CREATE FUNCTION siamese.register_model(
     name text,
     onnx bytea,
-    image_width integer DEFAULT NULL,
-    image_height integer DEFAULT NULL,
-    mean real[] DEFAULT NULL,
-    std real[] DEFAULT NULL,
+    image_width bigint DEFAULT NULL,
+    image_height bigint DEFAULT NULL,
+    mean double precision[] DEFAULT NULL,
+    std double precision[] DEFAULT NULL,
     resize text DEFAULT NULL,
     interpolation text DEFAULT NULL,
     metric text DEFAULT NULL,
     calibration jsonb DEFAULT NULL,
-    threshold real DEFAULT NULL,
+    threshold double precision DEFAULT NULL,
     max_bytes bigint DEFAULT NULL,
-    max_pixels bigint DEFAULT NULL
+    max_pixels bigint DEFAULT NULL,
+    input_range double precision[] DEFAULT NULL
 ) RETURNS integer
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -39,10 +40,11 @@ if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].register_model(
     plpy, name, onnx, image_width, image_height, mean, std, resize, interpolation, metric,
-    calibration, threshold, max_bytes, max_pixels)
+    calibration, threshold, max_bytes, max_pixels, input_range)
 $python$;
 COMMENT ON FUNCTION siamese.register_model(
-    text, bytea, integer, integer, real[], real[], text, text, text, jsonb, real, bigint, bigint
+    text, bytea, bigint, bigint, double precision[], double precision[], text, text, text, jsonb,
+    double precision, bigint, bigint, double precision[]
 ) IS 'check an ONNX encoder and store it under a name; returns its model_id';
 
 CREATE FUNCTION siamese.drop_model(name text) RETURNS void

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -95,6 +96,7 @@ def register_model(
     threshold: float | None,
     max_bytes: int | None,
     max_pixels: int | None,
+    input_range: list[float | None] | None,
 ) -> int:
     """Body of ``register_model``."""
     from pg_siamese_server import models
@@ -106,19 +108,29 @@ def register_model(
         "interpolation": interpolation,
         "max_bytes": max_bytes,
         "max_pixels": max_pixels,
+        "input_range": input_range,
     }
     given = {
-        "mean": mean,
-        "std": std,
+        "mean": _singles(mean),
+        "std": _singles(std),
         "metric": metric,
         "calibration": load_json(calibration),
-        "threshold": threshold,
+        "threshold": _single(threshold),
     }
     merged: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     merged["input"] = {key: value for key, value in size.items() if value is not None}
     with interrupts.signals_blocked():
         import onnx as _  # noqa: F401 -- its libraries may start threads
     return models.register(plpy, name, onnx, merged)
+
+
+def _single(value: Any) -> Any:
+    """Round to single precision: encoders count in it, and versions before 0.3.0 stored it."""
+    return struct.unpack("f", struct.pack("f", value))[0] if isinstance(value, float) else value
+
+
+def _singles(values: list[Any] | None) -> list[Any] | None:
+    return None if values is None else [_single(value) for value in values]
 
 
 @_entry

@@ -102,7 +102,8 @@ def _check_graph(model: onnx.ModelProto) -> None:
                 raise ModelError(
                     "model keeps weights in another file",
                     detail=f'Tensor "{tensor.name}" has external data.',
-                    hint="Save the model with all weights inside.",
+                    hint="Export it with external_data=False (torch.onnx.export), or use"
+                    " pg_siamese register-model, which puts the weights inside.",
                 )
 
 

@@ -168,6 +168,11 @@ def test_refused(shared: Connection, data: bytes, message: str) -> None:
         ("calibration => '{\"weight\": 1}'", "both a weight and a bias"),
         ("threshold => 'NaN'", "threshold must be a finite number"),
         ("max_bytes => 0", "must be positive"),
+        ("input_range => '{0}'", "input_range must be two different"),
+        ("input_range => '{0,NaN}'", "input_range must be two different"),
+        ("input_range => '{0,NULL}'", "input_range must be two different"),
+        ("input_range => '{{0,1}}'", "input_range must be two different"),
+        ("threshold => 1e300", "must be a finite number"),
     ],
 )
 def test_wrong_argument(shared: Connection, argument: str, message: str) -> None:
@@ -189,6 +194,37 @@ def test_calibration_given_at_registration(db: Connection, photograph: Array) ->
         {"a": one, "b": other},
     ).fetchone()
     assert row[0] == pytest.approx(1 / (1 + np.exp(2 * row[1] - 1)), rel=1e-5)
+
+
+def test_arguments_as_drivers_send_them(db: Connection) -> None:
+    """Double precision and bigint; and what versions before 0.3.0 stored is found the same."""
+    model = grid_encoder(("n", 3, "h", "w"), pool=4)
+    statement = (
+        "SELECT register_model('wide', %s, image_width => 8::{0}, image_height => 8::{0},"
+        " mean => ARRAY[0.485, 0.456, 0.406]::{1}[], std => ARRAY[0.229, 0.224, 0.225]::{1}[],"
+        " threshold => 0.3::{1}, max_pixels => 9::{0}, max_bytes => 9000::{0})"
+    )
+    found = {
+        db.execute(statement.format(whole, real), (model,)).fetchone()
+        for whole in ("smallint", "integer", "bigint")
+        for real in ("real", "double precision")
+    }
+    assert len(found) == 1
+    stored = db.execute("SELECT specification -> 'mean' FROM models WHERE name = 'wide'").fetchone()
+    assert stored == ([float(np.float32(value)) for value in MEAN],)
+
+
+def test_input_range(db: Connection) -> None:
+    """Values of 12 bits in files of 16, of which nothing in the file tells."""
+    model = grid_encoder(("n", 3, 8, 8), pool=4)
+    db.execute("SELECT register_model('ranged', %s, input_range => ARRAY[0, 4095])", (model,))
+    db.execute("SELECT register_model('full', %s)", (model,))
+    values = np.random.default_rng(0).integers(0, 4096, (8, 8)).astype(np.uint16)
+    eight = np.rint(values / 4095 * 255).astype(np.uint8)
+    for kind in ("PNG", "TIFF"):
+        found = embedding(db, encode(values, kind), "ranged")
+        np.testing.assert_allclose(found, embedding(db, encode(eight), "full"), atol=1e-6)
+        assert embedding(db, encode(values, kind), "full").max() < 0.07
 
 
 def test_drop_model(db: Connection, onnx: bytes) -> None:
