@@ -31,6 +31,7 @@ from pg_siamese.terminal import (
 from pg_siamese.training.cli import calibrate_domain_command, export_command, train_command
 
 if TYPE_CHECKING:
+    from pg_siamese.datasets import LeftOut
     from pg_siamese.search import Answer, Collection
 
 INTERRUPTED = 130
@@ -161,11 +162,20 @@ def load(
     """
     from pg_siamese.loading import LoadReport, find_target, load_part
     from pg_siamese.search import ensure_collection, find_collection
-    from pg_siamese.sources import read_source
+    from pg_siamese.sources import counted, printable, read_source
 
     if model is not None and table is not None:
         raise CommandError("--model goes with a collection, not with --table")
-    parts = read_source(source, splits=split, labels=labels, dataset=dataset)
+    left_out: list[LeftOut] = []
+    parts = read_source(
+        source, splits=split, labels=labels, dataset=dataset, leave_out=left_out.append
+    )
+    for file in left_out:
+        if file.reason is not None:
+            errors().print(
+                f"[yellow]left out:[/] {escape(printable(file.path))}: {file.reason}",
+                soft_wrap=True,
+            )
     report = LoadReport()
     with connect(dsn) as connection:
         if table is None:
@@ -193,6 +203,8 @@ def load(
     images = "1 image" if report.stored == 1 else f"{report.stored:,} images"
     there = f" (there already: {report.stored_before:,})" if report.stored_before else ""
     output().print(f"{images} stored in {escape(target.relation)}{there}")
+    if left_out:
+        output().print(escape(counted(left_out)), soft_wrap=True)
 
 
 @app.command()
@@ -471,14 +483,23 @@ def register_model(
     max_pixels: Annotated[
         int | None, typer.Option(help="Largest image, in pixels.", show_default=False)
     ] = None,
+    input_range: Annotated[
+        str | None,
+        typer.Option(
+            help="Values of black and white where image files leave them open, as 0,4095 for "
+            "12-bit values in 16-bit files.",
+            show_default=False,
+        ),
+    ] = None,
     dsn: Dsn = None,
 ) -> None:
     """Register an ONNX encoder; the same name and file again changes nothing.
 
     Encoders of this project say all about their input themselves. For any other one (float32,
-    batch x channels x height x width) the options say what its training used.
+    batch x channels x height x width) the options say what its training used. Weights that the
+    exporter wrote into a file beside it (FILE.data) are taken in.
     """
-    from pg_siamese.models import register
+    from pg_siamese.models import read_model, register
 
     width, height = _size(size)
     settings: dict[str, object | None] = {
@@ -493,8 +514,9 @@ def register_model(
         "threshold": threshold,
         "max_bytes": max_bytes,
         "max_pixels": max_pixels,
+        "input_range": _reals("--input-range", input_range),
     }
-    data = file.read_bytes()
+    data = read_model(file)
     chosen = name or file.stem
     with connect(dsn) as connection:
         model_id = register(connection, chosen, data, settings)

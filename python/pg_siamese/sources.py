@@ -7,7 +7,9 @@ for. Files keep their own bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pg_siamese.datasets import (
     SPLITS,
     ImageFile,
     LabelledImages,
+    LeftOut,
     list_image_folder,
     npz_splits,
     read_idx_images,
@@ -68,13 +71,16 @@ def read_source(
     splits: Sequence[str] | None = None,
     labels: Path | None = None,
     dataset: str | None = None,
+    leave_out: Callable[[LeftOut], object] = lambda file: None,
 ) -> list[Part]:
     """Find out what ``path`` is and return its parts, only those of ``splits`` where given.
+
+    ``leave_out`` is called with each file of a folder that can't be loaded.
 
     Raises CommandError for what can't be loaded, and as the readers in :mod:`.datasets` do.
     """
     if path.is_dir():
-        return folder_parts(path, splits=splits, dataset=dataset)
+        return folder_parts(path, splits=splits, dataset=dataset, leave_out=leave_out)
     if not path.exists():
         raise CommandError(f"{path}: no such file or folder")
     if labels is not None:
@@ -110,18 +116,53 @@ def labelled_part(images: LabelledImages, origin: str) -> Part:
 
 
 def folder_parts(
-    folder: Path, *, splits: Sequence[str] | None = None, dataset: str | None = None
+    folder: Path,
+    *,
+    splits: Sequence[str] | None = None,
+    dataset: str | None = None,
+    leave_out: Callable[[LeftOut], object] = lambda file: None,
 ) -> list[Part]:
     """The images of a folder, a part for each split in it; see ``datasets.list_image_folder``."""
     folder = folder.resolve()
     name = dataset or folder.name
+    if not is_text(name):
+        raise CommandError(f"{printable(folder)}: its name is not UTF-8: give it one by --dataset")
     files: dict[str | None, list[ImageFile]] = {}
-    for file in list_image_folder(folder):
-        if splits is None or file.split in splits:
+    for file in list_image_folder(folder, leave_out):
+        if splits is not None and file.split not in splits:
+            continue
+        if is_text(str(file.path.relative_to(folder))):
             files.setdefault(file.split, []).append(file)
+        else:
+            leave_out(LeftOut(file.path, "of a name that is not UTF-8", "its name is not UTF-8"))
     if not files:
-        raise CommandError(f"{folder}: no image of split {' or '.join(splits or ())}")
+        wanted = f"of split {' or '.join(splits)}" if splits else "that can be loaded"
+        raise CommandError(f"{printable(folder)}: no image {wanted}")
     return [_folder_part(folder, name, split, group) for split, group in files.items()]
+
+
+def is_text(name: str) -> bool:
+    """Whether a file name is UTF-8, as PostgreSQL takes it: others come with lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(path: Path) -> str:
+    """A path for messages, whatever its bytes are."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def counted(left_out: Iterable[LeftOut]) -> str:
+    """How many files were left out, by kind: '3 files left out: 2 .heic, 1 hidden'; or nothing."""
+    kinds = Counter(file.kind for file in left_out)
+    if not kinds:
+        return ""
+    total = kinds.total()
+    each = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return f"{total:,} file{'' if total == 1 else 's'} left out: {each}"
 
 
 def _folder_part(folder: Path, dataset: str, split: str | None, files: list[ImageFile]) -> Part:
@@ -129,7 +170,7 @@ def _folder_part(folder: Path, dataset: str, split: str | None, files: list[Imag
         file = files[index]
         return ImageRow(
             image=file.path.read_bytes(),
-            name=str(file.path),
+            name=printable(file.path),
             source=sources[index],
             dataset=dataset,
             split=split,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import psycopg
 import pytest
 from PIL import Image
@@ -26,6 +27,7 @@ from pg_siamese.demo import things_to_try
 from pg_siamese.sources import png
 from tests.conftest import Connection
 from tests.server import login_role
+from tests.support import grid_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,6 +139,22 @@ def test_a_rejected_image_names_its_file(dsn: str, db: Connection, tmp_path: Pat
     assert f"rejected: {broken}" in result.stderr
     assert "1 image stored" in result.stdout
     assert count(db) == 5
+
+
+def test_file_names_of_any_bytes(dsn: str, db: Connection, tmp_path: Path) -> None:
+    folder = picture_folder(tmp_path / "pets", per_label=1)
+    (folder / "cat" / "old.jfif").write_bytes(picture(5))
+    (folder / "cat" / "new.heic").write_bytes(b"heic")
+    (folder / "cat" / "notes.txt").write_bytes(b"text")
+    Path(os.fsdecode(os.fsencode(folder) + b"/cat/caf\xe9.png")).write_bytes(picture(6))
+    result = run("load", str(folder), "--dsn", dsn)
+    assert result.exit_code == 0, result.output
+    assert "3 images stored" in result.stdout
+    assert "3 files left out: " in result.stdout and "1 .heic" in result.stdout
+    assert r"caf\xe9.png: its name is not UTF-8" in result.stderr
+    assert "new.heic: .heic files are not supported" in result.stderr
+    assert "notes.txt" not in result.stderr
+    assert count(db) == 3
 
 
 def test_images_over_a_limit_are_named_too(dsn: str, db: Connection, tmp_path: Path) -> None:
@@ -348,6 +366,28 @@ def test_a_foreign_encoder_with_its_input(dsn: str, db: Connection, tmp_path: Pa
     row = db.execute("SELECT siamese.embed_image(%s, 'colours')::text", (picture(1),)).fetchone()
     assert row is not None
     assert len(row[0].split(",")) == 3
+
+
+def test_a_model_with_its_weights_beside_it(dsn: str, db: Connection, tmp_path: Path) -> None:
+    model = onnx.load_from_string(grid_encoder(("n", 3, 8, 8), pool=4))
+    tensor = model.graph.initializer[0]
+    (tmp_path / "m.onnx.data").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="m.onnx.data")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    works(
+        *("register-model", str(tmp_path / "m.onnx"), "--input-range", "0,4095", "--dsn", dsn),
+        *("--threshold", "0.5", "--mean", "0.1,0.2,0.3"),
+    )
+    row = db.execute(
+        "SELECT specification -> 'input' -> 'input_range', dimension FROM models WHERE name = 'm'"
+    ).fetchone()
+    assert row == ([0, 4095], 12)
+    with pytest.raises(psycopg.errors.InvalidParameterValue) as caught:
+        data = (tmp_path / "m.onnx").read_bytes()
+        db.execute("SELECT register_model('other', %s)", (data,))
+    assert "external_data=False" in str(caught.value.diag.message_hint)
 
 
 def test_what_is_no_model_is_one_line(dsn: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import struct
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,9 @@ import pytest
 from PIL import Image
 
 from pg_siamese.connection import CommandError
-from pg_siamese.datasets import DataFormatError, DataNotFoundError, LabelledImages
+from pg_siamese.datasets import DataFormatError, DataNotFoundError, LabelledImages, LeftOut
 from pg_siamese.loading import LoadReport, Target, batches, load_part, store
-from pg_siamese.sources import ImageRow, labelled_part, png, read_source
+from pg_siamese.sources import ImageRow, counted, labelled_part, png, printable, read_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -265,3 +266,54 @@ def test_what_is_no_source_is_said_so(tmp_path: Path) -> None:
     broken.write_bytes(b"PK no zip")
     with pytest.raises(DataFormatError, match=r"broken\.npz"):
         read_source(broken)
+
+
+def folder_of_all_kinds(folder: Path) -> Path:
+    """Pictures, pictures that can't be decoded, other files, and names that are not UTF-8."""
+    for name in ("cat/a.png", "cat/b.JFIF", "cat/c.jpe", "dog/d.jpeg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"picture")
+    for name in ("cat/e.heic", "dog/f.HEIC", "dog/g.dcm", "notes.txt", ".DS_Store", "LICENSE"):
+        (folder / name).write_bytes(b"other")
+    Path(os.fsdecode(os.fsencode(folder) + b"/cat/caf\xe9.png")).write_bytes(b"picture")
+    latin = Path(os.fsdecode(os.fsencode(folder) + b"/b\xfcrste"))
+    latin.mkdir()
+    (latin / "h.png").write_bytes(b"picture")
+    return folder
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    left_out: list[LeftOut] = []
+    (part,) = read_source(folder_of_all_kinds(tmp_path / "pets"), leave_out=left_out.append)
+    names = ["cat/a.png", "cat/b.JFIF", "cat/c.jpe", "dog/d.jpeg"]
+    assert list(part.sources) == [f"file:pets/{name}" for name in names]
+    reasons = {printable(file.path.relative_to(tmp_path)): file.reason for file in left_out}
+    assert reasons == {
+        "pets/cat/e.heic": ".heic files are not supported",
+        "pets/dog/f.HEIC": ".heic files are not supported",
+        "pets/dog/g.dcm": ".dcm files are not supported",
+        "pets/notes.txt": None,
+        "pets/.DS_Store": None,
+        "pets/LICENSE": None,
+        "pets/cat/caf\\xe9.png": "its name is not UTF-8",
+        "pets/b\\xfcrste/h.png": "its name is not UTF-8",
+    }
+    assert counted(left_out) == (
+        "8 files left out: 2 .heic, 2 of a name that is not UTF-8, 1 hidden, 1 without a suffix,"
+        " 1 .dcm, 1 .txt"
+    )
+    assert counted([]) == ""
+
+
+def test_a_folder_of_no_text(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    (folder / "cat").mkdir(parents=True)
+    (folder / "cat" / "a.png").write_bytes(b"picture")
+    with pytest.raises(CommandError, match="--dataset"):
+        read_source(folder)
+    (part,) = read_source(folder, dataset="named")
+    assert list(part.sources) == ["file:named/cat/a.png"]
+    assert part.row(0).name.encode()  # it can be printed
+    (folder / "cat" / "a.png").rename(folder / "cat" / os.fsdecode(b"\xff.png"))
+    with pytest.raises(CommandError, match="no image that can be loaded"):
+        read_source(folder, dataset="named")

@@ -35,6 +35,7 @@ from pg_siamese.datasets.fashion_mnist import (
 from pg_siamese.datasets.folder import (
     IMAGE_SUFFIXES,
     ImageFile,
+    LeftOut,
     list_image_folder,
     read_image_folder,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "ImageFile",
     "LabelledImages",
     "Labels",
+    "LeftOut",
     "Pixels",
     "data_folders",
     "download_medmnist",

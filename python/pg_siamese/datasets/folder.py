@@ -14,8 +14,20 @@ from pg_siamese.datasets.base import DataFormatError, DataNotFoundError, Labelle
 if TYPE_CHECKING:
     from pg_siamese_server.images import InputSpec
 
+# What Pillow knows the formats of the server's decoder by.
 IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+    (
+        *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png"),
+        *(".tif", ".tiff", ".webp"),
+    )
+)
+# Pictures, too, but the server can't decode them: each is worth a line.
+OTHER_IMAGE_SUFFIXES = frozenset(
+    (
+        *(".ai", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dicom", ".dng", ".eps", ".exr"),
+        *(".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".nef", ".nii", ".orf"),
+        *(".pbm", ".pdf", ".pgm", ".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga"),
+    )
 )
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "test": "test"} | dict.fromkeys(
     ("valid", "validation"), "val"
@@ -29,6 +41,18 @@ class ImageFile:
     path: Path
     label: str | None
     split: str | None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file of a folder that is not taken: ``kind`` groups it with others like it.
+
+    ``reason`` is None where nobody would take the file for a picture.
+    """
+
+    path: Path
+    kind: str
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,12 +71,16 @@ def class_and_split(folders: Sequence[str]) -> tuple[str | None, str | None]:
     return above[0] if above else None, split
 
 
-def list_image_folder(folder: Path | str) -> list[ImageFile]:
+def list_image_folder(
+    folder: Path | str, leave_out: Callable[[LeftOut], object] = lambda file: None
+) -> list[ImageFile]:
     """List the images of a folder, in the order of their paths.
 
     Images may lie in the folder itself (no class), in `class/` or in `split/class/`, where the
     splits are `train`, `val` (or `valid`, `validation`) and `test`. A deeper path keeps its
     first folder (below the split) as the class. Hidden files and folders are left out.
+
+    `leave_out` is called with each file that is left out.
 
     Raises `DataNotFoundError` where there is no such folder or no image in it.
     """
@@ -61,14 +89,18 @@ def list_image_folder(folder: Path | str) -> list[ImageFile]:
         raise DataNotFoundError(f"{folder}: no such folder")
     files = []
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if (
-            path.suffix.lower() not in IMAGE_SUFFIXES
-            or any(part.startswith(".") for part in parts)
-            or not path.is_file()
-        ):
+        if not path.is_file():
             continue
-        files.append(ImageFile(path, *class_and_split(parts[:-1])))
+        parts = path.relative_to(folder).parts
+        suffix = path.suffix.lower()
+        if any(part.startswith(".") for part in parts):
+            leave_out(LeftOut(path, "hidden"))
+        elif suffix in IMAGE_SUFFIXES:
+            files.append(ImageFile(path, *class_and_split(parts[:-1])))
+        elif suffix in OTHER_IMAGE_SUFFIXES:
+            leave_out(LeftOut(path, suffix, f"{suffix} files are not supported"))
+        else:
+            leave_out(LeftOut(path, suffix or "without a suffix"))
     if not files:
         raise DataNotFoundError(f"{folder}: no image in this folder")
     return files
