@@ -18,6 +18,8 @@ from tests.bars.process import MEGABYTE, private_bytes, watched
 
 LARGEST_GROWTH = 64 * MEGABYTE
 BOMB_SECONDS = 2.0
+# Their picture is whole: what would unpack to much lies beside it, and is left out.
+WHOLE = ("png too much data", "png iCCP", "png zTXt", "png iTXt", "png 63 x zTXt")
 
 
 @dataclass
@@ -137,7 +139,7 @@ class BadImages:
         assert self.session.execute("SELECT pg_backend_pid()").fetchone() == (self.pid,)
 
     def bombs(self) -> None:
-        """Insert each bomb: refused before anything large is allocated, and soon."""
+        """Insert each bomb: nothing large is allocated, and it is over soon."""
         for name, file in bombs(self.pictures[0]).items():
             started = time.monotonic()
             with watched(self.pid) as peak:
@@ -149,7 +151,7 @@ class BadImages:
                 f" {peak.growth / MEGABYTE:.0f} MB at the most"
             )
             assert error is None or (error.sqlstate or "")[:2] in ("22", "54"), f"{name}: {error!r}"
-            assert error is not None or name == "png too much data", f"{name}: embedded"
+            assert error is not None or name in WHOLE, f"{name}: embedded"
             assert peak.growth < LARGEST_GROWTH, name
             assert seconds < BOMB_SECONDS, name
         assert self.session.execute("SELECT pg_backend_pid()").fetchone() == (self.pid,)
