@@ -21,30 +21,48 @@ _SPACES = {"RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
 _transforms: OrderedDict[tuple[bytes, str], ImageCms.ImageCmsTransform | None] = OrderedDict()
 
 
-def to_srgb(image: Image.Image, profile: object, poll: Callable[[], None]) -> Image.Image:
+def to_srgb(
+    image: Image.Image, profile: object, poll: Callable[[], None], least_side: int | None = None
+) -> tuple[Image.Image, int]:
     """Convert a colour picture to sRGB by its embedded profile.
+
+    Converting takes time by the pixel, so a picture that is much larger than needed is reduced
+    first, if it has to be converted at all.
 
     Grey pictures are left as they are: their profiles describe printing, while encoders learn from
     the stored values. A profile that is broken, too large or of another kind is ignored.
+
+    Args:
+        image: the picture.
+        profile: what its file holds.
+        poll: called between stripes, may raise to leave.
+        least_side: pixels that each side must keep; None keeps all.
+
+    Returns:
+        The picture, and the whole number that it was reduced by.
     """
     if not isinstance(profile, bytes) or not 128 <= len(profile) <= MAX_PROFILE_BYTES:
-        return image
+        return image, 1
     if image.mode == "RGBa":
         image = image.convert("RGBA")
     elif image.mode in ("P", "PA") or (image.mode == "RGB" and image.has_transparency_data):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode not in _SPACES:
-        return image
+        return image, 1
     transform = _transform(profile, image.mode)
     if transform is None:
-        return image
+        return image, 1
+    factor = max(1, min(image.size) // least_side) if least_side else 1
+    if factor > 1:
+        image = image.reduce(factor)
+        poll()
     result = Image.new(transform.output_mode, image.size)
     step = max(1, STRIPE_PIXELS // image.width)
     for top in range(0, image.height, step):
         poll()
         stripe = image.crop((0, top, image.width, min(top + step, image.height)))
         result.paste(transform.apply(stripe), (0, top))
-    return result
+    return result, factor
 
 
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:

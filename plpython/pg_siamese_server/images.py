@@ -438,13 +438,17 @@ class _Decoder:
 
     def set_draft(self, image: Image.Image) -> Box | None:
         """Let a large JPEG be decoded at a part of its size; return what of that is picture."""
-        side = DRAFT_MARGIN * max(self.spec.width, self.spec.height)
-        if not (min(image.size) >= 2 * side and _is_jpeg(image)):
-            return None
-        if self.spec.interpolation == "nearest":  # takes single pixels, not their surroundings
+        side = self.least_side()
+        if side is None or min(image.size) < 2 * side or not _is_jpeg(image):
             return None
         drafted = image.draft(None, (side, side))
         return None if drafted is None else drafted[1]
+
+    def least_side(self) -> int | None:
+        """How many pixels each side must keep if a picture is reduced before it is resampled."""
+        if self.spec.interpolation == "nearest":  # takes single pixels, not their surroundings
+            return None
+        return DRAFT_MARGIN * max(self.spec.width, self.spec.height)
 
     def load(self, image: Image.Image, data: bytes) -> Image.Image:
         if image.format == "PNG":
@@ -491,19 +495,21 @@ class _Decoder:
 
     def finish(self, opened: Opened) -> NDArray[np.uint8]:
         image, spec = opened.image, self.spec
+        box = opened.box or (0.0, 0.0, float(image.width), float(image.height))
         if opened.profile:
             from pg_siamese_server.colour import to_srgb
 
-            image = to_srgb(image, opened.profile, self.poll)
-        box = opened.box or (0.0, 0.0, float(image.width), float(image.height))
+            image, factor = to_srgb(image, opened.profile, self.poll, self.least_side())
+            left, top, right, bottom = box
+            box = left / factor, top / factor, right / factor, bottom / factor
         turn = TURNS.get(opened.orientation)
         if turn is not None:
             box = _turned(box, image.size, turn)
             image = image.transpose(turn)
         if self.keeps_shape:
-            width, height = box[2] - box[0], box[3] - box[1]
-            factor = min(1.0, spec.width / max(width, height))
-            width, height = max(1, round(width * factor)), max(1, round(height * factor))
+            sides = box[2] - box[0], box[3] - box[1]
+            share = min(1.0, spec.width / max(sides))
+            width, height = (max(1, round(side * share)) for side in sides)
             spec = replace(spec, width=width, height=height)
         self.poll()
         converted = _convert(image, "RGB" if spec.channels == 3 else "L")

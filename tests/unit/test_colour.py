@@ -62,6 +62,22 @@ def test_jpeg_and_its_part_of_the_size(pixels: Array) -> None:
     assert np.abs(found - expected).mean() < 2
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_large_pictures_are_reduced_first(
+    mode: str, pixels: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft = Image.fromarray(pixels // 2 + 64).convert(mode)
+    large = soft.resize((WIDTH * 12 + 5, HEIGHT * 12 + 7), Image.Resampling.BICUBIC)
+    data = save(large, "PNG", icc_profile=P3)
+    for resize in ("stretch", "crop", "pad"):
+        spec = InputSpec(WIDTH, HEIGHT, resize=resize)
+        found = decode_image(data, spec).astype(int)
+        with monkeypatch.context() as patch:
+            patch.setattr("pg_siamese_server.images.DRAFT_MARGIN", 10**6)
+            whole = decode_image(data, spec).astype(int)
+        assert 0 < np.abs(found - whole).mean() < 1
+
+
 def test_alpha_and_palette(pixels: Array) -> None:
     alpha = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
     alpha[:9] = 0
