@@ -71,7 +71,7 @@ SELECT pg_catalog.pg_extension_config_dump('siamese.failures', '');
 
 CREATE FUNCTION siamese._on_change() RETURNS trigger
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
@@ -80,10 +80,10 @@ $python$;
 COMMENT ON FUNCTION siamese._on_change()
 IS 'statement trigger of a collection''s table: keeps the vectors in step with the images';
 
-CREATE FUNCTION siamese.backfill(collection text DEFAULT 'images', max_rows bigint DEFAULT NULL)
+CREATE FUNCTION siamese.backfill(collection text DEFAULT 'images', max_rows bigint DEFAULT 9223372036854775807)
 RETURNS bigint
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
@@ -359,6 +359,7 @@ BEGIN
     FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
         EXECUTE format('GRANT SELECT ON %s, %s TO %s', table_name, changes_name, role);
     END LOOP;
+    PERFORM siamese._create_vectors_view(collection_id);
 
     PERFORM siamese._create_row_functions(collection_id, relation_name);
     IF collection.embed = 'deferred' THEN
@@ -396,7 +397,8 @@ CREATE FUNCTION siamese.create_collection(
     embed text DEFAULT 'sync'
 ) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+-- Types are compared by their names.
+SET search_path = pg_catalog, pg_temp SET jit = off SET quote_all_identifiers = off
 AS $$
 DECLARE
     model_id integer;
@@ -459,7 +461,8 @@ IS 'make a table''s images searchable: adds triggers and a vector table, embeds 
 
 CREATE FUNCTION siamese.drop_collection(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+-- What is not there is no news.
+SET search_path = pg_catalog, pg_temp SET client_min_messages = warning
 AS $$
 DECLARE
     collection siamese.collections;
@@ -478,6 +481,7 @@ BEGIN
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', trigger_name, collection.relation);
     END LOOP;
+    PERFORM siamese._drop_vectors_view(collection.collection_id);
     EXECUTE format(
         'DROP TABLE IF EXISTS siamese.embedding_%1$s, siamese.pending_%1$s, siamese.queue_%1$s',
         collection.collection_id);

@@ -84,7 +84,7 @@ BEGIN
     EXECUTE format(
         'CREATE FUNCTION siamese._queue_insert_%1$s() RETURNS trigger
         LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-        SET search_path = pg_catalog, pg_temp
+        SET search_path = pg_catalog, pg_temp SET jit = off
         AS $f$
         BEGIN
             PERFORM siamese._check_columns(%1$s, TG_RELID);
@@ -238,7 +238,7 @@ IS 'delete the vectors of rows that are changed or gone, and what is known of th
 
 CREATE FUNCTION siamese._queue_change() RETURNS trigger
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 DECLARE
     number integer := TG_ARGV[0];
@@ -295,7 +295,7 @@ IS 'statement trigger of a table that is embedded later: forgets old vectors and
 CREATE FUNCTION siamese._queued_collections()
 RETURNS TABLE (collection_id integer, name text, model_id integer, sha256 text)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 DECLARE
     has_tickets boolean;
@@ -321,7 +321,7 @@ COMMENT ON FUNCTION siamese._queued_collections() IS 'collections with something
 
 CREATE FUNCTION siamese._is_waiting(collection_id integer) RETURNS boolean
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 DECLARE
     result boolean;
@@ -335,7 +335,7 @@ COMMENT ON FUNCTION siamese._is_waiting(integer) IS 'whether rows of a deferred 
 CREATE FUNCTION siamese._take_tickets(collection_id integer, max_rows integer)
 RETURNS TABLE (ticket bigint, keys text[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 DECLARE
     space integer := max_rows;
@@ -385,7 +385,7 @@ IS 'lock tickets of about so many rows, for the rest of the transaction; those t
 
 CREATE FUNCTION siamese._begin_tickets(collection_id integer, tickets bigint[]) RETURNS void
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 INSERT INTO siamese.embedding_attempts AS a (collection_id, ticket)
 SELECT $1, t.ticket FROM unnest($2) AS t (ticket)
@@ -396,7 +396,7 @@ IS 'note that a worker begins with these tickets; not in the transaction that ha
 
 CREATE FUNCTION siamese._end_tickets(collection_id integer, tickets bigint[]) RETURNS void
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = $1 AND a.ticket = ANY($2)
 $$;
@@ -405,7 +405,7 @@ IS 'note that a worker came to an end with these tickets, good or bad';
 
 CREATE FUNCTION siamese._isolate_tickets(collection_id integer) RETURNS integer
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -466,7 +466,7 @@ IS 'cut up the tickets that workers have died with, and give those up that they 
 CREATE FUNCTION siamese._read_images(collection_id integer, keys text[])
 RETURNS TABLE (key text, image bytea)
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 DECLARE
     key_type text;
@@ -499,7 +499,7 @@ CREATE FUNCTION siamese._store_vectors(
     may_retry boolean[]
 ) RETURNS integer
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -587,7 +587,7 @@ COMMENT ON FUNCTION siamese._store_vectors(
 CREATE FUNCTION siamese._build_if_needed(collection_id integer, max_pending bigint, max_dead real)
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 DECLARE
     collection record;
@@ -639,14 +639,28 @@ $$;
 COMMENT ON FUNCTION siamese._queue_missing(integer)
 IS 'queue the rows of a deferred collection that have no vector and no ticket; returns how many';
 
-CREATE FUNCTION siamese.embed_pending(collection text DEFAULT NULL, max_rows integer DEFAULT NULL)
-RETURNS bigint
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+CREATE FUNCTION siamese._embed_pending(collection text, max_rows bigint) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].embed_pending(plpy, collection, max_rows)
 $python$;
-COMMENT ON FUNCTION siamese.embed_pending(text, integer)
-IS 'embed rows that wait in one or all deferred collections, without those that others are embedding; returns how many';
+COMMENT ON FUNCTION siamese._embed_pending(text, bigint) IS 'embed queued rows; returns how many or an error';
+
+CREATE FUNCTION siamese.embed_pending(collection text DEFAULT '', max_rows bigint DEFAULT 9223372036854775807)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._embed_pending(collection, max_rows);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
+COMMENT ON FUNCTION siamese.embed_pending(text, bigint)
+IS 'embed queued rows of one or all deferred collections';

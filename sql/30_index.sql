@@ -1,40 +1,87 @@
-CREATE FUNCTION siamese.build_index(
-    collection text DEFAULT 'images',
-    m integer DEFAULT 32,
-    ef_construction integer DEFAULT 40,
-    target_recall real DEFAULT 0.995,
-    threads integer DEFAULT NULL
-) RETURNS bigint
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+CREATE FUNCTION siamese._build_index(
+    collection text, m bigint, ef_construction bigint, target_recall double precision, threads bigint
+) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].build_index(
     plpy, collection, m, ef_construction, target_recall, threads)
 $python$;
-COMMENT ON FUNCTION siamese.build_index(text, integer, integer, real, integer)
-IS 'build a new FAISS generation of a collection and make it current; returns its number';
+COMMENT ON FUNCTION siamese._build_index(text, bigint, bigint, double precision, bigint)
+IS 'build a generation; returns its number or an error';
 
--- STABLE: all that it reads must be of one snapshot.
-CREATE FUNCTION siamese.rebuild_file(collection text DEFAULT 'images') RETURNS bigint
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+CREATE FUNCTION siamese.build_index(
+    collection text DEFAULT 'images',
+    m bigint DEFAULT 32,
+    ef_construction bigint DEFAULT 40,
+    target_recall double precision DEFAULT 0.995,
+    threads bigint DEFAULT 0
+) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._build_index(collection, m, ef_construction, target_recall, threads);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
+COMMENT ON FUNCTION siamese.build_index(text, bigint, bigint, double precision, bigint)
+IS 'build and publish a FAISS generation; returns its number';
+
+-- STABLE, as the function that calls it: all that it reads must be of one snapshot.
+CREATE FUNCTION siamese._rebuild_file(collection text) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].rebuild_file(plpy, collection)
 $python$;
-COMMENT ON FUNCTION siamese.rebuild_file(text)
-IS 'on a standby, make its own file of the current FAISS generation, unless it is there whole; returns its number';
+COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'make a standby''s file; returns its number or an error';
 
-CREATE FUNCTION siamese.warm_up(collection text DEFAULT 'images')
-RETURNS TABLE (engine text, detail text)
+CREATE FUNCTION siamese.rebuild_file(collection text DEFAULT 'images') RETURNS bigint
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._rebuild_file(collection);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
+COMMENT ON FUNCTION siamese.rebuild_file(text)
+IS 'make a standby''s own file of the current generation';
+
+CREATE FUNCTION siamese._warm_up(collection text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].warm_up(plpy, collection)
 $python$;
+COMMENT ON FUNCTION siamese._warm_up(text) IS 'open model and index; returns arrays or an error';
+
+CREATE FUNCTION siamese.warm_up(collection text DEFAULT 'images')
+RETURNS TABLE (engine text, detail text)
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 2
+SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._warm_up(collection);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN QUERY SELECT s.engine, s.detail
+    FROM unnest(answer[2]::pg_catalog.text[], answer[3]::pg_catalog.text[]) AS s (engine, detail);
+END
+$$;
 COMMENT ON FUNCTION siamese.warm_up(text)
-IS 'open a collection''s model and index in this session, so that its first search is quick';
+IS 'open a collection''s model and index in this session';

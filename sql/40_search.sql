@@ -9,114 +9,301 @@ return GD['pg_siamese @VERSION@'].estimate(plpy)
 $python$;
 COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for the search that calls it';
 
-CREATE FUNCTION siamese.similar_images(
+-- Arguments are as wide as drivers send them: a filter may be jsonb, json or text, a key any type of key.
+-- No function has two forms, so that no call with untyped parameters is ambiguous.
+-- Public functions are PL/pgSQL, which raises the errors that PL/Python returns: raised by PL/Python itself,
+-- an error has the name of an exception in its message and a traceback in its CONTEXT.
+
+CREATE TYPE siamese.filter;
+
+CREATE FUNCTION siamese._filter_in(cstring) RETURNS siamese.filter
+LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
+AS 'jsonb_in';
+COMMENT ON FUNCTION siamese._filter_in(cstring) IS 'text input of type filter';
+
+CREATE FUNCTION siamese._filter_out(siamese.filter) RETURNS cstring
+LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
+AS 'jsonb_out';
+COMMENT ON FUNCTION siamese._filter_out(siamese.filter) IS 'text output of type filter';
+
+CREATE FUNCTION siamese._filter_recv(internal) RETURNS siamese.filter
+LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
+AS 'jsonb_recv';
+COMMENT ON FUNCTION siamese._filter_recv(internal) IS 'binary input of type filter';
+
+CREATE FUNCTION siamese._filter_send(siamese.filter) RETURNS bytea
+LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
+AS 'jsonb_send';
+COMMENT ON FUNCTION siamese._filter_send(siamese.filter) IS 'binary output of type filter';
+
+CREATE TYPE siamese.filter (
+    INPUT = siamese._filter_in,
+    OUTPUT = siamese._filter_out,
+    RECEIVE = siamese._filter_recv,
+    SEND = siamese._filter_send,
+    LIKE = pg_catalog.jsonb
+);
+COMMENT ON TYPE siamese.filter IS 'conditions on columns, as JSON';
+
+CREATE CAST (jsonb AS siamese.filter) WITHOUT FUNCTION AS IMPLICIT;
+CREATE CAST (json AS siamese.filter) WITH INOUT AS IMPLICIT;
+CREATE CAST (text AS siamese.filter) WITH INOUT AS IMPLICIT;
+CREATE CAST (varchar AS siamese.filter) WITH INOUT AS IMPLICIT;
+
+CREATE TYPE siamese.key;
+
+CREATE FUNCTION siamese._key_in(cstring) RETURNS siamese.key
+LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
+AS 'textin';
+COMMENT ON FUNCTION siamese._key_in(cstring) IS 'text input of type key';
+
+CREATE FUNCTION siamese._key_out(siamese.key) RETURNS cstring
+LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
+AS 'textout';
+COMMENT ON FUNCTION siamese._key_out(siamese.key) IS 'text output of type key';
+
+CREATE FUNCTION siamese._key_recv(internal) RETURNS siamese.key
+LANGUAGE internal STABLE STRICT PARALLEL SAFE
+AS 'textrecv';
+COMMENT ON FUNCTION siamese._key_recv(internal) IS 'binary input of type key';
+
+CREATE FUNCTION siamese._key_send(siamese.key) RETURNS bytea
+LANGUAGE internal STABLE STRICT PARALLEL SAFE
+AS 'textsend';
+COMMENT ON FUNCTION siamese._key_send(siamese.key) IS 'binary output of type key';
+
+CREATE TYPE siamese.key (
+    INPUT = siamese._key_in,
+    OUTPUT = siamese._key_out,
+    RECEIVE = siamese._key_recv,
+    SEND = siamese._key_send,
+    LIKE = pg_catalog.text
+);
+COMMENT ON TYPE siamese.key IS 'key of a stored row, of any type';
+
+CREATE CAST (text AS siamese.key) WITHOUT FUNCTION AS IMPLICIT;
+CREATE CAST (varchar AS siamese.key) WITHOUT FUNCTION AS IMPLICIT;
+CREATE CAST (smallint AS siamese.key) WITH INOUT AS IMPLICIT;
+CREATE CAST (integer AS siamese.key) WITH INOUT AS IMPLICIT;
+CREATE CAST (bigint AS siamese.key) WITH INOUT AS IMPLICIT;
+CREATE CAST (numeric AS siamese.key) WITH INOUT AS IMPLICIT;
+CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
+
+CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real);
+COMMENT ON TYPE siamese.similar_image IS 'one answer of similar_images';
+
+CREATE FUNCTION siamese._raise(failure text[]) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- SQLSTATE, message, DETAIL, HINT; RAISE takes no NULL.
+    IF failure[3] IS NOT NULL AND failure[4] IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3], HINT = failure[4];
+    ELSIF failure[3] IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3];
+    ELSIF failure[4] IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], HINT = failure[4];
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2];
+END
+$$;
+COMMENT ON FUNCTION siamese._raise(text[]) IS 'raise an error that PL/Python returned';
+
+CREATE FUNCTION siamese._similar_images(
     image bytea,
-    k integer DEFAULT 10,
-    collection text DEFAULT 'images',
-    filter jsonb DEFAULT NULL,
-    candidates bigint[] DEFAULT NULL,
-    max_distance real DEFAULT NULL,
-    engine text DEFAULT 'auto'
-) RETURNS TABLE (rank integer, image_id bigint, distance real, similarity real)
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE ROWS 10
+    image_id bigint,
+    k bigint,
+    collection text,
+    filter siamese.filter,
+    candidates bigint[],
+    max_distance double precision,
+    engine text
+) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].similar_images(
-    plpy, image, None, k, collection, filter, candidates, max_distance, engine, False)
+    plpy, image, image_id, k, collection, filter, candidates, max_distance, engine)
 $python$;
-COMMENT ON FUNCTION siamese.similar_images(bytea, integer, text, jsonb, bigint[], real, text)
-IS 'the k images of a collection that are most similar to an image';
+COMMENT ON FUNCTION siamese._similar_images(
+    bytea, bigint, bigint, text, siamese.filter, bigint[], double precision, text
+) IS 'search by image or image_id; returns arrays or an error';
 
 CREATE FUNCTION siamese.similar_images(
-    image_id bigint,
-    k integer DEFAULT 10,
+    image bytea DEFAULT NULL,
+    k bigint DEFAULT 10,
     collection text DEFAULT 'images',
-    filter jsonb DEFAULT NULL,
-    candidates bigint[] DEFAULT NULL,
-    max_distance real DEFAULT NULL,
-    engine text DEFAULT 'auto'
-) RETURNS TABLE (rank integer, image_id bigint, distance real, similarity real)
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE ROWS 10
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
-return GD['pg_siamese @VERSION@'].similar_images(
-    plpy, None, image_id, k, collection, filter, candidates, max_distance, engine, True)
-$python$;
-COMMENT ON FUNCTION siamese.similar_images(bigint, integer, text, jsonb, bigint[], real, text)
-IS 'the k images of a collection that are most similar to one of its own, which is left out';
+    filter siamese.filter DEFAULT '{}',
+    -- All rows: a value that no list of keys can have by accident, since NULL is what array_agg gives of no rows.
+    candidates bigint[] DEFAULT '{{{{{{NULL}}}}}}',
+    max_distance double precision DEFAULT 'Infinity',
+    engine text DEFAULT 'auto',
+    image_id bigint DEFAULT NULL
+) RETURNS SETOF siamese.similar_image
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
+SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._similar_images(
+        image, image_id, k, collection, filter,
+        CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
+            ELSE coalesce(candidates, '{}') END,
+        max_distance, engine);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN QUERY SELECT s.rank::pg_catalog.int4, s.image_id, s.distance, s.similarity
+    FROM unnest(
+        answer[2]::pg_catalog.int8[], answer[3]::pg_catalog.float4[], answer[4]::pg_catalog.float4[]
+    ) WITH ORDINALITY AS s (image_id, distance, similarity, rank);
+END
+$$;
+COMMENT ON FUNCTION siamese.similar_images(
+    bytea, bigint, text, siamese.filter, bigint[], double precision, text, bigint
+) IS 'the k images most similar to an image or a stored one';
 
 CREATE FUNCTION siamese._similar_keys(
-    image bytea, k integer, collection text, filter jsonb, candidates text[], max_distance real, engine text
-) RETURNS TABLE (rank integer, key text, distance real, similarity real)
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE ROWS 10
+    image bytea,
+    key text,
+    k bigint,
+    collection text,
+    filter siamese.filter,
+    candidates text[],
+    max_distance double precision,
+    engine text
+) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].similar_keys(
-    plpy, image, k, collection, filter, candidates, max_distance, engine)
+    plpy, image, key, k, collection, filter, candidates, max_distance, engine)
 $python$;
-COMMENT ON FUNCTION siamese._similar_keys(bytea, integer, text, jsonb, text[], real, text)
-IS 'similar_images for keys of any type, as text';
+COMMENT ON FUNCTION siamese._similar_keys(
+    bytea, text, bigint, text, siamese.filter, text[], double precision, text
+) IS 'search with keys of any type; returns arrays or an error';
+
+CREATE FUNCTION siamese._no_collection(relation oid, collection text) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    names text[];
+BEGIN
+    IF collection IS NULL THEN
+        RAISE EXCEPTION 'collection is null' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    SELECT pg_catalog.array_agg(pg_catalog.format('"%s"', c.name) ORDER BY c.name) INTO names
+    FROM siamese.collections AS c WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) $1;
+    IF names IS NULL THEN
+        RAISE EXCEPTION 'first argument is not a row of a table with a collection'
+        USING ERRCODE = 'undefined_object',
+            HINT = 'Write NULL::t, with a table t for which create_collection was called.';
+    ELSIF collection OPERATOR(pg_catalog.=) '' THEN
+        RAISE EXCEPTION 'table % has several collections', relation::pg_catalog.regclass
+        USING ERRCODE = 'ambiguous_parameter',
+            HINT = pg_catalog.format('Name one as collection: %s.', pg_catalog.array_to_string(names, ', '));
+    END IF;
+    RAISE EXCEPTION 'collection "%" is not one of table %', collection, relation::pg_catalog.regclass
+    USING ERRCODE = 'undefined_object',
+        HINT = pg_catalog.format('Name one as collection: %s.', pg_catalog.array_to_string(names, ', '));
+END
+$$;
+COMMENT ON FUNCTION siamese._no_collection(oid, text) IS 'say why similar_rows has no collection to search';
 
 CREATE FUNCTION siamese.similar_rows(
     of_table anyelement,
-    image bytea,
-    k integer DEFAULT 10,
-    collection text DEFAULT NULL,
-    filter jsonb DEFAULT NULL,
-    candidates text[] DEFAULT NULL,
-    max_distance real DEFAULT NULL,
-    engine text DEFAULT 'auto'
+    image bytea DEFAULT NULL,
+    k bigint DEFAULT 10,
+    collection text DEFAULT '',
+    filter siamese.filter DEFAULT '{}',
+    candidates siamese.key[] DEFAULT '{{{{{{NULL}}}}}}',
+    max_distance double precision DEFAULT 'Infinity',
+    engine text DEFAULT 'auto',
+    key siamese.key DEFAULT NULL
 ) RETURNS TABLE (item anyelement, distance real)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
+SET jit = off
 AS $$
 #variable_conflict use_variable
 DECLARE
     found siamese.collections;
     known integer;
-    keys text[];
-    distances real[];
-    relation pg_catalog.oid := (SELECT t.typrelid FROM pg_catalog.pg_type AS t WHERE t.oid = pg_catalog.pg_typeof($1)::pg_catalog.oid);
+    answer text[];
+    relation pg_catalog.oid := (SELECT t.typrelid FROM pg_catalog.pg_type AS t
+        WHERE t.oid OPERATOR(pg_catalog.=) pg_catalog.pg_typeof($1)::pg_catalog.oid);
 BEGIN
     SELECT pg_catalog.count(*) INTO known FROM siamese.collections AS c
-    WHERE c.relation::pg_catalog.oid = relation AND (collection IS NULL OR c.name = collection);
-    IF known <> 1 THEN
-        RAISE EXCEPTION '% has % collections', pg_catalog.pg_typeof($1), known
-        USING ERRCODE = CASE WHEN known = 0 THEN 'undefined_object' ELSE 'ambiguous_parameter' END,
-            HINT = CASE WHEN known = 0
-                THEN 'The first argument is NULL::t, with a table t for which create_collection was called.'
-                ELSE 'Name one of them as collection.' END;
+    WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) relation
+        AND (collection OPERATOR(pg_catalog.=) '' OR c.name OPERATOR(pg_catalog.=) collection);
+    IF known OPERATOR(pg_catalog.<>) 1 THEN
+        PERFORM siamese._no_collection(relation, collection);
     END IF;
     SELECT c.* INTO found FROM siamese.collections AS c
-    WHERE c.relation::pg_catalog.oid = relation AND (collection IS NULL OR c.name = collection);
+    WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) relation
+        AND (collection OPERATOR(pg_catalog.=) '' OR c.name OPERATOR(pg_catalog.=) collection);
     -- First by itself: joined to an empty table, the search would never run, and a bad image go unnoticed.
-    SELECT pg_catalog.array_agg(s.key ORDER BY s.rank), pg_catalog.array_agg(s.distance ORDER BY s.rank)
-    INTO keys, distances
-    FROM siamese._similar_keys(image, k, found.name, filter, candidates, max_distance, engine) AS s;
+    answer := siamese._similar_keys(
+        image, key::pg_catalog.text, k, found.name, filter,
+        CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
+            ELSE coalesce(candidates::pg_catalog.text[], '{}') END,
+        max_distance, engine);
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    -- Row by row: a join by hash would read the whole table, images and all. The names of the user's columns
+    -- can't meet these, since nothing here stands by itself.
     RETURN QUERY EXECUTE pg_catalog.format(
-        'SELECT b, u.distance
+        'SELECT b.item, u.distance
         FROM unnest($1::%1$s[], $2) WITH ORDINALITY AS u (key, distance, rank)
-        INNER JOIN %2$s AS b ON b.%3$I = u.key
+        CROSS JOIN LATERAL (
+            SELECT CAST(t.* AS %2$s) AS item FROM %2$s AS t
+            WHERE t.%3$I OPERATOR(pg_catalog.=) u.key OFFSET 0) AS b
         ORDER BY u.rank', found.key_type, found.relation, found.key_column)
-    USING keys, distances;
+    USING answer[2], answer[3]::pg_catalog.float4[];
 END
 $$;
-COMMENT ON FUNCTION siamese.similar_rows(anyelement, bytea, integer, text, jsonb, text[], real, text)
-IS 'the k rows of any table with a collection whose images are most similar to an image';
+COMMENT ON FUNCTION siamese.similar_rows(
+    anyelement, bytea, bigint, text, siamese.filter, siamese.key[], double precision, text, siamese.key
+) IS 'the k rows of a table most similar to an image or a stored row';
 
-CREATE FUNCTION siamese.classify_image(
-    image bytea,
-    k integer DEFAULT 10,
-    collection text DEFAULT 'images',
-    label_column text DEFAULT 'label'
-) RETURNS TABLE (label text, votes integer, share real)
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE ROWS 5
+CREATE FUNCTION siamese._classify_image(
+    image bytea, key text, k bigint, collection text, label_column text
+) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
-return GD['pg_siamese @VERSION@'].classify_image(plpy, image, k, collection, label_column)
+return GD['pg_siamese @VERSION@'].classify_image(plpy, image, key, k, collection, label_column)
 $python$;
-COMMENT ON FUNCTION siamese.classify_image(bytea, integer, text, text)
+COMMENT ON FUNCTION siamese._classify_image(bytea, text, bigint, text, text)
+IS 'classify an image; returns arrays or an error';
+
+CREATE FUNCTION siamese.classify_image(
+    image bytea DEFAULT NULL,
+    k bigint DEFAULT 10,
+    collection text DEFAULT 'images',
+    label_column text DEFAULT 'label',
+    image_id siamese.key DEFAULT NULL
+) RETURNS TABLE (label text, votes integer, share real)
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 5
+SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._classify_image(
+        image, image_id::pg_catalog.text, k, collection, label_column);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN QUERY SELECT s.label, s.votes, s.share
+    FROM unnest(
+        answer[2]::pg_catalog.text[], answer[3]::pg_catalog.int4[], answer[4]::pg_catalog.float4[]
+    ) AS s (label, votes, share);
+END
+$$;
+COMMENT ON FUNCTION siamese.classify_image(bytea, bigint, text, text, siamese.key)
 IS 'labels of the k most similar images, with their votes';

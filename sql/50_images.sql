@@ -1,38 +1,72 @@
-CREATE FUNCTION siamese.embed_image(image bytea, model text DEFAULT NULL) RETURNS vector
+CREATE FUNCTION siamese._compare_images(function text, images bytea[], model text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
-return GD['pg_siamese @VERSION@'].embed_image(plpy, image, model)
+return GD['pg_siamese @VERSION@'].compare_images(plpy, function, images, model)
 $python$;
+COMMENT ON FUNCTION siamese._compare_images(text, bytea[], text)
+IS 'embed or compare images; returns the result or an error';
+
+CREATE FUNCTION siamese.embed_image(image bytea, model text DEFAULT '') RETURNS vector
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._compare_images('embed_image', ARRAY[image], model);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
 COMMENT ON FUNCTION siamese.embed_image(bytea, text) IS 'embedding of an image';
 
-CREATE FUNCTION siamese.image_distance(a bytea, b bytea, model text DEFAULT NULL) RETURNS real
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
-return GD['pg_siamese @VERSION@'].image_distance(plpy, a, b, model)
-$python$;
+CREATE FUNCTION siamese.image_distance(a bytea, b bytea, model text DEFAULT '') RETURNS real
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._compare_images('image_distance', ARRAY[a, b], model);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
 COMMENT ON FUNCTION siamese.image_distance(bytea, bytea, text)
 IS 'distance of two images in the metric of a model';
 
-CREATE FUNCTION siamese.same_class(a bytea, b bytea, model text DEFAULT NULL) RETURNS real
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
-return GD['pg_siamese @VERSION@'].same_class(plpy, a, b, model)
-$python$;
+CREATE FUNCTION siamese.same_class(a bytea, b bytea, model text DEFAULT '') RETURNS real
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._compare_images('same_class', ARRAY[a, b], model);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
 COMMENT ON FUNCTION siamese.same_class(bytea, bytea, text)
-IS 'probability that two images match, by the Siamese head of a model';
+IS 'probability that two images match, by a model''s Siamese head';
 
 CREATE FUNCTION siamese.any_two_match(VARIADIC images bytea[]) RETURNS boolean
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
-return GD['pg_siamese @VERSION@'].any_two_match(plpy, images)
-$python$;
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    answer text[] := siamese._compare_images('any_two_match', images, '');
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
 COMMENT ON FUNCTION siamese.any_two_match(bytea[])
-IS 'whether at least two of the images match, by the decision threshold of the default model';
+IS 'whether two of the images match, by the default model''s threshold';

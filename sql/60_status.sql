@@ -1,9 +1,36 @@
-CREATE FUNCTION siamese._collection_counts(collection_id integer)
-RETURNS TABLE (rows_embedded bigint, pending bigint, dead bigint)
-LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
+CREATE FUNCTION siamese._may_see(relation oid) RETURNS boolean
+LANGUAGE sql STABLE PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
+    -- A table that is gone has nothing to hide.
+    SELECT coalesce(has_any_column_privilege(siamese._caller(), relation, 'SELECT'), true)
+        OR has_function_privilege(siamese._caller(), 'siamese.drop_model'::regproc::oid, 'EXECUTE')
+$$;
+COMMENT ON FUNCTION siamese._may_see(oid) IS 'whether the caller may read a table, or administers the extension';
+
+CREATE FUNCTION siamese._check_may_see(collection_id integer) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    relation oid := (
+        SELECT c.relation::oid FROM siamese.collections AS c WHERE c.collection_id = _check_may_see.collection_id);
 BEGIN
+    IF NOT siamese._may_see(relation) THEN
+        RAISE EXCEPTION 'permission denied for table %', relation::regclass
+        USING ERRCODE = 'insufficient_privilege';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._check_may_see(integer) IS 'refuse a caller who may not read a collection''s table';
+
+CREATE FUNCTION siamese._collection_counts(collection_id integer)
+RETURNS TABLE (rows_embedded bigint, pending bigint, dead bigint)
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER ROWS 1
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+BEGIN
+    PERFORM siamese._check_may_see(collection_id);
     RETURN QUERY EXECUTE format(
         'SELECT
             (SELECT count(*) FROM siamese.embedding_%1$s),
@@ -18,7 +45,7 @@ COMMENT ON FUNCTION siamese._collection_counts(integer) IS 'counts for the view 
 
 CREATE FUNCTION siamese._generation_file(collection_id integer, generation bigint) RETURNS text
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
@@ -29,10 +56,11 @@ IS 'whether a generation''s file is on this node: present, missing or not readab
 
 CREATE FUNCTION siamese._queue_counts(collection_id integer)
 RETURNS TABLE (waiting bigint, retrying bigint, oldest_at timestamptz, rows_per_second real)
-LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER ROWS 1
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 BEGIN
+    PERFORM siamese._check_may_see(collection_id);
     IF NOT EXISTS (
         SELECT FROM siamese.collections AS c
         WHERE c.collection_id = _queue_counts.collection_id AND c.embed = 'deferred'
@@ -80,9 +108,10 @@ FROM siamese.collections AS c
 INNER JOIN siamese.models AS m ON c.model_id = m.model_id
 LEFT JOIN siamese.generations AS g ON c.generation = g.generation
 CROSS JOIN LATERAL siamese._collection_counts(c.collection_id) AS n
-CROSS JOIN LATERAL siamese._queue_counts(c.collection_id) AS q;
+CROSS JOIN LATERAL siamese._queue_counts(c.collection_id) AS q
+WHERE siamese._may_see(c.relation::pg_catalog.oid);
 COMMENT ON VIEW siamese.collection_status
-IS 'collections with their vectors, what waits for the next index build, and the state of the index';
+IS 'vectors, pending changes and index of each collection';
 
 CREATE VIEW siamese.index_generations AS
 SELECT
@@ -111,7 +140,7 @@ SELECT c.name AS collection, f.key, f.sqlstate, f.message, f.failed_at
 FROM siamese.failures AS f
 INNER JOIN siamese.collections AS c ON f.collection_id = c.collection_id;
 COMMENT ON VIEW siamese.embedding_failures
-IS 'rows that could not be embedded, with the reason; a row leaves it when its image is mended';
+IS 'rows that could not be embedded, and why';
 
 CREATE VIEW siamese.embedding_queue_status AS
 SELECT
@@ -128,15 +157,101 @@ FROM siamese.collections AS c
 CROSS JOIN LATERAL siamese._queue_counts(c.collection_id) AS q
 WHERE c.embed = 'deferred';
 COMMENT ON VIEW siamese.embedding_queue_status
-IS 'deferred collections: rows that wait to be embedded, those tried in vain so far, and the rate of the last minute';
+IS 'queued rows of deferred collections, and their rate';
 
 CREATE FUNCTION siamese.self_check() RETURNS TABLE (subject text, ok boolean, detail text)
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].self_check(plpy)
 $python$;
 COMMENT ON FUNCTION siamese.self_check()
-IS 'check the installation and every collection: packages, triggers, vectors, index files';
+IS 'check packages, triggers, vectors and index files';
+
+CREATE FUNCTION siamese._vectors_view(collection_id integer) RETURNS regclass
+LANGUAGE sql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT v.oid::regclass
+    FROM pg_depend AS d
+    INNER JOIN pg_rewrite AS r ON d.objid = r.oid
+    INNER JOIN pg_class AS v ON r.ev_class = v.oid
+    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
+        AND d.refobjid = to_regclass(format('siamese.embedding_%s', collection_id))
+        AND v.relkind = 'v' AND v.relnamespace = 'siamese'::regnamespace AND v.relname LIKE 'vectors\_%'
+    LIMIT 1
+$$;
+COMMENT ON FUNCTION siamese._vectors_view(integer) IS 'view of a collection''s keys and vectors';
+
+CREATE FUNCTION siamese._vectors_view_name(collection_id integer, name text) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    result text := 'vectors_' || name;
+BEGIN
+    -- Names of collections may be longer than those of views.
+    IF result <> result::name::text OR to_regclass(format('siamese.%I', result)) IS NOT NULL THEN
+        result := format('vectors_%s_%s', collection_id, left(name, 10));
+    END IF;
+    RETURN result;
+END
+$$;
+COMMENT ON FUNCTION siamese._vectors_view_name(integer, text) IS 'name for the view of a collection''s vectors';
+
+CREATE FUNCTION siamese._create_vectors_view(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    collection_name text := (
+        SELECT c.name FROM siamese.collections AS c WHERE c.collection_id = _create_vectors_view.collection_id);
+    view_name text := format('siamese.%I', siamese._vectors_view_name(collection_id, collection_name));
+    role text;
+BEGIN
+    -- With the rights of who reads it, so that the policy on the vectors holds.
+    EXECUTE format(
+        'CREATE VIEW %s WITH (security_invoker = true) AS
+            SELECT e.key, e.embedding FROM siamese.embedding_%s AS e', view_name, collection_id);
+    EXECUTE format('COMMENT ON VIEW %s IS %L', view_name, 'keys and vectors of collection ' || collection_name);
+    FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
+        EXECUTE format('GRANT SELECT ON %s TO %s', view_name, role);
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION siamese._create_vectors_view(integer) IS 'create the view of a collection''s keys and vectors';
+
+CREATE FUNCTION siamese._drop_vectors_view(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    view_name regclass := siamese._vectors_view(collection_id);
+BEGIN
+    IF view_name IS NOT NULL THEN
+        EXECUTE format('DROP VIEW %s', view_name);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._drop_vectors_view(integer) IS 'drop the view of a collection''s keys and vectors';
+
+CREATE FUNCTION siamese._on_rename() RETURNS trigger
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    view_name regclass := siamese._vectors_view(new.collection_id);
+BEGIN
+    IF view_name IS NOT NULL THEN
+        EXECUTE format(
+            'ALTER VIEW %s RENAME TO %I', view_name, siamese._vectors_view_name(new.collection_id, new.name));
+    END IF;
+    RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION siamese._on_rename() IS 'trigger of collections: the view of vectors follows its name';
+
+CREATE TRIGGER follow_name AFTER UPDATE OF name ON siamese.collections
+FOR EACH ROW WHEN (old.name IS DISTINCT FROM new.name) EXECUTE FUNCTION siamese._on_rename();

@@ -17,20 +17,23 @@ BEGIN
         WHERE p.pronamespace = 'siamese'::regnamespace
             AND (
                 p.proname IN (
-                    '_load', 'similar_images', '_similar_keys', 'similar_rows', 'classify_image',
-                    'embed_image', 'image_distance', 'same_class', 'any_two_match', '_model_id', 'warm_up',
-                    '_is_waiting', '_estimate')
+                    '_load', '_raise', 'similar_images', '_similar_images', 'similar_rows', '_similar_keys',
+                    '_no_collection', 'classify_image', '_classify_image', 'embed_image', 'image_distance',
+                    'same_class', 'any_two_match', '_compare_images', '_model_id', 'warm_up', '_warm_up',
+                    '_is_waiting', '_estimate', '_may_see', '_caller', '_collection_counts', '_generation_file', '_queue_counts')
                 OR (admin AND p.proname IN (
                     'register_model', 'drop_model', 'create_collection', 'drop_collection', 'backfill',
-                    'build_index', 'rebuild_file', 'self_check', '_collection_counts', '_generation_file',
-                    'grant_usage', 'grant_admin', 'grant_worker', 'embed_pending', '_queue_counts'))
+                    'build_index', 'rebuild_file', 'self_check', 'grant_usage', 'grant_admin', 'grant_worker',
+                    'embed_pending'))
             )
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', signature, target);
     END LOOP;
     EXECUTE format('GRANT SELECT ON siamese.models, siamese.collections, siamese.generations TO %s', target);
+    EXECUTE format('GRANT SELECT ON siamese.collection_status TO %s', target);
     FOR table_name IN
         SELECT format('siamese.embedding_%1$s, siamese.pending_%1$s', c.collection_id)
+            || coalesce(', ' || siamese._vectors_view(c.collection_id)::text, '')
         FROM siamese.collections AS c
     LOOP
         EXECUTE format('GRANT SELECT ON %s TO %s', table_name, target);
@@ -42,7 +45,7 @@ BEGIN
     END IF;
     IF admin THEN
         EXECUTE format(
-            'GRANT SELECT ON siamese.failures, siamese.collection_status, siamese.index_generations,
+            'GRANT SELECT ON siamese.failures, siamese.index_generations,
                 siamese.embedding_failures, siamese.embedding_queue_status TO %s', target);
     END IF;
 END
@@ -99,12 +102,12 @@ DECLARE
 BEGIN
     FOR item IN
         SELECT r.rolname::text AS role, bool_or(p.proname = 'embed_image') AS is_reader,
-            bool_or(p.proname = 'build_index') AS is_admin, bool_or(p.proname = '_take_tickets') AS is_worker
+            bool_or(p.proname = 'drop_model') AS is_admin, bool_or(p.proname = '_take_tickets') AS is_worker
         FROM pg_proc AS p
         CROSS JOIN LATERAL aclexplode(p.proacl) AS a
         INNER JOIN pg_roles AS r ON a.grantee = r.oid
         WHERE p.pronamespace = 'siamese'::regnamespace AND a.grantee <> p.proowner
-            AND p.proname IN ('embed_image', 'build_index', '_take_tickets')
+            AND p.proname IN ('embed_image', 'drop_model', '_take_tickets')
         GROUP BY r.rolname
     LOOP
         IF item.is_reader OR item.is_admin THEN

@@ -6,11 +6,14 @@ so that a late cancel hits this statement and not the next one of the session.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import json
+import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 # Before NumPy, FAISS and ONNX Runtime are imported: a backend is one process among many, and
@@ -26,8 +29,14 @@ for _name, _value in (
     os.environ.setdefault(_name, _value)
 
 from pg_siamese_server import interrupts  # noqa: E402 -- after the environment
-from pg_siamese_server.catalog import load_json, model_id_by_name, prepare  # noqa: E402
+from pg_siamese_server.catalog import (  # noqa: E402
+    collection_by_name,
+    load_json,
+    model_id_by_name,
+    prepare,
+)
 from pg_siamese_server.errors import (  # noqa: E402
+    NULL_VALUE_NOT_ALLOWED,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     UNDEFINED_COLUMN,
     SiameseError,
@@ -40,44 +49,90 @@ with interrupts.signals_blocked():
     from pg_siamese_server import search as _search
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+CANCELLED = ("57014", "57P01")
+# The largest real, which distances are.
+MAX_REAL = 3.4028234663852886e38
+# The largest bigint, which in SQL stands for no limit.
+ALL_ROWS = 2**63 - 1
+
+
+def _failure(plpy: Any, error: Exception) -> SiameseError:
+    """Say what went wrong the way PostgreSQL does; raises what is no matter of ours."""
+    if isinstance(error, SiameseError):
+        return error
+    if isinstance(error, OSError):
+        return file_error(error)
+    if isinstance(error, ImportError):
+        return package_error(error)
+    if not isinstance(error, plpy.SPIError) or error.sqlstate in CANCELLED:
+        raise error
+    if isinstance(error, plpy.spiexceptions.UndefinedColumn):
+        return SiameseError(
+            str(error),
+            sqlstate=UNDEFINED_COLUMN,
+            detail="A collection names the columns of its table as they were when it was created.",
+            hint="If a column was renamed: give it its old name back, or drop the collection and"
+            " create it again.",
+        )
+    # The statement is one of ours: of no use to the caller.
+    detail, hint = (getattr(error, "spidata", None) or (None, None, None))[1:3]
+    return SiameseError(str(error), sqlstate=error.sqlstate, detail=detail, hint=hint)
 
 
 def _entry(function: Function) -> Function:
+    """Let PL/Python raise the errors of an entry point."""
+
     @functools.wraps(function)
     def call(plpy: Any, *values: Any) -> Any:
         try:
             result = function(plpy, *values)
-        except SiameseError as error:
+        except (SiameseError, OSError, ImportError, plpy.spiexceptions.UndefinedColumn) as error:
+            failure = _failure(plpy, error)
             interrupts.check(plpy)
-            _report(plpy, error)
-        except plpy.spiexceptions.UndefinedColumn as error:
-            _report(
-                plpy,
-                SiameseError(
-                    str(error),
-                    sqlstate=UNDEFINED_COLUMN,
-                    detail="A collection names the columns of its table as they were when it was"
-                    " created.",
-                    hint="If a column was renamed: give it its old name back, or drop the"
-                    " collection and create it again.",
-                ),
-            )
-        except OSError as error:
-            interrupts.check(plpy)
-            _report(plpy, file_error(error))
-        except ImportError as error:
-            interrupts.check(plpy)
-            _report(plpy, package_error(error))
+            more = {"detail": failure.detail, "hint": failure.hint}
+            given = {name: value for name, value in more.items() if value}
+            plpy.error(failure.message, sqlstate=failure.sqlstate, **given)
         interrupts.check(plpy)
         return result
 
     return call  # type: ignore[return-value]
 
 
-def _report(plpy: Any, error: SiameseError) -> None:
-    more = {"detail": error.detail, "hint": error.hint}
-    given = {name: value for name, value in more.items() if value}
-    plpy.error(error.message, sqlstate=error.sqlstate, **given)
+def _answer(function: Callable[..., Any]) -> Callable[..., list[str | None]]:
+    """Return the result of an entry point, or its error, as an array of text for PL/pgSQL.
+
+    Raised by PL/Python, an error would have a prefix in its message and a traceback in its CONTEXT.
+    Errors are SQLSTATE, message, DETAIL and HINT; results are NULL and the values.
+    """
+
+    @functools.wraps(function)
+    def call(plpy: Any, *values: Any) -> list[str | None]:
+        try:
+            result = function(plpy, *values)
+        except (SiameseError, OSError, ImportError, plpy.SPIError) as error:
+            failure = _failure(plpy, error)
+            interrupts.check(plpy)
+            return [failure.sqlstate, failure.message, failure.detail or None, failure.hint or None]
+        interrupts.check(plpy)
+        return [None, *result]
+
+    return call
+
+
+def _check_given(**values: Any) -> None:
+    """Refuse arguments that are NULL: whatever they would mean, it must not be a wider answer."""
+    for name, value in values.items():
+        if value is None:
+            raise SiameseError(f"{name} is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
+
+
+def _array(values: Iterable[str | None]) -> str:
+    """Return an array of text as PostgreSQL reads it."""
+    quoted = (
+        "NULL" if value is None else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        for value in values
+    )
+    return "{" + ",".join(quoted) + "}"
 
 
 @_entry
@@ -146,43 +201,60 @@ def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> int:
     """Body of ``backfill``."""
     from pg_siamese_server import changes
 
-    return changes.backfill(plpy, collection, max_rows)
+    _check_given(collection=collection, max_rows=max_rows)
+    return changes.backfill(plpy, collection, None if max_rows == ALL_ROWS else max_rows)
 
 
-@_entry
-def embed_pending(plpy: Any, collection: str | None, max_rows: int | None) -> int:
-    """Body of ``embed_pending``."""
+@_answer
+def embed_pending(plpy: Any, collection: str | None, max_rows: int | None) -> tuple[str]:
+    """Body of ``embed_pending``; an empty name stands for all collections."""
     from pg_siamese_server import deferred
 
-    return deferred.embed_pending(plpy, collection, max_rows)
+    _check_given(collection=collection, max_rows=max_rows)
+    limit = None if max_rows == ALL_ROWS else max_rows
+    return (str(deferred.embed_pending(plpy, collection or None, limit)),)
 
 
-@_entry
+@_answer
 def build_index(
     plpy: Any,
     collection: str | None,
-    m: int,
-    ef_construction: int,
-    target_recall: float,
+    m: int | None,
+    ef_construction: int | None,
+    target_recall: float | None,
     threads: int | None,
-) -> int:
-    """Body of ``build_index``."""
+) -> tuple[str]:
+    """Body of ``build_index``; no threads are as many as the server's setting allows."""
     with interrupts.signals_blocked():
         from pg_siamese_server import build
 
-    return build.build_index(plpy, collection, m, ef_construction, target_recall, threads)
+    _check_given(
+        collection=collection,
+        m=m,
+        ef_construction=ef_construction,
+        target_recall=target_recall,
+        threads=threads,
+    )
+    assert m is not None and ef_construction is not None and target_recall is not None
+    return (
+        str(
+            build.build_index(plpy, collection, m, ef_construction, target_recall, threads or None)
+        ),
+    )
 
 
-@_entry
-def rebuild_file(plpy: Any, collection: str | None) -> int | None:
+@_answer
+def rebuild_file(plpy: Any, collection: str | None) -> tuple[str | None]:
     """Body of ``rebuild_file``."""
     with interrupts.signals_blocked():
         from pg_siamese_server import rebuild
 
-    return rebuild.rebuild_file(plpy, collection)
+    _check_given(collection=collection)
+    number = rebuild.rebuild_file(plpy, collection)
+    return (None if number is None else str(number),)
 
 
-@_entry
+@_answer
 def similar_images(
     plpy: Any,
     image: bytes | None,
@@ -193,58 +265,122 @@ def similar_images(
     candidates: list[int] | None,
     max_distance: float | None,
     engine: str | None,
-    by_key: bool,
-) -> list[tuple[int, int, str, str | None]]:
-    """Body of both forms of ``similar_images``."""
-    if by_key and image_id is None:
-        raise SiameseError("image_id is null", sqlstate="22004")
-    request = _search.Request(
-        collection, image, image_id, k, filter_, candidates, max_distance, engine, integer_keys=True
+) -> tuple[str, str, str | None]:
+    """Body of ``similar_images``."""
+    request = _request(
+        plpy, image, image_id, k, collection, filter_, candidates, max_distance, engine
     )
-    return _ranked(plpy, _search.search(plpy, request))
+    request.integer_keys = True
+    return _ranked(plpy, _search_explained(plpy, request))
 
 
-@_entry
+@_answer
 def similar_keys(
     plpy: Any,
     image: bytes | None,
+    key: str | None,
     k: int | None,
     collection: str | None,
     filter_: str | None,
-    candidates: list[str] | None,
+    candidates: list[str | None] | None,
     max_distance: float | None,
     engine: str | None,
-) -> list[tuple[int, Any, str, str | None]]:
+) -> tuple[str, str, str | None]:
     """Body of ``_similar_keys``, which ``similar_rows`` uses."""
-    request = _search.Request(collection, image, None, k, filter_, candidates, max_distance, engine)
-    return _ranked(plpy, _search.search(plpy, request))
+    stored, chosen = _keys(plpy, collection, key, candidates)
+    request = _request(plpy, image, stored, k, collection, filter_, chosen, max_distance, engine)
+    return _ranked(plpy, _search_explained(plpy, request))
 
 
-def _ranked(plpy: Any, answer: Any) -> list[tuple[int, Any, str, str | None]]:
+def _request(
+    plpy: Any,
+    image: bytes | None,
+    key: int | str | None,
+    k: int | None,
+    collection: str | None,
+    filter_: str | None,
+    candidates: list[Any] | None,
+    max_distance: float | None,
+    engine: str | None,
+) -> _search.Request:
+    """Return the request; arguments have the defaults of SQL, and NULL is none of these."""
+    if image is None and key is None:
+        raise SiameseError(
+            "image is null",
+            sqlstate=NULL_VALUE_NOT_ALLOWED,
+            hint="Give the bytes of an image, or the key of a stored one by name.",
+        )
+    if image is not None and key is not None:
+        raise SiameseError("an image and the key of a stored one are given", hint="Give one.")
+    _check_given(
+        k=k, collection=collection, filter=filter_, max_distance=max_distance, engine=engine
+    )
+    assert max_distance is not None
+    return _search.Request(
+        collection,
+        image,
+        key,
+        k,
+        None if filter_ == "{}" else filter_,
+        candidates,
+        # As real, which is what callers see of distances.
+        None if max_distance > MAX_REAL else ctypes.c_float(max(max_distance, -MAX_REAL)).value,
+        engine,
+    )
+
+
+def _keys(
+    plpy: Any, collection: str | None, key: str | None, candidates: list[str | None] | None
+) -> tuple[int | str | None, list[Any] | None]:
+    """Return a key and a list of keys, given as text, as the collection has them."""
+    if key is None and candidates is None:
+        return None, None
+    found = collection_by_name(plpy, collection)
+    stored: int | str | None = key
+    if key is not None:
+        # As PostgreSQL writes it: a uuid may come in capitals.
+        cast = prepare(plpy, f"SELECT CAST($1 AS {found.key_type})::text AS key", ("text",))
+        stored = cast.execute([key])[0]["key"]
+    if not found.has_integer_keys:
+        return stored, candidates
+    chosen = candidates
+    if candidates is not None:
+        cast = prepare(plpy, "SELECT $1::bigint[] AS keys", ("text[]",))
+        chosen = cast.execute([candidates])[0]["keys"]
+    return None if stored is None else int(stored), chosen
+
+
+def _search_explained(plpy: Any, request: _search.Request) -> _search.Answer:
+    """Search; of a value that a column's type refuses, say which one it is."""
+    try:
+        return _search.search(plpy, request)
+    except plpy.SPIError as error:
+        if request.filter is None or error.sqlstate in CANCELLED:
+            raise
+        from pg_siamese_server import filters
+
+        filters.explain(plpy, collection_by_name(plpy, request.collection_name), request.filter)
+        raise
+
+
+def _ranked(plpy: Any, answer: _search.Answer) -> tuple[str, str, str | None]:
+    """Return keys, distances and similarities as arrays, ready for PostgreSQL.
+
+    As text: PL/Python would write all 17 digits of each float, and make each row by itself.
+    """
     from pg_siamese_server import models
 
-    spec = models.spec(plpy, answer.collection.model_id)
-    # The rows found are not checked: of those nearest to an image inside, one in 10,000 is
-    # outside and claimed to match (medical encoder, a quarter of the rows of other kinds).
-    is_known = answer.query is None or spec.is_inside(answer.query)[0]
-    match = spec.match_probability if is_known else _no_probability
-    # Reals as text: PL/Python would write all 17 digits of a float, and PostgreSQL read them.
-    return [
-        (rank, key, f"{distance:.9g}", None if chance is None else f"{chance:.9g}")
-        for rank, (key, distance, chance) in enumerate(
-            zip(
-                answer.keys,
-                answer.distances,
-                map(match, answer.distances),
-                strict=True,
-            ),
-            start=1,
-        )
-    ]
-
-
-def _no_probability(distance: float) -> None:
-    return None
+    match = models.spec(plpy, answer.collection.model_id).match_probability
+    distances = answer.distances
+    matches = [match(distance) for distance in distances]
+    if answer.collection.has_integer_keys:
+        keys = "{" + ",".join(map(str, answer.keys)) + "}"
+    else:
+        keys = _array(answer.keys)
+    similarities = None
+    if matches and matches[0] is not None:
+        similarities = "{" + ",".join([f"{one:.9g}" for one in matches]) + "}"
+    return keys, "{" + ",".join([f"{one:.9g}" for one in distances]) + "}", similarities
 
 
 @_entry
@@ -255,18 +391,39 @@ def estimate(plpy: Any) -> str | None:
     return exact.explain_asked()
 
 
-@_entry
+@_answer
 def classify_image(
-    plpy: Any, image: bytes | None, k: int | None, collection: str | None, label_column: str | None
-) -> list[tuple[str | None, int, float]]:
+    plpy: Any,
+    image: bytes | None,
+    key: str | None,
+    k: int | None,
+    collection: str | None,
+    label_column: str | None,
+) -> tuple[str, str, str]:
     """Body of ``classify_image``."""
+    _check_given(label_column=label_column)
+    stored, _ = _keys(plpy, collection, key, None)
+    request = _request(plpy, image, stored, k, collection, "{}", None, math.inf, "auto")
+    labels = _labels(plpy, _search.search(plpy, request), str(label_column))
+    if None in labels:  # rows without a label have no vote
+        request.filter = json.dumps({label_column: {"<>": None}})
+        labels = _labels(plpy, _search.search(plpy, request), str(label_column))
+    # In the order of nearness, so that of equal votes the nearer label comes first.
+    votes = Counter(label for label in labels if label is not None)
+    total = votes.total()
+    found = votes.most_common()
+    return (
+        _array(label for label, _ in found),
+        _array(str(count) for _, count in found),
+        _array(f"{count / total:.9g}" for _, count in found),
+    )
+
+
+def _labels(plpy: Any, answer: _search.Answer, label_column: str) -> list[str | None]:
+    """Return the labels of the rows found, in their order."""
     from pg_siamese_server import filters
 
-    request = _search.Request(collection, image, None, k, None, None, None, "auto")
-    answer = _search.search(plpy, request)
     found = answer.collection
-    if label_column is None:
-        raise SiameseError("label_column is null", sqlstate="22004")
     column = filters.columns(plpy, found, [label_column])[label_column]["quoted"]
     plan = prepare(
         plpy,
@@ -275,61 +432,57 @@ def classify_image(
         (found.key_array,),
     )
     labels = {row["key"]: row["label"] for row in plan.execute([answer.keys])}
-    # In the order of nearness, so that of equal votes the nearer label comes first.
-    votes = Counter(labels[str(key)] for key in answer.keys if str(key) in labels)
-    total = votes.total()
-    return [(label, count, count / total) for label, count in votes.most_common()]
+    return [labels[str(key)] for key in answer.keys if str(key) in labels]
 
 
-@_entry
-def embed_image(plpy: Any, image: bytes | None, model: str | None) -> str:
-    """Body of ``embed_image``."""
+@_answer
+def compare_images(
+    plpy: Any, function: str, images: list[bytes | None] | None, model: str | None
+) -> tuple[str]:
+    """Body of the functions that embed or compare images, by name."""
+    return (COMPARISONS[function](plpy, images or [], model),)
+
+
+def _model_id(plpy: Any, model: str | None) -> int:
+    """Return a model's number; the default model's where the name is empty."""
+    _check_given(model=model)
+    return model_id_by_name(plpy, model or None)
+
+
+def _embed_image(plpy: Any, images: list[bytes | None], model: str | None) -> str:
     from pg_siamese_server import models, vectors
 
-    return vectors.to_text(models.embed(plpy, model_id_by_name(plpy, model), [image])[0])
+    return vectors.to_text(models.embed(plpy, _model_id(plpy, model), images)[0])
 
 
-def _embedded(plpy: Any, model_id: int, images: list[bytes | None]) -> Any:
-    """Return the images' prepared vectors, (images, dimension)."""
-    from pg_siamese_server import models, vectors
-
-    metric = models.spec(plpy, model_id).metric
-    return vectors.prepare(models.embed(plpy, model_id, images), metric)
-
-
-def _distances(plpy: Any, model_id: int, prepared: Any) -> list[float]:
+def _distances(plpy: Any, model_id: int, images: list[bytes | None]) -> list[float]:
     """Return the distances of all pairs of images, in the order of itertools.combinations."""
     import itertools
 
     from pg_siamese_server import models, vectors
 
     metric = models.spec(plpy, model_id).metric
+    prepared = vectors.prepare(models.embed(plpy, model_id, images), metric)
     return [
         float(
             vectors.distances(
                 vectors.squared_distances(prepared[i : i + 1], prepared[j : j + 1]), metric
             )[0]
         )
-        for i, j in itertools.combinations(range(len(prepared)), 2)
+        for i, j in itertools.combinations(range(len(images)), 2)
     ]
 
 
-@_entry
-def image_distance(plpy: Any, a: bytes | None, b: bytes | None, model: str | None) -> float:
-    """Body of ``image_distance``."""
-    model_id = model_id_by_name(plpy, model)
-    return _distances(plpy, model_id, _embedded(plpy, model_id, [a, b]))[0]
+def _image_distance(plpy: Any, images: list[bytes | None], model: str | None) -> str:
+    return f"{_distances(plpy, _model_id(plpy, model), images)[0]:.9g}"
 
 
-@_entry
-def same_class(plpy: Any, a: bytes | None, b: bytes | None, model: str | None) -> float | None:
-    """Body of ``same_class``."""
+def _same_class(plpy: Any, images: list[bytes | None], model: str | None) -> str:
     from pg_siamese_server import models
 
-    model_id = model_id_by_name(plpy, model)
-    spec = models.spec(plpy, model_id)
-    prepared = _embedded(plpy, model_id, [a, b])
-    probability = spec.match_probability(_distances(plpy, model_id, prepared)[0])
+    model_id = _model_id(plpy, model)
+    distance = _distances(plpy, model_id, images)[0]
+    probability = models.spec(plpy, model_id).match_probability(distance)
     if probability is None:
         raise SiameseError(
             "model has no Siamese head",
@@ -337,39 +490,41 @@ def same_class(plpy: Any, a: bytes | None, b: bytes | None, model: str | None) -
             detail="It carries no calibration from distance to probability.",
             hint="Register it with calibration, or use image_distance.",
         )
-    return probability if spec.is_inside(prepared).all() else None
+    return f"{probability:.9g}"
 
 
-@_entry
-def any_two_match(plpy: Any, images: list[bytes | None] | None) -> bool | None:
-    """Body of ``any_two_match``."""
+def _any_two_match(plpy: Any, images: list[bytes | None], model: str | None) -> str:
     from pg_siamese_server import models
 
-    if images is None or len(images) < 2:
+    if len(images) < 2:
         raise SiameseError("any_two_match needs at least two images")
     if len(images) > MAX_IMAGES:
         raise SiameseError(f"any_two_match takes at most {MAX_IMAGES} images", sqlstate="54000")
-    model_id = model_id_by_name(plpy, None)
-    spec = models.spec(plpy, model_id)
-    if spec.threshold is None:
+    model_id = _model_id(plpy, model)
+    threshold = models.spec(plpy, model_id).threshold
+    if threshold is None:
         raise SiameseError(
             "model has no decision threshold",
             sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
             hint="Register it with a threshold.",
         )
-    prepared = _embedded(plpy, model_id, images)
-    distances = _distances(plpy, model_id, prepared[spec.is_inside(prepared)])
-    # As bool_or does: of a pair with an image that the encoder doesn't know, nothing is known.
-    return min(distances) <= spec.threshold if distances else None
+    return "true" if min(_distances(plpy, model_id, images)) <= threshold else "false"
 
 
 MAX_IMAGES = 100
+COMPARISONS: dict[str, Callable[[Any, list[bytes | None], str | None], str]] = {
+    "embed_image": _embed_image,
+    "image_distance": _image_distance,
+    "same_class": _same_class,
+    "any_two_match": _any_two_match,
+}
 
 
-@_entry
-def warm_up(plpy: Any, collection: str | None) -> list[tuple[str, str]]:
+@_answer
+def warm_up(plpy: Any, collection: str | None) -> tuple[str, str]:
     """Body of ``warm_up``."""
-    return _search.warm_up(plpy, collection)
+    ready = _search.warm_up(plpy, collection)
+    return _array(engine for engine, _ in ready), _array(detail for _, detail in ready)
 
 
 @_entry

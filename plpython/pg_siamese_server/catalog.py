@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pg_siamese_server.errors import UNDEFINED_OBJECT, SiameseError
+from pg_siamese_server.errors import NULL_VALUE_NOT_ALLOWED, UNDEFINED_OBJECT, SiameseError
 
 # Prepared plans outlive transactions and follow changes of their tables by themselves.
 _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
@@ -32,6 +32,15 @@ INNER JOIN siamese.models AS m USING (model_id)
 -- An empty table can become a view (before PostgreSQL 16), whose functions would run as us.
 LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation::oid AND r.relkind = 'r'
 LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace
+"""
+
+
+NAMES_QUERY = """
+SELECT c.name, r.relname::text AS relation, n.nspname || '.' || r.relname AS qualified
+FROM siamese.collections AS c
+LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation::oid
+LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace
+ORDER BY c.name
 """
 
 
@@ -129,11 +138,29 @@ def collection_by_name(plpy: Any, name: str | None) -> Collection:
         rows = plan.execute([name])
         if rows:
             return _checked(Collection(**rows[0]))
+    if name is None:
+        raise SiameseError("collection is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
     raise SiameseError(
-        f'collection "{name}" does not exist' if name is not None else "collection is null",
-        sqlstate=UNDEFINED_OBJECT,
-        hint="Collections are made by create_collection and listed in siamese.collections.",
+        f'collection "{name}" does not exist', sqlstate=UNDEFINED_OBJECT, hint=_near(plpy, name)
     )
+
+
+def _near(plpy: Any, name: str) -> str:
+    """Say which collection may be meant: of a table of this name, or of nearly this one."""
+    import difflib
+
+    known: dict[str, list[str | None]] = {}
+    for row in plpy.execute(NAMES_QUERY):
+        known[row["name"]] = [row["relation"], row["qualified"]]
+    meant = [one for one, tables in known.items() if name in tables or one in name.split(".")]
+    if not meant:
+        folded = {one.casefold(): one for one in known}
+        close = difflib.get_close_matches(name.casefold(), list(folded), n=3, cutoff=0.6)
+        meant = [folded[one] for one in close]
+    if not meant:
+        return "Collections are made by create_collection and listed in siamese.collections."
+    names = " or ".join([f'"{one}"' for one in sorted(meant)])
+    return f"Perhaps you meant {names}."
 
 
 def collection_by_id(plpy: Any, collection_id: int) -> Collection:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import decimal
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from pg_siamese_server.catalog import Collection, prepare
-from pg_siamese_server.errors import FEATURE_NOT_SUPPORTED, UNDEFINED_COLUMN, SiameseError
+from pg_siamese_server.errors import (
+    FEATURE_NOT_SUPPORTED,
+    NULL_VALUE_NOT_ALLOWED,
+    UNDEFINED_COLUMN,
+    SiameseError,
+)
 
-# Equality of a type from an extension lives beside the type; for all others in pg_catalog. Named in
-# full, so that nobody's search_path decides what "=" means.
+# Operators of a type from an extension live beside the type; of all others in pg_catalog. Named in
+# full, so that nobody's search_path decides what "=" means. Values are compared as the type that a
+# domain is of: what the domain does not allow just is not there. Of geometric types, "=" compares
+# areas; json, xml and bytea are not for comparing.
 COLUMNS_QUERY = """
 SELECT a.attname AS name, quote_ident(a.attname::text) AS quoted,
-    pg_catalog.format_type(a.atttypid, -1) AS type, b.typcategory = 'A' AS is_array,
-    b.oid = 'pg_catalog.bytea'::regtype::oid AS is_binary,
+    pg_catalog.format_type(a.atttypid, -1) AS type, pg_catalog.format_type(b.oid, -1) AS base,
+    b.typcategory IN ('A', 'G')
+        OR b.oid::int8 IN (
+            'pg_catalog.bytea'::regtype::oid::int8, 'pg_catalog.json'::regtype::oid::int8,
+            'pg_catalog.xml'::regtype::oid::int8
+        ) AS is_opaque,
     CASE WHEN b.typtype = 'b' THEN quote_ident(n.nspname::text) ELSE 'pg_catalog' END
         AS operator_schema
 FROM pg_catalog.pg_attribute AS a
@@ -24,6 +36,19 @@ INNER JOIN pg_catalog.pg_type AS b
 INNER JOIN pg_catalog.pg_namespace AS n ON n.oid = b.typnamespace
 WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attname = ANY($2)
 """
+OPERATORS = ("=", "<>", "<", "<=", ">", ">=")
+INTEGER_BITS = {"smallint": 15, "integer": 31, "bigint": 63}
+# More digits than this are not written out as an integer, but compared as numeric.
+MAX_DIGITS = 20
+# What PostgreSQL reports of a value that a type does not take: of classes 22 and 23.
+VALUE_ERRORS = ("22", "23")
+UNDEFINED_FUNCTION = "42883"
+
+
+class Number(str):
+    """A JSON number as it was written, so that PostgreSQL makes of it what it will."""
+
+    __slots__ = ()
 
 
 @dataclass
@@ -64,50 +89,172 @@ def parse(plpy: Any, collection: Collection, text: str | None) -> Conditions:
     Args:
         plpy: PL/Python's module.
         collection: whose table the columns belong to.
-        text: a JSON object: column to value (equal), array (one of) or null (is null); or None.
+        text: a JSON object: column to value (equal), array (one of), null (is null) or object
+            (operator to value, all of them); or None.
     """
     conditions = Conditions()
-    if text is None:
-        return conditions
-    value = json.loads(text, parse_int=str, parse_float=str)  # whatever PostgreSQL makes of them
-    if not isinstance(value, dict):
-        raise SiameseError(
-            "filter is not a JSON object",
-            hint='Write {"column": value} or {"column": [value, value]}.',
-        )
-    if not value:
-        return conditions
-    known = columns(plpy, collection, list(value))
-    for name, wanted in value.items():
-        conditions.clauses.append(_condition(conditions, known[name], wanted))
+    for column, wanted in _conditions(plpy, collection, text):
+        _add(conditions, column, wanted)
     return conditions
 
 
-def _condition(conditions: Conditions, column: Any, wanted: Any) -> str:
-    name = f"b.{column['quoted']}"
-    operator = f"OPERATOR({column['operator_schema']}.=)"
-    if column["is_binary"] or column["is_array"]:
+def explain(plpy: Any, collection: Collection, text: str) -> None:
+    """Raise an error that names column, type and value, if a value of a filter is to blame.
+
+    Called after a search has failed, so that others have nothing to pay.
+    """
+    for column, wanted in _conditions(plpy, collection, text):
+        for operator, value in _comparisons(column, wanted):
+            for item in value if operator == "in" else [value]:
+                _explain(plpy, column, "=" if operator == "in" else operator, item)
+
+
+def _explain(plpy: Any, column: Any, operator: str, value: Any) -> None:
+    if value is None:
+        return
+    written, type_name = _typed(column, value)
+    try:
+        # Both as they stand in the search: the value's cast, and the operator of its type.
+        plpy.prepare(
+            f"SELECT CAST($1 AS {type_name}) OPERATOR({column['operator_schema']}.{operator})"
+            f" CAST($1 AS {type_name})",
+            ["text"],
+        ).execute([written])
+    except plpy.SPIError as error:
+        if error.sqlstate == UNDEFINED_FUNCTION:
+            raise _unsupported(column) from None
+        if error.sqlstate[:2] not in VALUE_ERRORS:
+            raise
         raise SiameseError(
-            f'filter on column "{column["name"]}" of type {column["type"]} is not supported',
-            sqlstate=FEATURE_NOT_SUPPORTED,
+            f'filter value of column "{column["name"]}" of type {column["type"]}'
+            f" is invalid: {json.dumps(value, ensure_ascii=False)}",
+            sqlstate=error.sqlstate,
+            detail=f"{str(error)[:1].upper()}{str(error)[1:]}.",
+        ) from None
+
+
+def _conditions(plpy: Any, collection: Collection, text: str | None) -> list[tuple[Any, Any]]:
+    """Return pairs of a column and what is wanted of it."""
+    if text is None:
+        return []
+    value = json.loads(text, parse_int=Number, parse_float=Number)
+    if not isinstance(value, dict):
+        raise SiameseError(
+            "filter is not a JSON object",
+            hint='Write {"column": value}, {"column": [value, value]} or'
+            ' {"column": {">=": value}}.',
         )
-    if wanted is None:
-        return f"{name} IS NULL"
+    known = columns(plpy, collection, list(value)) if value else {}
+    return [(known[name], wanted) for name, wanted in value.items()]
+
+
+def _comparisons(column: Any, wanted: Any) -> list[tuple[str, Any]]:
+    """Return what is wanted of a column as pairs of an operator, or ``in``, and a value."""
+    if isinstance(wanted, list):
+        return [("in", wanted)]
+    if not isinstance(wanted, dict):
+        return [("=", wanted)]
+    name = column["name"]
+    if not wanted or not set(wanted) <= {*OPERATORS, "in"}:
+        unknown = next((one for one in wanted if one not in {*OPERATORS, "in"}), None)
+        raise SiameseError(
+            f'filter of column "{name}" has no operator'
+            if unknown is None
+            else f'unknown operator "{unknown}" in filter of column "{name}"',
+            hint=f"Operators are {', '.join(OPERATORS)} and in.",
+        )
+    for operator, value in wanted.items():
+        if value is None and operator not in ("=", "<>"):
+            raise SiameseError(
+                f'filter value of operator "{operator}" of column "{name}" is null',
+                sqlstate=NULL_VALUE_NOT_ALLOWED,
+                hint="Only = and <> compare with null.",
+            )
+        if operator == "in" and not isinstance(value, list):
+            raise SiameseError(f'filter value of operator "in" of column "{name}" is not an array')
+    return list(wanted.items())
+
+
+def _add(conditions: Conditions, column: Any, wanted: Any) -> None:
+    for operator, value in _comparisons(column, wanted):
+        if operator == "in":
+            conditions.clauses.append(_one_of(conditions, column, value))
+        else:
+            conditions.clauses.append(_compare(conditions, column, operator, value))
+
+
+def _compare(conditions: Conditions, column: Any, operator: str, value: Any) -> str:
+    name = f"b.{column['quoted']}"
+    if value is None:
+        return f"{name} IS {'' if operator == '=' else 'NOT '}NULL"
+    written, type_name = _typed(column, value)
     # Sent as text and cast in SQL: PL/Python's own conversions take any string for a true boolean.
-    if not isinstance(wanted, list):
-        place = conditions.parameter("text", _scalar(column, wanted))
-        return f"{name} {operator} CAST({place} AS {column['type']})"
-    values = [_scalar(column, item) for item in wanted if item is not None]
-    place = conditions.parameter("text[]", values)
-    clause = f"{name} {operator} ANY(CAST({place} AS {column['type']}[]))"
-    return f"({clause} OR {name} IS NULL)" if None in wanted else clause
+    place = conditions.parameter("text", written)
+    return f"{name} OPERATOR({column['operator_schema']}.{operator}) CAST({place} AS {type_name})"
 
 
-def _scalar(column: Any, value: Any) -> str:
-    """Return a JSON scalar as text."""
+def _one_of(conditions: Conditions, column: Any, values: list[Any]) -> str:
+    name = f"b.{column['quoted']}"
+    typed = [_typed(column, value) for value in values if value is not None]
+    # What an integer can't be, such as 1.5, is not among the column's values.
+    items = [written for written, type_name in typed if type_name == column["base"]]
+    clauses = []
+    if items:
+        place = conditions.parameter("text[]", items)
+        clauses.append(
+            f"{name} OPERATOR({column['operator_schema']}.=)"
+            f" ANY(CAST({place} AS {column['base']}[]))"
+        )
+    if None in values:
+        clauses.append(f"{name} IS NULL")
+    return f"({' OR '.join(clauses)})" if clauses else "false"
+
+
+def _typed(column: Any, value: Any) -> tuple[str, str]:
+    """Return a value as text, and the type to compare it as."""
+    if column["is_opaque"]:
+        raise _unsupported(column)
+    base = column["base"]
+    if base.strip('"') == "jsonb":  # quoted where all identifiers are
+        return _json(value), base
     if isinstance(value, list | dict):
         raise SiameseError(
             f'filter value of column "{column["name"]}" is not a scalar',
             hint="Values are strings, numbers, booleans or null, or an array of these.",
         )
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, Number):
+        return _number(base, value)
+    return value if isinstance(value, str) else json.dumps(value), base
+
+
+def _number(base: str, value: Number) -> tuple[str, str]:
+    """Return a number: for a column of integers as one if it is one and fits, else as numeric."""
+    bits = INTEGER_BITS.get(base)
+    if bits is None:
+        return str(value), base
+    number = decimal.Decimal(str(value))
+    if number.adjusted() < MAX_DIGITS and number == number.to_integral_value():
+        whole = int(number)
+        if -(2**bits) <= whole < 2**bits:
+            return str(whole), base
+    return str(value), "numeric"
+
+
+def _json(value: Any) -> str:
+    """Return JSON with its numbers as they were written."""
+    if isinstance(value, Number):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_json, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(name)}: {_json(item)}" for name, item in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    return json.dumps(value)
+
+
+def _unsupported(column: Any) -> SiameseError:
+    return SiameseError(
+        f'filter on column "{column["name"]}" of type {column["type"]} is not supported',
+        sqlstate=FEATURE_NOT_SUPPORTED,
+        detail="Values of this type have no such comparison; only null can be asked for.",
+    )

@@ -50,7 +50,7 @@ class Request:
     Attributes:
         collection_name: which collection.
         image: an image file, or None to search by ``key``.
-        key: of a stored image, which is left out of the answer.
+        key: of a stored image, which is left out of the answer; text where keys are no integers.
         k: how many rows.
         filter: JSON text, or None.
         candidates: keys to choose among, or None for all.
@@ -61,7 +61,7 @@ class Request:
 
     collection_name: str | None
     image: bytes | None
-    key: int | None
+    key: int | str | None
     k: int | None
     filter: str | None
     candidates: list[Any] | None
@@ -101,7 +101,13 @@ def search(plpy: Any, request: Request) -> Answer:
     answer = _steadily(plpy, request, embedded)
     if answer is not None:
         return answer
-    answer = _ordinarily(plpy, request, embedded)
+    try:
+        answer = _ordinarily(plpy, request, embedded)
+    except (plpy.spiexceptions.UndefinedFunction, plpy.spiexceptions.InvalidSchemaName):
+        # pgvector may have moved to another schema.
+        if _collections.pop(request.collection_name or "", None) is None:
+            raise
+        answer = _ordinarily(plpy, request, embedded)
     if answer.collection.embed == "deferred":
         _tell_of_waiting(plpy, request, answer)
     return answer
@@ -111,15 +117,7 @@ def _ordinarily(plpy: Any, request: Request, embedded: dict[int, NDArray[np.floa
     """Answer after a look at what this snapshot holds."""
     collection, state = _current_state(plpy, request)
     if request.key is not None and state["query_id"] is None:
-        raise SiameseError(
-            f'image {request.key} is not in collection "{collection.name}"',
-            sqlstate=NO_DATA_FOUND,
-            detail="There is no such row, or it has no vector, or it is not visible to you.",
-            hint="Rows of this collection are embedded later, by pg_siamese worker or"
-            " embed_pending."
-            if collection.embed == "deferred"
-            else None,
-        )
+        return _without_vector(plpy, request, collection)
     embedding = None
     if request.key is None:
         embedding = embedded.get(collection.model_id)
@@ -131,6 +129,40 @@ def _ordinarily(plpy: Any, request: Request, embedded: dict[int, NDArray[np.floa
         if answer is not None:
             return answer
     return _with_pgvector(plpy, request, collection, state, embedding, conditions)
+
+
+def _without_vector(plpy: Any, request: Request, collection: Collection) -> Answer:
+    """Answer a search by a row that has no vector: nothing is similar to it, as far as is known.
+
+    So a query over all rows goes on where one is quarantined or waits. A row that is not there, or
+    not visible, is an error.
+    """
+    plan = prepare(
+        plpy,
+        f"SELECT FROM {collection.relation} AS b WHERE b.{collection.key_column} = $1",
+        (_key_type(collection),),
+    )
+    if not plan.execute([request.key]).nrows():
+        raise SiameseError(
+            f'image {request.key} is not in collection "{collection.name}"',
+            sqlstate=NO_DATA_FOUND,
+            detail="There is no such row, or it is not visible to you.",
+        )
+    told = (collection.collection_id, 0, "without vector")
+    if told not in _noticed:
+        _noticed.add(told)
+        plpy.notice(
+            f'image {request.key} of collection "{collection.name}" has no vector,'
+            " so nothing is similar to it",
+            detail="It is not embedded yet, could not be embedded, or is null.",
+            hint="Such rows are listed in embedding_failures or wait in a queue. This is said"
+            " once in a session.",
+        )
+    return Answer(collection, [], [])
+
+
+def _key_type(collection: Collection) -> str:
+    return "bigint" if collection.has_integer_keys else collection.key_type
 
 
 def _tell_of_waiting(plpy: Any, request: Request, answer: Answer) -> None:
@@ -182,7 +214,7 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
     stored = "NULL::bigint"
     types = ["text", "xid8"]
     if by_key:
-        types.append("bigint")
+        types.append(_key_type(collection))
         stored = (
             f"(SELECT e.embedding_id FROM {collection.relation} AS b"
             f" INNER JOIN {collection.embeddings} AS e ON e.key = b.{collection.key_column}"
@@ -232,7 +264,11 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
             values.append(request.key)  # type: ignore[arg-type]
         try:
             rows = _state_plan(plpy, collection, request.key is not None).execute(values)
-        except (plpy.spiexceptions.UndefinedTable, plpy.spiexceptions.UndefinedColumn):
+        except (
+            plpy.spiexceptions.UndefinedTable,
+            plpy.spiexceptions.UndefinedColumn,
+            plpy.spiexceptions.InvalidSchemaName,
+        ):
             rows = []
         if rows:
             state = rows[0]
@@ -327,7 +363,7 @@ def _with_pgvector(
             f"{key} = ANY({where.parameter(_candidate_type(collection), request.candidates)})"
         )
     if request.key is not None:
-        where.clauses.append(f"{key} <> {where.parameter('bigint', request.key)}")
+        where.clauses.append(f"{key} <> {where.parameter(_key_type(collection), request.key)}")
     if request.max_distance is not None:
         # As real, which is what callers see of it.
         limit = where.parameter("real", request.max_distance)

@@ -62,7 +62,7 @@ def search(
     if embedding is not None:
         query = vectors.prepare(embedding, collection.metric)
     else:
-        assert request.key is not None
+        assert isinstance(request.key, int)
         row = index.rows.row_of_key(request.key)
         if row is None:
             return None
@@ -83,7 +83,11 @@ def search(
     values = [collection.name, str(changes.horizon), asked]
     try:
         state = _plan(plpy, collection).execute(values)
-    except (plpy.spiexceptions.UndefinedTable, plpy.spiexceptions.UndefinedColumn):
+    except (
+        plpy.spiexceptions.UndefinedTable,
+        plpy.spiexceptions.UndefinedColumn,
+        plpy.spiexceptions.InvalidSchemaName,
+    ):
         return None
     if not state:
         return None

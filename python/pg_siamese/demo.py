@@ -236,7 +236,7 @@ def things_to_try(connection: psycopg.Connection[Any], prefix: str) -> dict[str,
     condition = sql.quote(f'{{"dataset": "{dataset}", "label": "{label}"}}')
     image = f"(SELECT image FROM {prefix}images WHERE image_id = {key})"
     columns = "rank, image_id, distance, similarity, dataset, label"
-    nearest = f"{prefix}similar_images({key}, k => 5"
+    nearest = f"{prefix}similar_images(image_id => {key}, k => 5"
     rows = f"JOIN {prefix}images USING (image_id) ORDER BY rank"
     return {
         "the images most similar to a stored one": (f"SELECT {columns} FROM {nearest}) {rows};"),

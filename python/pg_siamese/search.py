@@ -152,20 +152,13 @@ def search_statement(
         raise ValueError("give an image or a key, and not both")
     parameters: list[object] = []
     integer = collection.key_type in INTEGER_TYPES
-    stored = f"SELECT {collection.image_column} FROM {collection.relation}"
-    stored += f" WHERE {collection.key_column} = $1"
     if image is not None:
         parameters.append(image)
         query = "image => $1"
-    elif integer:
-        parameters.append(_integer(str(key)))
-        query = "image_id => $1"
     else:
-        # similar_rows has no form by key: the stored row comes first, and is left out below.
-        parameters.append(key)
-        query = f"image => ({stored})"
-    own = key is not None and not integer
-    options = f", k => {k + own}"
+        parameters.append(_integer(str(key)) if integer else key)
+        query = f"{'image_id' if integer else 'key'} => $1"
+    options = f", k => {k}"
     # A table can be in several collections, so similar_rows is told which one.
     if collection.name != DEFAULT_COLLECTION or not integer:
         options += f", collection => {sql.quote(collection.name)}"
@@ -197,8 +190,7 @@ def search_statement(
         text = (
             f"SELECT {', '.join(columns)}\n"
             f"  FROM {prefix}similar_rows(NULL::{collection.relation}, {query}{options}) AS s\n"
-            + (f" WHERE (s.item).{collection.key_column} <> $1\n" if own else "")
-            + f" ORDER BY s.distance, (s.item).{collection.key_column}\n LIMIT {k}"
+            f" ORDER BY s.distance, (s.item).{collection.key_column}"
         )
     return Search(text, tuple(parameters))
 

@@ -155,10 +155,10 @@ SELECT
 FROM similar_images({argument}, k => %(k)s, filter => %(filter)s, engine => %(engine)s) AS s
 LEFT JOIN qualifying AS q USING (image_id)
 """
-BY_IMAGE = ANSWER.replace("{argument}", "%(image)s::bytea").replace(
+BY_IMAGE = ANSWER.replace("{argument}", "image => %(image)s::bytea").replace(
     "{query}", "%(vector)s::public.vector"
 )
-BY_ID = ANSWER.replace("{argument}", "%(id)s::bigint").replace(
+BY_ID = ANSWER.replace("{argument}", "image_id => %(id)s::bigint").replace(
     "{query}",
     "(SELECT t.vector FROM siamese.images AS b INNER JOIN public.truth AS t USING (digest)"
     " WHERE b.image_id = %(id)s)",
@@ -232,7 +232,7 @@ def search_in_one_statement(
     values: dict[str, Any] = {
         "k": k,
         "engine": engine,
-        "filter": None if condition is None else Jsonb(condition),
+        "filter": Jsonb(condition or {}),
     }
     if image is not None:
         sql = BY_IMAGE
@@ -296,14 +296,14 @@ class Content:
         argument: tuple[str, int | bytes]
         if row is not None:
             excluded[row] = True
-            query, argument = self.vectors[row], ("bigint", int(self.ids[row]))
+            query, argument = self.vectors[row], ("image_id", int(self.ids[row]))
         else:
             assert image is not None
-            query, argument = images.vectors[image], ("bytea", images.files[image])
+            query, argument = images.vectors[image], ("image", images.files[image])
         found = connection.execute(
             "SELECT rank, image_id, distance"
-            f" FROM similar_images(%s::{argument[0]}, %s, filter => %s, engine => %s)",
-            (argument[1], k, None if condition is None else Jsonb(condition), engine),
+            f" FROM similar_images({argument[0]} => %s, k => %s, filter => %s, engine => %s)",
+            (argument[1], k, Jsonb(condition or {}), engine),
             binary=True,
         ).fetchall()
         distances = 1 - self.vectors @ query.astype(np.float64)

@@ -88,7 +88,9 @@ class Memory:
         """Search by one or the other."""
         if by == "id":
             image_id = int(self.ids[number * 37 % len(self.ids)])
-            rows = session.execute("SELECT * FROM similar_images(%s::bigint)", (image_id,))
+            rows = session.execute(
+                "SELECT * FROM similar_images(image_id => %s::bigint)", (image_id,)
+            )
         else:
             file = self.images.files[number * 37 % len(self.images)]
             rows = session.execute("SELECT * FROM similar_images(%s::bytea)", (file,))

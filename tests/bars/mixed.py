@@ -299,7 +299,8 @@ class Mixed:
             "     WHERE i.image_id = p.image_id)) - s.distance) > 1e-5) AS wrong,"
             "   count(DISTINCT s.image_id) AS number,"
             "   (SELECT least(count(*) - 1, 10) FROM siamese.images) AS there"
-            "   FROM similar_images(p.image_id) AS s LEFT JOIN siamese.images AS b USING (image_id)"
+            "   FROM similar_images(image_id => p.image_id) AS s"
+            "   LEFT JOIN siamese.images AS b USING (image_id)"
             "   LEFT JOIN public.truth AS t USING (digest)) AS a",
             (self.some_id(session, random),),
         )

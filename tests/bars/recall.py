@@ -200,7 +200,7 @@ class Recall:
         self.check("after rm -rf of the index directory", "auto", [fresh, self.session])
         assert sum("without its FAISS index" in notice for notice in notices) == 1, notices
         try:
-            fresh.execute("SELECT similar_images(1::bigint, engine => 'faiss')")
+            fresh.execute("SELECT similar_images(image_id => 1::bigint, engine => 'faiss')")
         except psycopg.errors.ObjectNotInPrerequisiteState:
             pass
         else:

@@ -61,7 +61,7 @@ def test_key_types(db: Connection, pictures: Pictures, key_type: str) -> None:
 def test_similar_images_is_for_integer_keys(db: Connection, pictures: Pictures) -> None:
     db.execute("CREATE TABLE t (id uuid PRIMARY KEY, image bytea)")
     db.execute("SELECT create_collection('t', 't')")
-    for query in ("1", "%(image)s", "%(image)s, candidates => '{1}'"):
+    for query in ("image_id => 1", "%(image)s", "%(image)s, candidates => '{1}'"):
         with sql_error("0A000", 'collection "t" has keys of type uuid', "similar_rows"):
             db.execute(
                 f"SELECT similar_images({query}, collection => 't')", {"image": pictures.files[0]}
@@ -72,10 +72,12 @@ def test_integer_keys_by_similar_images(db: Connection, pictures: Pictures) -> N
     db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
     db.execute("SELECT create_collection('t', 't')")
     db.execute("INSERT INTO t SELECT 1, %s UNION SELECT 2, %s", pictures.files[:2])
-    found = db.execute("SELECT image_id FROM similar_images(2, collection => 't')").fetchall()
+    found = db.execute(
+        "SELECT image_id FROM similar_images(image_id => 2, collection => 't')"
+    ).fetchall()
     assert found == [(1,)]
     with sql_error("P0002", "image 99999999999 is not in"):
-        db.execute("SELECT similar_images(99999999999, collection => 't')")
+        db.execute("SELECT similar_images(image_id => 99999999999, collection => 't')")
     found = db.execute(
         "SELECT image_id FROM similar_images(%s, collection => 't',"
         " candidates => '{99999999999, 1, NULL}')",
@@ -243,7 +245,7 @@ def test_two_collections_on_one_table(db: Connection, pictures: Pictures) -> Non
         assert found[0][0] == ids[3]
         assert [row[0] for row in found] == [row[0] for row in truth]
         assert [row[1] for row in found] == pytest.approx([row[1] for row in truth], abs=1e-5)
-    with sql_error("42P08", "images has 2 collections", "Name one"):
+    with sql_error("42P08", "images has several collections", "Name one"):
         db.execute("SELECT similar_rows(NULL::images, %s)", (pictures.files[0],))
     sql = "SELECT count(*) FROM similar_rows(NULL::images, %s, collection => 'grid')"
     assert db.execute(sql, (pictures.files[0],)).fetchone() == (10,)
@@ -259,7 +261,7 @@ def test_drop_collection_leaves_the_table(db: Connection, pictures: Pictures) ->
         " (SELECT count(*) FROM collection_status), (SELECT count(*) FROM index_generations)"
     ).fetchone() == (None, None, 0, 0)
     with sql_error("42704", 'collection "images" does not exist'):
-        db.execute("SELECT similar_images(1)")
+        db.execute("SELECT similar_images(image_id => 1)")
 
 
 def test_collection_made_anew_under_its_name(
@@ -287,7 +289,7 @@ def test_renamed_table(
     db.execute("SELECT build_index()")
     other = connect()
     search = "SELECT image_id FROM similar_images(%s, k => 100)"
-    by_id = "SELECT image_id FROM similar_images(%s::bigint, k => 100)"
+    by_id = "SELECT image_id FROM similar_images(image_id => %s::bigint, k => 100)"
     assert len(other.execute(search, (pictures.files[0],)).fetchall()) == 5
     assert len(other.execute(by_id, (ids[0],)).fetchall()) == 4
     db.execute("CREATE SCHEMA clinic; ALTER TABLE images SET SCHEMA clinic")
@@ -312,7 +314,7 @@ def test_renamed_column(
     other = connect()
     calls: list[tuple[str, tuple[object, ...]]] = [
         ("SELECT similar_images(%s)", (pictures.files[0],)),
-        ("SELECT similar_images(%s::bigint)", (ids[0],)),
+        ("SELECT similar_images(image_id => %s::bigint)", (ids[0],)),
         ("SELECT similar_images(%s, engine => 'pgvector')", (pictures.files[0],)),
     ]
     for call, values in calls[:2]:

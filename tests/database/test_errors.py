@@ -76,20 +76,32 @@ def test_null_image_in_a_row(db: Connection) -> None:
 @pytest.mark.parametrize(
     ("call", "sqlstate", "message"),
     [
-        ("similar_images(1, k => 0)", "22023", "k must be between 1 and 10000"),
-        ("similar_images(1, k => -1)", "22023", "k must be between"),
-        ("similar_images(1, k => 1000000)", "22023", "k must be between 1 and 10000"),
-        ("similar_images(1, k => NULL)", "22023", "k must be between"),
-        ("similar_images(1, engine => 'magic')", "22023", 'unknown engine "magic"'),
-        ("similar_images(1, engine => NULL)", "22023", "unknown engine"),
-        ("similar_images(1, max_distance => 'NaN')", "22023", "max_distance is not a number"),
-        ("similar_images(1, collection => 'none')", "42704", 'collection "none" does not exist'),
-        ("similar_images(1, collection => NULL)", "42704", "collection is null"),
-        ("similar_images(NULL::bigint)", "22004", "image_id is null"),
-        ("similar_images(12345)", "P0002", 'image 12345 is not in collection "images"'),
-        ("similar_rows(1, '')", "42704", "integer has 0 collections"),
-        ("similar_rows(NULL::models, '')", "42704", "models has 0 collections"),
-        ("similar_rows(NULL::images, '', collection => 'x')", "42704", "0 collections"),
+        ("similar_images(image_id => 1, k => 0)", "22023", "k must be between 1 and 10000"),
+        ("similar_images(image_id => 1, k => -1)", "22023", "k must be between"),
+        ("similar_images(image_id => 1, k => 1000000)", "22023", "k must be between 1 and 10000"),
+        ("similar_images(image_id => 1, k => NULL)", "22004", "k is null"),
+        ("similar_images(image_id => 1, engine => 'magic')", "22023", 'unknown engine "magic"'),
+        ("similar_images(image_id => 1, engine => NULL)", "22004", "engine is null"),
+        (
+            "similar_images(image_id => 1, max_distance => 'NaN')",
+            "22023",
+            "max_distance is not a number",
+        ),
+        (
+            "similar_images(image_id => 1, collection => 'none')",
+            "42704",
+            'collection "none" does not exist',
+        ),
+        ("similar_images(image_id => 1, collection => NULL)", "22004", "collection is null"),
+        ("similar_images(image_id => NULL)", "22004", "image is null"),
+        ("similar_images(image_id => 12345)", "P0002", 'image 12345 is not in collection "images"'),
+        ("similar_rows(1, '')", "42704", "not a row of a table with a collection"),
+        ("similar_rows(NULL::models, '')", "42704", "not a row of a table with a collection"),
+        (
+            "similar_rows(NULL::images, '', collection => 'x')",
+            "42704",
+            'collection "x" is not one of table',
+        ),
         ("classify_image('', k => 0)", "22023", "k must be between"),
         ("classify_image('', collection => 'none')", "42704", 'collection "none"'),
         ("embed_image('', 'none')", "42704", 'model "none" does not exist'),
@@ -97,14 +109,14 @@ def test_null_image_in_a_row(db: Connection) -> None:
         ("same_class('', '', 'none')", "42704", 'model "none" does not exist'),
         ("any_two_match('')", "22023", "at least two images"),
         ("warm_up('none')", "42704", 'collection "none" does not exist'),
-        ("warm_up(NULL)", "42704", "collection is null"),
+        ("warm_up(NULL)", "22004", "collection is null"),
         ("backfill('none')", "42704", 'collection "none" does not exist'),
-        ("backfill(NULL)", "42704", "collection is null"),
+        ("backfill(NULL)", "22004", "collection is null"),
         ("backfill(max_rows => 0)", "22023", "max_rows must be positive"),
         ("build_index('none')", "42704", 'collection "none" does not exist'),
-        ("build_index(NULL)", "42704", "collection is null"),
+        ("build_index(NULL)", "22004", "collection is null"),
         ("build_index(m => 3)", "22023", "m must be between 4 and 64"),
-        ("build_index(m => NULL)", "22023", "m must be between"),
+        ("build_index(m => NULL)", "22004", "m is null"),
         ("build_index(ef_construction => 0)", "22023", "ef_construction must be between"),
         ("build_index(target_recall => 2)", "22023", "target_recall must be between"),
         ("build_index(target_recall => 'NaN')", "22023", "target_recall must be between"),
@@ -146,13 +158,17 @@ def test_session_works_on_after_errors(db: Connection, pictures: Pictures) -> No
         with sql_error("22P03", "cannot be decoded"):
             insert_images(db, [pictures.files[0], b"bad"])
         with sql_error("42703", "nothing"):
-            db.execute("SELECT similar_images(%s, filter => '{\"nothing\": 1}')", (ids[0],))
+            db.execute(
+                "SELECT similar_images(image_id => %s, filter => '{\"nothing\": 1}')", (ids[0],)
+            )
     with db.transaction():
         for _ in range(3):
             with sql_error("22P03", "cannot be decoded"), db.transaction():
                 insert_images(db, [b"bad"])
         more = insert_images(db, pictures.files[20:21])
-    found = db.execute("SELECT image_id FROM similar_images(%s, k => 100)", (ids[0],)).fetchall()
+    found = db.execute(
+        "SELECT image_id FROM similar_images(image_id => %s, k => 100)", (ids[0],)
+    ).fetchall()
     assert {row[0] for row in found} == {*ids[1:], *more}
 
 

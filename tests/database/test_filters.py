@@ -11,6 +11,7 @@ from tests.conftest import Connection, Pictures, insert_images
 from tests.support import assert_exact, exact_distances, sql_error
 
 COLUMNS = """
+CREATE EXTENSION citext SCHEMA public;
 CREATE TYPE mood AS ENUM ('calm', 'it''s odd');
 CREATE DOMAIN flag AS boolean;
 CREATE DOMAIN grade AS integer CHECK (VALUE < 100);
@@ -38,7 +39,13 @@ CREATE TABLE t (
     "inet" inet,
     "jsonb" jsonb,
     "list" integer[],
-    "json" json
+    "json" json,
+    "xml" xml,
+    "point" point,
+    "box" box,
+    "range" int4range,
+    "small" smallint,
+    "citext" citext
 )
 """
 # For each column its value in row 1, the same in JSON, and one that no row has.
@@ -62,7 +69,10 @@ VALUES: dict[str, tuple[str, Any, Any]] = {
     "grade": ("7", 7, 8),
     "bit": ("B'101'", "101", "100"),
     "inet": ("'10.0.0.1'", "10.0.0.1/32", "10.0.0.2"),
-    "jsonb": ("""'{"a": 1}'""", '{"a":1.0}', "{}"),
+    "jsonb": ("""'"it''s"'""", "it's", '"it\'s"'),
+    "range": ("'[1,5)'", "[1,4]", "[1,6)"),
+    "small": ("-7", -7.0, -8),
+    "citext": ("'AbC'", "aBc", "ab"),
 }
 
 
@@ -123,6 +133,71 @@ def test_numbers_and_booleans_as_text(typed: Connection, pictures: Pictures) -> 
     assert found(typed, image, '{"numeric": 1e5000, "id": 1}') == set()
 
 
+# Of row 1; in row 2 all is NULL.
+RANGES: list[tuple[dict[str, Any], set[int]]] = [
+    ({"date": {">=": "2020-01-01", "<": "2021-01-01"}}, {1}),
+    ({"date": {">=": "2020-02-29", "<=": "2020-02-29"}}, {1}),
+    ({"date": {">": "2020-02-29"}}, set()),
+    ({"date": {"<": "infinity"}}, {1}),
+    ({"timestamptz": {">=": "2020-01-01T12:00:00Z"}}, {1}),
+    ({"timestamptz": {"<>": "2020-01-01T14:00:00+02:00"}}, set()),
+    ({"interval": {">": "23:59:59"}}, {1}),
+    ({"integer": {">": 41.5, "<": 42.5}}, {1}),
+    ({"integer": {">=": 42.5}}, set()),
+    ({"integer": {"<": 2**40, ">": -(2**40)}}, {1}),
+    ({"integer": {"<>": 42}}, set()),
+    ({"integer": {"<>": 1}}, {1}),
+    ({"integer": {"<>": None}}, {1}),
+    ({"integer": {"=": None}}, {2}),
+    ({"integer": {"in": [41, 42, 43.5], "<": 100}}, {1}),
+    ({"integer": {"in": []}}, set()),
+    ({"integer": 42.0}, {1}),
+    ({"integer": 4.2e1}, {1}),
+    ({"integer": 1.5}, set()),
+    ({"integer": [1.5, 42, None, 2**70]}, {1, 2}),
+    ({"integer": 2**40}, set()),
+    ({"small": {">": -(2**15) - 1, "<": 2**15}}, {1}),
+    ({"bigint": {">": 9007199254740992}}, {1}),
+    ({"numeric": {">": 0.09, "<": 0.11}}, {1}),
+    ({"text": {">=": "it", "<": "iu"}}, {1}),
+    ({"mood": {">": "calm"}}, {1}),
+    ({"grade": 100}, set()),
+    ({"grade": {"<": 1000}}, {1}),
+    ({"boolean": {"<": True}}, {1}),
+    ({"citext": {">": "ABB"}}, {1}),
+    ({"uuid": {">": "0" * 32}}, {1}),
+    ({"inet": {"<": "10.0.0.2"}}, {1}),
+    ({"range": {"<": "[2,3]"}}, {1}),
+    ({"jsonb": {"<>": {"a": [1, "x", None]}}}, {1}),
+    ({"jsonb": {"in": [{"a": 1}, "it's"]}}, {1}),
+    *(({name: None}, {1, 2}) for name in ("list", "json", "xml", "point", "box")),
+    *(({name: [None]}, {1, 2}) for name in ("list", "json", "xml")),
+    *(({name: {"<>": None}}, set()) for name in ("list", "json", "xml")),
+    ({"image": None}, set()),
+    ({"image": {"<>": None}}, {1, 2}),
+]
+
+
+@pytest.mark.parametrize(("filter_", "expected"), RANGES, ids=[str(one) for one, _ in RANGES])
+def test_operators(
+    typed: Connection, pictures: Pictures, filter_: dict[str, Any], expected: set[int]
+) -> None:
+    for engine in ("faiss", "pgvector"):
+        assert found(typed, pictures.files[5], filter_, engine) == expected
+
+
+def test_operators_are_those_of_pg_catalog(db: Connection, pictures: Pictures) -> None:
+    """Whatever an operator of the same name in the search path does."""
+    insert_images(db, pictures.files[:3], ["a", "b", "c"])
+    db.execute(
+        "CREATE FUNCTION public.always(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';"
+        "CREATE OPERATOR public.>= (FUNCTION = public.always, LEFTARG = text, RIGHTARG = text);"
+        "SET search_path = public, siamese, pg_catalog"
+    )
+    call = 'similar_images(image_id => 1, filter => \'{"label": {">=": "c"}}\')'
+    assert db.execute(f"SELECT image_id FROM {call}").fetchall() == [(3,)]
+
+
 @pytest.mark.parametrize(
     ("filter_", "sqlstate", "message"),
     [
@@ -132,19 +207,32 @@ def test_numbers_and_booleans_as_text(typed: Connection, pictures: Pictures) -> 
         ({"nothing": 1}, "42703", 'column "nothing" of table public.t does not exist'),
         ({"ID": 1}, "42703", 'column "ID"'),
         ({"ctid": "(0,1)"}, "42703", 'column "ctid"'),
-        ({"text": {"a": 1}}, "22023", 'column "text" is not a scalar'),
+        ({"text": {"a": 1}}, "22023", 'unknown operator "a" in filter of column "text"'),
+        ({"text": {}}, "22023", 'filter of column "text" has no operator'),
+        ({"text": {"=": {"a": 1}}}, "22023", 'column "text" is not a scalar'),
+        ({"text": {"in": "a"}}, "22023", 'operator "in" of column "text" is not an array'),
+        ({"integer": {">": None}}, "22004", 'operator ">" of column "integer" is null'),
+        ({"integer": {"in": None}}, "22004", 'operator "in" of column "integer" is null'),
         ({"text": [["a"]]}, "22023", 'column "text" is not a scalar'),
-        ({"integer": 1.5}, "22P02", '"1.5"'),
-        ({"integer": "x"}, "22P02", '"x"'),
-        ({"integer": 2**40}, "22003", "out of range"),
-        ({"boolean": "maybe"}, "22P02", '"maybe"'),
-        ({"date": "yesterdays"}, "22007", "yesterdays"),
-        ({"uuid": 5}, "22P02", '"5"'),
-        ({"mood": "wild"}, "22P02", '"wild"'),
-        ({"grade": 100}, "23514", "grade"),
+        ({"integer": "x"}, "22P02", 'value of column "integer" of type integer is invalid: "x"'),
+        ({"integer": [1, "x"]}, "22P02", 'column "integer" of type integer is invalid: "x"'),
+        ({"integer": {"<": "x"}}, "22P02", 'column "integer" of type integer is invalid: "x"'),
+        ({"integer": "1.5"}, "22P02", 'column "integer" of type integer is invalid: "1.5"'),
+        ({"boolean": "maybe"}, "22P02", 'column "boolean" of type boolean is invalid: "maybe"'),
+        ({"date": "yesterdays"}, "22007", 'column "date" of type date is invalid: "yesterdays"'),
+        ({"date": {">=": "2024-13-01"}}, "22008", 'column "date" of type date is invalid'),
+        ({"uuid": 5}, "22P02", 'column "uuid" of type uuid is invalid: "5"'),
+        ({"mood": "wild"}, "22P02", 'column "mood" of type mood is invalid: "wild"'),
+        ({"grade": "x"}, "22P02", 'column "grade" of type grade is invalid: "x"'),
+        ({"range": "[2,1]"}, "22000", 'column "range" of type int4range is invalid: "[2,1]"'),
+        ({"jsonb": "\0"}, "22P05", "unsupported Unicode escape sequence"),
         ({"image": "x"}, "0A000", 'column "image" of type bytea'),
         ({"list": [1, 2]}, "0A000", 'column "list" of type integer[]'),
-        ({"json": "{}"}, "42883", "json"),
+        ({"json": "{}"}, "0A000", 'column "json" of type json'),
+        ({"xml": "<a/>"}, "0A000", 'column "xml" of type xml'),
+        ({"point": "(1,2)"}, "0A000", 'column "point" of type point'),
+        ({"box": "(1,1),(2,2)"}, "0A000", 'column "box" of type box'),
+        ({"image": {"=": "x"}}, "0A000", 'column "image" of type bytea'),
     ],
 )
 def test_errors(
@@ -201,7 +289,7 @@ def test_with_everything_else(db: Connection, pictures: Pictures, queries: Pictu
     del truth[ids[0]]
     limit = sorted(truth.values())[5] + 1e-6
     rows = db.execute(
-        "SELECT * FROM similar_images(%s, k => 20, filter => %s::jsonb, max_distance => %s::real,"
+        "SELECT * FROM similar_images(image_id => %s, k => 20, filter => %s, max_distance => %s,"
         " candidates => %s)",
         (ids[0], json.dumps({"label": label}), limit, list(range(1, 51))),
     ).fetchall()

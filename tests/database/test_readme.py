@@ -30,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_all_languages_are_run() -> None:
-    assert {name for name, _ in BLOCKS} == {"sql", "sh", "python"}
+    assert {name for name, _ in BLOCKS} == {"sql", "sh", "python", "psql"}
 
 
 @pytest.fixture

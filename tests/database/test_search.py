@@ -22,11 +22,10 @@ ENGINES = ("faiss", "pgvector", "auto")
 
 def search(db: Connection, query: bytes | int, k: int = 10, **options: Any) -> list[Any]:
     """Rows (rank, image_id, distance, similarity) of collection ``images``."""
-    kinds = {"filter": "jsonb", "candidates": "bigint[]", "max_distance": "real", "engine": "text"}
-    extra = "".join(f", {name} => %({name})s::{kinds.get(name, 'text')}" for name in options)
-    kind = "bytea" if isinstance(query, bytes) else "bigint"
+    extra = "".join(f", {name} => %({name})s" for name in options)
+    kind = "image" if isinstance(query, bytes) else "image_id"
     return db.execute(
-        f"SELECT * FROM similar_images(%(query)s::{kind}, k => %(k)s{extra})",
+        f"SELECT * FROM similar_images({kind} => %(query)s, k => %(k)s{extra})",
         {"query": query, "k": k, **options},
     ).fetchall()
 
@@ -433,7 +432,8 @@ def test_one_statement_sees_one_snapshot(db: Connection, ids: list[int]) -> None
     """A statement that deletes and searches sees the rows as they were when it began."""
     row = db.execute(
         "WITH gone AS (DELETE FROM images RETURNING image_id)"
-        " SELECT (SELECT count(*) FROM similar_images(%s, k => 400)), (SELECT count(*) FROM gone)",
+        " SELECT (SELECT count(*) FROM similar_images(image_id => %s, k => 400)),"
+        " (SELECT count(*) FROM gone)",
         (ids[0],),
     ).fetchone()
     assert row == (299, 300)
@@ -745,10 +745,10 @@ def test_searches_in_a_row_notice_every_change(
 
     def check(session: Connection) -> list[tuple[object, ...]]:
         found = []
-        for argument, value in (("%s", image), ("%s::bigint", ids[5])):
+        for argument, value in (("image", image), ("image_id", ids[5])):
             query = (
                 "SELECT rank, image_id, round(distance::numeric, 4)"
-                f" FROM similar_images({argument}, k => 12, engine => %s)"
+                f" FROM similar_images({argument} => %s, k => 12, engine => %s)"
             )
             exact = session.execute(query, (value, "pgvector")).fetchall()
             for _ in range(2):

@@ -154,7 +154,9 @@ def answers(db: Connection, pictures: Pictures) -> list[Any]:
     query = pictures.files[70]
     return [
         db.execute(SEARCH, (query,)).fetchall(),
-        db.execute("SELECT image_id, distance FROM similar_images(8::bigint, k => 25)").fetchall(),
+        db.execute(
+            "SELECT image_id, distance FROM similar_images(image_id => 8::bigint, k => 25)"
+        ).fetchall(),
         db.execute(
             "SELECT image_id FROM similar_images(%s, engine => 'faiss', k => 25)", (query,)
         ).fetchall(),

@@ -402,7 +402,7 @@ def test_privileges(
         "SELECT siamese.drop_collection('t')",
         "SELECT siamese.backfill('t')",
         "SELECT siamese._forget_vectors(2, '{1}')",
-        "SELECT siamese.similar_images(1::bigint, collection => 't')",
+        "SELECT siamese.similar_images(image_id => 1::bigint, collection => 't')",
     ):
         with sql_error("42501", "permission denied"):
             session.execute(statement)

@@ -276,7 +276,7 @@ def test_flips_in_a_large_file(
     assert len(whole) > vectors.nbytes
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = (np.argsort(1 - unit @ unit[4999])[1:6] + 1).tolist()
-    search = "SELECT image_id FROM similar_images(5000, 5, engine => %s)"
+    search = "SELECT image_id FROM similar_images(image_id => 5000, k => 5, engine => %s)"
     places = random.integers(len(whole), size=4).tolist()
     for place in (0, *places, len(whole) - 1):
         put(path, whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])

@@ -48,7 +48,7 @@ def test_corrupted_onnx(
         with sql_error(*ERROR):
             session.execute(statement, (images.files[150],))
     # What needs no encoder goes on.
-    assert len(session.execute("SELECT similar_images(7, k => 200)").fetchall()) == 99
+    assert len(session.execute("SELECT similar_images(image_id => 7, k => 200)").fetchall()) == 99
     session.execute("DELETE FROM siamese.images WHERE image_id = 9")
     session.execute("SELECT build_index()")
     row = session.execute("SELECT ok, detail FROM self_check() WHERE subject ~ ': model$'")
@@ -78,9 +78,9 @@ def test_another_sha256(db: Connection, connect: Connect, images: Gallery) -> No
     session = connect()
     with sql_error(*ERROR):
         session.execute("SELECT embed_image(%s)", (images.files[0],))
-    assert len(session.execute("SELECT similar_images(7)").fetchall()) == 10
+    assert len(session.execute("SELECT similar_images(image_id => 7)").fetchall()) == 10
     with sql_error("55000", "belongs to another build"):
-        session.execute("SELECT similar_images(7, engine => 'faiss')")
+        session.execute("SELECT similar_images(image_id => 7, engine => 'faiss')")
     db.execute("UPDATE siamese.models SET sha256 = encode(sha256(onnx), 'hex')")
     check_answers(connect(), images, "faiss", "mended")
 

@@ -72,11 +72,18 @@ def test_without_onnxruntime(
                 session.execute(statement, (images.files[150],))
         assert db.execute("SELECT count(*) FROM siamese.images").fetchone() == (100,)
         assert (
-            len(session.execute("SELECT similar_images(5, 99, engine => 'faiss')").fetchall()) == 99
+            len(
+                session.execute(
+                    "SELECT similar_images(image_id => 5, k => 99, engine => 'faiss')"
+                ).fetchall()
+            )
+            == 99
         )
         session.execute("DELETE FROM siamese.images WHERE image_id < 10")
         session.execute("SELECT build_index()")
-        assert len(session.execute("SELECT similar_images(50, 99)").fetchall()) == 90
+        assert (
+            len(session.execute("SELECT similar_images(image_id => 50, k => 99)").fetchall()) == 90
+        )
         assert "package onnxruntime" in failed_checks(session)
     check_repair(connect, images)
 

@@ -27,8 +27,8 @@ def columns(monkeypatch: pytest.MonkeyPatch) -> None:
                 "name": name,
                 "quoted": name if name.isalpha() else '"' + name.replace('"', '""') + '"',
                 "type": types.get(name, "text"),
-                "is_array": name == "list",
-                "is_binary": name == "data",
+                "base": types.get(name, "text"),
+                "is_opaque": name in ("list", "data"),
                 "operator_schema": "pg_catalog",
             }
             for name in names
@@ -59,10 +59,10 @@ def test_no_filter(text: str | None) -> None:
         ),
         ('{"label": null}', "b.label IS NULL", [], []),
         (
-            '{"n": [1, "2", 3.50]}',
-            "b.n OPERATOR(pg_catalog.=) ANY(CAST($1 AS integer[]))",
+            '{"n": [1, "2", 3.50, 4.0]}',
+            "(b.n OPERATOR(pg_catalog.=) ANY(CAST($1 AS integer[])))",
             ["text[]"],
-            [["1", "2", "3.50"]],
+            [["1", "2", "4"]],
         ),
         (
             '{"n": [1, null]}',
@@ -70,7 +70,9 @@ def test_no_filter(text: str | None) -> None:
             ["text[]"],
             [["1"]],
         ),
-        ('{"n": []}', "b.n OPERATOR(pg_catalog.=) ANY(CAST($1 AS integer[]))", ["text[]"], [[]]),
+        ('{"n": []}', "false", [], []),
+        ('{"n": {">": 1.5}}', "b.n OPERATOR(pg_catalog.>) CAST($1 AS numeric)", ["text"], ["1.5"]),
+        ('{"n": {"<>": null}}', "b.n IS NOT NULL", [], []),
     ],
 )
 def test_condition(text: str, clause: str, types: list[str], values: list[Any]) -> None:
@@ -110,7 +112,7 @@ def test_not_an_object(text: str) -> None:
     assert caught.value.sqlstate == "22023"
 
 
-@pytest.mark.parametrize("value", ['{"a": 1}', "[[1]]", "[{}]"])
+@pytest.mark.parametrize("value", ['{"=": {"a": 1}}', "[[1]]", "[{}]"])
 def test_not_a_scalar(value: str) -> None:
     with pytest.raises(SiameseError, match='column "n" is not a scalar') as caught:
         conditions(f'{{"n": {value}}}')

@@ -27,12 +27,12 @@ def source() -> str:
     return "\n".join(file.read_text() for file in files)
 
 
-def replaceable() -> str:
-    """Return what an upgrade replaces as a whole: functions, views and all comments, as now.
+def replaceable(script: str) -> str:
+    """Return what an upgrade to an install script replaces: functions, views and all comments.
 
     Each function's body names the version, so every upgrade replaces every one of them.
     """
-    text = re.sub(r"^\\.*\n|^--.*\n", "", source(), flags=re.MULTILINE)
+    text = re.sub(r"^\\.*\n|^--.*\n", "", script, flags=re.MULTILINE)
     result = []
     for found in _STATEMENT.finditer(text):
         statement = found[0].strip()
@@ -76,8 +76,12 @@ def files(site_packages: Path | str) -> dict[str, str]:
             continue
         if REPLACEABLE not in text:
             raise SetupError(f"{file} has no line {REPLACEABLE.strip()}")
-        text = text.replace(REPLACEABLE, replaceable())
-        result[file.name] = _filled(text, site_packages, version())
+        # On the way to the current version, what is passed through is what it was.
+        target = versions[1]
+        frozen = ROOT / "migrations" / f"pg_siamese--{target}.sql"
+        script = source() if target == version() else frozen.read_text()
+        text = text.replace(REPLACEABLE, replaceable(script))
+        result[file.name] = _filled(text, site_packages, target)
     return result
 
 
