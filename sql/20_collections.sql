@@ -71,7 +71,7 @@ SELECT pg_catalog.pg_extension_config_dump('siamese.failures', '');
 
 CREATE FUNCTION siamese._on_change() RETURNS trigger
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
@@ -83,7 +83,7 @@ IS 'statement trigger of a collection''s table: keeps the vectors in step with t
 CREATE FUNCTION siamese.backfill(collection text DEFAULT 'images', max_rows bigint DEFAULT 9223372036854775807)
 RETURNS bigint
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')

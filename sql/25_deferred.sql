@@ -651,7 +651,7 @@ COMMENT ON FUNCTION siamese._embed_pending(text, bigint) IS 'embed queued rows; 
 CREATE FUNCTION siamese.embed_pending(collection text DEFAULT '', max_rows bigint DEFAULT 9223372036854775807)
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     answer text[] := siamese._embed_pending(collection, max_rows);

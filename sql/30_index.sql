@@ -19,7 +19,7 @@ CREATE FUNCTION siamese.build_index(
     threads bigint DEFAULT 0
 ) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     answer text[] := siamese._build_index(collection, m, ef_construction, target_recall, threads);
@@ -45,7 +45,7 @@ COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'make a standby''s file; retu
 
 CREATE FUNCTION siamese.rebuild_file(collection text DEFAULT 'images') RETURNS bigint
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     answer text[] := siamese._rebuild_file(collection);
@@ -71,7 +71,6 @@ COMMENT ON FUNCTION siamese._warm_up(text) IS 'open model and index; returns arr
 CREATE FUNCTION siamese.warm_up(collection text DEFAULT 'images')
 RETURNS TABLE (engine text, detail text)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 2
-SET jit = off
 AS $$
 DECLARE
     answer text[] := siamese._warm_up(collection);

@@ -143,7 +143,6 @@ CREATE FUNCTION siamese.similar_images(
     image_id bigint DEFAULT NULL
 ) RETURNS SETOF siamese.similar_image
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
-SET jit = off
 AS $$
 DECLARE
     answer text[] := siamese._similar_images(
@@ -290,7 +289,6 @@ CREATE FUNCTION siamese.classify_image(
     image_id siamese.key DEFAULT NULL
 ) RETURNS TABLE (label text, votes integer, share real)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 5
-SET jit = off
 AS $$
 DECLARE
     answer text[] := siamese._classify_image(

@@ -10,7 +10,7 @@ IS 'embed or compare images; returns the result or an error';
 
 CREATE FUNCTION siamese.embed_image(image bytea, model text DEFAULT '') RETURNS vector
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     answer text[] := siamese._compare_images('embed_image', ARRAY[image], model);
@@ -25,7 +25,7 @@ COMMENT ON FUNCTION siamese.embed_image(bytea, text) IS 'embedding of an image';
 
 CREATE FUNCTION siamese.image_distance(a bytea, b bytea, model text DEFAULT '') RETURNS real
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     answer text[] := siamese._compare_images('image_distance', ARRAY[a, b], model);
@@ -41,7 +41,7 @@ IS 'distance of two images in the metric of a model';
 
 CREATE FUNCTION siamese.same_class(a bytea, b bytea, model text DEFAULT '') RETURNS real
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     answer text[] := siamese._compare_images('same_class', ARRAY[a, b], model);
@@ -57,7 +57,7 @@ IS 'probability that two images match, by a model''s Siamese head';
 
 CREATE FUNCTION siamese.any_two_match(VARIADIC images bytea[]) RETURNS boolean
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     answer text[] := siamese._compare_images('any_two_match', images, '');

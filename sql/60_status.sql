@@ -45,7 +45,7 @@ COMMENT ON FUNCTION siamese._collection_counts(integer) IS 'counts for the view 
 
 CREATE FUNCTION siamese._generation_file(collection_id integer, generation bigint) RETURNS text
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
@@ -161,7 +161,7 @@ IS 'queued rows of deferred collections, and their rate';
 
 CREATE FUNCTION siamese.self_check() RETURNS TABLE (subject text, ok boolean, detail text)
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
+SET search_path = pg_catalog, pg_temp
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')

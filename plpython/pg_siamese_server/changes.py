@@ -18,7 +18,7 @@ from pg_siamese_server import batches, deferred, interrupts, models, vectors
 from pg_siamese_server.batches import FIRST_ROWS, next_portion
 from pg_siamese_server.catalog import Collection, collection_by_id, collection_by_name, prepare
 from pg_siamese_server.encoder import Encoder
-from pg_siamese_server.errors import ImageError, SiameseError
+from pg_siamese_server.errors import ImageError, SiameseError, counted
 
 NOTICE_SECONDS = 2.0
 # Text only: an exception would hold on to its frames, and so to an open cursor.
@@ -231,7 +231,7 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     left = plpy.execute(missing_query(collection, "count(*) AS n") + " AND f.key IS NULL")[0]["n"]
     if left and max_rows is None:
         plpy.notice(
-            f'{left} rows of collection "{collection.name}" are not embedded yet,'
+            f'{counted(left, "row")} of collection "{collection.name}" left out,'
             " because other transactions were changing them",
             hint="Call backfill again.",
         )

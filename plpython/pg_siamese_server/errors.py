@@ -96,6 +96,11 @@ FILE_ERRORS = {
 }
 
 
+def counted(number: int, thing: str) -> str:
+    """Return a number with what it counts: 1 row, 2,000 rows."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def file_error(error: OSError) -> SiameseError:
     """Say what went wrong with an index file, and what to do; nothing else writes files."""
     sqlstate, hint = FILE_ERRORS.get(error.errno or 0, (IO_ERROR, None))

@@ -31,6 +31,30 @@ def _find_flag() -> ctypes.c_int:
 _flag = _find_flag()
 
 
+def _find_jit() -> ctypes.c_bool:
+    try:
+        return ctypes.c_bool.in_dll(ctypes.CDLL(None), "jit_enabled")
+    except ValueError:
+        return ctypes.c_bool(False)
+
+
+# What PostgreSQL's setting ``jit`` sets. A SET clause of a function costs as much as a tenth of a
+# search.
+_jit = _find_jit()
+
+
+def stop_jit() -> bool:
+    """Plan without JIT from now on, which takes longer than our statements; returns what was."""
+    before = bool(_jit.value)
+    _jit.value = False
+    return before
+
+
+def resume_jit(before: bool) -> None:
+    """Plan as before :func:`stop_jit`."""
+    _jit.value = before
+
+
 def pending() -> bool:
     """Whether PostgreSQL has an interrupt waiting (a cancel, a time-out, a shutdown, or others)."""
     return bool(_flag.value)

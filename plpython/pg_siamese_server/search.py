@@ -30,6 +30,7 @@ from pg_siamese_server.errors import (
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     IndexFileError,
     SiameseError,
+    counted,
 )
 from pg_siamese_server.filters import Conditions, parse
 
@@ -158,7 +159,7 @@ def _without_vector(plpy: Any, request: Request, collection: Collection) -> Answ
             hint="Such rows are listed in embedding_failures or wait in a queue. This is said"
             " once in a session.",
         )
-    return Answer(collection, [], [])
+    return Answer(collection, [], [], None)
 
 
 def _key_type(collection: Collection) -> str:
@@ -402,7 +403,12 @@ def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
     spec = encoder.spec.input
     blank = np.zeros((1, spec.height, spec.width, spec.channels), dtype=np.uint8)
     encoder.embed(blank, partial(interrupts.check, plpy))
-    result = [("onnxruntime", f"{collection.dimension} dimensions, {spec.width} x {spec.height}")]
+    result = [
+        (
+            "onnxruntime",
+            f"{counted(collection.dimension, 'dimension')}, {spec.width} x {spec.height}",
+        )
+    ]
     if state["generation"] is None:
         return [*result, ("pgvector", "no index generation yet")]
     try:

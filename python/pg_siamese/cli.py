@@ -29,6 +29,7 @@ from pg_siamese.terminal import (
     worker_line,
 )
 from pg_siamese.training.cli import calibrate_domain_command, export_command, train_command
+from pg_siamese_server.errors import counted
 
 if TYPE_CHECKING:
     from pg_siamese.datasets import LeftOut
@@ -425,7 +426,7 @@ def worker(
         with running.signals.handled():
             totals = running.run()
     failed = f", {totals.failed:,} failed" if totals.failed else ""
-    output().print(f"{totals.stored:,} rows embedded{failed}")
+    output().print(f"{counted(totals.stored, 'row')} embedded{failed}")
     if once and running.failures:
         name, reason = next(iter(running.failures.items()))
         raise CommandError(f'collection "{name}" could not be embedded: {reason}')

@@ -23,6 +23,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from pg_siamese_server.errors import counted
+
 if TYPE_CHECKING:
     import psycopg
 
@@ -101,7 +103,7 @@ class WorkerLine:
         now = time.monotonic()
         rate = totals.stored / max(now - self._began, 1e-3)
         failed = f", {totals.failed:,} failed" if totals.failed else ""
-        text = f"{totals.stored:,} rows embedded ({rate:,.0f}/s){failed}"
+        text = f"{counted(totals.stored, 'row')} embedded ({rate:,.0f}/s){failed}"
         self._progress.update(self._task, description=text)
         if not self._progress.console.is_terminal and now - self._logged >= self.LOG_SECONDS:
             self._logged = now

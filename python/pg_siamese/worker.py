@@ -28,7 +28,7 @@ import pg_siamese_server
 from pg_siamese.connection import CommandError, NoServerError, connect, describe_error
 from pg_siamese_server.deferred import Results, Row, embed_batch
 from pg_siamese_server.encoder import Encoder, ModelSpec
-from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.errors import SiameseError, counted
 
 CHANNEL = "pg_siamese_queue"
 # A batch ends after this, so that its locks go and others see its vectors.
@@ -308,7 +308,7 @@ class Worker:
         given_up = int(row[0]) if row else 0
         if given_up:
             self.totals.failed += given_up
-            self.say(f'{given_up} rows of "{name}" are given up: workers died of each')
+            self.say(f'{counted(given_up, "row")} of "{name}" given up: workers died each time')
         return given_up
 
     def _judge(self, collection_id: int, name: str, error: psycopg.Error) -> None:

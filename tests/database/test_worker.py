@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def slow(db: Connection, dsn: str, pictures: Pictures) -> Iterator[Table]:
 
 
 def stored_by(out: str) -> int:
-    return int(out.split(" rows embedded")[0].splitlines()[-1].replace(",", ""))
+    return int(re.split(" rows? embedded", out)[0].splitlines()[-1].replace(",", ""))
 
 
 def test_once(table: Table) -> None:
@@ -272,13 +273,13 @@ def test_an_image_that_kills_workers_is_given_up(table: Table) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
         statuses.append(done.returncode)
     assert statuses == [-signal.SIGKILL] * 4 + [0], done.stderr
-    assert '1 rows of "t" are given up' in done.stderr.replace("\n", " ")
+    assert '1 row of "t" given up' in done.stderr.replace("\n", " ")
     failures = table.db.execute("SELECT key, sqlstate, message FROM embedding_failures").fetchall()
     assert failures == [("50", "58000", "workers died each time that they embedded this row")]
     assert (table.embedded(), table.waiting()) == (100, 0)
     assert table.value("SELECT count(*) FROM siamese.embedding_attempts") == 0
     table.db.execute("UPDATE t SET image = %s WHERE id = 50", (table.files[1],))
-    assert table.run("--once")[:2] == (0, "1 rows embedded\n")
+    assert table.run("--once")[:2] == (0, "1 row embedded\n")
     table.check()
 
 
@@ -307,7 +308,7 @@ def test_a_broken_model_blocks_no_other(table: Table) -> None:
     assert 'collection "a"' in err and "SHA-256" in err
     table.check()
     table.db.execute("UPDATE siamese.models SET onnx = %b WHERE name = 'grid'", (onnx,))
-    assert table.run("--once")[:2] == (0, "1 rows embedded\n")
+    assert table.run("--once")[:2] == (0, "1 row embedded\n")
 
 
 def test_woken_by_a_notification(table: Table) -> None:
