@@ -100,6 +100,10 @@ AS $$
 DECLARE
     item record;
 BEGIN
+    -- A dump of an earlier version has none.
+    PERFORM siamese._create_vectors_view(c.collection_id) FROM siamese.collections AS c
+    WHERE siamese._vectors_view(c.collection_id) IS NULL
+        AND to_regclass(format('siamese.embedding_%s', c.collection_id)) IS NOT NULL;
     FOR item IN
         SELECT r.rolname::text AS role, bool_or(p.proname = 'embed_image') AS is_reader,
             bool_or(p.proname = 'drop_model') AS is_admin, bool_or(p.proname = '_take_tickets') AS is_worker
@@ -120,7 +124,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.renew_grants()
-IS 'after an upgrade, give roles what grant_usage, grant_admin and grant_worker grant now';
+IS 'renew grants and views of vectors after an upgrade';
 
 REVOKE ALL ON ALL TABLES IN SCHEMA siamese FROM public;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA siamese FROM public;

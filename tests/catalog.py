@@ -59,6 +59,17 @@ QUERIES: Mapping[str, str] = {
         LEFT JOIN pg_attrdef AS d ON d.adrelid = o.oid AND d.adnum = a.attnum
         WHERE relnamespace = 'siamese'::regnamespace AND relkind IN ('r', 'v') AND a.attnum > 0
             AND NOT a.attisdropped AND {_OWN}""",
+    "type": f"""
+        SELECT concat('type ', o.oid::regtype), concat_ws(' | ', typowner::regrole,
+            {_MEMBER.format("'pg_type'")}, typlen, typalign, typstorage, typcategory, typinput,
+            typoutput, typreceive, typsend, {_ACL.format("typacl")}, obj_description(oid))
+        FROM pg_type AS o WHERE typnamespace = 'siamese'::regnamespace AND typtype = 'b'
+            AND typelem = 0 AND {_OWN}""",
+    "cast": f"""
+        SELECT concat('cast ', castsource::regtype, ' as ', casttarget::regtype),
+            concat_ws(' | ', castcontext, castmethod, {_MEMBER.format("'pg_cast'")})
+        FROM pg_cast AS o JOIN pg_type AS t ON t.oid = o.casttarget
+        WHERE t.typnamespace = 'siamese'::regnamespace AND t.typelem = 0 AND {_OWN}""",
     "constraint": """
         SELECT concat('constraint ', conrelid::regclass, '.', conname), concat_ws(' | ',
             pg_get_constraintdef(oid), convalidated, obj_description(oid))

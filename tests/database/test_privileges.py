@@ -19,7 +19,10 @@ OWN = """
 FUNCTIONS = f"""
     SELECT concat('siamese.', proname, '(', (SELECT string_agg(CASE WHEN u = 'anyelement'::regtype
             THEN 'NULL::siamese.images' WHEN u = 'bytea[]'::regtype AND provariadic <> 0
-            THEN 'VARIADIC NULL::bytea[]' ELSE concat('NULL::', u::regtype) END, ', ')
+            THEN 'VARIADIC NULL::bytea[]'
+            -- Types of the extension can't be named without the schema.
+            WHEN u::regtype::text ~ '^(siamese[.])?(filter|key)' THEN 'NULL'
+            ELSE concat('NULL::', u::regtype) END, ', ')
         FROM unnest(proargtypes) AS u), ')')
     FROM pg_proc AS o
     WHERE pronamespace = 'siamese'::regnamespace AND prorettype <> 'trigger'::regtype AND {OWN}

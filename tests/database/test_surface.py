@@ -536,6 +536,9 @@ def test_view_of_vectors(db: Connection, ids: list[int], pictures: Pictures) -> 
         (pictures.files[0],),
     ).fetchall()
     assert rows == nearest
+    # As after a dump of an earlier version.
+    db.execute("DROP VIEW siamese.vectors_images; SELECT renew_grants()")
+    assert db.execute("SELECT count(*) FROM siamese.vectors_images").fetchone() == (40,)
     db.execute("UPDATE siamese.collections SET name = 'renamed' WHERE name = 'images'")
     assert db.execute("SELECT count(*) FROM siamese.vectors_renamed").fetchone() == (40,)
     db.execute("SELECT drop_collection('renamed')")
