@@ -323,6 +323,8 @@ def _request(
             k=k, collection=collection, filter=filter_, max_distance=max_distance, engine=engine
         )
     assert max_distance is not None
+    while candidates and isinstance(candidates[0], list):  # of several dimensions
+        candidates = [one for part in candidates for one in part]
     return _search.Request(
         collection,
         image,

@@ -103,6 +103,15 @@ def test_neither_or_both_of_image_and_key(
             db.execute(f"SELECT {call}", (pictures.files[0],))
 
 
+def test_candidates_of_two_dimensions(db: Connection, ids: list[int], pictures: Pictures) -> None:
+    """As array_agg makes them of arrays."""
+    rows = db.execute(
+        "SELECT image_id FROM similar_images(%s, candidates => '{{1,2},{3,NULL}}')",
+        (pictures.files[0],),
+    ).fetchall()
+    assert {row[0] for row in rows} == {1, 2, 3}
+
+
 # Searches by a stored key, of every type.
 
 
