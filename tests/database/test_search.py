@@ -700,7 +700,7 @@ def test_a_filter_reads_what_qualifies(large: Large) -> None:
         large.db.execute("CLUSTER t USING t_pkey")
         large.db.execute("CREATE INDEX ON t (n)")
         large.db.execute("ANALYZE t")
-        arguments = "5, k => 10, collection => 't', filter => '{\"n\": 7}'"
+        arguments = "image_id => 5, k => 10, collection => 't', filter => '{\"n\": 7}'"
         search = f"SELECT * FROM similar_images({arguments})"
         for _ in range(8):  # catalogues, and plans that stay
             pages(search)
