@@ -60,7 +60,9 @@ def similarities(db: Connection, query: bytes | int, **arguments: Any) -> list[f
     """The column ``similarity`` of the nearest five, after a look at the distances."""
     named = "".join(f", {name} => %s" for name in arguments)
     rows = db.execute(
-        f"SELECT distance, similarity FROM similar_images(%s, k => 5{named})",
+        "SELECT distance, similarity"
+        f" FROM similar_images({'image' if isinstance(query, bytes) else 'image_id'} => %s,"
+        f" k => 5{named})",
         (query, *arguments.values()),
     ).fetchall()
     assert len(rows) == 5
