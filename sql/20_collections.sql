@@ -10,7 +10,9 @@ CREATE TABLE siamese.collections (
     generation bigint,
     epoch bigint NOT NULL DEFAULT 0,
     created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
-    embed text NOT NULL DEFAULT 'sync' CHECK (embed IN ('sync', 'deferred'))
+    embed text NOT NULL DEFAULT 'sync' CHECK (embed IN ('sync', 'deferred')),
+    max_bytes bigint CHECK (max_bytes > 0),
+    max_pixels bigint CHECK (max_pixels > 0)
 );
 COMMENT ON TABLE siamese.collections IS 'tables whose images are embedded and searched';
 COMMENT ON COLUMN siamese.collections.relation IS 'the table that holds the images';
@@ -18,6 +20,9 @@ COMMENT ON COLUMN siamese.collections.on_error
 IS 'what a bad image does: reject the statement, or go to embedding_failures';
 COMMENT ON COLUMN siamese.collections.embed
 IS 'when images are embedded: sync, by the statement itself, or deferred, by workers or embed_pending';
+COMMENT ON COLUMN siamese.collections.key_type IS 'integer, bigint, uuid or text; what keys are compared as';
+COMMENT ON COLUMN siamese.collections.max_bytes IS 'largest image file; NULL: the model''s limit';
+COMMENT ON COLUMN siamese.collections.max_pixels IS 'largest width x height; NULL: the model''s limit';
 COMMENT ON COLUMN siamese.collections.generation IS 'current FAISS generation, if any';
 COMMENT ON COLUMN siamese.collections.epoch IS 'counts truncations: a build begun before one is void';
 
@@ -75,7 +80,7 @@ SET search_path = pg_catalog, pg_temp
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
-GD['pg_siamese @VERSION@'].on_change(plpy, TD['event'], int(TD['args'][0]))
+GD['pg_siamese @VERSION@'].on_change(plpy, TD['event'], int(TD['args'][0]), int(TD['relid']))
 $python$;
 COMMENT ON FUNCTION siamese._on_change()
 IS 'statement trigger of a collection''s table: keeps the vectors in step with the images';
@@ -90,7 +95,7 @@ if 'pg_siamese @VERSION@' not in GD:
 return GD['pg_siamese @VERSION@'].backfill(plpy, collection, max_rows)
 $python$;
 COMMENT ON FUNCTION siamese.backfill(text, bigint)
-IS 'embed the rows of a collection that have no vector yet, and remove vectors without a row; returns rows embedded';
+IS 'embed rows without their image''s vector; returns how many';
 
 CREATE FUNCTION siamese._check_owner(relation regclass) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -156,6 +161,29 @@ END
 $$;
 COMMENT ON FUNCTION siamese._create_images_table() IS 'create the ready-made table of images';
 
+CREATE FUNCTION siamese._compared_type(type oid) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    base oid := type;
+    known text;
+BEGIN
+    LOOP
+        -- Each is compared with the type that it is mapped to by indexable operators of pg_catalog.
+        known := CASE base
+            WHEN 'int2'::regtype THEN 'integer' WHEN 'int4'::regtype THEN 'integer'
+            WHEN 'int8'::regtype THEN 'bigint' WHEN 'uuid'::regtype THEN 'uuid'
+            WHEN 'text'::regtype THEN 'text' WHEN 'varchar'::regtype THEN 'text' END;
+        EXIT WHEN known IS NOT NULL;
+        SELECT t.typbasetype INTO base FROM pg_type AS t WHERE t.oid = base AND t.typtype = 'd';
+        EXIT WHEN NOT FOUND;
+    END LOOP;
+    RETURN known;
+END
+$$;
+COMMENT ON FUNCTION siamese._compared_type(oid) IS 'type that keys are compared as, or NULL';
+
 CREATE FUNCTION siamese._key_type(relation regclass, column_name text) RETURNS text
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
@@ -163,6 +191,7 @@ AS $$
 DECLARE
     attribute pg_attribute;
     type_name text;
+    constraint_name text;
 BEGIN
     SELECT a.* INTO attribute FROM pg_attribute AS a
     WHERE a.attrelid = relation AND a.attname = column_name AND a.attnum > 0 AND NOT a.attisdropped;
@@ -170,17 +199,27 @@ BEGIN
         RAISE EXCEPTION 'column "%" of table % does not exist', column_name, relation
         USING ERRCODE = 'undefined_column';
     END IF;
-    type_name := format_type(attribute.atttypid, NULL);
-    IF type_name NOT IN ('integer', 'bigint', 'uuid', 'text') THEN
-        RAISE EXCEPTION 'key column "%" has type %', column_name, type_name
+    type_name := siamese._compared_type(attribute.atttypid);
+    IF type_name IS NULL THEN
+        RAISE EXCEPTION 'key column "%" has type %', column_name,
+            format_type(attribute.atttypid, attribute.atttypmod)
         USING ERRCODE = 'feature_not_supported',
-            HINT = 'Keys of type integer, bigint, uuid and text are supported.';
+            HINT = 'Keys of type smallint, integer, bigint, uuid, text and varchar, and of domains over these, are supported.';
     END IF;
     IF EXISTS (
         SELECT FROM pg_collation AS l WHERE l.oid = attribute.attcollation AND NOT l.collisdeterministic
     ) THEN
         RAISE EXCEPTION 'key column "%" has a nondeterministic collation', column_name
         USING ERRCODE = 'feature_not_supported';
+    END IF;
+    -- From PostgreSQL 18 on, NOT NULL may be NOT VALID: rows from before may hold NULL.
+    SELECT k.conname INTO constraint_name FROM pg_constraint AS k
+    WHERE k.conrelid = relation AND k.contype = 'n' AND k.conkey = ARRAY[attribute.attnum] AND NOT k.convalidated;
+    IF FOUND THEN
+        RAISE EXCEPTION 'column "%" of table % is not a key', column_name, relation
+        USING ERRCODE = 'invalid_table_definition',
+            DETAIL = format('Its constraint "%s" is NOT VALID, so rows may hold NULL.', constraint_name),
+            HINT = format('Run ALTER TABLE %s VALIDATE CONSTRAINT %I.', relation, constraint_name);
     END IF;
     IF NOT attribute.attnotnull OR NOT EXISTS (
         SELECT FROM pg_index AS i
@@ -196,98 +235,207 @@ END
 $$;
 COMMENT ON FUNCTION siamese._key_type(regclass, text) IS 'check a key column and return its type';
 
-CREATE FUNCTION siamese._check_relation(relation regclass, image_column text) RETURNS void
+CREATE FUNCTION siamese._obstacle(relation regclass, OUT kind text, OUT hint text)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     class pg_class;
-    type_name text;
+    parent regclass;
+    child regclass;
 BEGIN
     SELECT c.* INTO class FROM pg_class AS c WHERE c.oid = relation;
-    IF class.relkind <> 'r' OR class.relispartition OR class.relpersistence <> 'p'
-        OR EXISTS (SELECT FROM pg_inherits AS i WHERE relation IN (i.inhparent, i.inhrelid))
-        OR class.relforcerowsecurity
-    THEN
-        RAISE EXCEPTION '% cannot be a collection', relation
+    SELECT i.inhparent INTO parent FROM pg_inherits AS i WHERE i.inhrelid = relation LIMIT 1;
+    SELECT i.inhrelid INTO child FROM pg_inherits AS i WHERE i.inhparent = relation LIMIT 1;
+    CASE
+    WHEN class.relkind = 'p' THEN
+        kind := 'partitioned table';
+        hint := 'Keep the images in an ordinary table that the rows of this one refer to.';
+    WHEN class.relkind IN ('v', 'm') THEN
+        kind := CASE class.relkind WHEN 'v' THEN 'view' ELSE 'materialized view' END;
+        hint := 'Create the collection on the table that holds the images, and join searches with the view.';
+    WHEN class.relkind = 'f' THEN
+        kind := 'foreign table';
+        hint := 'Copy its rows into an ordinary table, or create the collection on the server that has them.';
+    WHEN class.relkind <> 'r' THEN
+        kind := 'relation';
+        hint := 'Name a table.';
+    WHEN class.relpersistence = 't' THEN
+        kind := 'temporary table';
+        hint := 'Copy its rows into a permanent table.';
+    WHEN class.relpersistence = 'u' THEN
+        kind := 'unlogged table';
+        hint := format('Run ALTER TABLE %s SET LOGGED.', relation);
+    WHEN class.relispartition THEN
+        kind := 'partition';
+        hint := format('Run ALTER TABLE %s DETACH PARTITION %s, or keep the images in an ordinary table.', parent, relation);
+    WHEN parent IS NOT NULL THEN
+        kind := 'child table';
+        hint := format('Run ALTER TABLE %s NO INHERIT %s.', relation, parent);
+    WHEN child IS NOT NULL THEN
+        kind := 'parent table';
+        hint := format('Run ALTER TABLE %s NO INHERIT %s for each child.', child, relation);
+    WHEN class.relforcerowsecurity THEN
+        kind := 'table with forced row-level security';
+        hint := format('Run ALTER TABLE %s NO FORCE ROW LEVEL SECURITY: its owner must see all rows.', relation);
+    ELSE
+        NULL;
+    END CASE;
+END
+$$;
+COMMENT ON FUNCTION siamese._obstacle(regclass) IS 'why a table can''t be a collection, if it can''t';
+
+CREATE FUNCTION siamese._check_relation(relation regclass, image_column text) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    obstacle record;
+    attribute pg_attribute;
+BEGIN
+    SELECT o.* INTO obstacle FROM siamese._obstacle(relation) AS o;
+    IF obstacle.kind IS NOT NULL THEN
+        RAISE EXCEPTION '% % cannot be a collection', obstacle.kind, relation
         USING ERRCODE = 'feature_not_supported',
-            DETAIL = 'A collection is an ordinary, permanent table without partitions or inheritance, whose owner sees all rows.';
+            DETAIL = 'A collection is an ordinary, permanent table without partitions or inheritance, whose owner sees all rows.',
+            HINT = obstacle.hint;
     END IF;
-    SELECT format_type(a.atttypid, NULL) INTO type_name FROM pg_attribute AS a
+    SELECT a.* INTO attribute FROM pg_attribute AS a
     WHERE a.attrelid = relation AND a.attname = image_column AND a.attnum > 0 AND NOT a.attisdropped;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'column "%" of table % does not exist', image_column, relation
         USING ERRCODE = 'undefined_column';
     END IF;
-    IF type_name <> 'bytea' THEN
-        RAISE EXCEPTION 'image column "%" has type %, not bytea', image_column, type_name
+    IF attribute.atttypid <> 'bytea'::regtype THEN
+        RAISE EXCEPTION 'image column "%" has type %, not bytea', image_column,
+            format_type(attribute.atttypid, attribute.atttypmod)
         USING ERRCODE = 'datatype_mismatch';
+    END IF;
+    -- From PostgreSQL 18 on: triggers see no value, and no UPDATE that changes it.
+    IF attribute.attgenerated = 'v' THEN
+        RAISE EXCEPTION 'image column "%" is a virtual generated column', image_column
+        USING ERRCODE = 'feature_not_supported', HINT = 'Make it a stored one (STORED).';
     END IF;
 END
 $$;
 COMMENT ON FUNCTION siamese._check_relation(regclass, text) IS 'check a table and its image column';
 
-CREATE FUNCTION siamese._give_to_owner(collection_id integer) RETURNS void
+CREATE FUNCTION siamese._check_local() RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- Numbers drawn here would meet those that come from the publisher, and end the replication.
+    IF EXISTS (
+        SELECT FROM pg_subscription_rel AS s
+        WHERE s.srrelid IN ('siamese.collections'::regclass, 'siamese.generations'::regclass)
+    ) THEN
+        RAISE EXCEPTION 'tables of schema siamese are replicated into this database'
+        USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = 'A subscription brings collections and index generations from the publisher.',
+            HINT = 'Publish the tables of images by name instead of all tables, and refresh the subscription (docs/operations.md).';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._check_local() IS 'refuse where a subscription brings collections';
+
+CREATE FUNCTION siamese._next_generation() RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    owner text;
-    signature text;
+    sequence regclass := pg_get_serial_sequence('siamese.generations', 'generation');
+    found bigint;
 BEGIN
-    SELECT quote_ident(r.rolname) INTO STRICT owner
-    FROM siamese.collections AS c
-    INNER JOIN pg_class AS t ON t.oid = c.relation::oid
-    INNER JOIN pg_roles AS r ON t.relowner = r.oid
-    WHERE c.collection_id = _give_to_owner.collection_id;
-    FOR signature IN
-        SELECT p.oid::regprocedure::text FROM pg_proc AS p
-        INNER JOIN pg_roles AS r ON p.proowner = r.oid
-        WHERE p.pronamespace = 'siamese'::regnamespace AND quote_ident(r.rolname) <> owner
-            AND p.proname::text IN (
-                SELECT format('_%s_%s', f.name, _give_to_owner.collection_id)
-                FROM unnest(ARRAY['keys', 'present', 'rows', 'locked_rows']) AS f (name))
+    PERFORM siamese._check_local();
+    -- Rows that a subscription brought once have not moved the sequence.
     LOOP
-        EXECUTE format('ALTER FUNCTION %s OWNER TO %s', signature, owner);
+        found := nextval(sequence);
+        EXIT WHEN NOT EXISTS (SELECT FROM siamese.generations AS g WHERE g.generation >= found);
+        PERFORM setval(sequence, (SELECT max(g.generation) FROM siamese.generations AS g));
     END LOOP;
+    RETURN found;
 END
 $$;
-COMMENT ON FUNCTION siamese._give_to_owner(integer)
-IS 'give the functions that read a collection''s table to the table''s owner';
+COMMENT ON FUNCTION siamese._next_generation() IS 'draw the number of a new index generation';
 
-CREATE FUNCTION siamese._create_row_functions(collection_id integer, relation_name text) RETURNS void
+CREATE FUNCTION siamese._row_function_names(collection_id integer) RETURNS text[]
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+SELECT array_agg(format('_%s_%s', f.name, $1))
+FROM unnest(ARRAY['keys', 'present', 'rows', 'locked_rows', 'hashes']) AS f (name)
+$$;
+COMMENT ON FUNCTION siamese._row_function_names(integer) IS 'functions that read a collection''s table';
+
+CREATE FUNCTION siamese._create_row_functions(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     collection siamese.collections;
+    relation_name text;
     result text;
     item text[];
 BEGIN
     SELECT c.* INTO collection FROM siamese.collections AS c
     WHERE c.collection_id = _create_row_functions.collection_id;
+    SELECT format('%I.%I', n.nspname, c.relname) INTO relation_name
+    FROM pg_class AS c INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid
+    WHERE c.oid = collection.relation;
+    IF to_regclass(format('siamese.source_%s', collection_id)) IS NOT NULL THEN
+        EXECUTE format('DROP VIEW siamese.source_%s', collection_id);
+    END IF;
+    -- The table and its columns, whatever they are renamed to. A row whose image is NULL has no vector.
+    EXECUTE format(
+        'CREATE VIEW siamese.source_%s WITH (security_invoker = true) AS
+        SELECT b.%I AS key, b.%I AS image FROM %s AS b WHERE b.%3$I IS NOT NULL',
+        collection_id, collection.key_column, collection.image_column, relation_name);
+    EXECUTE format(
+        'COMMENT ON VIEW siamese.source_%s IS %L', collection_id, 'rows of collection ' || collection.name);
     result := format('TABLE (key %s, image bytea)', collection.key_type);
     -- Indexes and statistics of the table may hold code of its owner, which planning a query runs. So
     -- triggers and backfill, which have the rights of a superuser, read the table through functions
-    -- that have those of its owner.
+    -- that have those of its owner. An owner may alter a function (its rights, its search path), but not
+    -- what is in it: one that does not run as its owner ends before it looks at the table.
     FOREACH item SLICE 1 IN ARRAY ARRAY[
-        ['keys', '', 'SETOF ' || collection.key_type, 'SELECT b.%1$I FROM %3$s AS b', 'keys of all rows'],
-        ['present', 'keys', 'SETOF ' || collection.key_type,
-            'SELECT b.%1$I FROM %3$s AS b WHERE b.%1$I = ANY($1)', 'those keys that have a row'],
-        ['rows', 'keys', result,
-            'SELECT b.%1$I, b.%2$I FROM %3$s AS b WHERE b.%1$I = ANY($1)', 'rows of some keys'],
-        ['locked_rows', 'keys', result,
-            'SELECT b.%1$I, b.%2$I FROM %3$s AS b WHERE b.%1$I = ANY($1) FOR SHARE OF b SKIP LOCKED',
-            'rows of some keys, locked, without those that others have locked']]
+        ['keys', '', 'SETOF ' || collection.key_type, 'SELECT v.key::%1$s FROM %2$s AS v', 'keys of all rows'],
+        ['present', 'keys %s[]', 'SETOF ' || collection.key_type,
+            'SELECT v.key::%1$s FROM %2$s AS v WHERE v.key = ANY($1)', 'those keys that have a row'],
+        ['rows', 'keys %s[]', result,
+            'SELECT v.key::%1$s, v.image FROM %2$s AS v WHERE v.key = ANY($1)', 'rows of some keys'],
+        ['locked_rows', 'keys %s[]', result,
+            'SELECT v.key::%1$s, v.image FROM %2$s AS v WHERE v.key = ANY($1) FOR SHARE OF v SKIP LOCKED',
+            'rows of some keys, locked, without those that others have locked'],
+        ['hashes', 'keys %s[], max_bytes bigint', format('TABLE (key %s, image_hash bytea)', collection.key_type),
+            'SELECT s.key::%1$s, substring(sha256(s.image) FROM 1 FOR 16) FROM (
+                SELECT v.key, v.image, sum(octet_length(v.image)) OVER (ROWS UNBOUNDED PRECEDING)
+                    - octet_length(v.image) AS before
+                FROM %2$s AS v WHERE v.key = ANY($1)) AS s
+            WHERE s.before < $2', 'hashes of the images of some keys']]
     LOOP
         EXECUTE format(
-            'CREATE FUNCTION siamese._%1$s_%2$s(%3$s) RETURNS %4$s
-            LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+            'CREATE OR REPLACE FUNCTION siamese._%1$s_%2$s(%3$s) RETURNS %4$s
+            LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
             SET search_path = pg_catalog, pg_temp SET row_security = off
-            BEGIN ATOMIC %5$s; END',
-            item[1], collection_id,
-            CASE item[2] WHEN '' THEN '' ELSE format('%s %s[]', item[2], collection.key_type) END,
-            item[3], format(item[4], collection.key_column, collection.image_column, relation_name));
+            AS $f$
+            #variable_conflict use_column
+            BEGIN
+                IF NOT EXISTS (
+                    SELECT FROM pg_catalog.pg_proc AS p
+                    WHERE p.proname OPERATOR(pg_catalog.=) ''_%1$s_%2$s''::pg_catalog.name
+                        AND p.pronamespace OPERATOR(pg_catalog.=)
+                            ''siamese''::pg_catalog.regnamespace::pg_catalog.oid
+                        AND pg_catalog.pg_get_userbyid(p.proowner) OPERATOR(pg_catalog.=) current_user)
+                THEN
+                    RAISE EXCEPTION ''function siamese._%1$s_%2$s does not run as its owner''
+                    USING ERRCODE = ''object_not_in_prerequisite_state'', HINT = ''Call siamese.backfill.'';
+                END IF;
+                RETURN QUERY %5$s;
+            END
+            $f$',
+            item[1], collection_id, format(item[2], collection.key_type), item[3],
+            format(item[4], collection.key_type, format('siamese.source_%s', collection_id)));
         EXECUTE format('REVOKE ALL ON FUNCTION siamese._%s_%s FROM public', item[1], collection_id);
         EXECUTE format(
             'COMMENT ON FUNCTION siamese._%s_%s IS %L', item[1], collection_id,
@@ -296,8 +444,336 @@ BEGIN
     PERFORM siamese._give_to_owner(collection_id);
 END
 $$;
-COMMENT ON FUNCTION siamese._create_row_functions(integer, text)
-IS 'create the functions that read a collection''s table with the rights of its owner';
+COMMENT ON FUNCTION siamese._create_row_functions(integer)
+IS 'create what reads a collection''s table as its owner';
+
+CREATE FUNCTION siamese._give_to_owner(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    names text[] := siamese._row_function_names(collection_id);
+    owner text;
+    owner_id oid;
+    item record;
+BEGIN
+    SELECT quote_ident(pg_get_userbyid(t.relowner)), t.relowner INTO STRICT owner, owner_id
+    FROM siamese.collections AS c INNER JOIN pg_class AS t ON t.oid = c.relation::oid
+    WHERE c.collection_id = _give_to_owner.collection_id;
+    FOR item IN
+        SELECT p.oid::regprocedure AS signature FROM pg_proc AS p
+        WHERE p.pronamespace = 'siamese'::regnamespace AND p.proname::text = ANY(names)
+    LOOP
+        EXECUTE format(
+            'ALTER FUNCTION %s SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_security = off',
+            item.signature);
+        EXECUTE format('ALTER FUNCTION %s OWNER TO %s', item.signature, owner);
+    END LOOP;
+    IF NOT has_schema_privilege(owner_id, 'siamese', 'USAGE') THEN
+        EXECUTE format('GRANT USAGE ON SCHEMA siamese TO %s', owner);
+    END IF;
+    FOR item IN
+        SELECT DISTINCT quote_ident(pg_get_userbyid(a.grantee)) AS role
+        FROM pg_class AS v CROSS JOIN LATERAL aclexplode(v.relacl) AS a
+        WHERE v.oid = to_regclass(format('siamese.source_%s', collection_id)) AND a.grantee NOT IN (0, v.relowner)
+    LOOP
+        EXECUTE format('REVOKE ALL ON siamese.source_%s FROM %s', collection_id, item.role);
+    END LOOP;
+    -- UPDATE, since locking a row needs it. A superuser has both.
+    IF NOT has_table_privilege(owner_id, format('siamese.source_%s', collection_id), 'UPDATE') THEN
+        EXECUTE format('GRANT SELECT, UPDATE ON siamese.source_%s TO %s', collection_id, owner);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._give_to_owner(integer) IS 'let the table''s owner run the row functions';
+
+CREATE FUNCTION siamese._refuse_old(collection_id integer) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RAISE EXCEPTION 'objects of collection "%" are of an earlier version', (
+        SELECT c.name FROM siamese.collections AS c WHERE c.collection_id = _refuse_old.collection_id)
+    USING ERRCODE = 'object_not_in_prerequisite_state',
+        DETAIL = format('There is no view siamese.source_%s, as after a restore of an older dump.', collection_id),
+        HINT = 'Call siamese.renew_collections().';
+END
+$$;
+COMMENT ON FUNCTION siamese._refuse_old(integer) IS 'refuse a collection that must be renewed';
+
+CREATE FUNCTION siamese._let_owner_read(collection_id integer, for_lock boolean DEFAULT FALSE) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    names text[] := siamese._row_function_names(collection_id);
+    source regclass := to_regclass(format('siamese.source_%s', collection_id));
+    item record;
+    known integer;
+    usable integer;
+BEGIN
+    IF source IS NULL THEN
+        PERFORM siamese._refuse_old(collection_id);
+    END IF;
+    SELECT c.name, c.relation, c.key_column, c.image_column, t.relowner AS owner,
+        t.relforcerowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls AS is_forced
+    INTO item
+    FROM siamese.collections AS c
+    INNER JOIN pg_class AS t ON t.oid = c.relation::oid
+    INNER JOIN pg_roles AS r ON t.relowner = r.oid
+    WHERE c.collection_id = _let_owner_read.collection_id;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    -- A table may have a new owner, and an old one may have been dropped with what was its own.
+    SELECT count(*), count(*) FILTER (
+        WHERE p.proowner = item.owner AND p.prosecdef
+            AND p.proconfig @> ARRAY['search_path=pg_catalog, pg_temp', 'row_security=off'])
+    INTO known, usable
+    FROM pg_proc AS p WHERE p.pronamespace = 'siamese'::regnamespace AND p.proname = ANY(names::name[]);
+    IF usable < cardinality(names)
+        OR NOT has_table_privilege(item.owner, source, 'SELECT')
+        OR NOT has_table_privilege(item.owner, source, 'UPDATE')
+        OR NOT has_schema_privilege(item.owner, 'siamese', 'USAGE')
+    THEN
+        -- Two that write at once must not both do it.
+        PERFORM pg_advisory_xact_lock(hashtext('pg_siamese owner'), collection_id);
+        IF known < cardinality(names) THEN
+            PERFORM siamese._create_row_functions(collection_id);
+        ELSE
+            PERFORM siamese._give_to_owner(collection_id);
+        END IF;
+    END IF;
+    IF NOT has_column_privilege(item.owner, item.relation, item.key_column, 'SELECT')
+        OR NOT has_column_privilege(item.owner, item.relation, item.image_column, 'SELECT')
+        OR (for_lock AND NOT has_any_column_privilege(item.owner, item.relation, 'UPDATE')
+            AND NOT has_table_privilege(item.owner, item.relation, 'DELETE'))
+    THEN
+        RAISE EXCEPTION 'owner of table % may not read it', item.relation
+        USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = format('Images of collection "%s" are read, and their rows locked, with the rights of the table''s owner.', item.name),
+            HINT = format('Run GRANT SELECT, UPDATE ON %s TO %I.', item.relation, pg_get_userbyid(item.owner));
+    END IF;
+    IF item.is_forced THEN
+        RAISE EXCEPTION 'row-level security of table % is forced on its owner', item.relation
+        USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = format('Images of collection "%s" are read with the rights of the table''s owner, who must see all rows.', item.name),
+            HINT = format('Run ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.', item.relation);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._let_owner_read(integer, boolean)
+IS 'mend the row functions, or say why they can''t read';
+
+CREATE FUNCTION siamese._check_table(collection_id integer, relation oid) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    collection siamese.collections;
+    source regclass := to_regclass(format('siamese.source_%s', collection_id));
+BEGIN
+    SELECT c.* INTO collection FROM siamese.collections AS c
+    WHERE c.collection_id = _check_table.collection_id;
+    IF collection.relation::oid IS DISTINCT FROM relation THEN
+        RAISE EXCEPTION 'table % has a trigger of another collection', relation::regclass
+        USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = format('It calls for collection number %s, as after a copy of the table with its triggers.', collection_id),
+            HINT = 'Call create_collection for this table, which removes such triggers, or drop them.';
+    END IF;
+    IF source IS NULL THEN
+        PERFORM siamese._refuse_old(collection_id);
+    END IF;
+    -- Of other types, comparisons and casts could be code of the table's owner. And of two columns that
+    -- have exchanged their names, triggers would see one, and the view another.
+    IF (
+        SELECT count(*) FROM pg_attribute AS a
+        WHERE a.attrelid = _check_table.relation AND NOT a.attisdropped AND (
+            (a.attname = collection.key_column AND (a.atttypid = collection.key_type::regtype
+                OR siamese._compared_type(a.atttypid) = collection.key_type))
+            OR (a.attname = collection.image_column AND a.atttypid = 'bytea'::regtype))
+            AND EXISTS (
+                SELECT FROM pg_rewrite AS r INNER JOIN pg_depend AS d ON d.objid = r.oid
+                WHERE r.ev_class = source
+                    AND d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
+                    AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum)
+    ) < 2 THEN
+        RAISE EXCEPTION 'collection "%" does not match its table any more', collection.name
+        USING ERRCODE = 'object_not_in_prerequisite_state',
+            DETAIL = 'A column may have been renamed, or have another type.',
+            HINT = 'Drop the collection and create it again.';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._check_table(integer, oid) IS 'check that a trigger''s table is the collection''s';
+
+CREATE FUNCTION siamese._triggers(OUT relation regclass, OUT name name, OUT collection_id integer)
+RETURNS SETOF record
+LANGUAGE sql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+SELECT
+    t.tgrelid::regclass,
+    t.tgname,
+    coalesce(substring(p.proname FROM '_(\d+)$'), substring(encode(t.tgargs, 'escape') FROM '^\d+'))::integer
+FROM pg_trigger AS t
+INNER JOIN pg_proc AS p ON p.oid = t.tgfoid
+WHERE p.pronamespace = 'siamese'::regnamespace
+    AND (p.proname IN ('_on_change', '_queue_change', '_note_change') OR p.proname ~ '^_queue_insert_\d+$')
+$$;
+COMMENT ON FUNCTION siamese._triggers() IS 'triggers of all collections, also copied ones';
+
+CREATE FUNCTION siamese._note_change() RETURNS trigger
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM set_config('pg_siamese.changed_' || TG_ARGV[0], 'yes', true);
+    RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION siamese._note_change() IS 'row trigger: an UPDATE names key or image';
+
+-- A statement trigger with transition tables can't tell which columns were set, and to compare images it
+-- would read all of them twice. So a row trigger for the two columns leaves a note for the rest of the
+-- transaction. It fires before the statement triggers of its query, and for each part of one that has
+-- several (WITH ... UPDATE), where column lists of statement triggers can miss one. Without a note both
+-- columns hold what they held, unless a BEFORE trigger for rows has changed them: so where there is one,
+-- or the row trigger is not as it was made, or this snapshot may not show which triggers there are, images
+-- are compared.
+CREATE FUNCTION siamese._changed_keys_query(collection_id integer, relation oid) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    collection siamese.collections;
+    is_same text := 'n.%2$I IS NOT DISTINCT FROM o.%2$I';
+BEGIN
+    SELECT c.* INTO STRICT collection FROM siamese.collections AS c
+    WHERE c.collection_id = _changed_keys_query.collection_id;
+    IF current_setting('transaction_isolation') LIKE 'read %'
+        AND current_setting('session_replication_role') <> 'replica'
+        AND coalesce(current_setting(format('pg_siamese.changed_%s', collection_id), true), '') = ''
+        AND NOT EXISTS (
+            SELECT FROM pg_trigger AS t
+            -- BEFORE, FOR EACH ROW, UPDATE
+            WHERE t.tgrelid = relation AND NOT t.tgisinternal AND t.tgenabled <> 'D' AND t.tgtype & 19 = 19)
+        AND EXISTS (
+            SELECT FROM pg_trigger AS t
+            WHERE t.tgrelid = relation AND t.tgfoid = 'siamese._note_change()'::regprocedure
+                AND t.tgname = format('pg_siamese_%s_change', collection_id)
+                AND t.tgenabled IN ('O', 'A') AND t.tgqual IS NULL AND t.tgtype & 19 = 17
+                AND (SELECT count(*) FROM pg_attribute AS a
+                    WHERE a.attrelid = relation AND a.attnum = ANY(t.tgattr)
+                        AND a.attname IN (collection.key_column, collection.image_column)) = 2)
+    THEN
+        RETURN NULL;
+    END IF;
+    -- From PostgreSQL 17 on: what is stored once need not be read twice.
+    IF current_setting('server_version_num')::integer >= 170000 THEN
+        is_same := 'CASE WHEN pg_column_toast_chunk_id(n.%2$I) = pg_column_toast_chunk_id(o.%2$I)
+            AND octet_length(n.%2$I) = octet_length(o.%2$I)
+            AND pg_column_size(n.%2$I) = pg_column_size(o.%2$I)
+            THEN true ELSE ' || is_same || ' END';
+    END IF;
+    -- A changed key makes one row that is gone and one that is new.
+    RETURN format(
+        'SELECT array_agg(c.key) AS keys FROM (
+            SELECT o.%1$I::%3$s AS key FROM old_rows AS o LEFT JOIN new_rows AS n ON n.%1$I = o.%1$I
+            WHERE n.%1$I IS NULL OR NOT (' || is_same || ')
+            UNION SELECT n.%1$I::%3$s FROM new_rows AS n
+            WHERE NOT EXISTS (SELECT FROM old_rows AS o WHERE o.%1$I = n.%1$I)) AS c',
+        collection.key_column, collection.image_column, collection.key_type);
+END
+$$;
+COMMENT ON FUNCTION siamese._changed_keys_query(integer, oid)
+IS 'query of an UPDATE''s changed keys, NULL for none';
+
+CREATE FUNCTION siamese._create_change_trigger(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    collection siamese.collections;
+BEGIN
+    SELECT c.* INTO STRICT collection FROM siamese.collections AS c
+    WHERE c.collection_id = _create_change_trigger.collection_id;
+    EXECUTE format(
+        'CREATE TRIGGER pg_siamese_%1$s_change AFTER UPDATE OF %2$I, %3$I ON %4$s
+        FOR EACH ROW EXECUTE FUNCTION siamese._note_change(%1$s)',
+        collection_id, collection.key_column, collection.image_column, collection.relation);
+END
+$$;
+COMMENT ON FUNCTION siamese._create_change_trigger(integer)
+IS 'create the row trigger of key and image';
+
+CREATE FUNCTION siamese._renew_collection(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    collection siamese.collections;
+    vectors regclass := to_regclass(format('siamese.embedding_%s', collection_id));
+    signature text;
+BEGIN
+    SELECT c.* INTO STRICT collection FROM siamese.collections AS c
+    WHERE c.collection_id = _renew_collection.collection_id;
+    IF vectors IS NULL THEN
+        RETURN;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = vectors AND a.attname = 'image_hash') THEN
+        EXECUTE format('ALTER TABLE %s ADD COLUMN image_hash bytea', vectors);
+    END IF;
+    PERFORM siamese._comment_on_hashes(collection_id);
+    -- A table that is gone has no triggers, and nothing to read.
+    IF NOT EXISTS (SELECT FROM pg_class AS t WHERE t.oid = collection.relation::oid) THEN
+        RETURN;
+    END IF;
+    FOR signature IN
+        SELECT p.oid::regprocedure FROM pg_proc AS p
+        WHERE p.pronamespace = 'siamese'::regnamespace
+            AND p.proname::text = ANY(siamese._row_function_names(collection_id))
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', signature);
+    END LOOP;
+    PERFORM siamese._create_row_functions(collection_id);
+    IF NOT EXISTS (
+        SELECT FROM pg_trigger AS t WHERE t.tgrelid = collection.relation
+            AND t.tgname = format('pg_siamese_%s_change', collection_id)) THEN
+        PERFORM siamese._create_change_trigger(collection_id);
+    END IF;
+    IF collection.embed = 'deferred' THEN
+        PERFORM siamese._create_insert_trigger(collection_id);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._renew_collection(integer) IS 'bring a collection''s objects to this version';
+
+CREATE FUNCTION siamese.renew_collections() RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    number integer;
+BEGIN
+    FOR number IN SELECT c.collection_id FROM siamese.collections AS c ORDER BY c.collection_id LOOP
+        PERFORM siamese._renew_collection(number);
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION siamese.renew_collections() IS 'bring all collections to this version, after a restore';
+
+CREATE FUNCTION siamese._comment_on_hashes(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    EXECUTE format(
+        'COMMENT ON COLUMN siamese.embedding_%s.image_hash IS %L', collection_id,
+        'first 16 bytes of the embedded image''s SHA-256');
+END
+$$;
+COMMENT ON FUNCTION siamese._comment_on_hashes(integer) IS 'describe the hashes of a collection';
 
 CREATE FUNCTION siamese._create_vector_tables(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -335,8 +811,10 @@ BEGIN
         'CREATE TABLE %s (
             embedding_id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
             key %s NOT NULL UNIQUE,
-            embedding %s(%s) NOT NULL)', table_name, key_type, vector_type, dimension);
+            embedding %s(%s) NOT NULL,
+            image_hash bytea)', table_name, key_type, vector_type, dimension);
     EXECUTE format('COMMENT ON TABLE %s IS %L', table_name, 'vectors of collection ' || collection.name);
+    PERFORM siamese._comment_on_hashes(collection_id);
     EXECUTE format(
         'CREATE TABLE %s (
             embedding_id bigint NOT NULL,
@@ -361,7 +839,8 @@ BEGIN
     END LOOP;
     PERFORM siamese._create_vectors_view(collection_id);
 
-    PERFORM siamese._create_row_functions(collection_id, relation_name);
+    PERFORM siamese._create_row_functions(collection_id);
+    PERFORM siamese._create_change_trigger(collection_id);
     IF collection.embed = 'deferred' THEN
         PERFORM siamese._create_queue(collection_id, relation_name);
         RETURN;
@@ -394,7 +873,9 @@ CREATE FUNCTION siamese.create_collection(
     model text DEFAULT NULL,
     on_error text DEFAULT 'reject',
     backfill boolean DEFAULT TRUE,
-    embed text DEFAULT 'sync'
+    embed text DEFAULT 'sync',
+    max_bytes bigint DEFAULT NULL,
+    max_pixels bigint DEFAULT NULL
 ) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 -- Types are compared by their names.
@@ -404,6 +885,8 @@ DECLARE
     model_id integer;
     key_type text;
     collection_id integer;
+    publication text;
+    stray name;
 BEGIN
     -- Rows that were committed after an older snapshot would get neither trigger nor backfill.
     IF current_setting('transaction_isolation') NOT LIKE 'read %' THEN
@@ -414,17 +897,21 @@ BEGIN
     IF name IS NULL OR name = '' THEN
         RAISE EXCEPTION 'a collection must have a name' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    IF on_error IS NULL OR on_error NOT IN ('reject', 'quarantine') THEN
-        RAISE EXCEPTION 'invalid value for "on_error": "%"', on_error
-        USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "reject" or "quarantine".';
-    END IF;
+    PERFORM siamese._check_settings(coalesce(on_error, 'NULL'), max_bytes, max_pixels);
     IF embed IS NULL OR embed NOT IN ('sync', 'deferred') THEN
         RAISE EXCEPTION 'invalid value for "embed": "%"', embed
         USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "sync" or "deferred".';
     END IF;
     IF EXISTS (SELECT FROM siamese.collections AS c WHERE c.name = create_collection.name) THEN
-        RAISE EXCEPTION 'collection "%" already exists', name USING ERRCODE = 'duplicate_object';
+        RAISE EXCEPTION 'collection "%" already exists', name
+        USING ERRCODE = 'duplicate_object',
+            HINT = CASE WHEN NOT EXISTS (
+                SELECT FROM siamese.collections AS c INNER JOIN pg_class AS t ON t.oid = c.relation::oid
+                WHERE c.name = create_collection.name)
+                THEN 'Its table was dropped: drop it, too, with drop_collection.'
+                ELSE 'Choose another name, or drop it with drop_collection.' END;
     END IF;
+    PERFORM siamese._check_local();
     model_id := siamese._model_id(model);
     IF relation IS NULL THEN
         relation := siamese._create_images_table();
@@ -442,9 +929,30 @@ BEGIN
         END IF;
     END IF;
     key_type := siamese._key_type(relation, key_column);
+    -- Triggers that a copy of another collection's table has brought along.
+    FOR stray IN
+        SELECT t.name FROM siamese._triggers() AS t
+        WHERE t.relation = create_collection.relation AND NOT EXISTS (
+            SELECT FROM siamese.collections AS c
+            WHERE c.collection_id = t.collection_id AND c.relation::oid = t.relation::oid)
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', stray, relation);
+    END LOOP;
+    SELECT p.pubname INTO publication FROM pg_publication AS p
+    WHERE p.puballtables OR EXISTS (
+        SELECT FROM pg_publication_namespace AS n
+        WHERE n.pnpubid = p.oid AND n.pnnspid = 'siamese'::regnamespace)
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE WARNING 'publication "%" holds the tables of collection "%"', publication, name
+        USING DETAIL = 'Subscribers that do not have these tables stop at the collection''s first row.',
+            HINT = 'Publish the tables of images by name instead of all tables.';
+    END IF;
     INSERT INTO siamese.collections AS c
-        (name, relation, key_column, key_type, image_column, model_id, on_error, embed)
-    VALUES (name, relation, key_column, key_type, image_column, model_id, on_error, embed)
+        (name, relation, key_column, key_type, image_column, model_id, on_error, embed, max_bytes, max_pixels)
+    VALUES (
+        name, relation, key_column, key_type, image_column, model_id, on_error, embed,
+        nullif(max_bytes, -1), nullif(max_pixels, -1))
     RETURNING c.collection_id INTO collection_id;
     PERFORM siamese._create_vector_tables(collection_id);
     IF NOT backfill THEN
@@ -456,8 +964,59 @@ BEGIN
     RETURN siamese.backfill(name);
 END
 $$;
-COMMENT ON FUNCTION siamese.create_collection(text, regclass, text, text, text, text, boolean, text)
-IS 'make a table''s images searchable: adds triggers and a vector table, embeds or queues its rows; returns how many';
+COMMENT ON FUNCTION siamese.create_collection(
+    text, regclass, text, text, text, text, boolean, text, bigint, bigint
+) IS 'create a collection on a table; returns rows embedded or queued';
+
+CREATE FUNCTION siamese._check_settings(on_error text, max_bytes bigint, max_pixels bigint) RETURNS void
+LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF on_error NOT IN ('reject', 'quarantine') THEN
+        RAISE EXCEPTION 'invalid value for "on_error": "%"', on_error
+        USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "reject" or "quarantine".';
+    END IF;
+    -- PostgreSQL's own limit of a value.
+    IF max_bytes <> -1 AND max_bytes NOT BETWEEN 1 AND 1073741823 THEN
+        RAISE EXCEPTION 'max_bytes must be between 1 and 1073741823, or -1 for the model''s limit'
+        USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF max_pixels <> -1 AND max_pixels NOT BETWEEN 1 AND 65535 * 65535::bigint THEN
+        RAISE EXCEPTION 'max_pixels must be between 1 and 4294836225, or -1 for the model''s limit'
+        USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._check_settings(text, bigint, bigint) IS 'check settings of a collection';
+
+CREATE FUNCTION siamese.alter_collection(
+    name text,
+    on_error text DEFAULT NULL,
+    max_bytes bigint DEFAULT NULL,
+    max_pixels bigint DEFAULT NULL
+) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    relation regclass;
+BEGIN
+    SELECT c.relation INTO relation FROM siamese.collections AS c WHERE c.name = alter_collection.name;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'collection "%" does not exist', name USING ERRCODE = 'undefined_object';
+    END IF;
+    PERFORM siamese._check_owner(relation);
+    PERFORM siamese._check_settings(on_error, max_bytes, max_pixels);
+    UPDATE siamese.collections AS c SET
+        on_error = coalesce(alter_collection.on_error, c.on_error),
+        max_bytes = nullif(coalesce(alter_collection.max_bytes, c.max_bytes), -1),
+        max_pixels = nullif(coalesce(alter_collection.max_pixels, c.max_pixels), -1)
+    WHERE c.name = alter_collection.name;
+END
+$$;
+COMMENT ON FUNCTION siamese.alter_collection(text, text, bigint, bigint)
+IS 'change settings: NULL leaves one, -1 takes the model''s limit';
 
 CREATE FUNCTION siamese.drop_collection(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -467,6 +1026,7 @@ AS $$
 DECLARE
     collection siamese.collections;
     trigger_name text;
+    item record;
 BEGIN
     SELECT c.* INTO collection FROM siamese.collections AS c
     WHERE c.name = drop_collection.name FOR UPDATE;
@@ -482,19 +1042,25 @@ BEGIN
         EXECUTE format('DROP TRIGGER %I ON %s', trigger_name, collection.relation);
     END LOOP;
     PERFORM siamese._drop_vectors_view(collection.collection_id);
-    EXECUTE format(
-        'DROP TABLE IF EXISTS siamese.embedding_%1$s, siamese.pending_%1$s, siamese.queue_%1$s',
-        collection.collection_id);
-    EXECUTE format(
-        'DROP FUNCTION IF EXISTS siamese._keys_%1$s, siamese._present_%1$s, siamese._rows_%1$s,
-            siamese._locked_rows_%1$s, siamese._queue_insert_%1$s', collection.collection_id);
+    FOR item IN
+        SELECT CASE t.relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END AS kind, t.oid::regclass::text AS name
+        FROM unnest(ARRAY['source', 'embedding', 'pending', 'queue']) AS n (name)
+        INNER JOIN pg_class AS t ON t.relname = format('%s_%s', n.name, collection.collection_id)
+        WHERE t.relnamespace = 'siamese'::regnamespace AND t.relkind IN ('r', 'v')
+        UNION ALL
+        SELECT 'FUNCTION', p.oid::regprocedure::text FROM pg_proc AS p
+        WHERE p.pronamespace = 'siamese'::regnamespace AND p.proname::text = ANY(
+            siamese._row_function_names(collection.collection_id)
+            || format('_queue_insert_%s', collection.collection_id))
+    LOOP
+        EXECUTE format('DROP %s %s', item.kind, item.name);
+    END LOOP;
     DELETE FROM siamese.embedding_batches AS b WHERE b.collection_id = collection.collection_id;
     DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = collection.collection_id;
     DELETE FROM siamese.collections AS c WHERE c.collection_id = collection.collection_id;
 END
 $$;
-COMMENT ON FUNCTION siamese.drop_collection(text)
-IS 'forget a collection: its vectors, triggers and index; the table itself and its images stay';
+COMMENT ON FUNCTION siamese.drop_collection(text) IS 'drop a collection; the table stays';
 
 CREATE FUNCTION siamese._model_id(model text) RETURNS integer
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE

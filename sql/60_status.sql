@@ -159,16 +159,16 @@ WHERE c.embed = 'deferred';
 COMMENT ON VIEW siamese.embedding_queue_status
 IS 'queued rows of deferred collections, and their rate';
 
-CREATE FUNCTION siamese.self_check() RETURNS TABLE (subject text, ok boolean, detail text)
+CREATE FUNCTION siamese.self_check("full" boolean DEFAULT false) RETURNS TABLE (subject text, ok boolean, detail text)
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
     plpy.execute('SELECT siamese._load()')
-return GD['pg_siamese @VERSION@'].self_check(plpy)
+return GD['pg_siamese @VERSION@'].self_check(plpy, full)
 $python$;
-COMMENT ON FUNCTION siamese.self_check()
-IS 'check packages, triggers, vectors and index files';
+COMMENT ON FUNCTION siamese.self_check(boolean)
+IS 'check the installation; full: compare every image with its vector';
 
 CREATE FUNCTION siamese._vectors_view(collection_id integer) RETURNS regclass
 LANGUAGE sql STABLE PARALLEL UNSAFE

@@ -195,11 +195,11 @@ def _singles(values: list[Any] | None) -> list[Any] | None:
 
 
 @_entry
-def on_change(plpy: Any, event: str, collection_id: int) -> None:
+def on_change(plpy: Any, event: str, collection_id: int, relation_oid: int) -> None:
     """Body of the statement triggers."""
     from pg_siamese_server import changes
 
-    changes.on_change(plpy, event, collection_id)
+    changes.on_change(plpy, event, collection_id, relation_oid)
 
 
 @_entry
@@ -561,8 +561,8 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
 
 
 @_entry
-def self_check(plpy: Any) -> list[tuple[str, bool, str]]:
+def self_check(plpy: Any, full: bool | None) -> list[tuple[str, bool, str]]:
     """Body of ``self_check``."""
     from pg_siamese_server import status
 
-    return status.self_check(plpy)
+    return status.self_check(plpy, bool(full))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from pg_siamese_server.encoder import Encoder, check_embedding, have_distances
 from pg_siamese_server.errors import ImageError
 from pg_siamese_server.images import decode_image
+from pg_siamese_server.limits import MODELS_OWN, Limits
 
 MAX_ROWS_AT_ONCE = 256
 MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
@@ -24,6 +26,7 @@ def embed(
     rows: Iterable[tuple[Any, bytes | None]],
     fail: Fail,
     poll: Callable[[], None],
+    limits: Limits = MODELS_OWN,
 ) -> tuple[list[Any], NDArray[np.float32]]:
     """Decode and embed the images of some rows.
 
@@ -32,6 +35,7 @@ def embed(
         rows: key and image file of each.
         fail: called with the key and the error of each bad image; may raise to leave.
         poll: called often, may raise to leave.
+        limits: of the collection.
 
     Returns:
         Keys of the good ones and their embeddings, float32 (keys, dimension).
@@ -41,10 +45,11 @@ def embed(
     """
     keys: list[Any] = []
     pixels: list[NDArray[np.uint8]] = []
+    spec = limits.of(encoder.spec.input)
     for key, image in rows:
         poll()
         try:
-            pixels.append(decode_image(image, encoder.spec.input, poll))
+            pixels.append(decode_image(image, spec, poll))
             keys.append(key)
         except ImageError as error:
             fail(key, error)
@@ -63,6 +68,11 @@ def embed(
         except ImageError as error:
             fail(key, error)
     return [keys[place] for place in kept], embeddings[kept]
+
+
+def image_hash(image: bytes) -> bytes:
+    """Return what is stored beside the vector of an image, to know it by."""
+    return hashlib.sha256(image).digest()[:16]
 
 
 def next_portion(rows: int, size: int) -> int:

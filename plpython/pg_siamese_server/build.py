@@ -57,6 +57,7 @@ def build_index(
         "SELECT generation, epoch FROM siamese.collections"
         f" WHERE collection_id = {collection.collection_id}"
     )[0]
+    plpy.execute("SELECT siamese._check_local()")
     directory = generations.directory(plpy, collection.collection_id)
     _remove_orphans(plpy, collection, directory)
 
@@ -65,11 +66,7 @@ def build_index(
     progress = graph.Progress(plpy, collection.name, max(1, len(matrix)), started)
     index, measured = graph.build(matrix, levels, options, progress, poll)
 
-    generation = int(
-        plpy.execute(
-            "SELECT nextval(pg_get_serial_sequence('siamese.generations', 'generation')) AS n"
-        )[0]["n"]
-    )
+    generation = int(plpy.execute("SELECT siamese._next_generation() AS n")[0]["n"])
     build_id = str(uuid.uuid4())
     identity = generations.identity(collection, generation, build_id)
     size = index_file.write(directory, identity, index, rows, poll)

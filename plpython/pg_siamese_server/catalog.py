@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pg_siamese_server.errors import NULL_VALUE_NOT_ALLOWED, UNDEFINED_OBJECT, SiameseError
+from pg_siamese_server.limits import Limits
 
 # Prepared plans outlive transactions and follow changes of their tables by themselves.
 _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
@@ -23,6 +24,7 @@ SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
     quote_ident(n.nspname::text) || '.' || quote_ident(r.relname::text) AS relation,
     quote_ident(c.key_column::text) AS key_column, c.key_type,
     quote_ident(c.image_column::text) AS image_column, c.on_error, c.embed, c.model_id, m.dimension,
+    c.max_bytes, c.max_pixels,
     m.sha256, m.specification ->> 'metric' AS metric,
     (SELECT quote_ident(v.nspname::text) FROM pg_catalog.pg_extension AS x
         INNER JOIN pg_catalog.pg_namespace AS v ON x.extnamespace = v.oid
@@ -33,6 +35,34 @@ INNER JOIN siamese.models AS m USING (model_id)
 LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation::oid AND r.relkind = 'r'
 LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace
 """
+# The same for a trigger of table $2, and whether all is as it was made, by one look: else functions
+# look closer, mend what they can, and say what they can't.
+TRIGGER_QUERY = COLLECTION_QUERY.replace(
+    "\nFROM siamese.collections AS c",
+    """, EXISTS (
+        SELECT FROM pg_catalog.pg_proc AS p
+        INNER JOIN pg_catalog.pg_class AS s ON s.relname = ('source_' || c.collection_id)::name
+            AND s.relnamespace = p.pronamespace
+        INNER JOIN pg_catalog.pg_rewrite AS w ON w.ev_class = s.oid
+        WHERE p.proname = ('_rows_' || c.collection_id)::name
+            AND p.pronamespace = 'siamese'::regnamespace
+            AND r.oid = $2 AND NOT r.relforcerowsecurity
+            AND p.proowner = r.relowner AND p.prosecdef
+            AND p.proconfig @> ARRAY['search_path=pg_catalog, pg_temp', 'row_security=off']
+            AND has_schema_privilege(r.relowner, p.pronamespace, 'USAGE')
+            AND has_table_privilege(r.relowner, s.oid, 'SELECT')
+            AND has_table_privilege(r.relowner, r.oid, 'SELECT')
+            AND (
+                SELECT count(*) FROM pg_catalog.pg_attribute AS a
+                INNER JOIN pg_catalog.pg_depend AS d ON d.classid = 'pg_rewrite'::regclass
+                    AND d.objid = w.oid AND d.refclassid = 'pg_class'::regclass
+                    AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum
+                WHERE a.attrelid = r.oid AND NOT a.attisdropped AND (
+                    (a.attname = c.image_column AND a.atttypid = 'bytea'::regtype)
+                    OR (a.attname = c.key_column AND (a.atttypid = c.key_type::regtype
+                        OR siamese._compared_type(a.atttypid) = c.key_type)))) = 2) AS is_ready
+FROM siamese.collections AS c""",
+)
 
 
 NAMES_QUERY = """
@@ -49,7 +79,8 @@ class Collection:
     """A row of ``siamese.collections``; names are quoted, ready for SQL text.
 
     ``plans`` holds the plans of its searches, by purpose: to build their SQL anew, only to look
-    them up by it, would take a good part of a search's time.
+    them up by it, would take a good part of a search's time. ``is_ready`` means that a trigger has
+    seen that the table's owner can read it.
     """
 
     collection_id: int
@@ -66,6 +97,9 @@ class Collection:
     sha256: str
     metric: str
     vector_schema: str
+    max_bytes: int | None = None
+    max_pixels: int | None = None
+    is_ready: bool = False
     plans: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -88,6 +122,16 @@ class Collection:
         return f"siamese._{name}_{self.collection_id}"
 
     @property
+    def limits(self) -> Limits:
+        """Limits of its images, and of the query images of its searches."""
+        return Limits(self.max_bytes, self.max_pixels)
+
+    @property
+    def keeps_failures(self) -> bool:
+        """Whether a bad image goes to ``embedding_failures`` rather than reject its statement."""
+        return self.on_error == "quarantine" or self.embed == "deferred"
+
+    @property
     def has_integer_keys(self) -> bool:
         """Whether keys fit a bigint."""
         return self.key_type in ("integer", "bigint")
@@ -100,9 +144,14 @@ class Collection:
     def as_it_was(self, plpy: Any) -> str:
         """Return a condition on ``siamese.collections AS c``: still this one, of the name $1."""
         relation = plpy.quote_literal(self.relation)
+        limits = " AND ".join(
+            f"c.{name} {'IS NULL' if value is None else f'= {value}'}"
+            for name, value in vars(self.limits).items()
+        )
         return (
             f"c.collection_id = {self.collection_id} AND c.name = $1"
-            f" AND c.model_id = {self.model_id} AND c.relation::oid = {relation}::regclass::oid"
+            f" AND c.model_id = {self.model_id} AND {limits}"
+            f" AND c.relation::oid = {relation}::regclass::oid"
         )
 
     @property
@@ -171,9 +220,25 @@ def collection_by_id(plpy: Any, collection_id: int) -> Collection:
         raise SiameseError(
             f"collection {collection_id} does not exist",
             sqlstate=UNDEFINED_OBJECT,
-            hint="Drop the trigger that calls for it.",
+            hint="Drop the trigger that calls for it. create_collection does so, too, for its"
+            " table.",
         )
     return _checked(Collection(**rows[0]))
+
+
+def collection_of_trigger(plpy: Any, collection_id: int, relation_oid: int) -> Collection:
+    """Look a collection up for a trigger of a table, and see that it is that table's.
+
+    A copy of another table may have brought the trigger along, the table may have a new owner.
+    """
+    plan = prepare(plpy, TRIGGER_QUERY + "WHERE c.collection_id = $1", ("integer", "oid"))
+    rows = plan.execute([collection_id, relation_oid])
+    if not rows or not rows[0].pop("is_ready"):
+        collection = collection_by_id(plpy, collection_id)
+        plan = prepare(plpy, "SELECT siamese._check_table($1, $2)", ("integer", "oid"))
+        plan.execute([collection_id, relation_oid])
+        return collection
+    return Collection(**rows[0], is_ready=True)
 
 
 def _checked(collection: Collection) -> Collection:

@@ -16,38 +16,46 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import batches, deferred, interrupts, models, vectors
 from pg_siamese_server.batches import FIRST_ROWS, next_portion
-from pg_siamese_server.catalog import Collection, collection_by_id, collection_by_name, prepare
+from pg_siamese_server.catalog import (
+    Collection,
+    collection_by_name,
+    collection_of_trigger,
+    prepare,
+)
 from pg_siamese_server.encoder import Encoder
 from pg_siamese_server.errors import ImageError, SiameseError, counted
 
 NOTICE_SECONDS = 2.0
+HASHES_AT_ONCE = 1000
+# How far another run of the same model may be from a vector of length one: a cosine of 0.9999.
+SAME_VECTOR = 0.014
 # Text only: an exception would hold on to its frames, and so to an open cursor.
 Failure = tuple[Any, str, str]
 
 
-def on_change(plpy: Any, event: str, collection_id: int) -> None:
+def on_change(plpy: Any, event: str, collection_id: int, relation_oid: int) -> None:
     """Follow one INSERT, UPDATE, DELETE or TRUNCATE statement on a collection's table."""
-    collection = collection_by_id(plpy, collection_id)
-    key, image = collection.key_column, collection.image_column
+    collection = collection_of_trigger(plpy, collection_id, relation_oid)
+    key = f"{collection.key_column}::{collection.key_type}"
     if event == "INSERT":
         keys = _keys(plpy, f"SELECT array_agg(n.{key}) AS keys FROM new_rows AS n")
         _forget(plpy, collection, keys)
         embed_rows(plpy, collection, keys)
     elif event == "UPDATE":
-        # Statement triggers can't tell which columns were set, so images are compared; a changed
-        # key makes one row that is gone and one that is new.
-        keys = _keys(
-            plpy,
-            f"SELECT array_agg(c.key) AS keys FROM (SELECT o.{key} AS key FROM old_rows AS o"
-            f" LEFT JOIN new_rows AS n ON n.{key} = o.{key}"
-            f" WHERE n.{key} IS NULL OR n.{image} IS DISTINCT FROM o.{image}"
-            f" UNION SELECT n.{key} FROM new_rows AS n"
-            f" WHERE NOT EXISTS (SELECT FROM old_rows AS o WHERE o.{key} = n.{key})) AS c",
+        plan = prepare(
+            plpy, "SELECT siamese._changed_keys_query($1, $2) AS query", ("integer", "oid")
         )
+        query = plan.execute([collection_id, relation_oid])[0]["query"]
+        if query is None:
+            return
+        keys = _keys(plpy, query)
         _forget(plpy, collection, keys)
         embed_rows(plpy, collection, keys)
     elif event == "DELETE":
         keys = _keys(plpy, f"SELECT array_agg(o.{key}) AS keys FROM old_rows AS o")
+        if not keys:
+            return
+        _let_owner_read(plpy, collection)
         plan = prepare(
             plpy,
             "SELECT array_agg(o.key) AS keys FROM unnest($1) AS o (key) WHERE NOT EXISTS ("
@@ -56,9 +64,18 @@ def on_change(plpy: Any, event: str, collection_id: int) -> None:
             (collection.key_array,),
         )
         # One that is there again was inserted by the same statement, whose trigger sees to it.
-        _forget(plpy, collection, plan.execute([keys])[0]["keys"] if keys else None)
+        _forget(plpy, collection, plan.execute([keys])[0]["keys"])
     elif event == "TRUNCATE":
         _forget_all(plpy, collection)
+
+
+def _let_owner_read(plpy: Any, collection: Collection, for_lock: bool = False) -> None:
+    """See that the row functions run as the table's owner, and that the owner may read it."""
+    if collection.is_ready and not for_lock:
+        return
+    prepare(plpy, "SELECT siamese._let_owner_read($1, $2)", ("integer", "boolean")).execute(
+        [collection.collection_id, for_lock]
+    )
 
 
 def _keys(plpy: Any, sql: str) -> list[Any]:
@@ -79,7 +96,7 @@ def _forget(plpy: Any, collection: Collection, keys: list[Any] | None) -> None:
         f" SELECT embedding_id, true FROM gone",
         types,
     ).execute([keys])
-    if collection.on_error == "quarantine":
+    if collection.keeps_failures:
         prepare(
             plpy,
             "DELETE FROM siamese.failures AS f USING unnest($1) AS k (key)"
@@ -115,7 +132,7 @@ def _fetched(
         start += count
         if rows:
             yield rows
-            count = next_portion(len(rows), sum(len(row["image"] or b"") for row in rows))
+            count = next_portion(len(rows), sum(len(row["image"]) for row in rows))
 
 
 def embed_rows(
@@ -135,10 +152,14 @@ def embed_rows(
     Raises:
         SiameseError: a bad image, where the collection rejects them; it names the row.
     """
+    if not keys:
+        return 0
+    _let_owner_read(plpy, collection, for_lock=is_backfill)
     encoder: Encoder | None = None
     poll = partial(interrupts.check, plpy)
     stored = seen = 0
     noticed = time.monotonic()
+    store = _replace if is_backfill else _store
     for rows in _fetched(plpy, collection, keys, "locked_rows" if is_backfill else "rows"):
         encoder = encoder or models.encoder(plpy, collection.model_id)
         failures: list[Failure] = []
@@ -147,8 +168,12 @@ def embed_rows(
             ((row["key"], row["image"]) for row in rows),
             partial(_fail, collection, failures),
             poll,
+            collection.limits,
         )
-        stored += _store(plpy, collection, done, embeddings, is_backfill)
+        hashes = {row["key"]: batches.image_hash(row["image"]) for row in rows}
+        if is_backfill and failures:
+            _forget(plpy, collection, [key for key, _, _ in failures])
+        stored += store(plpy, collection, done, embeddings, [hashes[key] for key in done])
         _note_failures(plpy, collection, failures)
         seen += len(rows)
         if is_backfill and time.monotonic() - noticed >= NOTICE_SECONDS:
@@ -161,7 +186,7 @@ def embed_rows(
 
 
 def _fail(collection: Collection, failures: list[Failure], key: Any, error: ImageError) -> None:
-    if collection.on_error == "quarantine":
+    if collection.keeps_failures:
         failures.append((key, error.sqlstate, error.message))
         return
     raise ImageError(
@@ -177,20 +202,63 @@ def _store(
     collection: Collection,
     keys: list[Any],
     embeddings: NDArray[np.float32],
-    is_backfill: bool,
+    hashes: list[bytes],
+    conflict: str = "",
 ) -> int:
     if not keys:
         return 0
-    # A row that was changed after a backfill began has got its vector from the trigger.
-    conflict = " ON CONFLICT (key) DO NOTHING" if is_backfill else ""
     result = prepare(
         plpy,
-        f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding)"
-        f" SELECT * FROM unnest($1, $2){conflict} RETURNING embedding_id)"
+        f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding, image_hash)"
+        f" SELECT * FROM unnest($1, $2, $3){conflict} RETURNING embedding_id)"
         f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
-        (collection.key_array, f"{collection.vector_type}[]"),
-    ).execute([keys, [vectors.to_text(vector) for vector in embeddings]])
+        _vector_types(collection),
+    ).execute([keys, [vectors.to_text(vector) for vector in embeddings], hashes])
     return int(result.nrows())
+
+
+def _vector_types(collection: Collection) -> tuple[str, ...]:
+    return (collection.key_array, f"{collection.vector_type}[]", "bytea[]")
+
+
+def _replace(
+    plpy: Any,
+    collection: Collection,
+    keys: list[Any],
+    embeddings: NDArray[np.float32],
+    hashes: list[bytes],
+) -> int:
+    """Store the vectors of locked rows, in place of those of other images."""
+    if not keys:
+        return 0
+    types = _vector_types(collection)
+    values = [keys, [vectors.to_text(vector) for vector in embeddings], hashes]
+    schema = collection.vector_schema
+    # Vectors from before there were hashes: where one is right, all that it lacks is its hash.
+    verified = prepare(
+        plpy,
+        f"UPDATE {collection.embeddings} AS e SET image_hash = n.image_hash"
+        " FROM unnest($1, $2, $3) AS n (key, embedding, image_hash)"
+        " WHERE e.key = n.key AND e.image_hash IS NULL"
+        f" AND {schema}.l2_distance(e.embedding, n.embedding)"
+        f" <= {SAME_VECTOR} * {schema}.vector_norm(n.embedding)",
+        types,
+    ).execute(values)
+    prepare(
+        plpy,
+        f"WITH gone AS (DELETE FROM {collection.embeddings} AS e"
+        " USING unnest($1, $2) AS n (key, image_hash)"
+        " WHERE e.key = n.key AND e.image_hash IS DISTINCT FROM n.image_hash"
+        " RETURNING e.embedding_id)"
+        f" INSERT INTO {collection.pending} (embedding_id, deleted)"
+        " SELECT embedding_id, true FROM gone",
+        (collection.key_array, "bytea[]"),
+    ).execute([keys, hashes])
+    # A row that was changed after a backfill began has got its vector from the trigger.
+    stored = _store(
+        plpy, collection, keys, embeddings, hashes, conflict=" ON CONFLICT (key) DO NOTHING"
+    )
+    return stored + int(verified.nrows())
 
 
 def _note_failures(plpy: Any, collection: Collection, failures: list[Failure]) -> None:
@@ -205,7 +273,7 @@ def _note_failures(plpy: Any, collection: Collection, failures: list[Failure]) -
 
 
 def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
-    """Embed rows without a vector, and drop vectors without a row.
+    """Embed rows without the vector of their image, and drop vectors without a row.
 
     Rows that other transactions hold locked are left alone, so that backfill never takes part in a
     deadlock; a NOTICE tells how many remain.
@@ -216,26 +284,34 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     if max_rows is not None and max_rows < 1:
         raise SiameseError("max_rows must be positive")
     collection = collection_by_name(plpy, name)
-    # The table may have a new owner.
-    plpy.execute(f"SELECT siamese._give_to_owner({collection.collection_id})")
+    _let_owner_read(plpy, collection, for_lock=True)
     _forget(plpy, collection, _keys(plpy, abandoned_query(collection, "array_agg(e.key) AS keys")))
     if collection.embed == "deferred":
         stored = _backfill_deferred(plpy, collection, max_rows)
-        _forget_old_failures(plpy, collection)
-        return stored
-    # Rows that failed before come last, so that they never keep others out.
-    wanted = "array_agg(k.key ORDER BY f.key IS NOT NULL, k.key) AS keys"
-    keys = _keys(plpy, missing_query(collection, wanted))
-    stored = embed_rows(plpy, collection, keys[:max_rows], is_backfill=True) if keys else 0
+        keys = []
+    else:
+        stored = 0
+        # Rows that failed before come last, so that they never keep others out.
+        wanted = "array_agg(k.key ORDER BY f.key IS NOT NULL, k.key) AS keys"
+        keys = _keys(plpy, missing_query(collection, wanted))
+    space = None if max_rows is None else max_rows - stored
+    if space is None or len(keys) < space:
+        keys = [*stale_keys(plpy, collection, space), *keys]
+    stored += embed_rows(plpy, collection, keys[:space], is_backfill=True)
     _forget_old_failures(plpy, collection)
+    if max_rows is None and collection.embed == "sync":
+        _tell_of_the_rest(plpy, collection)
+    return stored
+
+
+def _tell_of_the_rest(plpy: Any, collection: Collection) -> None:
     left = plpy.execute(missing_query(collection, "count(*) AS n") + " AND f.key IS NULL")[0]["n"]
-    if left and max_rows is None:
+    if left:
         plpy.notice(
             f'{counted(left, "row")} of collection "{collection.name}" left out,'
             " because other transactions were changing them",
             hint="Call backfill again.",
         )
-    return stored
 
 
 def _backfill_deferred(plpy: Any, collection: Collection, max_rows: int | None) -> int:
@@ -246,6 +322,52 @@ def _backfill_deferred(plpy: Any, collection: Collection, max_rows: int | None) 
     )
     plpy.execute(f"SELECT siamese._queue_missing({collection.collection_id})")
     return deferred.embed_collection(plpy, collection, max_rows)
+
+
+def stale_keys(plpy: Any, collection: Collection, max_rows: int | None) -> list[Any]:
+    """Return keys whose vector is not known to be that of their image; reads all images.
+
+    Vectors from before there were hashes come first, without a look at their images.
+
+    Args:
+        plpy: PL/Python's module.
+        collection: whose.
+        max_rows: end after about so many, or None.
+    """
+    unknown = f"SELECT array_agg(e.key) AS keys FROM {collection.embeddings} AS e"
+    found = _keys(plpy, f"{unknown} WHERE e.image_hash IS NULL")
+    keys = _keys(plpy, f"{unknown} WHERE e.image_hash IS NOT NULL")
+    for start in range(0, len(keys), HASHES_AT_ONCE):
+        if max_rows is not None and len(found) >= max_rows:
+            break
+        found += compared(plpy, collection, keys[start : start + HASHES_AT_ONCE])[1]
+    return found
+
+
+def compared(
+    plpy: Any, collection: Collection, keys: list[Any], max_bytes: int = 2**62
+) -> tuple[int, list[Any]]:
+    """Compare images with the hashes beside their vectors.
+
+    Args:
+        plpy: PL/Python's module.
+        collection: whose.
+        keys: of which rows; those of no vector are passed over.
+        max_bytes: leave out the last of them, once their images have so many bytes.
+
+    Returns:
+        How many were compared, and the keys of those whose vector is of another image.
+    """
+    plan = prepare(
+        plpy,
+        "SELECT count(*) AS n,"
+        " array_agg(e.key) FILTER (WHERE e.image_hash IS DISTINCT FROM h.image_hash) AS stale"
+        f" FROM {collection.row_function('hashes')}($1, $2) AS h"
+        f" INNER JOIN {collection.embeddings} AS e ON e.key = h.key",
+        (collection.key_array, "bigint"),
+    )
+    row = plan.execute([keys, max_bytes])[0]
+    return int(row["n"]), row["stale"] or []
 
 
 def missing_query(collection: Collection, wanted: str) -> str:

@@ -25,6 +25,7 @@ from pg_siamese_server.errors import (
     ModelError,
     SiameseError,
 )
+from pg_siamese_server.limits import MODELS_OWN, Limits
 
 OUT_OF_MEMORY = "53200"
 CANCELLED = ("57014", "57P01")
@@ -80,6 +81,7 @@ def embed_batch(
     max_rows: int,
     poll: Callable[[], None],
     seconds: float | None = None,
+    limits: Limits = MODELS_OWN,
 ) -> Outcome:
     """Take some tickets and deal with their rows; the caller commits.
 
@@ -91,6 +93,7 @@ def embed_batch(
         max_rows: about how many.
         poll: called often; may raise to leave: plpy's errors, or what is no ``Exception``.
         seconds: after these, the rows that are left stay in their tickets.
+        limits: of the collection.
     """
     tickets = database.take(collection_id, max_rows)
     if not tickets:
@@ -105,7 +108,7 @@ def embed_batch(
         place += len(portion)
         rows = database.read(collection_id, portion)
         results.seen += portion
-        _embed(encoder, rows, results, poll)
+        _embed(encoder, rows, results, poll, limits)
         if rows:
             count = next_portion(len(rows), sum(len(image or b"") for _, image in rows))
         if seconds is not None and time.monotonic() - started >= seconds:
@@ -115,7 +118,13 @@ def embed_batch(
     return Outcome(stored, failed, len(results.seen) - len(results.keys) - failed)
 
 
-def _embed(encoder: Encoder, rows: list[Row], results: Results, poll: Callable[[], None]) -> None:
+def _embed(
+    encoder: Encoder,
+    rows: list[Row],
+    results: Results,
+    poll: Callable[[], None],
+    limits: Limits,
+) -> None:
     digests = {
         key: None if image is None else hashlib.sha256(image).digest() for key, image in rows
     }
@@ -130,7 +139,7 @@ def _embed(encoder: Encoder, rows: list[Row], results: Results, poll: Callable[[
 
     failures = len(results.failed_keys)
     try:
-        keys, embeddings = batches.embed(encoder, rows, fail, poll)
+        keys, embeddings = batches.embed(encoder, rows, fail, poll, limits)
     except (ModelError, MemoryError) as error:
         if len(rows) == 1:
             fail(rows[0][0], _described(error))
@@ -139,7 +148,7 @@ def _embed(encoder: Encoder, rows: list[Row], results: Results, poll: Callable[[
         for name in ("failed_keys", "failed_digests", "sqlstates", "messages", "may_retry"):
             del getattr(results, name)[failures:]
         for row in rows:
-            _embed(encoder, [row], results, poll)
+            _embed(encoder, [row], results, poll, limits)
         return
     results.keys += keys
     results.digests += [digests[key] for key in keys]
@@ -260,7 +269,13 @@ def embed_collection(plpy: Any, collection: Collection, max_rows: int | None) ->
     while max_rows is None or stored < max_rows:
         wanted = MAX_ROWS_AT_ONCE if max_rows is None else min(MAX_ROWS_AT_ONCE, max_rows - stored)
         outcome = embed_batch(
-            database, collection.collection_id, collection.sha256, encoder, wanted, poll
+            database,
+            collection.collection_id,
+            collection.sha256,
+            encoder,
+            wanted,
+            poll,
+            limits=collection.limits,
         )
         if not outcome:
             break

@@ -23,6 +23,7 @@ from pg_siamese_server.errors import (
     SiameseError,
 )
 from pg_siamese_server.images import decode_image
+from pg_siamese_server.limits import MODELS_OWN, Limits
 
 MAX_OPEN_ENCODERS = 4
 
@@ -73,8 +74,10 @@ def encoder(plpy: Any, model_id: int) -> Encoder:
     return found
 
 
-def embed(plpy: Any, model_id: int, images: list[bytes | None]) -> NDArray[np.float32]:
-    """Decode and embed a few images.
+def embed(
+    plpy: Any, model_id: int, images: list[bytes | None], limits: Limits = MODELS_OWN
+) -> NDArray[np.float32]:
+    """Decode and embed a few images, within the limits of a collection.
 
     Returns:
         float32 (images, dimension).
@@ -84,7 +87,8 @@ def embed(plpy: Any, model_id: int, images: list[bytes | None]) -> NDArray[np.fl
     """
     model = encoder(plpy, model_id)
     poll = partial(interrupts.check, plpy)
-    pixels = np.stack([decode_image(image, model.spec.input, poll) for image in images])
+    spec = limits.of(model.spec.input)
+    pixels = np.stack([decode_image(image, spec, poll) for image in images])
     result = model.embed(pixels, poll)
     for embedding in result:
         check_embedding(embedding, model.spec.metric)

@@ -33,11 +33,15 @@ from pg_siamese_server.errors import (
     counted,
 )
 from pg_siamese_server.filters import Conditions, parse
+from pg_siamese_server.limits import Limits
 
 MAX_K = 10_000
 # Changes read at once after which the statement that reads them is planned anew.
 REPLAN_ROWS = 1_000
 ENGINES = ("auto", "faiss", "pgvector")
+
+# By model and limits.
+Embedded = dict[tuple[int, Limits], NDArray[np.float32]]
 
 _collections: dict[str, Collection] = {}
 _changes: dict[int, Any] = {}
@@ -98,7 +102,7 @@ class Answer:
 def search(plpy: Any, request: Request) -> Answer:
     """Answer a search."""
     request.check()
-    embedded: dict[int, NDArray[np.float32]] = {}
+    embedded: Embedded = {}
     answer = _steadily(plpy, request, embedded)
     if answer is not None:
         return answer
@@ -114,16 +118,16 @@ def search(plpy: Any, request: Request) -> Answer:
     return answer
 
 
-def _ordinarily(plpy: Any, request: Request, embedded: dict[int, NDArray[np.float32]]) -> Answer:
+def _ordinarily(plpy: Any, request: Request, embedded: Embedded) -> Answer:
     """Answer after a look at what this snapshot holds."""
     collection, state = _current_state(plpy, request)
     if request.key is not None and state["query_id"] is None:
         return _without_vector(plpy, request, collection)
     embedding = None
     if request.key is None:
-        embedding = embedded.get(collection.model_id)
+        embedding = embedded.get((collection.model_id, collection.limits))
         if embedding is None:
-            embedding = models.embed(plpy, collection.model_id, [request.image])
+            embedding = models.embed(plpy, collection.model_id, [request.image], collection.limits)
     conditions = parse(plpy, collection, request.filter)
     if request.engine != "pgvector":
         answer = _with_faiss(plpy, request, collection, state, embedding, conditions)
@@ -181,12 +185,10 @@ def _tell_of_waiting(plpy: Any, request: Request, answer: Answer) -> None:
         )
 
 
-def _steadily(
-    plpy: Any, request: Request, embedded: dict[int, NDArray[np.float32]]
-) -> Answer | None:
+def _steadily(plpy: Any, request: Request, embedded: Embedded) -> Answer | None:
     """Answer the quick way, where a session knows the collection and nothing has changed.
 
-    The image's embedding goes into ``embedded``, by model, so that it is made once.
+    The image's embedding goes into ``embedded``, by model and limits, so that it is made once.
     """
     collection = _collections.get(request.collection_name or "")
     changes = None if collection is None else _changes.get(collection.collection_id)
@@ -196,13 +198,14 @@ def _steadily(
 
     if not steady.may_serve(request, changes):
         return None
+    embedding = None
     if request.key is None:
         try:
-            embedding = models.embed(plpy, collection.model_id, [request.image])
+            embedding = models.embed(plpy, collection.model_id, [request.image], collection.limits)
         except SiameseError:  # which error it is to be, the ordinary way knows
             return None
-        embedded[collection.model_id] = embedding
-    found = steady.search(plpy, collection, request, changes, embedded.get(collection.model_id))
+        embedded[collection.model_id, collection.limits] = embedding
+    found = steady.search(plpy, collection, request, changes, embedding)
     return None if found is None else Answer(collection, *found)
 
 

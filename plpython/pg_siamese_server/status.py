@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -11,11 +12,15 @@ from typing import Any
 
 from pg_siamese_server import __version__, interrupts, models, telemetry
 from pg_siamese_server.catalog import COLLECTION_QUERY, Collection, is_standby, prepare
-from pg_siamese_server.changes import abandoned_query, missing_query
+from pg_siamese_server.changes import abandoned_query, compared, missing_query, stale_keys
+from pg_siamese_server.deferred import CANCELLED
 from pg_siamese_server.errors import SiameseError
 
+Line = tuple[str, bool, str]
+# What a look at some images costs at most, without full => true.
+SAMPLE_ROWS, SAMPLE_BYTES = 100, 16 * 1024 * 1024
 PACKAGES = ("numpy", "pillow", "onnxruntime", "faiss-cpu", "onnx", "xxhash")
-TRIGGER_EVENTS = ("insert", "update", "delete", "truncate")
+TRIGGERS = ("insert", "update", "change", "delete", "truncate")
 
 
 def generation_file(plpy: Any, collection_id: int | None, generation: int | None) -> str | None:
@@ -35,26 +40,81 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
         return "not readable"
 
 
-def self_check(plpy: Any) -> list[tuple[str, bool, str]]:
-    """Check installation and collections; rows of (subject, ok, detail)."""
+def self_check(plpy: Any, full: bool) -> list[Line]:
+    """Check installation and collections.
+
+    Whatever fails is a line of its own, and the rest is checked all the same.
+
+    Args:
+        plpy: PL/Python's module.
+        full: compare every image with its vector, not only some.
+
+    Returns:
+        Rows of (subject, ok, detail).
+    """
     result = [
         ("server package", True, f"version {__version__}, Python {sys.version.split()[0]}"),
         *map(_package, PACKAGES),
         ("telemetry", *telemetry.check()),
+        _guarded(plpy, "index directory", _directory),
+        _guarded(plpy, "triggers", partial(_strays, plpy)),
     ]
     for row in plpy.execute(COLLECTION_QUERY + "ORDER BY c.name"):
         subject = f'collection "{row["name"]}"'
         if row["relation"] is None:
-            result.append((subject, False, "its table does not exist any more"))
+            call = f"drop_collection({plpy.quote_literal(row['name'])})"
+            result.append((subject, False, f"its table does not exist any more; call {call}"))
             continue
         result.extend(
             (f"{subject}: {what}", ok, detail)
-            for what, ok, detail in _collection(plpy, Collection(**row))
+            for what, ok, detail in _collection(plpy, Collection(**row), full)
         )
     return result
 
 
-def _package(name: str) -> tuple[str, bool, str]:
+def _guarded(plpy: Any, what: str, check: Callable[[], Line]) -> Line:
+    """Make a check; where it fails itself, that is a bad line, and no other check is concerned."""
+    try:
+        with plpy.subtransaction():
+            return check()
+    except SiameseError as error:
+        return (what, False, " ".join(filter(None, (f"{error.message}.", error.hint))))
+    except plpy.SPIError as error:
+        if error.sqlstate in CANCELLED:
+            raise
+        hint = (getattr(error, "spidata", None) or (None, None, None))[2]
+        return (what, False, f"{error}. {hint}" if hint else f"cannot be checked: {error}")
+    except (ImportError, OSError) as error:
+        return (what, False, f"cannot be checked: {error}")
+
+
+def _directory() -> Line:
+    path = os.path.join(os.getcwd(), "pg_siamese")
+    if os.path.islink(path):
+        return (
+            "index directory",
+            True,
+            "a symbolic link, which pg_basebackup leaves out: call build_index after a restore",
+        )
+    return ("index directory", True, "in the data directory")
+
+
+def _strays(plpy: Any) -> Line:
+    """Look for triggers that a copy of a collection's table has brought along."""
+    rows = plpy.execute(
+        "SELECT t.relation::text AS relation, pg_catalog.string_agg(t.name::text, ', ') AS names"
+        " FROM siamese._triggers() AS t WHERE NOT EXISTS (SELECT FROM siamese.collections AS c"
+        " WHERE c.collection_id = t.collection_id AND c.relation::oid = t.relation::oid)"
+        " GROUP BY t.relation ORDER BY 1"
+    )
+    found = "; ".join(f"{row['relation']} has {row['names']}" for row in rows)
+    if found:
+        remedy = "call create_collection for such a table, or drop these triggers"
+        return ("triggers", False, f"of other tables' collections: {found}; {remedy}")
+    return ("triggers", True, "none of other tables' collections")
+
+
+def _package(name: str) -> Line:
     module = {"pillow": "PIL", "faiss-cpu": "faiss"}.get(name, name)
     try:
         with interrupts.signals_blocked():
@@ -64,32 +124,93 @@ def _package(name: str) -> tuple[str, bool, str]:
         return (f"package {name}", False, f"cannot be imported: {error}")
 
 
-def _collection(plpy: Any, collection: Collection) -> list[tuple[str, bool, str]]:
-    columns = _columns(plpy, collection)
+def _collection(plpy: Any, collection: Collection, full: bool) -> list[Line]:
+    columns = _guarded(plpy, "columns", partial(_columns, plpy, collection))
     if not columns[1]:
         return [columns]
-    return [
-        _triggers(plpy, collection),
-        _count(
-            plpy,
-            "rows without vector",
-            missing_query(collection, "count(*) AS n")
-            + " AND f.key IS NULL"
-            + _not_queued(collection),
-            "call backfill",
+    missing = missing_query(collection, "count(*) AS n") + " AND f.key IS NULL"
+    abandoned = abandoned_query(collection, "count(*) AS n")
+    checks: dict[str, Callable[[], Line]] = {
+        "table": partial(_table, plpy, collection),
+        "owner": partial(_owner, plpy, collection),
+        "triggers": partial(_triggers, plpy, collection),
+        "rows without vector": partial(
+            _count, plpy, "rows without vector", missing + _not_queued(collection)
         ),
-        _count(
-            plpy,
-            "vectors without row",
-            abandoned_query(collection, "count(*) AS n"),
-            "call backfill",
-        ),
-        _model(plpy, collection),
-        _index(plpy, collection),
-    ]
+        "vectors without row": partial(_count, plpy, "vectors without row", abandoned),
+        "vectors of other images": partial(_hashes, plpy, collection, full),
+        "model": partial(_model, plpy, collection),
+        "index": partial(_index, plpy, collection),
+    }
+    return [_guarded(plpy, what, check) for what, check in checks.items()]
 
 
-def _columns(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
+def _table(plpy: Any, collection: Collection) -> Line:
+    """Tell of what a table has become since the collection was created."""
+    plan = prepare(
+        plpy,
+        "SELECT o.kind, o.hint FROM siamese._obstacle($1) AS o WHERE o.kind IS NOT NULL"
+        " AND o.kind <> 'table with forced row-level security'",  # a matter of the owner
+        ("regclass",),
+    )
+    for row in plan.execute([str(collection.relation_oid)]):
+        detail = f"a {row['kind']} now"
+        if row["kind"] == "unlogged table":
+            detail += ": after a crash it is empty, and its vectors are not"
+        elif row["kind"] in ("partition", "child table"):
+            detail += ": changes through its parent fire no triggers, so call backfill after them"
+        return ("table", False, f"{detail}. {row['hint']}")
+    return ("table", True, "ordinary and permanent")
+
+
+def _owner(plpy: Any, collection: Collection) -> Line:
+    if not is_standby(plpy):
+        plpy.execute(f"SELECT siamese._let_owner_read({collection.collection_id}, true)")
+    return ("owner", True, "reads the table")
+
+
+def _hashes(plpy: Any, collection: Collection, full: bool) -> Line:
+    """Compare images with the hashes beside their vectors: all, or some that chance draws."""
+    what = "vectors of other images"
+    unknown = f"SELECT count(*) AS n FROM {collection.embeddings} AS e WHERE e.image_hash IS NULL"
+    unhashed = int(plpy.execute(unknown)[0]["n"])
+    if full:
+        stale = len(stale_keys(plpy, collection, None)) - unhashed
+        seen = "all rows"
+    else:
+        count, found = compared(plpy, collection, _sample(plpy, collection), SAMPLE_BYTES)
+        stale, seen = len(found), f"{count} rows, drawn by chance"
+    if stale:
+        return (what, False, f"{stale} of {seen}; call backfill")
+    detail = f"0 of {seen}"
+    if unhashed:
+        detail += f"; {unhashed} vectors have no hash yet, call backfill"
+    return (what, True, detail)
+
+
+def _sample(plpy: Any, collection: Collection) -> list[Any]:
+    """Return some keys with a hash: all of a small collection, else some that chance draws."""
+    first = plpy.execute(
+        f"SELECT array_agg(s.key) AS keys FROM (SELECT e.key FROM {collection.embeddings} AS e"
+        f" WHERE e.image_hash IS NOT NULL LIMIT {SAMPLE_ROWS + 1}) AS s"
+    )[0]["keys"]
+    if first is None or len(first) <= SAMPLE_ROWS:
+        return first or []
+    drawn = plpy.execute(
+        "SELECT array_agg(DISTINCT n.key) AS keys FROM"
+        f" (SELECT min(e.embedding_id) AS low, max(e.embedding_id) AS high"
+        f" FROM {collection.embeddings} AS e) AS b"
+        f" CROSS JOIN generate_series(1, {SAMPLE_ROWS}) AS i"
+        " CROSS JOIN LATERAL (SELECT b.low + floor((random() + 0 * i) * (b.high - b.low + 1))"
+        "::bigint AS place) AS r"
+        f" CROSS JOIN LATERAL (SELECT e.key, e.image_hash FROM {collection.embeddings} AS e"
+        " WHERE e.embedding_id >= r.place ORDER BY e.embedding_id LIMIT 1) AS n"
+        " WHERE n.image_hash IS NOT NULL"
+    )[0]["keys"]
+    return drawn or []
+
+
+def _columns(plpy: Any, collection: Collection) -> Line:
     names = (collection.key_column, collection.image_column)
     plan = prepare(
         plpy,
@@ -111,7 +232,7 @@ def _not_queued(collection: Collection) -> str:
     )
 
 
-def _triggers(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
+def _triggers(plpy: Any, collection: Collection) -> Line:
     plan = prepare(
         plpy,
         "SELECT t.tgname AS name FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = $1"
@@ -119,31 +240,22 @@ def _triggers(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
         " AND t.tgfoid IN (SELECT to_regprocedure(f.name) FROM unnest($2) AS f (name))",
         ("oid", "text[]"),
     )
-    functions = ["siamese._on_change()"]
+    functions = ["siamese._note_change()", "siamese._on_change()"]
     if collection.embed == "deferred":
         number = collection.collection_id
-        functions = ["siamese._queue_change()", f"siamese._queue_insert_{number}()"]
+        functions[1:] = ["siamese._queue_change()", f"siamese._queue_insert_{number}()"]
     found = {row["name"] for row in plan.execute([collection.relation_oid, functions])}
-    wanted = {f"pg_siamese_{collection.collection_id}_{event}" for event in TRIGGER_EVENTS}
+    wanted = {f"pg_siamese_{collection.collection_id}_{event}" for event in TRIGGERS}
     missing = ", ".join(sorted(wanted - found))
-    plan = prepare(
-        plpy,
-        "SELECT r.relispartition OR EXISTS (SELECT FROM pg_catalog.pg_inherits AS i"
-        " WHERE i.inhrelid = r.oid) AS is_child FROM pg_catalog.pg_class AS r WHERE r.oid = $1",
-        ("oid",),
-    )
-    if plan.execute([collection.relation_oid])[0]["is_child"]:
-        detail = "changes through a parent table fire none; change this table itself, then backfill"
-        return ("triggers", False, detail)
     return ("triggers", not missing, f"missing or disabled: {missing}" if missing else "enabled")
 
 
-def _count(plpy: Any, what: str, sql: str, remedy: str) -> tuple[str, bool, str]:
+def _count(plpy: Any, what: str, sql: str) -> Line:
     number = int(plpy.execute(sql)[0]["n"])
-    return (what, number == 0, f"{number}; {remedy}" if number else "0")
+    return (what, number == 0, f"{number}; call backfill" if number else "0")
 
 
-def _model(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
+def _model(plpy: Any, collection: Collection) -> Line:
     try:
         models.encoder(plpy, collection.model_id)
     except SiameseError as error:
@@ -153,7 +265,7 @@ def _model(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
     return ("model", True, f"{collection.dimension} dimensions")
 
 
-def _index(plpy: Any, collection: Collection) -> tuple[str, bool, str]:
+def _index(plpy: Any, collection: Collection) -> Line:
     plan = prepare(
         plpy,
         "SELECT g.generation, g.build_id::text AS build_id FROM siamese.generations AS g"

@@ -29,6 +29,7 @@ from pg_siamese.connection import CommandError, NoServerError, connect, describe
 from pg_siamese_server.deferred import Results, Row, embed_batch
 from pg_siamese_server.encoder import Encoder, ModelSpec
 from pg_siamese_server.errors import SiameseError, counted
+from pg_siamese_server.limits import Limits
 
 CHANNEL = "pg_siamese_queue"
 # A batch ends after this, so that its locks go and others see its vectors.
@@ -264,10 +265,12 @@ class Worker:
         """Do one batch of each collection that has tickets; say whether anything was done."""
         _check_version(connection)  # each time: it may be upgraded meanwhile
         queued = connection.execute(
-            "SELECT collection_id, name, model_id, sha256 FROM siamese._queued_collections()"
+            "SELECT q.collection_id, q.name, q.model_id, q.sha256, c.max_bytes, c.max_pixels"
+            " FROM siamese._queued_collections() AS q"
+            " INNER JOIN siamese.collections AS c USING (collection_id)"
         ).fetchall()
         is_any = False
-        for collection_id, name, model_id, sha256 in queued:
+        for collection_id, name, model_id, sha256, *limits in queued:
             if self.options.collections and name not in self.options.collections:
                 continue
             if self._held.get(collection_id, 0.0) > time.monotonic():
@@ -286,6 +289,7 @@ class Worker:
                         self.options.batch,
                         self.signals.check,
                         BATCH_SECONDS,
+                        Limits(*limits),
                     )
             except SiameseError as error:
                 self._hold(collection_id, name, error.message, BROKEN_SECONDS)

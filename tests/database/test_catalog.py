@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import Connection, Pictures, insert_images
 
 PUBLIC_FUNCTIONS = {
+    "alter_collection",
     "any_two_match",
     "backfill",
     "build_index",
@@ -22,6 +23,7 @@ PUBLIC_FUNCTIONS = {
     "image_distance",
     "rebuild_file",
     "register_model",
+    "renew_collections",
     "renew_grants",
     "same_class",
     "self_check",
@@ -102,7 +104,11 @@ def test_tables_of_configuration_are_dumped(shared: Connection) -> None:
         " WHERE x.extname = 'pg_siamese' AND c.relkind IN ('r', 'S')"
     )
     # What is left out is about the last minutes only.
-    assert {row[0] for row in tables} - dumped == {"embedding_batches", "embedding_attempts"}
+    assert {row[0] for row in tables} - dumped == {
+        "embedding_batches",
+        "embedding_batches_batch_id_seq",
+        "embedding_attempts",
+    }
 
 
 def test_user_tables_do_not_belong_to_the_extension(shared: Connection) -> None:

@@ -66,13 +66,6 @@ def test_bad_image_in_a_call(shared: Connection, call: str) -> None:
         shared.execute(f"SELECT {null}", {"good": GOOD})
 
 
-def test_null_image_in_a_row(db: Connection) -> None:
-    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't')")
-    with sql_error("22004", "image is null (row id = 5 of table public.t)"):
-        db.execute("INSERT INTO t VALUES (5, NULL)")
-
-
 @pytest.mark.parametrize(
     ("call", "sqlstate", "message"),
     [

@@ -419,7 +419,7 @@ def test_a_table_that_became_a_view(roles: Roles, db: Connection) -> None:
             $$ BEGIN RAISE EXCEPTION 'ran as %', current_user; END $$
         """
     )
-    for event in ("insert", "update", "delete", "truncate"):
+    for event in ("insert", "update", "change", "delete", "truncate"):
         admin.execute(f"DROP TRIGGER pg_siamese_2_{event} ON t")
     admin.execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
     admin.execute("VACUUM t")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.bars.gallery import DIMENSION
 from tests.conftest import Connection, Pictures, insert_images
+from tests.server import path_of
 from tests.support import sql_error
 
 
@@ -83,6 +85,12 @@ def test_self_check_of_a_sound_database(db: Connection, pictures: Pictures) -> N
     ("damage", "subject"),
     [
         ("ALTER TABLE images DISABLE TRIGGER ALL", "triggers"),
+        ("ALTER TABLE images DISABLE TRIGGER pg_siamese_1_change", "triggers"),
+        ("ALTER TABLE images SET UNLOGGED", "table"),
+        (
+            "UPDATE siamese.embedding_1 SET image_hash = 'another' WHERE key = 3",
+            "vectors of other images",
+        ),
         ("DROP TRIGGER pg_siamese_1_delete ON images", "triggers"),
         ("DELETE FROM siamese.embedding_1 WHERE key = 1", "rows without vector"),
         (
@@ -107,6 +115,66 @@ def test_self_check_finds(
     rows = connect().execute("SELECT subject, detail FROM self_check() WHERE NOT ok").fetchall()
     assert [row[0] for row in rows] == [f'collection "images": {subject}']
     assert rows[0][1]
+
+
+def test_self_check_says_that_the_index_directory_is_a_link(
+    db: Connection, pictures: Pictures, tmp_path: Path
+) -> None:
+    """Base backups leave links out."""
+    insert_images(db, pictures.files[:5])
+    db.execute("SELECT build_index()")
+    row = db.execute("SELECT current_setting('data_directory')").fetchone()
+    assert row is not None
+    directory = path_of(row[0]) / "pg_siamese"
+    line = "SELECT ok, detail FROM self_check() WHERE subject = 'index directory'"
+    assert db.execute(line).fetchone() == (True, "in the data directory")
+    directory.rename(directory.with_name("elsewhere"))
+    try:
+        directory.symlink_to("elsewhere")
+        found = db.execute(line).fetchone()
+        assert found is not None and found[0] and "pg_basebackup leaves out" in found[1]
+    finally:
+        directory.unlink()
+        directory.with_name("elsewhere").rename(directory)
+
+
+def test_a_check_that_fails_is_a_line(db: Connection, pictures: Pictures) -> None:
+    """And all the others are made."""
+    insert_images(db, pictures.files[:5])
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
+    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    count = "SELECT count(*) FROM self_check()"
+    before = db.execute(count).fetchone()
+    db.execute("ALTER TABLE siamese.embedding_1 RENAME TO gone")
+    db.execute("DROP TABLE siamese.queue_2")
+    assert db.execute(count).fetchone() == before
+    rows = db.execute("SELECT subject, detail FROM self_check() WHERE NOT ok").fetchall()
+    assert {row[0] for row in rows} == {
+        'collection "images": rows without vector',
+        'collection "images": vectors without row',
+        'collection "images": vectors of other images',
+        'collection "t": rows without vector',
+    }
+    assert all("does not exist" in row[1] for row in rows)
+
+
+def test_self_check_can_be_cancelled(db: Connection, pictures: Pictures) -> None:
+    """No check takes a cancel for its own failure."""
+    insert_images(db, pictures.files[:2])
+    db.execute("ALTER TABLE images DISABLE TRIGGER USER")
+    db.execute(
+        "INSERT INTO images (image) SELECT decode(repeat(md5(i::text), 65536), 'hex')"
+        " FROM generate_series(1, 50) AS i"
+    )
+    db.execute(
+        "INSERT INTO siamese.embedding_1 (key, embedding, image_hash) SELECT b.image_id,"
+        " e.embedding, 'x' FROM images AS b CROSS JOIN (SELECT embedding FROM siamese.embedding_1"
+        " LIMIT 1) AS e ON CONFLICT DO NOTHING"
+    )
+    db.execute("SET statement_timeout = '50ms'")
+    with sql_error("57014"):
+        db.execute("SELECT * FROM self_check(full => true)")
+    db.execute("RESET statement_timeout")
 
 
 def test_backfill_mends_what_self_check_finds(db: Connection, pictures: Pictures) -> None:

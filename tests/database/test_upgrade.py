@@ -200,7 +200,7 @@ def test_upgrade_with_data(
     fill(db, onnx, pictures)
     before = answers(db, pictures)
     assert len(before[0]) == 25 and len(before[3]) == 2 and len(before[5]) == 1
-    vectors = "SELECT * FROM siamese.embedding_1 ORDER BY 1"
+    vectors = "SELECT embedding_id, key, embedding::text FROM siamese.embedding_1 ORDER BY 1"
     stored = db.execute(vectors).fetchall()
     upgrade(db)
     session = databases.connect(databases.dsn(db))
