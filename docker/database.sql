@@ -1,4 +1,4 @@
--- Run by the entry point, once, in the new database: the extension, the medical encoder, and the
+-- Run by the entry point, once, in the new database: the extension, the shipped encoders, and the
 -- ready-made collection "images". Variable: database.
 
 -- After public, so that CREATE TABLE without a schema goes where people expect it.
@@ -7,6 +7,6 @@ ALTER DATABASE :"database" SET search_path = "$user", public, siamese;
 CREATE EXTENSION pg_siamese CASCADE;
 
 \o /dev/null
-SELECT siamese.register_model('medical', pg_read_binary_file('/usr/local/share/pg_siamese/medical.onnx'));
+SELECT FROM siamese.register_shipped_models();
 SELECT siamese.create_collection(model => 'medical');
 \o

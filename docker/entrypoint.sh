@@ -157,6 +157,16 @@ check_data() {
     fi
 }
 
+# From 18 on data are below a folder of their major version; a volume in the place of old is overlooked.
+check_volume() {
+    local old=/var/lib/postgresql/data
+    if [[ $PGDATA == "/var/lib/postgresql/$PG_MAJOR/docker" ]] \
+        && { [[ -s $old/PG_VERSION ]] || grep -q " $old " /proc/self/mountinfo; }; then
+        fail "there is a volume at $old, but from PostgreSQL 18 on data are in $PGDATA" \
+            'Mount the volume at /var/lib/postgresql, or name the folder with PGDATA.'
+    fi
+}
+
 main() {
     # Options alone are the server's.
     if [[ $# -eq 0 || ${1:0:1} == - ]]; then
@@ -176,6 +186,7 @@ main() {
         find "$PGDATA" /run/postgresql ! -user postgres -exec chown postgres:postgres {} +
         exec setpriv --reuid postgres --regid postgres --init-groups "${BASH_SOURCE[0]}" "$@"
     fi
+    check_volume
     umask 077
     mkdir -p "$PGDATA"
     chmod 0700 "$PGDATA" 2> /dev/null || true # not ours: initdb says so

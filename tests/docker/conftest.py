@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -39,6 +40,25 @@ def docker(*arguments: str | Path, check: bool = True) -> str:
     )
     assert done.returncode == 0 or not check, done.stdout
     return done.stdout.strip()
+
+
+@functools.cache
+def configuration() -> dict[str, Any]:
+    """What the image says of itself."""
+    found: dict[str, Any] = json.loads(docker("image", "inspect", IMAGE))[0]["Config"]
+    return found
+
+
+def variable(name: str) -> str:
+    """One of the image's environment variables."""
+    values = dict(str(each).split("=", 1) for each in configuration()["Env"])
+    return values[name]
+
+
+def volume_at() -> str:
+    """Where its volume belongs."""
+    (place,) = configuration()["Volumes"]
+    return str(place)
 
 
 class Container:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pg_siamese.dev.project import ROOT, version
-from tests.docker.conftest import Container, Containers, docker, picture
+from tests.docker.conftest import Container, Containers, docker, picture, variable, volume_at
 
 LARGEST = 1.2e9  # bytes
 
@@ -34,7 +34,11 @@ def test_settings(described: dict[str, Any]) -> None:
     config = described["Config"]
     assert config["User"] == "postgres"
     assert config["StopSignal"] == "SIGINT"
-    assert list(config["Volumes"]) == ["/var/lib/postgresql/data"]
+    places = {
+        "17": ("/var/lib/postgresql/data", "/var/lib/postgresql/data"),
+        "18": ("/var/lib/postgresql", "/var/lib/postgresql/18/docker"),
+    }
+    assert (volume_at(), variable("PGDATA")) == places[variable("PG_MAJOR")]
     assert list(config["ExposedPorts"]) == ["5432/tcp"]
     assert config["Healthcheck"]["Test"] == ["CMD", "docker-healthcheck.sh"]
 
@@ -84,10 +88,11 @@ def test_the_extension_and_its_packages(usual: Container) -> None:
         bad = db.execute("SELECT subject, detail FROM self_check() WHERE NOT ok").fetchall()
         assert bad == []
         checks = dict(db.execute("SELECT subject, detail FROM self_check()").fetchall())
-        assert "Python 3.13" in checks["server package"]
+        python = {"17": "3.13", "18": "3.14"}[variable("PG_MAJOR")]
+        assert f"Python {python}" in checks["server package"]
         rows = db.execute("SELECT name, sha256 FROM siamese.models").fetchall()
-    digest = hashlib.sha256((ROOT / "models" / "medical.onnx").read_bytes())
-    assert rows == [("medical", digest.hexdigest())]
+    files = {file.stem: file.read_bytes() for file in (ROOT / "models").glob("*.onnx")}
+    assert dict(rows) == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
 def test_python_is_compiled_beforehand(usual: Container) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from tests.conftest import Connection
-from tests.docker.conftest import QUICK, Container, Containers, docker, picture
-
-DATA = "/var/lib/postgresql/data"
+from tests.docker.conftest import QUICK, Container, Containers, docker, picture, variable, volume_at
 
 
 def fill(container: Container) -> list[tuple[int, float]]:
@@ -43,7 +41,7 @@ def test_stop_and_start(containers: Containers) -> None:
 
 def test_a_new_container_takes_the_volume(containers: Containers) -> None:
     """As after an update of the image. It needs no password: that is in the data."""
-    volume = f"--volume={containers.volume()}:{DATA}"
+    volume = f"--volume={containers.volume()}:{volume_at()}"
     first = containers.start(volume, environment={"POSTGRES_INITDB_ARGS": ""}, command=()).healthy()
     before = fill(first)
     docker("rm", "--force", first.name)
@@ -51,7 +49,7 @@ def test_a_new_container_takes_the_volume(containers: Containers) -> None:
     with second.connect() as db:
         assert answer(db) == before
     # The index came with the data.
-    assert second.exec("bash", "-c", f"ls {DATA}/pg_siamese/*/*/*.faiss")
+    assert second.exec("bash", "-c", f"ls {variable('PGDATA')}/pg_siamese/*/*/*.faiss")
 
 
 def test_read_only_and_without_privileges(containers: Containers) -> None:
@@ -61,13 +59,17 @@ def test_read_only_and_without_privileges(containers: Containers) -> None:
 
 
 def test_data_in_memory(containers: Containers) -> None:
-    container = containers.start(f"--tmpfs={DATA}:uid=999,gid=999,mode=0700").healthy()
+    container = containers.start(
+        f"--tmpfs={variable('PGDATA')}:uid=999,gid=999,mode=0700"
+    ).healthy()
     assert len(fill(container)) == 5
 
 
 def test_started_as_root_with_a_folder_of_root(containers: Containers) -> None:
     """As with a folder of the host: it is given to postgres, and so is the server."""
-    container = containers.start("--user=root", f"--tmpfs={DATA}:uid=0,gid=0,mode=0755").healthy()
+    container = containers.start(
+        "--user=root", f"--tmpfs={variable('PGDATA')}:uid=0,gid=0,mode=0755"
+    ).healthy()
     assert container.exec("stat", "--format", "%U", "/proc/1") == "postgres"
     assert len(fill(container)) == 5
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev import apt, base_image, docker, engine
+from pg_siamese.dev import apt, base_image, docker, engine, project
 from pg_siamese.dev.apt import Archive, parse_deb822
+from pg_siamese.dev.docker import Variant
 from pg_siamese.dev.engine import Engine, NoEngineError
 from pg_siamese.dev.report import SetupError
 
@@ -169,44 +170,63 @@ def test_sources_of_the_base_image() -> None:
     main = Archive(("https://a.example/debian",), ("bookworm", "bookworm-updates"), ("main",), KEYS)
     security = Archive(("https://b.example/security",), ("bookworm-security",), ("main",), KEYS)
     other = Archive(("https://c.example/apt",), ("stable",), ("main",))
-    stanzas = base_image.stanzas(main, [main, other, security], "bookworm")
+    stanzas = base_image.stanzas(main, [main, other, security], "bookworm", "trixie")
     assert [parse_deb822(each) for each in stanzas] == [
         [Archive(main.uris, ("trixie", "trixie-updates"), ("main",), KEYS)],
         [Archive(security.uris, ("trixie-security",), ("main",), KEYS)],
     ]
     assert base_image.stanzas(
-        Archive(main.uris, ("bookworm",), ("main", "contrib")), [other], "bookworm"
+        Archive(main.uris, ("bookworm",), ("main", "contrib")), [other], "bookworm", "trixie"
     ) == [Archive(main.uris, ("trixie",), ("main",)).stanza("deb", ["trixie"])]
+    # Testing gets its updates and security fixes in the one suite that it has.
+    assert base_image.stanzas(main, [main, other, security], "bookworm", "forky") == [
+        Archive(main.uris, ("forky",), ("main",), KEYS).stanza("deb", ["forky"])
+    ]
 
 
 def test_the_base_image_needs_debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(apt, "main_archive", lambda: None)
     with pytest.raises(SetupError, match="needs Debian with apt"):
-        base_image.make(Engine("docker", "docker"), tmp_path)
+        base_image.make(Engine("docker", "docker"), tmp_path, "trixie")
 
 
-def test_the_choice_of_a_base_image(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Path] = []
+@pytest.mark.parametrize("variant", docker.VARIANTS)
+def test_the_choice_of_a_base_image(
+    variant: Variant, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
 
-    def make(found: Engine, scratch: Path) -> str:
-        made.append(scratch)
+    def make(found: Engine, scratch: Path, suite: str) -> str:
+        made.append(suite)
         return "made"
 
     monkeypatch.setattr(base_image, "make", make)
     monkeypatch.delenv("BASE_IMAGE", raising=False)
-    official, own = docker.OFFICIAL_BASE, base_image.TAG
+    official, own = f"debian:{variant.suite}-slim", f"pg_siamese-base:{variant.suite}"
 
     def choose(body: str) -> str:
         client = program("docker", body)
-        return docker.choose_base(Engine(client, client))
+        return docker.choose_base(Engine(client, client), variant)
 
     assert choose(f'test "$*" = "image inspect {official}"') == official
     assert choose(f'test "$*" = "pull --quiet {official}"') == official
     assert choose(f'test "$*" = "image inspect {own}"') == own
     assert made == []
     assert choose("exit 1") == "made"
+    assert made == [variant.suite]
     monkeypatch.setenv("BASE_IMAGE", "mine")
     assert choose("exit 1") == "mine"
+
+
+def test_variants() -> None:
+    """Each major has names of its own; the usual one has the plain ones too."""
+    usual, other = docker.choose_variant(""), docker.choose_variant("18")
+    assert docker.choose_variant("17") == usual
+    assert usual.image == f"pg_siamese:{project.version()}"
+    assert other.tags == [f"pg_siamese:{project.version()}-pg18"]
+    assert usual.container == "pg_siamese" != other.container
+    with pytest.raises(SetupError, match="POSTGRES_MAJOR=16: there are images of PostgreSQL 17"):
+        docker.choose_variant("16")
 
 
 # --- what a build is given of this machine -------------------------------------------------------
@@ -286,7 +306,7 @@ def test_an_engine_lives_as_long_as_the_command_that_started_it(
     found = Engine("docker", "docker")
     monkeypatch.setattr(engine, "ensure", lambda: found)
     monkeypatch.setattr(engine, "stop", lambda: steps.append("stopped"))
-    monkeypatch.setattr(docker, "build", lambda each: steps.append("built"))
+    monkeypatch.setattr(docker, "build", lambda each, variant: steps.append("built"))
     monkeypatch.setattr(engine, "find", lambda: found)
     assert docker.main(["build"]) == 0
     assert steps == ["built"]

@@ -28,6 +28,11 @@ def available() -> bool:
     return shutil.which("apt-get") is not None
 
 
+def has_lists() -> bool:
+    """Say whether this machine's package lists have been fetched."""
+    return any(_LISTS.glob("*_Packages*"))
+
+
 def os_release() -> dict[str, str]:
     """Return /etc/os-release as a dictionary."""
     with contextlib.suppress(OSError):
@@ -42,7 +47,7 @@ def update() -> None:
         failure = f"apt-get update failed: {_NETWORK}"
         run(["apt-get", "update", "-qq", *_RETRIES], env=_environment(), failure=failure)
         # apt only warns of archives that it can't reach; one of several may be dispensable.
-        if not any(_LISTS.glob("*_Packages*")):
+        if not has_lists():
             raise SetupError(failure)
 
 
@@ -53,13 +58,19 @@ def candidate(package: str) -> str | None:
     """
     if not available():
         return None
-    if os.geteuid() == 0 and not any(_LISTS.glob("*_Packages*")):
+    if os.geteuid() == 0 and not has_lists():
         update()
     text = run(
         ["apt-cache", "policy", package], env=_environment(), failure="apt-cache policy failed"
     )
     found = re.search(r"Candidate: (\S+)", text)
     return found[1] if found and found[1] != "(none)" else None
+
+
+def settings(name: str) -> list[str]:
+    """Return lines of apt's configuration on this machine, those of `name` and below it."""
+    text = run(["apt-config", "dump", name], env=_environment(), failure="apt-config dump failed")
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def install(packages: Sequence[str], what: str) -> None:
@@ -83,7 +94,7 @@ def install(packages: Sequence[str], what: str) -> None:
         with step(f"Installing {what} ({names})"):
             run(command, env=_environment(), failure=failure)
 
-    if not any(_LISTS.glob("*_Packages*")):
+    if not has_lists():
         update()
         attempt()
         return

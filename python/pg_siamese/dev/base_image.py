@@ -15,8 +15,7 @@ from pg_siamese.dev.apt import Archive
 from pg_siamese.dev.engine import Engine
 from pg_siamese.dev.report import SetupError, clean_environment, run, step
 
-SUITE = "trixie"
-TAG = f"pg_siamese-base:{SUITE}"
+_TESTING = "forky"  # without updates and security fixes in suites of their own
 # As in the official slim image: no manuals, and of the documentation only the licences.
 _LEFT_OUT = (
     "path-exclude=/usr/share/doc/*",
@@ -28,25 +27,31 @@ _LEFT_OUT = (
 )
 
 
-def stanzas(main: Archive, all_of_them: Sequence[Archive], codename: str) -> list[str]:
-    """Return sources of the base image's suite, with updates and security where the machine has.
+def tag(suite: str) -> str:
+    """Return the name of the base image of one of Debian's suites."""
+    return f"pg_siamese-base:{suite}"
+
+
+def stanzas(main: Archive, all_of_them: Sequence[Archive], codename: str, suite: str) -> list[str]:
+    """Return sources of a suite, with updates and security where the machine has them.
 
     `main` is the archive of the machine's own release, whose name is `codename`.
     """
-    plain = [SUITE]
+    plain = [suite]
     same = [each for each in all_of_them if each.uris == main.uris]
-    if any(f"{codename}-updates" in each.suites for each in same):
-        plain.append(f"{SUITE}-updates")
+    if suite != _TESTING and any(f"{codename}-updates" in each.suites for each in same):
+        plain.append(f"{suite}-updates")
     result = [Archive(main.uris, tuple(plain), ("main",), main.options)]
     for each in all_of_them:
-        if f"{codename}-security" in each.suites and "main" in each.components:
-            result.append(Archive(each.uris, (f"{SUITE}-security",), ("main",), each.options))
+        wanted = f"{codename}-security" in each.suites and "main" in each.components
+        if wanted and suite != _TESTING:
+            result.append(Archive(each.uris, (f"{suite}-security",), ("main",), each.options))
             break
     return [each.stanza("deb", each.suites) for each in result]
 
 
-def make(engine: Engine, scratch: Path) -> str:
-    """Make the base image and return its name. `scratch` is a folder for some hundred MB.
+def make(engine: Engine, scratch: Path, suite: str) -> str:
+    """Make a base image and return its name. `scratch` is a folder for some hundred MB.
 
     Raises `SetupError` where this isn't Debian, or the archive can't be reached.
     """
@@ -56,21 +61,23 @@ def make(engine: Engine, scratch: Path) -> str:
         raise SetupError("the base image is made from Debian's archive: that needs Debian with apt")
     if not shutil.which("mmdebstrap"):
         apt.install(["mmdebstrap"], "mmdebstrap")
-    sources = stanzas(main, apt.archives(), system.get("VERSION_CODENAME", ""))
+    sources = stanzas(main, apt.archives(), system.get("VERSION_CODENAME", ""), suite)
     with (
-        step(f"Making the base image {TAG}"),
+        step(f"Making the base image {tag(suite)}"),
         tempfile.TemporaryDirectory(prefix="base-", dir=scratch) as name,
     ):
         listed, archive = Path(name) / "debian.sources", Path(name) / "base.tar"
         listed.write_text("\n".join(sources))
         command: list[str | Path] = ["mmdebstrap", "--quiet", "--variant=minbase"]
         command += [f"--dpkgopt={option}" for option in _LEFT_OUT]
+        # Stays in the image: what is said of the machine's mirror holds for the packages to come.
+        command += [f"--aptopt={line}" for line in apt.settings("Acquire::Check-Valid-Until")]
         if any(uri.startswith("https:") for each in sources for uri in each.split()):
             command.append("--include=ca-certificates")
         run(
-            [*command, SUITE, archive, listed],
+            [*command, suite, archive, listed],
             env=clean_environment({"LC_ALL": "C.UTF-8"}),
             failure="mmdebstrap could not make the base image: check the network",
         )
-        engine.run("import", "--change", 'CMD ["bash"]', archive, TAG)
-    return TAG
+        engine.run("import", "--change", 'CMD ["bash"]', archive, tag(suite))
+    return tag(suite)

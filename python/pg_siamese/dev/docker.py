@@ -1,4 +1,6 @@
-"""The image: `make docker-build`, `docker-up`, `docker-down`, `docker-test` and `docker-base`.
+"""The images: `make docker-build`, `docker-up`, `docker-down`, `docker-test` and `docker-base`.
+
+The environment's POSTGRES_MAJOR chooses PostgreSQL's major version: 17, the usual one, or 18.
 
 Run as `PYTHONPATH=python /usr/bin/python3 -m pg_siamese.dev.docker build|up|down|test|base`.
 """
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,27 +31,65 @@ from pg_siamese.dev.engine import Engine, NoEngineError
 from pg_siamese.dev.project import ROOT, build_folder, version
 from pg_siamese.dev.report import SetupError, clean_environment, fail, run, say, step
 
-OFFICIAL_BASE = "debian:trixie-slim"
 CERTIFICATES = ROOT / "docker" / "certificates"
 ADDED = Path("/usr/local/share/ca-certificates")  # by the machine's administrator
-CONTAINER = "pg_siamese"
-VOLUME = "pg_siamese"
-DATA = "/var/lib/postgresql/data"
 PORT = 5432
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 _PIP_SETTINGS = ("index-url", "extra-index-url", "trusted-host", "proxy")
 _HEALTHY_SECONDS = 120
 
 
-def image() -> str:
-    """Return the image's name."""
-    return f"pg_siamese:{version()}"
+@dataclass(frozen=True)
+class Variant:
+    """The image of one major version of PostgreSQL, on the suite of Debian that has it."""
+
+    major: int
+    suite: str
+    volume_at: str
+
+    @property
+    def official_base(self) -> str:
+        """Debian's own image of the suite."""
+        return f"debian:{self.suite}-slim"
+
+    @property
+    def tags(self) -> list[str]:
+        """All names of the image, the one that is used here first."""
+        usual = [f"pg_siamese:{version()}", "pg_siamese:latest"]
+        own = f"pg_siamese:{version()}-pg{self.major}"
+        return [*usual, own] if self == VARIANTS[0] else [own]
+
+    @property
+    def image(self) -> str:
+        """The image's name."""
+        return self.tags[0]
+
+    @property
+    def container(self) -> str:
+        """Name of the container of `make docker-up`, and of its volume."""
+        return "pg_siamese" if self == VARIANTS[0] else f"pg_siamese-pg{self.major}"
+
+
+# The first is the usual one.
+VARIANTS = (
+    Variant(17, "trixie", "/var/lib/postgresql/data"),
+    Variant(18, "forky", "/var/lib/postgresql"),
+)
+
+
+def choose_variant(major: str) -> Variant:
+    """Return the variant of a major version, the usual one for "". Raises `SetupError`."""
+    for each in VARIANTS:
+        if major in ("", str(each.major)):
+            return each
+    there = " and ".join(str(each.major) for each in VARIANTS)
+    raise SetupError(f"POSTGRES_MAJOR={major}: there are images of PostgreSQL {there}")
 
 
 # --- build ----------------------------------------------------------------------------------------
 
 
-def choose_base(found: Engine) -> str:
+def choose_base(found: Engine, variant: Variant) -> str:
     """Return the base image: BASE_IMAGE, else Debian's, else one made here.
 
     Debian's is fetched where it isn't there yet; where that fails, the base image is made, or
@@ -56,18 +97,19 @@ def choose_base(found: Engine) -> str:
     """
     if chosen := os.environ.get("BASE_IMAGE"):
         return chosen
-    if found.has(OFFICIAL_BASE):
-        return OFFICIAL_BASE
+    official, own = variant.official_base, base_image.tag(variant.suite)
+    if found.has(official):
+        return official
     try:
-        with step(f"Fetching {OFFICIAL_BASE}"):
-            found.run("pull", "--quiet", OFFICIAL_BASE)
-        return OFFICIAL_BASE
+        with step(f"Fetching {official}"):
+            found.run("pull", "--quiet", official)
+        return official
     except SetupError as error:
         say(str(error).splitlines()[-1].strip(" |"))
-        say(f"Taking {base_image.TAG} instead, made from Debian's archive.")
-    if found.has(base_image.TAG):
-        return base_image.TAG
-    return base_image.make(found, _folder())
+        say(f"Taking {own} instead, made from Debian's archive.")
+    if found.has(own):
+        return own
+    return base_image.make(found, _folder(), variant.suite)
 
 
 def certificates(folder: Path = CERTIFICATES, system: Path | None = None) -> str:
@@ -151,20 +193,21 @@ def _revision() -> str:
     return "unknown"
 
 
-def build(found: Engine) -> None:
+def build(found: Engine, variant: Variant) -> None:
     """Build the image; quick where nothing changed. Raises `SetupError`."""
-    base = choose_base(found)
+    base = choose_base(found, variant)
     # The machine's own network: its proxies and name servers may be out of reach from another.
     options = ["--network", "host", "--build-arg", f"BASE_IMAGE={base}"]
+    options += ["--build-arg", f"POSTGRES_MAJOR={variant.major}"]
     options += ["--build-arg", f"VERSION={version()}", "--build-arg", f"REVISION={_revision()}"]
     for name in _PROXIES:
         if name in os.environ or name.upper() in os.environ:
             options += ["--build-arg", name if name in os.environ else name.upper()]
-    options += ["--tag", image(), "--tag", "pg_siamese:latest"]
-    with _secrets() as secret_options, step(f"Building the image {image()}"):
+    options += [word for tag in variant.tags for word in ("--tag", tag)]
+    with _secrets() as secret_options, step(f"Building the image {variant.image}"):
         found.build(*options, *secret_options, "--file", ROOT / "docker" / "Dockerfile", ROOT)
-    size = int(found.run("image", "inspect", "--format", "{{.Size}}", image()))
-    say(f"{image()}: {size / 1e9:.2f} GB")
+    size = int(found.run("image", "inspect", "--format", "{{.Size}}", variant.image))
+    say(f"{variant.image}: {size / 1e9:.2f} GB")
 
 
 # --- containers -----------------------------------------------------------------------------------
@@ -195,6 +238,7 @@ def _wait_healthy(found: Engine, container: str) -> None:
 
 def _start(
     found: Engine,
+    image: str,
     container: str,
     options: Sequence[str],
     password: str,
@@ -207,7 +251,7 @@ def _start(
     command = [found.client, "run", "--detach", "--name", container, "--publish", published]
     command += ["--env", "POSTGRES_PASSWORD", "--env", f"POSTGRES_DB={DATABASE}"]
     run(
-        [*command, "--shm-size", "256m", *options, image(), *arguments],
+        [*command, "--shm-size", "256m", *options, image, *arguments],
         env=clean_environment({"POSTGRES_PASSWORD": password}),
         failure=f"the container {container} could not be started",
     )
@@ -233,8 +277,8 @@ def _free(port: int) -> bool:
     return False
 
 
-def _has_volume(found: Engine) -> bool:
-    return VOLUME in found.run("volume", "ls", "--quiet").splitlines()
+def _has_volume(found: Engine, volume: str) -> bool:
+    return volume in found.run("volume", "ls", "--quiet").splitlines()
 
 
 def _password() -> str:
@@ -248,38 +292,39 @@ def _password() -> str:
     return file.read_text().strip()
 
 
-def up(found: Engine) -> None:
+def up(found: Engine, variant: Variant) -> None:
     """Start the image with a volume of its own; do nothing where it runs."""
-    if not found.has(image()):
-        build(found)
-    if found.exists(CONTAINER):
-        found.run("start", CONTAINER)
-        _wait_healthy(found, CONTAINER)
-        port = _port(found, CONTAINER)
+    if not found.has(variant.image):
+        build(found, variant)
+    name = variant.container
+    if found.exists(name):
+        found.run("start", name)
+        _wait_healthy(found, name)
+        port = _port(found, name)
     else:
-        if _has_volume(found) and not (_folder() / "password").exists():
-            say(f"The volume {VOLUME} is there already: the password that it was made with holds.")
+        if _has_volume(found, name) and not (_folder() / "password").exists():
+            say(f"The volume {name} is there already: the password that it was made with holds.")
         chosen = os.environ.get("PORT")
         wanted = int(chosen) if chosen else PORT if _free(PORT) else None
-        with step(f"Starting the container {CONTAINER}"):
-            options = ["--volume", f"{VOLUME}:{DATA}"]
-            port = _start(found, CONTAINER, options, _password(), wanted)
+        with step(f"Starting the container {name}"):
+            options = ["--volume", f"{name}:{variant.volume_at}"]
+            port = _start(found, variant.image, name, options, _password(), wanted)
     say(f"PostgreSQL is up: psql {_dsn(port)}")
     if not os.environ.get("POSTGRES_PASSWORD"):
         say(f"The password drawn for a new volume is in {_folder() / 'password'}.")
 
 
-def down(found: Engine | None, volume: bool) -> None:
+def down(found: Engine | None, variant: Variant, volume: bool) -> None:
     """Stop and remove the container; its data stay in the volume unless that is to go too."""
     if found is None:
         say("No Docker Engine runs.")
         return
-    if found.exists(CONTAINER):
-        with step(f"Stopping the container {CONTAINER}"):
-            found.run("stop", "--time", "60", CONTAINER)
-            found.run("rm", CONTAINER)
+    if found.exists(variant.container):
+        with step(f"Stopping the container {variant.container}"):
+            found.run("stop", "--time", "60", variant.container)
+            found.run("rm", variant.container)
     if volume:
-        found.run("volume", "rm", "--force", VOLUME)
+        found.run("volume", "rm", "--force", variant.container)
     if not found.run("ps", "--quiet"):
         engine.stop()
 
@@ -287,9 +332,9 @@ def down(found: Engine | None, volume: bool) -> None:
 # --- tests ----------------------------------------------------------------------------------------
 
 
-def test(found: Engine, arguments: Sequence[str]) -> int:
+def test(found: Engine, variant: Variant, arguments: Sequence[str]) -> int:
     """Build, and run the image's tests and, over TCP, the database's; return the exit status."""
-    build(found)
+    build(found, variant)
     python = build_folder() / "client" / "bin" / "python"
     password = secrets.token_urlsafe(18)
     container = f"pg_siamese-test-{os.getpid()}"
@@ -297,7 +342,7 @@ def test(found: Engine, arguments: Sequence[str]) -> int:
     words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
     try:
         with step("Starting a container for the database tests"):
-            port = _start(found, container, [], password, None, words)
+            port = _start(found, variant.image, container, [], password, None, words)
         tests = [*arguments] if arguments else ["tests/docker", "tests/database"]
         # Those of clusters on this machine have nothing to do with the image.
         tests += ["--ignore=tests/database/test_cluster.py"]
@@ -308,7 +353,7 @@ def test(found: Engine, arguments: Sequence[str]) -> int:
                 {
                     "PG_SIAMESE_TEST_DSN": _dsn(port, password, "postgres"),
                     "PG_SIAMESE_TEST_CONTAINER": container,
-                    "PG_SIAMESE_TEST_IMAGE": image(),
+                    "PG_SIAMESE_TEST_IMAGE": variant.image,
                     "PG_SIAMESE_TEST_DOCKER": found.client,
                 }
             ),
@@ -351,18 +396,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # As Ctrl-C: containers are removed, and an engine that was started is stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        variant = choose_variant(os.environ.get("POSTGRES_MAJOR", ""))
         if chosen.command == "up":
-            up(engine.ensure())
+            up(engine.ensure(), variant)
         elif chosen.command == "down":
-            down(engine.find(), chosen.volume)
+            down(engine.find(), variant, chosen.volume)
         else:
             with _running() as found:
                 if chosen.command == "build":
-                    build(found)
+                    build(found, variant)
                 elif chosen.command == "base":
-                    base_image.make(found, _folder())
+                    base_image.make(found, _folder(), variant.suite)
                 else:
-                    return test(found, rest)
+                    return test(found, variant, rest)
     except NoEngineError as error:
         if getattr(chosen, "if_possible", False):
             say(f"The image isn't tested here: {error}")
