@@ -2,7 +2,7 @@
 # everything can be run, tested and read without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help python deps deps-test up down dsn psql demo test test-small test-faults lint lock bench bench-deferred bench-large train install migrate clean \
+.PHONY: help python deps deps-test up down dsn psql demo test test-small test-matrix test-faults lint lock bench bench-deferred bench-large train install migrate clean \
 	docker-build docker-up docker-down docker-test docker-base
 MAKEFLAGS += --no-print-directory
 
@@ -60,6 +60,9 @@ test-small: python ## the tests that need no PyTorch, with the smaller environme
 	@$(DEV).deps --test
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-matrix: test ## all tests here, and those of the database on PostgreSQL 17 and 18, in containers
+	@for major in 17 18; do $(MAKE) docker-test POSTGRES_MAJOR=$$major ARGS="$(ARGS)" || exit; done
+
 test-faults: deps-test ## kill servers, fill disks and damage files, at length (ARGS='--faults-cycles 100 --faults-seed 7')
 	@$(BIN)/python -m pytest tests/faults --faults-long -s $(ARGS)
 
@@ -85,8 +88,10 @@ train: python ## train the shipped medical encoder anew, or ARGS="EXPERIMENT ...
 	@$(DEV).deps --train
 	@$(BIN)/pg_siamese train $(or $(ARGS),medical --output models/medical.onnx)
 
-install: python ## for a DBA: install into the system's PostgreSQL (PG_CONFIG, PREFIX, DESTDIR)
-	@$(DEV).install --pg-config "$(PG_CONFIG)" --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
+# Names what is missing, PostgreSQL and venv alike, itself: it needs no more than Python.
+install: ## for a DBA: install into the system's PostgreSQL (PG_CONFIG, PREFIX, DESTDIR, CLIENT=no)
+	@$(PYTHON) -c 'import tomllib' 2>/dev/null || $(MAKE) python
+	@$(DEV).install --pg-config "$(PG_CONFIG)" --prefix "$(PREFIX)" --destdir "$(DESTDIR)" --client "$(CLIENT)"
 
 lock: python ## choose the Python packages' versions and hashes anew (ARGS=--upgrade)
 	@$(DEV).lock $(ARGS)
@@ -94,7 +99,7 @@ lock: python ## choose the Python packages' versions and hashes anew (ARGS=--upg
 migrate: python ## show versions of the extension and upgrade the embedded database (ARGS='--dsn … --show')
 	@$(DEV).migrate $(ARGS)
 
-docker-build: python ## build the image of docker/ (BASE_IMAGE; certificates in docker/certificates/)
+docker-build: python ## build the image of docker/ (POSTGRES_MAJOR=18, BASE_IMAGE; certificates in docker/certificates/)
 	@$(DEV).docker build
 
 docker-up: python ## start the image in a container with a volume (PORT, POSTGRES_PASSWORD)

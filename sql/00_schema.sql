@@ -5,9 +5,13 @@ COMMENT ON SCHEMA siamese IS 'similar-image search: models, collections and sear
 CREATE FUNCTION siamese._load() RETURNS void
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
+import os
 import sys
 
-directory = '@SITE_PACKAGES@'
+# Of the Python that runs here: a database moved to another server finds that server's packages.
+link = f'@PACKAGES@/@VERSION@/python{sys.version_info.major}.{sys.version_info.minor}'
+# Where the link leads now, so that a reinstallation doesn't change packages under this session.
+directory = os.path.realpath(link)
 if directory not in sys.path:
     sys.path.insert(0, directory)
 try:
@@ -17,8 +21,8 @@ except ImportError as error:
     plpy.error(
         'could not load the server package of pg_siamese',
         sqlstate='58P01',
-        detail=f'{error}.',
-        hint=f'Reinstall pg_siamese; its packages belong in "{directory}".',
+        detail=f'{error}.' if os.path.isdir(link) else f'There is no folder "{link}".',
+        hint=f'Run make install for this server; its packages belong in "{link}".',
     )
 if pg_siamese_server.__version__ != '@VERSION@':
     plpy.error(

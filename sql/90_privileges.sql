@@ -22,7 +22,8 @@ BEGIN
                     'same_class', 'any_two_match', '_compare_images', '_model_id', 'warm_up', '_warm_up',
                     '_is_waiting', '_estimate', '_may_see', '_caller', '_collection_counts', '_generation_file', '_queue_counts')
                 OR (admin AND p.proname IN (
-                    'register_model', 'drop_model', 'create_collection', 'alter_collection', 'drop_collection',
+                    'register_model', 'register_shipped_models', 'drop_model', 'create_collection',
+                    'alter_collection', 'drop_collection',
                     'renew_collections', 'backfill', 'build_index', 'rebuild_file', 'self_check', 'grant_usage',
                     'grant_admin', 'grant_worker', 'embed_pending'))
             )

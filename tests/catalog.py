@@ -73,7 +73,8 @@ QUERIES: Mapping[str, str] = {
     "constraint": """
         SELECT concat('constraint ', conrelid::regclass, '.', conname), concat_ws(' | ',
             pg_get_constraintdef(oid), convalidated, obj_description(oid))
-        FROM pg_constraint WHERE connamespace = 'siamese'::regnamespace AND conrelid > 0""",
+        FROM pg_constraint WHERE connamespace = 'siamese'::regnamespace AND conrelid > 0
+            AND contype <> 'n' -- from 18 on; the columns say it""",
     "sequence": """
         SELECT concat('sequence ', seqrelid::regclass), concat_ws(' | ', seqtypid::regtype,
             seqstart, seqincrement, seqmin, seqmax, seqcache, seqcycle)

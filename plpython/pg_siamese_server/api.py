@@ -195,6 +195,16 @@ def _singles(values: list[Any] | None) -> list[Any] | None:
 
 
 @_entry
+def register_shipped_models(plpy: Any, folder: str) -> list[tuple[str, int, bool]]:
+    """Body of ``register_shipped_models``."""
+    with interrupts.signals_blocked():
+        import onnx as _  # noqa: F401 -- its libraries may start threads
+    from pg_siamese_server import shipped
+
+    return shipped.register_shipped_models(plpy, folder)
+
+
+@_entry
 def on_change(plpy: Any, event: str, collection_id: int, relation_oid: int) -> None:
     """Body of the statement triggers."""
     from pg_siamese_server import changes

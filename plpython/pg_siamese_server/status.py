@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,8 @@ Line = tuple[str, bool, str]
 SAMPLE_ROWS, SAMPLE_BYTES = 100, 16 * 1024 * 1024
 PACKAGES = ("numpy", "pillow", "onnxruntime", "faiss-cpu", "onnx", "xxhash")
 TRIGGERS = ("insert", "update", "change", "delete", "truncate")
+# CVE-2026-3172, in parallel builds of HNSW indexes: from the first of these on, up to the second.
+PGVECTOR_UNSAFE = ((0, 6), (0, 8, 2))
 
 
 def generation_file(plpy: Any, collection_id: int | None, generation: int | None) -> str | None:
@@ -56,6 +59,7 @@ def self_check(plpy: Any, full: bool) -> list[Line]:
         ("server package", True, f"version {__version__}, Python {sys.version.split()[0]}"),
         *map(_package, PACKAGES),
         ("telemetry", *telemetry.check()),
+        _guarded(plpy, "pgvector", partial(_pgvector, plpy)),
         _guarded(plpy, "index directory", _directory),
         _guarded(plpy, "triggers", partial(_strays, plpy)),
     ]
@@ -122,6 +126,39 @@ def _package(name: str) -> Line:
         return (f"package {name}", True, f"version {version(name)}")
     except ImportError as error:
         return (f"package {name}", False, f"cannot be imported: {error}")
+
+
+def _pgvector(plpy: Any) -> Line:
+    """Name what is unsafe in old versions: builds of HNSW indexes, which users may have made.
+
+    The files on disk decide, not the version that ALTER EXTENSION has noted.
+    """
+    files = plpy.execute(
+        "SELECT x.default_version AS version FROM pg_catalog.pg_available_extensions AS x"
+        " WHERE x.name = 'vector'"
+    )
+    found = str(files[0]["version"]) if files else ""
+    indexes = plpy.execute(
+        "SELECT c.oid::regclass::text AS name FROM pg_catalog.pg_class AS c"
+        " INNER JOIN pg_catalog.pg_am AS a ON a.oid = c.relam"
+        " WHERE a.amname = 'hnsw' AND c.relkind = 'i' ORDER BY c.oid LIMIT 1"
+    )
+    return pgvector_line(found, indexes[0]["name"] if indexes else None)
+
+
+def pgvector_line(found: str, index: str | None) -> Line:
+    """Return self_check's line on a version of pgvector, and an HNSW index if there is one."""
+    numbers = tuple(map(int, re.findall(r"\d+", found)))
+    first, mended = PGVECTOR_UNSAFE
+    if index is None or not first <= numbers < mended:
+        return ("pgvector", True, f"version {found}" if found else "its files are missing")
+    floor = ".".join(map(str, mended))
+    return (
+        "pgvector",
+        False,
+        f"version {found} has CVE-2026-3172 in parallel builds of HNSW indexes, as {index}; "
+        f"install {floor} or later, or build with max_parallel_maintenance_workers = 0",
+    )
 
 
 def _collection(plpy: Any, collection: Collection, full: bool) -> list[Line]:

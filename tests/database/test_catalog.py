@@ -23,6 +23,7 @@ PUBLIC_FUNCTIONS = {
     "image_distance",
     "rebuild_file",
     "register_model",
+    "register_shipped_models",
     "renew_collections",
     "renew_grants",
     "same_class",

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from pg_siamese.dev.cluster import THROWAWAY, Cluster, create_database
+from pg_siamese.dev.packages import OWN_PYTHON, server_folder
 from pg_siamese.dev.project import ROOT
 from tests import guard, server
 from tests.conftest import MODELS, Connection, Pictures, insert_images
@@ -243,10 +244,7 @@ def test_the_guard_sees_a_client_that_talks(user: User) -> None:
 
 def test_a_session_that_imported_it_first_is_told(plain: PlainCluster) -> None:
     """The guard sees the server talk too, and `self_check` says what to do, then and later."""
-    packages = plain.sql(
-        "SELECT regexp_replace(prosrc, '.*directory = ''([^'']*)''.*', '\\1')"
-        " FROM pg_proc WHERE proname = '_load'"
-    )
+    packages = str(server_folder(ROOT / "build" / "packages", OWN_PYTHON).resolve())
     code = IMPORT.format(packages=packages)
     check = "SELECT ok, detail FROM siamese.self_check() WHERE subject = 'telemetry'"
     with guard.watched(plain.pid() or 0, plain.data) as record, session(plain) as db:

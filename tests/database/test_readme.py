@@ -123,6 +123,7 @@ def test_shell(
                 words, folder = ["make", "-n", *words[1:]], ROOT
             else:
                 folder = tmp_path
+                words[0] = str(ROOT / words[0])  # as in a clone
             done = subprocess.run(
                 words, cwd=folder, env=environment, capture_output=True, text=True
             )

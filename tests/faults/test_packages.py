@@ -115,14 +115,14 @@ def test_without_what_everything_needs(
             "INSERT INTO siamese.images (image) VALUES (%s)",
             "SELECT similar_images(%s)",
         ):
-            with sql_error(*error, "Reinstall pg_siamese"):
+            with sql_error(*error, "Run make install for this server"):
                 session.execute(statement, (images.files[30],))
         for statement in (
             "DELETE FROM siamese.images",
             "SELECT build_index()",
             "SELECT self_check()",
         ):
-            with sql_error(*error, "Reinstall pg_siamese"):
+            with sql_error(*error, "Run make install for this server"):
                 session.execute(statement)
         # Not of the extension's functions, and works: what an administrator looks at.
         assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (20,)

@@ -215,7 +215,11 @@ def test_environments_without_hashes_are_made_anew(
 ) -> None:
     done: list[str] = []
     monkeypatch.setattr(environments, "_create", lambda venv: done.append("created"))
-    monkeypatch.setattr(environments, "_pip", lambda venv, *rest: done.append(str(rest[-1])))
+
+    def pip(venv: Path, *rest: str | Path, **more: object) -> None:
+        done.append(str(rest[-1]))
+
+    monkeypatch.setattr(environments, "_pip", pip)
     state = tmp_path / "stamps" / "client.json"
     state.parent.mkdir()
     state.write_text(json.dumps({"key": "old", "extras": ["test"], "venv": ["x", sys.version]}))

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev import apt, extension, overlay, pgvector, postgres, project
+from pg_siamese.dev import (
+    apt,
+    extension,
+    overlay,
+    packages,
+    pgvector,
+    postgres,
+    project,
+)
 from pg_siamese.dev.apt import Archive, parse_deb822, parse_one_line
 from pg_siamese.dev.cluster import Cluster
 from pg_siamese.dev.installation import Installation
@@ -118,15 +126,18 @@ def test_the_system_cluster_setting_is_put_back(
 
 
 def test_install_script_is_complete_and_ordered() -> None:
-    script = extension.install_script("/somewhere/site-packages")
+    script = extension.install_script("/somewhere/packages")
     assert not re.search("@[A-Z_]+@", script)
-    assert "/somewhere/site-packages" in script
+    assert f"'/somewhere/packages/{version()}/python{{" in script
+    assert f"'/somewhere/packages/{version()}/models'" in script
     parts = [path.read_text()[:60] for path in sorted((ROOT / "sql").glob("[0-9]*.sql"))]
     places = [script.index(part.split("@")[0]) for part in parts]
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("place", ["/it's", '/a"b', "/a$$b", "/a\\b", "/a\nb", "/a@VERSION@", ""])
+@pytest.mark.parametrize(
+    "place", ["/it's", '/a"b', "/a$$b", "/a\\b", "/a\nb", "/a@VERSION@", "/a{b}", "a/b", ""]
+)
 def test_install_script_refuses_paths_that_would_be_code(place: str) -> None:
     with pytest.raises(SetupError, match="move the project"):
         extension.install_script(place)
@@ -143,7 +154,9 @@ def test_extension_files_are_written_only_where_they_change(tmp_path: Path) -> N
     extension.write(tmp_path, "/b")
     script = tmp_path / f"pg_siamese--{version()}.sql"
     assert script.stat().st_ino != before[script]
-    assert "'/b'" in script.read_text()
+    assert f"'/b/{version()}/" in script.read_text()
+    # Which version is the default one is said last, when its script is there.
+    assert list(extension.files("/b"))[-1] == "pg_siamese.control"
 
 
 def test_stamps_follow_contents(tmp_path: Path) -> None:
@@ -241,10 +254,14 @@ def test_pgvector_must_have_hnsw(tmp_path: Path) -> None:
     assert pgvector.installed(system)
 
 
-def test_python_must_be_that_of_plpython(tmp_path: Path) -> None:
+def test_the_python_of_plpython(tmp_path: Path) -> None:
+    (tmp_path / "plpython3.so").write_bytes(b"\0libpython3.14.so.1.0\0")
+    assert postgres.python_of(tmp_path) == "3.14"
+    (tmp_path / "plpython3.so").write_bytes(b"\0linked statically\0")
+    assert postgres.python_of(tmp_path) == packages.OWN_PYTHON
     (tmp_path / "plpython3.so").write_bytes(b"\0libpython3.7m.so.1.0\0")
-    with pytest.raises(SetupError, match=r"PYTHON=/usr/bin/python3\.7"):
-        postgres.check_python(tmp_path)
+    with pytest.raises(SetupError, match=r"runs Python 3\.7: 3\.11 or later"):
+        postgres.python_of(tmp_path)
 
 
 def test_build_folder_moves_where_the_server_cannot_enter(

@@ -15,7 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pg_siamese.dev import apt, environments, extension, overlay, pgvector, postgres
+from pg_siamese.dev import (
+    apt,
+    environments,
+    extension,
+    overlay,
+    packages,
+    pgvector,
+    postgres,
+)
 from pg_siamese.dev.installation import Installation
 from pg_siamese.dev.project import ROOT, Stamp, build_folder
 from pg_siamese.dev.report import SetupError, fail, say
@@ -64,11 +72,14 @@ def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
         raise SetupError(f"{build} belongs to another user: work in a clone of your own")
     with _only_one(build):
         vector = pgvector.ensure(system, build)
-        environments.ensure_server(build / "server")
+        python = postgres.python_of(system.lib)
+        environments.ensure_server(build / "server", python)
         environments.ensure_client(build / "client", extras, small=small)
-        extension.write(
-            build / "extension" / "extension", environments.site_packages(build / "server")
-        )
+        place = build / "packages"
+        site = environments.site_packages(build / "server", python)
+        packages.switch(packages.server_folder(place, python), site)
+        packages.write_models(place)
+        extension.write(build / "extension" / "extension", place, python)
         folders = [build / "extension"] if vector is None else [vector, build / "extension"]
         private = overlay.sync(system, build / "pg", folders)
         verified = Stamp(build, "overlay", str(private.bin), private.bin / "pg_config")

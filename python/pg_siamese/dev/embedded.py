@@ -1,17 +1,18 @@
 """The embedded cluster, in `build/cluster`: `make up`, `down`, `dsn` and `psql`.
 
-Run as `PYTHONPATH=python /usr/bin/python3 -m pg_siamese.dev.embedded up|down|dsn|psql|status`.
+Run as `PYTHONPATH=python /usr/bin/python3 -m pg_siamese.dev.embedded up|down|dsn|env|psql|status`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 
-from pg_siamese.dev.cluster import Cluster, create_database
+from pg_siamese.dev.cluster import DATABASE, SUPERUSER, Cluster, create_database
 from pg_siamese.dev.project import build_folder
 from pg_siamese.dev.report import SetupError, fail, say, step
 
@@ -42,6 +43,17 @@ def status(cluster: Cluster) -> str:
     return f"The embedded cluster runs (process {cluster.pid()}): {cluster.dsn()}"
 
 
+def environment(cluster: Cluster) -> str:
+    """Return shell commands that make the embedded cluster every client's default."""
+    values = {
+        "PGHOST": str(cluster.socket_folder),
+        "PGPORT": str(cluster.port),
+        "PGUSER": SUPERUSER,
+        "PGDATABASE": DATABASE,
+    }
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in values.items())
+
+
 def _psql(cluster: Cluster, arguments: Sequence[str]) -> int:
     if not cluster.running():
         raise SetupError('the embedded cluster is down: run "make up"')
@@ -58,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("up", "start the embedded cluster and make the database"),
         ("down", "stop it"),
         ("dsn", "print its connection string"),
+        ("env", "print shell commands that make it the default, if it runs"),
         ("status", "say whether it runs"),
     ):
         commands.add_parser(name, help=text)
@@ -78,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say("Stopped." if cluster.stop() else "The embedded cluster is down already.")
         elif chosen.command == "dsn":
             print(cluster.dsn())
+        elif chosen.command == "env":
+            if cluster.running():
+                print(environment(cluster))
         else:
             say(status(cluster))
     except (SetupError, OSError) as error:

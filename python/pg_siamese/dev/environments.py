@@ -6,15 +6,18 @@ wheels: no code of a package runs while it is installed.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pg_siamese.dev.packages import OWN_PYTHON
 from pg_siamese.dev.project import ROOT, TELEMETRY_OFF, Stamp, digest
-from pg_siamese.dev.report import SetupError, run, say, step
+from pg_siamese.dev.report import SetupError, clean_environment, run, say, step
 
 LOCKS = ROOT / "requirements"
 NAMES = ("tool", "server", "client", "test", "train", "torch", "torch-cpu")
@@ -34,34 +37,67 @@ def project(folder: str) -> dict[str, Any]:
     return tomllib.loads((ROOT / folder / "pyproject.toml").read_text())
 
 
-def site_packages(venv: Path) -> Path:
+def site_packages(venv: Path, python: str = OWN_PYTHON) -> Path:
     """Return a virtual environment's site-packages folder."""
-    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    return venv / "lib" / name / "site-packages"
+    return venv / "lib" / f"python{python}" / "site-packages"
 
 
-def _create(venv: Path) -> None:
+def _interpreter(python: str) -> Path | str | None:
+    """Return an interpreter of this Python that can make environments, or None."""
+    if python == OWN_PYTHON:
+        return sys.executable
+    found = shutil.which(f"python{python}", path="/usr/bin:/usr/local/bin")
+    if found:
+        with contextlib.suppress(SetupError):
+            run([found, "-c", "import venv, ensurepip"], failure="no venv")
+            return found
+    return None
+
+
+def _create(venv: Path, python: str = OWN_PYTHON) -> None:
+    """Make an environment, of the Python that runs this where there is no other interpreter."""
+    interpreter = _interpreter(python)
     run(
-        [sys.executable, "-m", "venv", "--clear", venv],
+        [interpreter or sys.executable, "-m", "venv", "--clear", venv],
         failure=f"the virtual environment {venv} could not be made",
     )
     # For whatever is run in it: the packages' own switch works only once they are imported.
     line = f'import os; os.environ["{TELEMETRY_OFF}"] = "1"\n'
-    (site_packages(venv) / "pg_siamese_telemetry_off.pth").write_text(line)
+    site = site_packages(venv, python if interpreter else OWN_PYTHON)
+    (site / "pg_siamese_telemetry_off.pth").write_text(line)
 
 
-def _pip(venv: Path, what: str, *arguments: str | Path) -> None:
+def _target(venv: Path, python: str) -> list[str | Path]:
+    """Return pip's options to install for the Python of a server.
+
+    Where the environment isn't of that Python, since no interpreter of it is there, ready-made
+    wheels for it are unpacked into the folder where it will look.
+    """
+    if (venv / "bin" / f"python{python}").exists():
+        return []
+    options: list[str | Path] = ["--python-version", python, "--no-compile", "--upgrade"]
+    return [*options, "--target", site_packages(venv, python)]
+
+
+def _pip(venv: Path, what: str, *arguments: str | Path, backend: Path | None = None) -> None:
+    """Run pip install; `backend` is a folder with the build backend, if it is in no usual place."""
     command: list[str | Path] = [venv / "bin" / "python", "-m", "pip", "install", "--quiet"]
     command += ["--no-input", "--disable-pip-version-check", "--no-warn-script-location"]
     # Three lines: the last of pip's retries says the cause, and pip's own conclusion follows.
-    run([*command, *arguments], failure=_FAILED.format(what=what), lines=3)
+    more = {"PYTHONPATH": str(backend)} if backend else {}
+    run(
+        [*command, *arguments],
+        env=clean_environment(more),
+        failure=_FAILED.format(what=what),
+        lines=3,
+    )
 
 
-def _install_locked(venv: Path, what: str, name: str) -> None:
+def _install_locked(venv: Path, what: str, name: str, *target: str | Path) -> None:
     """Install the packages of a lock: exactly those, and only files with the hashes in it."""
     options = ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
     try:
-        _pip(venv, what, *options, "-r", lock(name))
+        _pip(venv, what, *options, *target, "-r", lock(name))
     except SetupError as error:
         if "Expected sha256" not in str(error):
             raise
@@ -71,45 +107,72 @@ def _install_locked(venv: Path, what: str, name: str) -> None:
         ) from None
 
 
-def _install_own(venv: Path, what: str, *arguments: str | Path) -> None:
+def _install_own(
+    venv: Path, what: str, *arguments: str | Path, backend: Path | None = None
+) -> None:
     """Install packages of the project itself, with the build backend that is installed."""
-    _pip(venv, what, "--no-deps", "--no-index", "--no-build-isolation", *arguments)
+    options = ["--no-deps", "--no-index", "--no-build-isolation"]
+    _pip(venv, what, *options, *arguments, backend=backend)
 
 
-def make_server(venv: Path) -> None:
-    """Make the server's environment anew, with the server package in it."""
-    _make_server_packages(venv)
-    _install_server_package(venv)
+def server_key(python: str) -> str:
+    """Return a hash of all that a server's environment is made of."""
+    return digest([python, sys.version, lock("server"), ROOT / "plpython"])
 
 
-def ensure_server(venv: Path) -> None:
+def client_key() -> str:
+    """Return a hash of all that an installed client's environment is made of."""
+    return digest([sys.version, lock("client"), ROOT / "plpython", ROOT / "python"])
+
+
+def make_server(venv: Path, python: str = OWN_PYTHON) -> None:
+    """Make the server's environment anew, with the server package in it.
+
+    `python` is the version of the Python that PL/Python runs.
+    """
+    _make_server_packages(venv, python)
+    _install_server_package(venv, python)
+
+
+def make_client(venv: Path) -> None:
+    """Make an environment with the command `pg_siamese`, which needs nothing of this project."""
+    _create(venv)
+    _install_locked(venv, "the client's packages", "client")
+    _install_own(venv, "the client", ROOT / "plpython", ROOT / "python")
+
+
+def ensure_server(venv: Path, python: str = OWN_PYTHON) -> None:
     """Make or bring up to date the server's environment in the build folder.
 
     Its packages are those of `requirements/server.txt`. The server package itself is a copy,
     not a link into the project: the server must not run half-edited files.
     """
-    packages = Stamp(venv.parent, "server-packages", str(venv), sys.version, lock("server"))
+    packages = Stamp(venv.parent, "server-packages", str(venv), python, sys.version, lock("server"))
     own = Stamp(venv.parent, "server-own", packages.key, ROOT / "plpython")
     if not packages.fresh():
         with step("Making the server's Python environment"):
             packages.remove()
             own.remove()
-            _make_server_packages(venv)
+            _make_server_packages(venv, python)
             packages.write()
     if not own.fresh():
         with step("Installing the server package pg_siamese_server"):
             own.remove()
-            _install_server_package(venv)
+            _install_server_package(venv, python)
             own.write()
 
 
-def _make_server_packages(venv: Path) -> None:
-    _create(venv)
-    _install_locked(venv, "the server's packages", "server")
+def _make_server_packages(venv: Path, python: str) -> None:
+    _create(venv, python)
+    _install_locked(venv, "the server's packages", "server", *_target(venv, python))
 
 
-def _install_server_package(venv: Path) -> None:
-    _install_own(venv, "the server package", "--force-reinstall", ROOT / "plpython")
+def _install_server_package(venv: Path, python: str) -> None:
+    target = _target(venv, python)
+    # The build backend is among the server's packages, and pure Python.
+    backend = site_packages(venv, python) if target else None
+    options = ["--force-reinstall", *target, ROOT / "plpython"]
+    _install_own(venv, "the server package", *options, backend=backend)
 
 
 def ensure_tool(venv: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pg_siamese.dev.packages import OWN_PYTHON, server_folder, write_file
 from pg_siamese.dev.project import ROOT, version
 from pg_siamese.dev.report import SetupError, fail
 
@@ -43,36 +44,40 @@ def replaceable(script: str) -> str:
     return "\n\n".join(result) + "\n"
 
 
-def _filled(text: str, site_packages: Path | str, of_version: str) -> str:
-    place = str(site_packages)
-    if not re.fullmatch(r"[^'\"\\$@\s][^'\"\\$@\n]*", place):
+def _filled(text: str, packages: Path | str, of_version: str, python: str = OWN_PYTHON) -> str:
+    place = str(packages)
+    if not re.fullmatch(r"/[^'\"\\$@\n{}]*", place):
         raise SetupError(
-            f"the path {place} has a quote, backslash, dollar or at sign in it, which can't stand "
-            "in the install script: move the project"
+            f"the path {place} can't stand in the install script: it must be absolute, without "
+            "quotes, backslashes, braces, dollar and at signs; move the project, or choose another"
         )
-    return text.replace("@VERSION@", of_version).replace("@SITE_PACKAGES@", place)
+    # Scripts of versions before 0.3.0 hold the whole path of one Python's packages.
+    own = server_folder(Path(place), python)
+    text = text.replace("@VERSION@", of_version).replace("@PACKAGES@", place)
+    return text.replace("@SITE_PACKAGES@", str(own))
 
 
-def install_script(site_packages: Path | str) -> str:
+def install_script(packages: Path | str) -> str:
     """Return the install script of the current version.
 
-    `site_packages` is where PL/Python finds the server package: a constant in the script, not
-    a setting, because whoever can set it runs code as the server.
+    Below `packages` PL/Python finds the server package (`packages.py`): a constant in the script,
+    not a setting, because whoever can set it runs code as the server.
     """
-    return _filled(source(), site_packages, version())
+    return _filled(source(), packages, version())
 
 
-def files(site_packages: Path | str) -> dict[str, str]:
-    """Return name and content of every file of the extension for `SHAREDIR/extension`."""
-    result = {
-        "pg_siamese.control": (ROOT / "pg_siamese.control").read_text(),
-        f"pg_siamese--{version()}.sql": install_script(site_packages),
-    }
+def files(packages: Path | str, python: str = OWN_PYTHON) -> dict[str, str]:
+    """Return name and content of every file of the extension for `SHAREDIR/extension`.
+
+    `python` is the server's, for scripts of old versions. The control file is the last: it says
+    which version is the default one.
+    """
+    result = {f"pg_siamese--{version()}.sql": install_script(packages)}
     for file in sorted((ROOT / "migrations").glob("pg_siamese--*.sql")):
         text = file.read_text()
         versions = file.stem.split("--")[1:]
         if len(versions) == 1:  # an earlier version, to upgrade from
-            result[file.name] = _filled(text, site_packages, versions[0])
+            result[file.name] = _filled(text, packages, versions[0], python)
             continue
         if REPLACEABLE not in text:
             raise SetupError(f"{file} has no line {REPLACEABLE.strip()}")
@@ -81,30 +86,24 @@ def files(site_packages: Path | str) -> dict[str, str]:
         frozen = ROOT / "migrations" / f"pg_siamese--{target}.sql"
         script = source() if target == version() else frozen.read_text()
         text = text.replace(REPLACEABLE, replaceable(script))
-        result[file.name] = _filled(text, site_packages, target)
-    return result
+        result[file.name] = _filled(text, packages, target)
+    return result | {"pg_siamese.control": (ROOT / "pg_siamese.control").read_text()}
 
 
-def write(folder: Path, site_packages: Path | str) -> None:
+def write(folder: Path, packages: Path | str, python: str = OWN_PYTHON) -> None:
     """Write the extension's files to a folder, each atomically, and only where they changed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files(site_packages).items():
-        path = folder / name
-        if not path.exists() or path.read_text() != text:
-            temporary = folder / f".{name}.new"
-            temporary.write_text(text)
-            temporary.chmod(0o644)
-            temporary.replace(path)
+    for name, text in files(packages, python).items():
+        write_file(folder / name, text.encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files, for a packager's own build; return the exit status."""
     parser = argparse.ArgumentParser(prog="pg_siamese.dev.extension", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--site-packages", required=True, help="where the server package will be")
+    parser.add_argument("--packages", required=True, help="VERSION/pythonX.Y will be below it")
     chosen = parser.parse_args(arguments)
     try:
-        write(chosen.folder, chosen.site_packages)
+        write(chosen.folder, chosen.packages)
     except (SetupError, OSError) as error:
         return fail(error)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,26 +14,44 @@ from pg_siamese.dev.installation import Installation
 from pg_siamese.dev.report import SetupError, run, step
 
 _SUITE = "trixie"  # Debian has it from this release on; older ones build its source package
-_OLDEST = (0, 5)  # the first with HNSW
+OLDEST = "0.5"  # the first with HNSW
+
+
+def new_enough(extensions: Path) -> bool:
+    """Say whether a folder of control files has that of a pgvector that is new enough."""
+    try:
+        control = (extensions / "vector.control").read_text()
+    except OSError:
+        return False
+    found = re.search(r"default_version\s*=\s*'(\d+)\.(\d+)", control)
+    oldest = tuple(map(int, OLDEST.split(".")))
+    return found is not None and (int(found[1]), int(found[2])) >= oldest
 
 
 def installed(system: Installation) -> bool:
     """Say whether the system has a pgvector that is new enough."""
-    try:
-        control = (system.extensions / "vector.control").read_text()
-    except OSError:
-        return False
-    found = re.search(r"default_version\s*=\s*'(\d+)\.(\d+)", control)
-    return found is not None and (int(found[1]), int(found[2])) >= _OLDEST
+    return new_enough(system.extensions)
+
+
+def package(system: Installation) -> str:
+    """Return the name of its Debian package."""
+    return f"postgresql-{system.major}-pgvector"
+
+
+def is_packaged(name: str) -> bool:
+    """Say whether apt has the package; where it has no lists yet, whether Debian does."""
+    with contextlib.suppress(SetupError):  # the network is down: what there is, all the same
+        if apt.candidate(name):
+            return True
+    return not apt.has_lists() and apt.os_release().get("VERSION_CODENAME") != "bookworm"
 
 
 def missing_packages(system: Installation, build: Path) -> list[str]:
     """Return the Debian packages to install for pgvector: its own, or what its build needs."""
     if installed(system) or _built(build, system).exists():
         return []
-    package = f"postgresql-{system.major}-pgvector"
-    if apt.candidate(package):
-        return [package]
+    if apt.candidate(package(system)):
+        return [package(system)]
     missing = [program for program in ("gcc", "make") if not shutil.which(program)]
     if not Path("/usr/include/stdio.h").exists():
         missing.append("libc6-dev")
@@ -61,7 +80,7 @@ def _build(system: Installation, built: Path) -> None:
     archive = apt.main_archive()
     if archive is None or apt.os_release().get("ID") != "debian":
         raise SetupError(
-            f"there is no package postgresql-{system.major}-pgvector, and no Debian archive in "
+            f"there is no package {package(system)}, and no Debian archive in "
             "apt's configuration to take its source from: install pgvector by hand"
         )
     failure = "pgvector's source package could not be fetched"

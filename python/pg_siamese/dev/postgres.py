@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pg_siamese.dev import apt, pgvector
 from pg_siamese.dev.installation import Installation
+from pg_siamese.dev.packages import OWN_PYTHON
 from pg_siamese.dev.report import SetupError
 
 _PROGRAMS = Path("/usr/lib/postgresql")
 _OLDEST = 15  # views with the invoker's rights
+_OLDEST_PYTHON = (3, 11)
 
 
 def installed() -> list[Installation]:
@@ -42,7 +43,7 @@ def ensure_installed(build: Path) -> Installation:
     `build` is the build folder, which needn't exist yet. Raises `SetupError`, naming
     every missing package, where the caller isn't root.
     """
-    chosen = choose(build / "pg") or Installation(_distribution_major())
+    chosen = choose(build / "pg") or Installation(distribution_major())
     server = chosen.missing()
     packages = server + pgvector.missing_packages(chosen, build)
     if packages:
@@ -53,17 +54,17 @@ def ensure_installed(build: Path) -> Installation:
             quietly = nullcontext()
         with quietly:
             apt.install(packages, "PostgreSQL, PL/Python and pgvector" if server else "packages")
-    check_python(chosen.lib)
     return chosen
 
 
-def _distribution_major() -> int:
+def distribution_major() -> int:
     """Return the major version that the distribution's package `postgresql` stands for."""
     version = apt.candidate("postgresql")
     found = re.match(r"(\d+)", version or "")
     if found:
         return int(found[1])
-    known = {"bookworm": 15, "trixie": 17}.get(apt.os_release().get("VERSION_CODENAME", ""))
+    codename = apt.os_release().get("VERSION_CODENAME", "")
+    known = {"bookworm": 15, "trixie": 17, "forky": 18}.get(codename)
     if known:
         return known
     raise SetupError(
@@ -72,15 +73,18 @@ def _distribution_major() -> int:
     )
 
 
-def check_python(lib: Path) -> None:
-    """Refuse a Python that isn't the one PL/Python runs: their packages aren't exchangeable.
+def python_of(lib: Path) -> str:
+    """Return the version of the Python that PL/Python runs, as "3.13".
 
     `lib` is the folder of plpython3.so. Raises `SetupError`.
     """
     linked = re.search(rb"libpython(3\.\d+)", (lib / "plpython3.so").read_bytes())
-    mine = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if linked and (theirs := linked[1].decode()) != mine:
+    if linked is None:  # linked statically, as other distributions do
+        return OWN_PYTHON
+    python = linked[1].decode()
+    if tuple(map(int, python.split("."))) < _OLDEST_PYTHON:
         raise SetupError(
-            f"PL/Python runs Python {theirs}, but {sys.executable} is Python {mine}: "
-            f"run make with PYTHON=/usr/bin/python{theirs}"
+            f"PL/Python in {lib} runs Python {python}: {'.'.join(map(str, _OLDEST_PYTHON))} or "
+            "later is needed"
         )
+    return python

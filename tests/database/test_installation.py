@@ -1,0 +1,170 @@
+"""What a session finds of the installation: packages for its Python, and the shipped encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from pg_siamese.dev.project import ROOT, version
+from tests.conftest import Connection, Pictures
+from tests.support import sql_error
+
+SHIPPED = {file.stem: file.read_bytes() for file in (ROOT / "models").glob("*.onnx")}
+# A layout of the test's own, made by the server itself, which may be in a container.
+LAYOUT = """
+CREATE FUNCTION pg_temp.link(target text, link text) RETURNS void LANGUAGE plpython3u AS $$
+import os
+os.makedirs(os.path.dirname(link), exist_ok=True)
+os.symlink(target, link + '.new')
+os.rename(link + '.new', link)
+$$
+"""
+PYTHON = """
+CREATE FUNCTION pg_temp.python() RETURNS text LANGUAGE plpython3u AS $$
+import sys
+return f'python{sys.version_info.major}.{sys.version_info.minor}'
+$$
+"""
+LOADED = """
+CREATE FUNCTION pg_temp.loaded() RETURNS text LANGUAGE plpython3u AS $$
+import os, sys
+return os.path.dirname(os.path.dirname(sys.modules['pg_siamese_server'].__file__))
+$$
+"""
+
+
+def one(db: Connection, query: str, *values: object) -> str:
+    row = db.execute(query, values or None).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def packages(db: Connection) -> str:
+    """The folder that the extension's SQL names."""
+    source = one(db, "SELECT prosrc FROM pg_proc WHERE oid = 'siamese._load'::regproc")
+    return source.split("link = f'")[1].split(f"/{version()}/python")[0]
+
+
+def installed(db: Connection, python: str) -> str:
+    """The installation's own packages, by the constant that another function holds."""
+    source = one(
+        db, "SELECT prosrc FROM pg_proc WHERE oid = 'siamese.register_shipped_models'::regproc"
+    )
+    return source.split("plpy, '")[1].split("/models'")[0] + f"/{python}"
+
+
+def use(db: Connection, folder: str) -> None:
+    """Let the database look for its packages in another folder."""
+    body = one(db, "SELECT pg_get_functiondef('siamese._load'::regproc)")
+    db.execute(body.replace(packages(db), folder))
+
+
+@pytest.fixture
+def moved(db: Connection) -> str:
+    """A database whose packages are in a folder of the test's own; returns that of this version.
+
+    As on a server that has an installation of its own.
+    """
+    db.execute(LAYOUT)
+    db.execute(PYTHON)
+    python = one(db, "SELECT pg_temp.python()")
+    real = f"{packages(db)}/{version()}/{python}"
+    folder = one(db, "SELECT current_setting('data_directory')") + f"/packages-{db.info.dbname}"
+    db.execute("SELECT pg_temp.link(%s, %s)", (real, f"{folder}/{version()}/{python}"))
+    use(db, folder)
+    return f"{folder}/{version()}"
+
+
+SEARCH = "SELECT count(*) FROM similar_images(%s)"
+
+
+def test_no_path_of_one_python_is_in_the_catalog(db: Connection) -> None:
+    """So a server with another one, after pg_upgrade, finds its own packages."""
+    query = "SELECT count(*) FROM pg_proc WHERE prosrc ~ 'python3\\.|site-packages'"
+    assert one(db, query) == "0"
+
+
+def test_a_server_without_packages_for_its_python(
+    moved: str, connect: Callable[..., Connection], pictures: Pictures
+) -> None:
+    db = connect()
+    db.execute(LAYOUT)
+    db.execute(PYTHON)
+    python = one(db, "SELECT pg_temp.python()")
+    # Those of the server that it came from are there, and of no use.
+    db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/python3.2",))
+    db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/{python}",))
+    session = connect()
+    with sql_error(
+        "58P01",
+        "could not load the server package",
+        f'There is no folder "{moved}/{python}".',
+        "Run make install for this server",
+    ):
+        session.execute(SEARCH, (pictures.files[0],))
+    # make install brings them; the next call of the same session finds them.
+    db.execute("SELECT pg_temp.link(%s, %s)", (installed(db, python), f"{moved}/{python}"))
+    session.execute("INSERT INTO images (image) VALUES (%s)", (pictures.files[0],))
+    assert session.execute(SEARCH, (pictures.files[0],)).fetchone() == (1,)
+
+
+def test_a_reinstallation_leaves_running_sessions_alone(
+    moved: str, connect: Callable[..., Connection], pictures: Pictures
+) -> None:
+    """They import the rest from where they began, whatever the link leads to by then."""
+    old = connect()
+    old.execute("SELECT siamese._load()")
+    db = connect()
+    db.execute(LAYOUT)
+    db.execute(PYTHON)
+    python = one(db, "SELECT pg_temp.python()")
+    db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/{python}",))
+    # Has loaded neither ONNX Runtime nor FAISS yet.
+    old.execute("INSERT INTO images (image) VALUES (%s)", (pictures.files[0],))
+    old.execute("SELECT build_index()")
+    assert old.execute(SEARCH, (pictures.files[0],)).fetchone() == (1,)
+    old.execute(LOADED)
+    assert moved not in one(old, "SELECT pg_temp.loaded()")
+
+
+def registered(db: Connection) -> dict[str, tuple[int, bool]]:
+    rows = db.execute("SELECT model, model_id, registered FROM register_shipped_models()")
+    return {name: (number, new) for name, number, new in rows.fetchall()}
+
+
+def test_shipped_models(db: Connection) -> None:
+    db.execute("SELECT drop_collection('images'), drop_model('medical')")
+    first = registered(db)
+    assert set(first) == set(SHIPPED) and all(new for _, new in first.values())
+    stored = db.execute("SELECT name, onnx FROM siamese.models").fetchall()
+    assert dict(stored) == SHIPPED
+    # Once more is nothing more.
+    assert registered(db) == {name: (number, False) for name, (number, _) in first.items()}
+    assert one(db, "SELECT count(*) FROM siamese.models") == str(len(SHIPPED))
+
+
+def test_shipped_models_under_names_that_are_taken(db: Connection, onnx: bytes) -> None:
+    """A name stands for one file for ever: another file gets the version behind its name."""
+    db.execute("SELECT register_model('fashion_mnist', %s, max_pixels => 1000)", (onnx,))
+    found = registered(db)
+    assert found["medical"][1] is False  # the template has it
+    assert found[f"fashion_mnist_{version()}"][1] is True
+    assert registered(db).keys() == found.keys()
+
+
+def test_shipped_models_are_administrators_business(
+    db: Connection, connect: Callable[..., Connection], new_role: Callable[[], str]
+) -> None:
+    reader, admin = new_role(), new_role()
+    db.execute("SELECT grant_usage(%s), grant_admin(%s)", (reader, admin))
+    with sql_error("42501", "register_shipped_models"):
+        registered(connect(user=reader))
+    assert set(registered(connect(user=admin))) == set(SHIPPED)
+
+
+def test_an_installation_without_models(db: Connection) -> None:
+    body = one(db, "SELECT pg_get_functiondef('siamese.register_shipped_models'::regproc)")
+    db.execute(body.replace("/models'", "/no-models'"))
+    with sql_error("58P01", "no shipped models", '/no-models"', "make install"):
+        registered(db)
