@@ -78,9 +78,21 @@ CREATE FUNCTION siamese._on_change() RETURNS trigger
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $python$
+number, relation = int(TD['args'][0]), int(TD['relid'])
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
-GD['pg_siamese @VERSION@'].on_change(plpy, TD['event'], int(TD['args'][0]), int(TD['relid']))
+    try:
+        plpy.execute('SELECT siamese._load()')
+    except plpy.spiexceptions.UndefinedFile:
+        # Transition tables are visible here only.
+        plan = plpy.prepare('SELECT siamese._keys_query($1, $2, $3) AS query', ['text', 'integer', 'oid'])
+        query = plan.execute([TD['event'], number, relation])[0]['query']
+        keys = plpy.execute(query)[0]['keys'] if query else None
+        plan = plpy.prepare(
+            'SELECT siamese._follow_without_packages($1, $2, $3) AS done', ['text', 'integer', 'text[]'])
+        if plan.execute([TD['event'], number, keys])[0]['done']:
+            return
+        raise
+GD['pg_siamese @VERSION@'].on_change(plpy, TD['event'], number, relation)
 $python$;
 COMMENT ON FUNCTION siamese._on_change()
 IS 'statement trigger of a collection''s table: keeps the vectors in step with the images';

@@ -251,11 +251,7 @@ BEGIN
             END IF;
         END IF;
     WHEN 'TRUNCATE' THEN
-        -- DELETE, since a TRUNCATE of ours could deadlock with searches and builds.
-        UPDATE siamese.collections AS c SET generation = NULL, epoch = epoch + 1 WHERE c.collection_id = number;
-        EXECUTE format('DELETE FROM siamese.embedding_%s', number);
-        EXECUTE format('DELETE FROM siamese.pending_%s', number);
-        DELETE FROM siamese.failures AS f WHERE f.collection_id = number;
+        PERFORM siamese._forget_all(number);
         EXECUTE format(
             'DELETE FROM siamese.queue_%1$s AS q
             WHERE q.ticket IN (SELECT t.ticket FROM siamese.queue_%1$s AS t FOR UPDATE SKIP LOCKED)', number);

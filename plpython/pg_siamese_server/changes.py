@@ -66,7 +66,7 @@ def on_change(plpy: Any, event: str, collection_id: int, relation_oid: int) -> N
         # One that is there again was inserted by the same statement, whose trigger sees to it.
         _forget(plpy, collection, plan.execute([keys])[0]["keys"])
     elif event == "TRUNCATE":
-        _forget_all(plpy, collection)
+        prepare(plpy, "SELECT siamese._forget_all($1)", ("integer",)).execute([collection_id])
 
 
 def _let_owner_read(plpy: Any, collection: Collection, for_lock: bool = False) -> None:
@@ -103,18 +103,6 @@ def _forget(plpy: Any, collection: Collection, keys: list[Any] | None) -> None:
             f" WHERE f.collection_id = {collection.collection_id} AND f.key = k.key::text",
             types,
         ).execute([keys])
-
-
-def _forget_all(plpy: Any, collection: Collection) -> None:
-    """Follow TRUNCATE. DELETE, since a TRUNCATE of ours could deadlock with searches and builds."""
-    number = collection.collection_id
-    plpy.execute(
-        "UPDATE siamese.collections SET generation = NULL, epoch = epoch + 1"
-        f" WHERE collection_id = {number}"
-    )
-    plpy.execute(f"DELETE FROM {collection.embeddings}")
-    plpy.execute(f"DELETE FROM {collection.pending}")
-    plpy.execute(f"DELETE FROM siamese.failures WHERE collection_id = {number}")
 
 
 def _fetched(

@@ -109,6 +109,49 @@ def test_a_server_without_packages_for_its_python(
     assert session.execute(SEARCH, (pictures.files[0],)).fetchone() == (1,)
 
 
+@pytest.mark.parametrize("embed", ["sync", "deferred"])
+def test_writes_that_need_no_embedding(
+    moved: str, connect: Callable[..., Connection], pictures: Pictures, embed: str
+) -> None:
+    """They go on without packages, and what they leave is right when the packages are back."""
+    db = connect()
+    db.execute("CREATE TABLE t (id integer PRIMARY KEY, label text, image bytea)")
+    db.execute("SELECT create_collection('t', 't', embed => %s)", (embed,))
+    insert = "INSERT INTO t SELECT n, 'x', i FROM unnest(%s::bytea[]) WITH ORDINALITY AS u (i, n)"
+    db.execute(insert, (pictures.files[:6],))
+    db.execute("SELECT backfill('t'), build_index('t')")
+    db.execute(LAYOUT)
+    db.execute(PYTHON)
+    python = one(db, "SELECT pg_temp.python()")
+    db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/{python}",))
+    session = connect()
+    session.execute("UPDATE t SET label = 'y'")
+    session.execute("DELETE FROM t WHERE id IN (1, 2)")
+    session.execute("DELETE FROM t WHERE id = 99")
+    session.execute("INSERT INTO t SELECT * FROM t WHERE id = 99")
+    if embed == "sync":
+        for statement in (
+            "INSERT INTO t VALUES (7, 'z', %s)",
+            "UPDATE t SET image = %s WHERE id = 3",
+            "MERGE INTO t USING (VALUES (3)) AS v (n) ON t.id = v.n"
+            " WHEN MATCHED THEN UPDATE SET image = %s",
+        ):
+            with sql_error("58P01", "could not load the server package"):
+                session.execute(statement, (pictures.files[9],))
+    vectors = "SELECT array_agg(key ORDER BY key) FROM siamese.embedding_2"
+    assert db.execute(vectors).fetchone() == ([3, 4, 5, 6],)
+    db.execute("SELECT pg_temp.link(%s, %s)", (installed(db, python), f"{moved}/{python}"))
+    query = "SELECT (item).id FROM similar_rows(NULL::t, %s, 10, 't') ORDER BY 1"
+    found = connect().execute(query, (pictures.files[0],)).fetchall()
+    assert found == [(3,), (4,), (5,), (6,)]
+    checks = "SELECT subject, detail FROM self_check() WHERE NOT ok"
+    assert connect().execute(checks).fetchall() == []
+    db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/{python}",))
+    connect().execute("TRUNCATE t")
+    assert db.execute(vectors).fetchone() == (None,)
+    assert db.execute("SELECT count(*) FROM siamese.pending_2").fetchone() == (0,)
+
+
 def test_a_reinstallation_leaves_running_sessions_alone(
     moved: str, connect: Callable[..., Connection], pictures: Pictures
 ) -> None:

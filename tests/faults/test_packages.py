@@ -106,7 +106,7 @@ def test_without_onnx(
 def test_without_what_everything_needs(
     db: Connection, connect: Connect, cluster: FaultyCluster, images: Gallery, module: str
 ) -> None:
-    """Every call says so; no row goes in without its vector."""
+    """Every call says so; no row goes in without its vector, and what needs none goes on."""
     fill(db, images, 20)
     error = ("58P01", "could not load the server package", f"No module named '{module}'")
     with cluster.without(module):
@@ -118,7 +118,7 @@ def test_without_what_everything_needs(
             with sql_error(*error, "Run make install for this server"):
                 session.execute(statement, (images.files[30],))
         for statement in (
-            "DELETE FROM siamese.images",
+            "UPDATE siamese.images SET image = image || image",
             "SELECT build_index()",
             "SELECT self_check()",
         ):
@@ -126,4 +126,7 @@ def test_without_what_everything_needs(
                 session.execute(statement)
         # Not of the extension's functions, and works: what an administrator looks at.
         assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (20,)
+        session.execute("UPDATE siamese.images SET label = 'still'")
+        session.execute("DELETE FROM siamese.images WHERE image_id <= 5")
+        assert session.execute("SELECT count(*) FROM siamese.embedding_1").fetchone() == (15,)
     check_repair(connect, images)
