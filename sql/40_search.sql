@@ -11,7 +11,7 @@ COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for the search t
 
 -- Arguments are as wide as drivers send them: a filter may be jsonb, json or text, a key any type of key.
 -- No function has two forms, so that no call with untyped parameters is ambiguous.
--- Public functions are PL/pgSQL, which raises the errors that PL/Python returns: raised by PL/Python itself,
+-- Public functions are PL/pgSQL or SQL, which raise the errors that PL/Python returns: raised by PL/Python itself,
 -- an error has the name of an exception in its message and a traceback in its CONTEXT.
 
 CREATE TYPE siamese.filter;
@@ -142,23 +142,22 @@ CREATE FUNCTION siamese.similar_images(
     engine text DEFAULT 'auto',
     image_id bigint DEFAULT NULL
 ) RETURNS SETOF siamese.similar_image
-LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
+-- SQL without settings of its own, so that the planner makes it part of the query that calls it: as PL/pgSQL it
+-- would take as long again as the search.
+LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 10
 AS $$
-DECLARE
-    answer text[] := siamese._similar_images(
+    SELECT s.rank::pg_catalog.int4, s.image_id, s.distance, s.similarity
+    FROM siamese._similar_images(
         image, image_id, k, collection, filter,
         CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
             ELSE coalesce(candidates, '{}') END,
-        max_distance, engine);
-BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
-    RETURN QUERY SELECT s.rank::pg_catalog.int4, s.image_id, s.distance, s.similarity
-    FROM unnest(
-        answer[2]::pg_catalog.int8[], answer[3]::pg_catalog.float4[], answer[4]::pg_catalog.float4[]
-    ) WITH ORDINALITY AS s (image_id, distance, similarity, rank);
-END
+        max_distance, engine) AS a (answer)
+    CROSS JOIN LATERAL ROWS FROM (
+        pg_catalog.unnest(a.answer[2]::pg_catalog.int8[]),
+        pg_catalog.unnest(a.answer[3]::pg_catalog.float4[]),
+        pg_catalog.unnest(a.answer[4]::pg_catalog.float4[])
+    ) WITH ORDINALITY AS s (image_id, distance, similarity, rank)
+    WHERE a.answer[1] IS NULL OR siamese._raise(a.answer) IS NULL
 $$;
 COMMENT ON FUNCTION siamese.similar_images(
     bytea, bigint, text, siamese.filter, bigint[], double precision, text, bigint

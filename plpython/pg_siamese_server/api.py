@@ -46,6 +46,7 @@ from pg_siamese_server.errors import (  # noqa: E402
 
 # Their threads inherit the mask; PostgreSQL's signal handlers stay in the main thread.
 with interrupts.signals_blocked():
+    from pg_siamese_server import models as _models
     from pg_siamese_server import search as _search
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -387,23 +388,29 @@ def _ranked(plpy: Any, answer: _search.Answer) -> tuple[str, str, str | None]:
 
     As text: PL/Python would write all 17 digits of each float, and make each row by itself.
     """
-    from pg_siamese_server import models
-
-    spec = models.spec(plpy, answer.collection.model_id)
+    spec = _models.spec(plpy, answer.collection.model_id)
     distances = answer.distances
-    matches: list[float | None] = []
+    matches: list[float] | None = None
     # The rows found are not checked: of those nearest to an image inside, one in 10,000 is
     # outside and claimed to match (medical encoder, a quarter of the rows of other kinds).
-    if answer.query is None or spec.is_inside(answer.query)[0]:
-        matches = [spec.match_probability(distance) for distance in distances]
+    if answer.query is None or spec.is_inside(answer.query[0]):
+        matches = spec.match_probabilities(distances)
     if answer.collection.has_integer_keys:
         keys = "{" + ",".join(map(str, answer.keys)) + "}"
     else:
         keys = _array(answer.keys)
-    similarities = None
-    if matches and matches[0] is not None:
-        similarities = "{" + ",".join([f"{one:.9g}" for one in matches]) + "}"
-    return keys, "{" + ",".join([f"{one:.9g}" for one in distances]) + "}", similarities
+    similarities = None if matches is None else _reals(matches)
+    return keys, _reals(distances), similarities
+
+
+def _reals(values: list[float]) -> str:
+    """Return an array of reals as PostgreSQL reads it; nine digits keep each exactly."""
+    return _reals_template(len(values)) % tuple(values)
+
+
+@functools.lru_cache(maxsize=64)
+def _reals_template(count: int) -> str:
+    return "{" + ",".join(["%.9g"] * count) + "}"
 
 
 @_entry

@@ -108,23 +108,25 @@ class Domain:
         """Tell which vectors are of images that the encoder knows.
 
         Args:
-            prepared: (count, dimension), of length one where the metric is ``cosine``.
+            prepared: (..., dimension), of length one where the metric is ``cosine``.
         """
-        inside: NDArray[np.bool_] = self.squares(prepared).min(axis=1) <= 1
+        inside: NDArray[np.bool_] = self.squares(prepared).min(axis=-1) <= 1
         return inside
 
     def squares(self, prepared: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Return the squared distances from the centres in parts of the limits: (count, balls).
+        """Return the squared distances from the centres in parts of the limits: (..., balls).
 
         With S for the shrinking: |Sx - Sc|² / r² = |Sx|² / r² - 2 x·SSc / r² + |Sc|² / r².
         """
         form = self._form
         balls = len(self.limits)
         vectors = prepared.astype(np.float64)
-        products = vectors @ form.weights
-        along = products[:, balls:]
-        own = np.einsum("ij,ij->i", vectors, vectors) - (along * along) @ form.taken
-        squares: NDArray[np.float64] = own[:, None] * form.share - products[:, :balls] + form.bias
+        products = vectors.dot(form.weights)
+        along = products[..., balls:]
+        own = np.einsum("...j,...j->...", vectors, vectors) - (along * along).dot(form.taken)
+        squares: NDArray[np.float64] = np.multiply.outer(own, form.share)
+        squares -= products[..., :balls]
+        squares += form.bias
         return squares
 
 

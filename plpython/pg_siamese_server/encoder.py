@@ -28,6 +28,8 @@ MAX_BATCH = 64
 # Pre-packed weights are a private copy in every session: worth it for small encoders only.
 PREPACK_BELOW_BYTES = 16 * 1024 * 1024
 WATCH_SECONDS = 0.05
+# A smaller probability than this gives would be out of range for SQL's real.
+MAX_LOGIT = 85.0
 # pgvector counts in single precision: it can't divide by the square of a smaller length.
 MIN_SQUARED_LENGTH = float(np.finfo(np.float32).tiny)
 BAD_EMBEDDING = (
@@ -116,9 +118,9 @@ class ModelSpec:
         return described
 
     def is_inside(self, prepared: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Tell of which prepared vectors (count, dimension) calibration and threshold hold."""
+        """Tell of which prepared vectors (..., dimension) calibration and threshold hold."""
         if self.domain is None:
-            return np.ones(len(prepared), dtype=bool)
+            return np.ones(prepared.shape[:-1], dtype=bool)
         return self.domain.contains(prepared)
 
     def match_probability(self, distance: float) -> float | None:
@@ -126,10 +128,18 @@ class ModelSpec:
 
         It holds for images inside the domain: see :meth:`is_inside`.
         """
-        if self.weight is None or self.bias is None:
+        probabilities = self.match_probabilities([distance])
+        return None if probabilities is None else probabilities[0]
+
+    def match_probabilities(self, distances: list[float]) -> list[float] | None:
+        """Return :meth:`match_probability` of each distance, or None without a calibration."""
+        weight, bias = self.weight, self.bias
+        if weight is None or bias is None:
             return None
-        logit = self.weight * distance + self.bias
-        return 1.0 / (1.0 + math.exp(-logit)) if logit > -700 else 0.0
+        return [
+            1.0 / (1.0 + math.exp(min(MAX_LOGIT, -(weight * distance + bias))))
+            for distance in distances
+        ]
 
 
 def pixels_to_input(
