@@ -40,6 +40,7 @@ FOR_READERS = {
     "_classify_image",
     "_collection_counts",
     "_compare_images",
+    "_estimate",
     "_generation_file",
     "_is_waiting",
     "_load",

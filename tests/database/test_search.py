@@ -786,3 +786,11 @@ def test_searches_in_a_row_notice_every_change(
             check(db)
             db.execute("SELECT 1 / 0")
         assert check(db) == check(reader) == before
+
+
+def test_nobody_but_a_search_has_anything_explained(db: Connection, pictures: Pictures) -> None:
+    insert_images(db, pictures.files[:20], pictures.labels[:20])
+    db.execute("SELECT build_index()")
+    assert db.execute("SELECT siamese._estimate()").fetchone() == (None,)
+    db.execute('SELECT similar_images(%s, filter => \'{"label": "1"}\')', (pictures.files[0],))
+    assert db.execute("SELECT siamese._estimate()").fetchone() == (None,)

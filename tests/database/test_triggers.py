@@ -382,7 +382,7 @@ def test_backfill_leaves_locked_rows_alone(
     with other.transaction():
         other.execute("UPDATE t SET note = 'busy' WHERE id = 20")
         assert table.db.execute("SELECT backfill('t')").fetchone() == (1,)
-    assert any("1 rows" in (notice or "") for notice in notices)
+    assert any("1 row " in (notice or "") for notice in notices)
     assert table.db.execute("SELECT backfill('t')").fetchone() == (1,)
     table.db.execute("RESET session_replication_role")
 
