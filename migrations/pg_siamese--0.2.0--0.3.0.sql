@@ -106,6 +106,9 @@ DROP FUNCTION siamese.self_check();
 DROP FUNCTION siamese._create_row_functions(integer, text);
 DROP FUNCTION siamese._check_columns(integer, oid);
 
+-- This one returns its error now.
+DROP FUNCTION siamese._load();
+
 -- @REPLACEABLE@
 
 CREATE TRIGGER follow_name AFTER UPDATE OF name ON siamese.collections

@@ -2,7 +2,7 @@
 
 COMMENT ON SCHEMA siamese IS 'similar-image search: models, collections and search functions';
 
-CREATE FUNCTION siamese._load() RETURNS void
+CREATE FUNCTION siamese._load() RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
 import os
@@ -18,22 +18,23 @@ try:
     import pg_siamese_server
     from pg_siamese_server import api
 except ImportError as error:
-    plpy.error(
+    return [
+        '58P01',
         'could not load the server package of pg_siamese',
-        sqlstate='58P01',
-        detail=f'{error}.' if os.path.isdir(link) else f'There is no folder "{link}".',
-        hint=f'Run make install for this server; its packages belong in "{link}".',
-    )
+        f'{error}.' if os.path.isdir(link) else f'There is no folder "{link}".',
+        f'Run make install for this server; its packages belong in "{link}".',
+    ]
 if pg_siamese_server.__version__ != '@VERSION@':
-    plpy.error(
+    return [
+        '55000',
         f'this session has loaded version {pg_siamese_server.__version__} of pg_siamese, '
         'but the extension is of version @VERSION@',
-        sqlstate='55000',
-        hint='Start a new session; where that does not help, reinstall pg_siamese.',
-    )
+        None,
+        'Start a new session; where that does not help, reinstall pg_siamese.',
+    ]
 GD['pg_siamese @VERSION@'] = api
 $python$;
-COMMENT ON FUNCTION siamese._load() IS 'load the server package into this session';
+COMMENT ON FUNCTION siamese._load() IS 'load the server package; returns an error or nothing';
 
 CREATE FUNCTION siamese._caller() RETURNS name
 LANGUAGE sql STABLE PARALLEL SAFE

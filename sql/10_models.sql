@@ -17,6 +17,37 @@ COMMENT ON COLUMN siamese.models.specification
 IS 'input size, normalisation, decoding limits, metric, calibration and threshold';
 COMMENT ON COLUMN siamese.models.metadata IS 'what the ONNX file says of itself';
 
+CREATE FUNCTION siamese._register_model(
+    name text,
+    onnx bytea,
+    image_width bigint,
+    image_height bigint,
+    mean double precision[],
+    std double precision[],
+    resize text,
+    interpolation text,
+    metric text,
+    calibration jsonb,
+    threshold double precision,
+    max_bytes bigint,
+    max_pixels bigint,
+    input_range double precision[]
+) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].register_model(
+    plpy, name, onnx, image_width, image_height, mean, std, resize, interpolation, metric,
+    calibration, threshold, max_bytes, max_pixels, input_range)
+$python$;
+COMMENT ON FUNCTION siamese._register_model(
+    text, bytea, bigint, bigint, double precision[], double precision[], text, text, text, jsonb,
+    double precision, bigint, bigint, double precision[]
+) IS 'register a model; returns its model_id or an error';
+
 CREATE FUNCTION siamese.register_model(
     name text,
     onnx bytea,
@@ -33,15 +64,20 @@ CREATE FUNCTION siamese.register_model(
     max_pixels bigint DEFAULT NULL,
     input_range double precision[] DEFAULT NULL
 ) RETURNS integer
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
-return GD['pg_siamese @VERSION@'].register_model(
-    plpy, name, onnx, image_width, image_height, mean, std, resize, interpolation, metric,
-    calibration, threshold, max_bytes, max_pixels, input_range)
-$python$;
+AS $$
+DECLARE
+    answer text[] := siamese._register_model(
+        name, onnx, image_width, image_height, mean, std, resize, interpolation, metric,
+        calibration, threshold, max_bytes, max_pixels, input_range);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
 COMMENT ON FUNCTION siamese.register_model(
     text, bytea, bigint, bigint, double precision[], double precision[], text, text, text, jsonb,
     double precision, bigint, bigint, double precision[]

@@ -74,38 +74,98 @@ SELECT pg_catalog.pg_extension_config_dump('siamese.generations', '');
 SELECT pg_catalog.pg_extension_config_dump('siamese.generations_generation_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('siamese.failures', '');
 
-CREATE FUNCTION siamese._on_change() RETURNS trigger
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+CREATE FUNCTION siamese._follow_change(
+    event text, collection_id integer, relation oid, keys text[]
+) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-number, relation = int(TD['args'][0]), int(TD['relid'])
 if 'pg_siamese @VERSION@' not in GD:
-    try:
-        plpy.execute('SELECT siamese._load()')
-    except plpy.spiexceptions.UndefinedFile:
-        # Transition tables are visible here only.
-        plan = plpy.prepare('SELECT siamese._keys_query($1, $2, $3) AS query', ['text', 'integer', 'oid'])
-        query = plan.execute([TD['event'], number, relation])[0]['query']
-        keys = plpy.execute(query)[0]['keys'] if query else None
-        plan = plpy.prepare(
-            'SELECT siamese._follow_without_packages($1, $2, $3) AS done', ['text', 'integer', 'text[]'])
-        if plan.execute([TD['event'], number, keys])[0]['done']:
-            return
-        raise
-GD['pg_siamese @VERSION@'].on_change(plpy, TD['event'], number, relation)
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].on_change(plpy, event, collection_id, relation, keys)
 $python$;
+COMMENT ON FUNCTION siamese._follow_change(text, integer, oid, text[])
+IS 'follow a statement; returns an error or nothing';
+
+CREATE FUNCTION siamese._on_change() RETURNS trigger
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    number integer := TG_ARGV[0];
+    key_column text;
+    is_plain boolean;
+    query text;
+    keys text[];
+    answer text[];
+BEGIN
+    -- Transition tables are visible here only.
+    IF TG_OP <> 'TRUNCATE' THEN
+        SELECT quote_ident(c.key_column), (
+            SELECT count(*) FROM pg_attribute AS a
+            WHERE a.attrelid = TG_RELID AND NOT a.attisdropped AND (
+                (a.attname = c.image_column AND a.atttypid = 'bytea'::regtype)
+                OR (a.attname = c.key_column AND a.atttypid IN (
+                    'int8'::regtype, 'int4'::regtype, 'int2'::regtype, 'uuid'::regtype, 'text'::regtype,
+                    'varchar'::regtype)))) = 2
+        INTO key_column, is_plain
+        FROM siamese.collections AS c WHERE c.collection_id = number AND c.relation::oid = TG_RELID;
+        -- Without one, _follow_change says why.
+        IF FOUND THEN
+            -- Casts of other types could be code of the table's owner.
+            IF NOT is_plain THEN
+                PERFORM siamese._check_table(number, TG_RELID);
+            END IF;
+            query := CASE TG_OP
+                WHEN 'INSERT' THEN 'SELECT array_agg(n.' || key_column || '::text) FROM new_rows AS n'
+                WHEN 'DELETE' THEN 'SELECT array_agg(o.' || key_column || '::text) FROM old_rows AS o'
+                -- NULL where that is, since no image can have changed.
+                ELSE 'SELECT c.keys::text[] FROM ('
+                    || siamese._changed_keys_query(number, TG_RELID) || ') AS c' END;
+        END IF;
+    END IF;
+    IF query IS NOT NULL THEN
+        EXECUTE query INTO keys;
+    END IF;
+    answer := siamese._follow_change(TG_OP, number, TG_RELID, keys);
+    IF answer[1] IS NULL THEN
+        RETURN NULL;
+    END IF;
+    IF answer[1] <> '58P01' OR NOT siamese._follow_without_packages(TG_OP, number, TG_RELID, keys) THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN NULL;
+END
+$$;
 COMMENT ON FUNCTION siamese._on_change()
 IS 'statement trigger of a collection''s table: keeps the vectors in step with the images';
 
-CREATE FUNCTION siamese.backfill(collection text DEFAULT 'images', max_rows bigint DEFAULT 9223372036854775807)
-RETURNS bigint
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+CREATE FUNCTION siamese._backfill(collection text, max_rows bigint) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].backfill(plpy, collection, max_rows)
 $python$;
+COMMENT ON FUNCTION siamese._backfill(text, bigint) IS 'embed rows; returns how many or an error';
+
+CREATE FUNCTION siamese.backfill(collection text DEFAULT 'images', max_rows bigint DEFAULT 9223372036854775807)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    answer text[] := siamese._backfill(collection, max_rows);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
 COMMENT ON FUNCTION siamese.backfill(text, bigint)
 IS 'embed rows without their image''s vector; returns how many';
 
@@ -879,15 +939,16 @@ IS 'create the tables, the policy and the triggers of a collection';
 
 CREATE FUNCTION siamese.create_collection(
     name text DEFAULT 'images',
-    relation regclass DEFAULT NULL,
-    key_column text DEFAULT NULL,
+    -- No table: the ready-made one. NULL is none of the defaults, since it is what to_regclass gives of a wrong name.
+    relation regclass DEFAULT '-',
+    key_column text DEFAULT '',
     image_column text DEFAULT 'image',
-    model text DEFAULT NULL,
+    model text DEFAULT '',
     on_error text DEFAULT 'reject',
     backfill boolean DEFAULT TRUE,
     embed text DEFAULT 'sync',
-    max_bytes bigint DEFAULT NULL,
-    max_pixels bigint DEFAULT NULL
+    max_bytes bigint DEFAULT -1,
+    max_pixels bigint DEFAULT -1
 ) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 -- Types are compared by their names.
@@ -899,6 +960,7 @@ DECLARE
     collection_id integer;
     publication text;
     stray name;
+    missing text;
 BEGIN
     -- Rows that were committed after an older snapshot would get neither trigger nor backfill.
     IF current_setting('transaction_isolation') NOT LIKE 'read %' THEN
@@ -906,11 +968,21 @@ BEGIN
             upper(current_setting('transaction_isolation'))
         USING ERRCODE = 'active_sql_transaction', HINT = 'Use READ COMMITTED.';
     END IF;
-    IF name IS NULL OR name = '' THEN
+    SELECT a.argument INTO missing FROM (VALUES
+        ('name', name IS NULL), ('relation', relation IS NULL), ('key_column', key_column IS NULL),
+        ('image_column', image_column IS NULL), ('model', model IS NULL), ('on_error', on_error IS NULL),
+        ('backfill', backfill IS NULL), ('embed', embed IS NULL), ('max_bytes', max_bytes IS NULL),
+        ('max_pixels', max_pixels IS NULL)) AS a (argument, is_null)
+    WHERE a.is_null LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION '% is null', missing
+        USING ERRCODE = 'null_value_not_allowed', HINT = 'Leave the argument out for its default.';
+    END IF;
+    IF name = '' THEN
         RAISE EXCEPTION 'a collection must have a name' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM siamese._check_settings(coalesce(on_error, 'NULL'), max_bytes, max_pixels);
-    IF embed IS NULL OR embed NOT IN ('sync', 'deferred') THEN
+    PERFORM siamese._check_settings(on_error, max_bytes, max_pixels);
+    IF embed NOT IN ('sync', 'deferred') THEN
         RAISE EXCEPTION 'invalid value for "embed": "%"', embed
         USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "sync" or "deferred".';
     END IF;
@@ -924,14 +996,14 @@ BEGIN
                 ELSE 'Choose another name, or drop it with drop_collection.' END;
     END IF;
     PERFORM siamese._check_local();
-    model_id := siamese._model_id(model);
-    IF relation IS NULL THEN
+    model_id := siamese._model_id(nullif(model, ''));
+    IF relation::oid = 0 THEN
         relation := siamese._create_images_table();
     ELSE
         PERFORM siamese._check_owner(relation);
     END IF;
     PERFORM siamese._check_relation(relation, image_column);
-    IF key_column IS NULL THEN
+    IF key_column = '' THEN
         SELECT a.attname INTO key_column
         FROM pg_index AS i INNER JOIN pg_attribute AS a ON i.indrelid = a.attrelid AND i.indkey[0] = a.attnum
         WHERE i.indrelid = relation AND i.indisprimary AND i.indnkeyatts = 1;
@@ -1002,6 +1074,36 @@ END
 $$;
 COMMENT ON FUNCTION siamese._check_settings(text, bigint, bigint) IS 'check settings of a collection';
 
+CREATE FUNCTION siamese._near_collection(name text) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].near_collection(plpy, name)
+$python$;
+COMMENT ON FUNCTION siamese._near_collection(text) IS 'hint on a name of no collection, or an error';
+
+CREATE FUNCTION siamese._unknown_collection(name text) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    answer text[];
+BEGIN
+    IF name IS NULL THEN
+        RAISE EXCEPTION 'name is null' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    answer := siamese._near_collection(name);
+    -- Collections can be dropped without the server package, which knows the hint.
+    RAISE EXCEPTION 'collection "%" does not exist', name
+    USING ERRCODE = 'undefined_object',
+        HINT = CASE WHEN answer[1] IS NULL THEN answer[2] ELSE 'Collections are listed in siamese.collections.' END;
+END
+$$;
+COMMENT ON FUNCTION siamese._unknown_collection(text) IS 'say that there is no such collection';
+
 CREATE FUNCTION siamese.alter_collection(
     name text,
     on_error text DEFAULT NULL,
@@ -1016,7 +1118,7 @@ DECLARE
 BEGIN
     SELECT c.relation INTO relation FROM siamese.collections AS c WHERE c.name = alter_collection.name;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'collection "%" does not exist', name USING ERRCODE = 'undefined_object';
+        PERFORM siamese._unknown_collection(name);
     END IF;
     PERFORM siamese._check_owner(relation);
     PERFORM siamese._check_settings(on_error, max_bytes, max_pixels);
@@ -1043,7 +1145,7 @@ BEGIN
     SELECT c.* INTO collection FROM siamese.collections AS c
     WHERE c.name = drop_collection.name FOR UPDATE;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'collection "%" does not exist', name USING ERRCODE = 'undefined_object';
+        PERFORM siamese._unknown_collection(name);
     END IF;
     PERFORM siamese._check_owner(collection.relation);
     FOR trigger_name IN

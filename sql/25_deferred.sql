@@ -613,7 +613,9 @@ CREATE FUNCTION siamese._embed_pending(collection text, max_rows bigint) RETURNS
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].embed_pending(plpy, collection, max_rows)
 $python$;
 COMMENT ON FUNCTION siamese._embed_pending(text, bigint) IS 'embed queued rows; returns how many or an error';

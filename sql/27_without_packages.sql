@@ -13,35 +13,16 @@ END
 $$;
 COMMENT ON FUNCTION siamese._forget_all(integer) IS 'delete all vectors of a collection, after TRUNCATE';
 
-CREATE FUNCTION siamese._keys_query(event text, collection_id integer, relation oid) RETURNS text
-LANGUAGE plpgsql STABLE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    collection siamese.collections;
-BEGIN
-    PERFORM siamese._check_table(collection_id, relation);
-    SELECT c.* INTO STRICT collection FROM siamese.collections AS c
-    WHERE c.collection_id = _keys_query.collection_id;
-    RETURN CASE event
-        WHEN 'INSERT' THEN format('SELECT array_agg(n.%I::text) AS keys FROM new_rows AS n', collection.key_column)
-        -- NULL where that is, since no image can have changed.
-        WHEN 'UPDATE' THEN 'SELECT c.keys::text[] AS keys FROM ('
-            || siamese._changed_keys_query(collection_id, relation) || ') AS c'
-        WHEN 'DELETE' THEN format('SELECT array_agg(o.%I::text) AS keys FROM old_rows AS o', collection.key_column)
-    END;
-END
-$$;
-COMMENT ON FUNCTION siamese._keys_query(text, integer, oid)
-IS 'query of the keys that a statement changed, for its trigger';
-
-CREATE FUNCTION siamese._follow_without_packages(event text, collection_id integer, keys text[]) RETURNS boolean
+CREATE FUNCTION siamese._follow_without_packages(
+    event text, collection_id integer, relation oid, keys text[]
+) RETURNS boolean
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     gone text[];
 BEGIN
+    PERFORM siamese._check_table(collection_id, relation);
     IF event IN ('INSERT', 'UPDATE') THEN
         RETURN keys IS NULL;
     ELSIF event = 'TRUNCATE' THEN
@@ -63,5 +44,5 @@ BEGIN
     RETURN true;
 END
 $$;
-COMMENT ON FUNCTION siamese._follow_without_packages(text, integer, text[])
+COMMENT ON FUNCTION siamese._follow_without_packages(text, integer, oid, text[])
 IS 'follow a statement that needs no embedding, if it does';

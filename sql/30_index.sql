@@ -4,7 +4,9 @@ CREATE FUNCTION siamese._build_index(
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].build_index(
     plpy, collection, m, ef_construction, target_recall, threads)
 $python$;
@@ -38,7 +40,9 @@ CREATE FUNCTION siamese._rebuild_file(collection text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].rebuild_file(plpy, collection)
 $python$;
 COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'make a standby''s file; returns its number or an error';
@@ -63,7 +67,9 @@ CREATE FUNCTION siamese._warm_up(collection text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].warm_up(plpy, collection)
 $python$;
 COMMENT ON FUNCTION siamese._warm_up(text) IS 'open model and index; returns arrays or an error';

@@ -3,8 +3,6 @@
 CREATE FUNCTION siamese._estimate() RETURNS text
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
 return GD['pg_siamese @VERSION@'].estimate(plpy)
 $python$;
 COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for the search that calls it';
@@ -123,7 +121,9 @@ CREATE FUNCTION siamese._similar_images(
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].similar_images(
     plpy, image, image_id, k, collection, filter, candidates, max_distance, engine)
 $python$;
@@ -176,7 +176,9 @@ CREATE FUNCTION siamese._similar_keys(
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].similar_keys(
     plpy, image, key, k, collection, filter, candidates, max_distance, engine)
 $python$;
@@ -274,7 +276,9 @@ CREATE FUNCTION siamese._classify_image(
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].classify_image(plpy, image, key, k, collection, label_column)
 $python$;
 COMMENT ON FUNCTION siamese._classify_image(bytea, text, bigint, text, text)

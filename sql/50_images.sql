@@ -2,7 +2,9 @@ CREATE FUNCTION siamese._compare_images(function text, images bytea[], model tex
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].compare_images(plpy, function, images, model)
 $python$;
 COMMENT ON FUNCTION siamese._compare_images(text, bytea[], text)

@@ -43,14 +43,30 @@ END
 $$;
 COMMENT ON FUNCTION siamese._collection_counts(integer) IS 'counts for the view collection_status';
 
-CREATE FUNCTION siamese._generation_file(collection_id integer, generation bigint) RETURNS text
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+CREATE FUNCTION siamese._state_of_file(collection_id integer, generation bigint) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].generation_file(plpy, collection_id, generation)
 $python$;
+COMMENT ON FUNCTION siamese._state_of_file(integer, bigint) IS 'state of a generation''s file, or an error';
+
+CREATE FUNCTION siamese._generation_file(collection_id integer, generation bigint) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    answer text[] := siamese._state_of_file(collection_id, generation);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
 COMMENT ON FUNCTION siamese._generation_file(integer, bigint)
 IS 'whether a generation''s file is on this node: present, missing or not readable';
 
@@ -159,14 +175,30 @@ WHERE c.embed = 'deferred';
 COMMENT ON VIEW siamese.embedding_queue_status
 IS 'queued rows of deferred collections, and their rate';
 
-CREATE FUNCTION siamese.self_check("full" boolean DEFAULT false) RETURNS TABLE (subject text, ok boolean, detail text)
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+CREATE FUNCTION siamese._self_check("full" boolean) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
 if 'pg_siamese @VERSION@' not in GD:
-    plpy.execute('SELECT siamese._load()')
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
 return GD['pg_siamese @VERSION@'].self_check(plpy, full)
 $python$;
+COMMENT ON FUNCTION siamese._self_check(boolean) IS 'check the installation; returns arrays or an error';
+
+CREATE FUNCTION siamese.self_check("full" boolean DEFAULT false) RETURNS TABLE (subject text, ok boolean, detail text)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    answer text[] := siamese._self_check("full");
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN QUERY SELECT u.* FROM unnest(answer[2]::text[], answer[3]::boolean[], answer[4]::text[]) AS u;
+END
+$$;
 COMMENT ON FUNCTION siamese.self_check(boolean)
 IS 'check the installation; full: compare every image with its vector';
 

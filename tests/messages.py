@@ -18,6 +18,7 @@ CLASSES = {
     for name, kind in vars(errors).items()
     if isinstance(kind, type) and issubclass(kind, errors.SiameseError)
 }
+EMPTY = (ast.Constant(None), ast.Constant(None))
 
 
 @dataclass(frozen=True, order=True)
@@ -54,6 +55,11 @@ def of_python(text: str) -> set[Message]:
     """Return the messages of a Python source of the server package."""
     found = set()
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.List):
+            # An error that PL/Python returns: SQLSTATE, message, DETAIL and HINT.
+            state, template = map(_template, [*node.value.elts, *EMPTY][:2])
+            if state and template:
+                found.add(Message(state, template.replace("@VERSION@", "…")))
         if not (isinstance(node, ast.Call) and node.args):
             continue
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))

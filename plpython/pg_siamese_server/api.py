@@ -33,6 +33,7 @@ from pg_siamese_server.catalog import (  # noqa: E402
     collection_by_name,
     load_json,
     model_id_by_name,
+    near_collection_hint,
     prepare,
 )
 from pg_siamese_server.errors import (  # noqa: E402
@@ -142,7 +143,7 @@ def _array(values: Iterable[str | None]) -> str:
     return "{" + ",".join(quoted) + "}"
 
 
-@_entry
+@_answer
 def register_model(
     plpy: Any,
     name: str | None,
@@ -159,7 +160,7 @@ def register_model(
     max_bytes: int | None,
     max_pixels: int | None,
     input_range: list[float | None] | None,
-) -> int:
+) -> tuple[str]:
     """Body of ``register_model``."""
     from pg_siamese_server import models
 
@@ -183,7 +184,7 @@ def register_model(
     merged["input"] = {key: value for key, value in size.items() if value is not None}
     with interrupts.signals_blocked():
         import onnx as _  # noqa: F401 -- its libraries may start threads
-    return models.register(plpy, name, onnx, merged)
+    return (str(models.register(plpy, name, onnx, merged)),)
 
 
 def _single(value: Any) -> Any:
@@ -195,31 +196,46 @@ def _singles(values: list[Any] | None) -> list[Any] | None:
     return None if values is None else [_single(value) for value in values]
 
 
-@_entry
-def register_shipped_models(plpy: Any, folder: str) -> list[tuple[str, int, bool]]:
+@_answer
+def register_shipped_models(plpy: Any, folder: str) -> tuple[str, str, str]:
     """Body of ``register_shipped_models``."""
     with interrupts.signals_blocked():
         import onnx as _  # noqa: F401 -- its libraries may start threads
     from pg_siamese_server import shipped
 
-    return shipped.register_shipped_models(plpy, folder)
+    found = shipped.register_shipped_models(plpy, folder)
+    return (
+        _array(name for name, _, _ in found),
+        _array(str(number) for _, number, _ in found),
+        _array(str(is_new) for _, _, is_new in found),
+    )
 
 
-@_entry
-def on_change(plpy: Any, event: str, collection_id: int, relation_oid: int) -> None:
+@_answer
+def on_change(
+    plpy: Any, event: str, collection_id: int, relation_oid: int, keys: list[str] | None
+) -> tuple[()]:
     """Body of the statement triggers."""
     from pg_siamese_server import changes
 
-    changes.on_change(plpy, event, collection_id, relation_oid)
+    changes.on_change(plpy, event, collection_id, relation_oid, keys or [])
+    return ()
 
 
-@_entry
-def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> int:
+@_answer
+def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> tuple[str]:
     """Body of ``backfill``."""
     from pg_siamese_server import changes
 
     _check_given(collection=collection, max_rows=max_rows)
-    return changes.backfill(plpy, collection, None if max_rows == ALL_ROWS else max_rows)
+    limit = None if max_rows == ALL_ROWS else max_rows
+    return (str(changes.backfill(plpy, collection, limit)),)
+
+
+@_answer
+def near_collection(plpy: Any, name: str) -> tuple[str]:
+    """Body of ``_near_collection``."""
+    return (near_collection_hint(plpy, name),)
 
 
 @_answer
@@ -569,17 +585,24 @@ def warm_up(plpy: Any, collection: str | None) -> tuple[str, str]:
     return _array(engine for engine, _ in ready), _array(detail for _, detail in ready)
 
 
-@_entry
-def generation_file(plpy: Any, collection_id: int | None, generation: int | None) -> str | None:
+@_answer
+def generation_file(
+    plpy: Any, collection_id: int | None, generation: int | None
+) -> tuple[str | None]:
     """Body of ``_generation_file``."""
     from pg_siamese_server import status
 
-    return status.generation_file(plpy, collection_id, generation)
+    return (status.generation_file(plpy, collection_id, generation),)
 
 
-@_entry
-def self_check(plpy: Any, full: bool | None) -> list[tuple[str, bool, str]]:
+@_answer
+def self_check(plpy: Any, full: bool | None) -> tuple[str, str, str]:
     """Body of ``self_check``."""
     from pg_siamese_server import status
 
-    return status.self_check(plpy, bool(full))
+    lines = status.self_check(plpy, bool(full))
+    return (
+        _array(subject for subject, _, _ in lines),
+        _array(str(ok) for _, ok, _ in lines),
+        _array(detail for _, _, detail in lines),
+    )

@@ -190,11 +190,13 @@ def collection_by_name(plpy: Any, name: str | None) -> Collection:
     if name is None:
         raise SiameseError("collection is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
     raise SiameseError(
-        f'collection "{name}" does not exist', sqlstate=UNDEFINED_OBJECT, hint=_near(plpy, name)
+        f'collection "{name}" does not exist',
+        sqlstate=UNDEFINED_OBJECT,
+        hint=near_collection_hint(plpy, name),
     )
 
 
-def _near(plpy: Any, name: str) -> str:
+def near_collection_hint(plpy: Any, name: str) -> str:
     """Say which collection may be meant: of a table of this name, or of nearly this one."""
     import difflib
 

@@ -33,26 +33,18 @@ SAME_VECTOR = 0.014
 Failure = tuple[Any, str, str]
 
 
-def on_change(plpy: Any, event: str, collection_id: int, relation_oid: int) -> None:
-    """Follow one INSERT, UPDATE, DELETE or TRUNCATE statement on a collection's table."""
+def on_change(
+    plpy: Any, event: str, collection_id: int, relation_oid: int, keys: list[str]
+) -> None:
+    """Follow one INSERT, UPDATE, DELETE or TRUNCATE statement on a collection's table.
+
+    Keys are those that the trigger found in its transition tables, which only it sees; as text.
+    """
     collection = collection_of_trigger(plpy, collection_id, relation_oid)
-    key = f"{collection.key_column}::{collection.key_type}"
-    if event == "INSERT":
-        keys = _keys(plpy, f"SELECT array_agg(n.{key}) AS keys FROM new_rows AS n")
-        _forget(plpy, collection, keys)
-        embed_rows(plpy, collection, keys)
-    elif event == "UPDATE":
-        plan = prepare(
-            plpy, "SELECT siamese._changed_keys_query($1, $2) AS query", ("integer", "oid")
-        )
-        query = plan.execute([collection_id, relation_oid])[0]["query"]
-        if query is None:
-            return
-        keys = _keys(plpy, query)
+    if event in ("INSERT", "UPDATE"):
         _forget(plpy, collection, keys)
         embed_rows(plpy, collection, keys)
     elif event == "DELETE":
-        keys = _keys(plpy, f"SELECT array_agg(o.{key}) AS keys FROM old_rows AS o")
         if not keys:
             return
         _let_owner_read(plpy, collection)
@@ -79,7 +71,7 @@ def _let_owner_read(plpy: Any, collection: Collection, for_lock: bool = False) -
 
 
 def _keys(plpy: Any, sql: str) -> list[Any]:
-    """Run a query of transition tables, planned for their size each time."""
+    """Run a query of keys, planned for the size of its tables each time."""
     return plpy.execute(sql)[0]["keys"] or []
 
 

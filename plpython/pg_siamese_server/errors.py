@@ -65,7 +65,7 @@ class ImageSizeError(ImageError):
         super().__init__(
             message,
             detail=f"The limit is {max_pixels} pixels, {max_side} on a side.",
-            hint="Raise max_pixels, or reduce the image.",
+            hint="Raise max_pixels with alter_collection, or reduce the image.",
         )
 
 

@@ -233,7 +233,7 @@ def _decode(data: bytes | None, decoder: _Decoder) -> NDArray[np.uint8]:
             f"image file of {len(data)} bytes is too large",
             sqlstate=PROGRAM_LIMIT_EXCEEDED,
             detail=f"The limit is {spec.max_bytes} bytes.",
-            hint="Raise max_bytes, or reduce the image.",
+            hint="Raise max_bytes with alter_collection, or reduce the image.",
         )
     try:
         with warnings.catch_warnings(), _pillow_limits(spec):

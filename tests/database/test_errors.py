@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 
 import numpy as np
+import psycopg
 import pytest
 
 from tests.conftest import Connection, Pictures, insert_images
@@ -114,13 +116,10 @@ def test_bad_image_in_a_call(shared: Connection, call: str) -> None:
         ("build_index(target_recall => 2)", "22023", "target_recall must be between"),
         ("build_index(target_recall => 'NaN')", "22023", "target_recall must be between"),
         ("build_index(threads => 1000)", "22023", "threads must be between"),
-        ("create_collection(NULL)", "22023", "must have a name"),
         ("create_collection('')", "22023", "must have a name"),
         ("create_collection()", "42710", 'collection "images" already exists'),
         ("create_collection('x', on_error => 'ignore')", "22023", "ignore"),
-        ("create_collection('x', on_error => NULL)", "22023", "on_error"),
         ("create_collection('x', model => 'none')", "42704", 'model "none" does not exist'),
-        ("create_collection('x', image_column => NULL)", "42703", "does not exist"),
         ("create_collection('x', image_column => 'none')", "42703", 'column "none"'),
         ("create_collection('x', image_column => 'label')", "42804", "has type text, not bytea"),
         ("create_collection('x', key_column => 'none')", "42703", 'column "none"'),
@@ -128,7 +127,8 @@ def test_bad_image_in_a_call(shared: Connection, call: str) -> None:
         ("create_collection('x', key_column => 'inserted_at')", "0A000", "has type timestamp"),
         ("create_collection('x', 99999999::regclass)", "42703", "does not exist"),
         ("drop_collection('none')", "42704", 'collection "none" does not exist'),
-        ("drop_collection(NULL)", "42704", "does not exist"),
+        ("drop_collection(NULL)", "22004", "name is null"),
+        ("alter_collection(NULL)", "22004", "name is null"),
         ("drop_model('none')", "42704", 'model "none" does not exist'),
         ("drop_model(NULL)", "42704", "does not exist"),
         ("register_model(NULL, '')", "22023", "must have a name"),
@@ -143,6 +143,139 @@ def test_bad_image_in_a_call(shared: Connection, call: str) -> None:
 def test_bad_argument(shared: Connection, call: str, sqlstate: str, message: str) -> None:
     with sql_error(sqlstate, message):
         shared.execute(f"SELECT siamese.{call}")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "name",
+        "relation",
+        "key_column",
+        "image_column",
+        "model",
+        "on_error",
+        "backfill",
+        "embed",
+        "max_bytes",
+        "max_pixels",
+    ],
+)
+def test_create_collection_takes_no_null(shared: Connection, argument: str) -> None:
+    """NULL is what a mistyped name gives, as of to_regclass: never the default."""
+    name = "" if argument == "name" else "name => 'x', "
+    with sql_error("22004", f"{argument} is null"):
+        shared.execute(f"SELECT create_collection({name}{argument} => NULL)")
+    count = "SELECT count(*) FROM siamese.collections"
+    assert shared.execute(count).fetchone() == (1,)
+
+
+def test_defaults_of_create_collection(shared: Connection) -> None:
+    shared.execute("SELECT create_collection('x')")
+    query = (
+        "SELECT relation::text, key_column, model_id, on_error, embed, max_bytes, max_pixels"
+        " FROM siamese.collections WHERE name = '{}'"
+    )
+    made = shared.execute(query.format("x")).fetchone()
+    assert made and made[0] in ("images", "siamese.images")
+    assert made == shared.execute(query.format("images")).fetchone()
+
+
+PLAIN_ERRORS = [
+    "INSERT INTO siamese.images (image) VALUES ('junk')",
+    "INSERT INTO siamese.images (image) VALUES (''), ('junk')",
+    "UPDATE siamese.images SET image = 'junk'",
+    "MERGE INTO siamese.images AS i USING (VALUES (1)) AS v (n) ON i.image_id = v.n"
+    " WHEN MATCHED THEN UPDATE SET image = 'junk'",
+    "COPY siamese.images (image) FROM PROGRAM 'echo junk'",
+    "INSERT INTO copy (image_id, image) VALUES (1, 'junk')",
+    "DELETE FROM copy",
+    "TRUNCATE copy",
+    *(
+        f"SELECT siamese.{call}"
+        for call in (
+            "similar_images(image_id => 99)",
+            "similar_images(image => 'junk')",
+            "similar_images(image_id => 1, collection => 'none')",
+            "similar_images(image_id => 1, filter => '{\"none\": 1}')",
+            'similar_images(image_id => 1, filter => \'{"image_id": "x"}\')',
+            "similar_rows(NULL::siamese.images, 'junk')",
+            "similar_rows(NULL::siamese.images, key => 'x')",
+            "classify_image('junk')",
+            "embed_image('junk')",
+            "embed_image('', 'none')",
+            "image_distance('junk', 'junk')",
+            "same_class('junk', 'junk')",
+            "any_two_match('junk', 'junk')",
+            "backfill('none')",
+            "backfill(max_rows => 0)",
+            "build_index('none')",
+            "rebuild_file('none')",
+            "embed_pending('none')",
+            "warm_up('none')",
+            "register_model('x', 'junk')",
+            "register_model('x', NULL)",
+            "drop_model('none')",
+            "create_collection('x', model => 'none')",
+            "alter_collection('none')",
+            "drop_collection('none')",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("statement", PLAIN_ERRORS)
+def test_errors_are_plain(db: Connection, pictures: Pictures, statement: str) -> None:
+    """No name of an exception in the message, and no traceback in the context."""
+    insert_images(db, pictures.files[:2])
+    db.execute("CREATE TABLE copy (LIKE siamese.images)")
+    db.execute("INSERT INTO copy SELECT * FROM siamese.images")
+    db.execute(
+        """
+        CREATE TRIGGER i AFTER INSERT ON copy REFERENCING NEW TABLE AS new_rows
+        FOR EACH STATEMENT EXECUTE FUNCTION siamese._on_change(1);
+        CREATE TRIGGER d AFTER DELETE ON copy REFERENCING OLD TABLE AS old_rows
+        FOR EACH STATEMENT EXECUTE FUNCTION siamese._on_change(1);
+        CREATE TRIGGER t AFTER TRUNCATE ON copy
+        FOR EACH STATEMENT EXECUTE FUNCTION siamese._on_change(1)
+        """
+    )
+    with pytest.raises(psycopg.Error) as caught:
+        db.execute(statement)
+    assert_plain(caught.value)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO siamese.images (image) VALUES ('junk')",
+        "SELECT similar_images(image_id => 1)",
+        "SELECT embed_image('')",
+        "SELECT backfill()",
+        "SELECT build_index()",
+        "SELECT embed_pending()",
+        "SELECT register_model('x', '')",
+        "SELECT register_shipped_models()",
+        "SELECT self_check()",
+        "SELECT warm_up()",
+    ],
+)
+def test_errors_of_loading_are_plain(db: Connection, statement: str) -> None:
+    """The first call of a session finds packages of another version."""
+    db.execute("SELECT siamese._load()")
+    db.execute(
+        "DO LANGUAGE plpython3u"
+        " $$ import sys; GD.clear(); sys.modules['pg_siamese_server'].__version__ = '0.0.9' $$"
+    )
+    with pytest.raises(psycopg.Error) as caught:
+        db.execute(statement)
+    assert caught.value.sqlstate == "55000"
+    assert_plain(caught.value)
+
+
+def assert_plain(error: psycopg.Error) -> None:
+    message, context = error.diag.message_primary, error.diag.context or ""
+    assert message and not re.match(r"\w+\.\w+: ", message), message
+    assert "Traceback" not in context and "File" not in context, context
 
 
 def test_session_works_on_after_errors(db: Connection, pictures: Pictures) -> None:

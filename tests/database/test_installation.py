@@ -49,7 +49,7 @@ def packages(db: Connection) -> str:
 def installed(db: Connection, python: str) -> str:
     """The installation's own packages, by the constant that another function holds."""
     source = one(
-        db, "SELECT prosrc FROM pg_proc WHERE oid = 'siamese.register_shipped_models'::regproc"
+        db, "SELECT prosrc FROM pg_proc WHERE oid = 'siamese._register_shipped_models'::regproc"
     )
     return source.split("plpy, '")[1].split("/models'")[0] + f"/{python}"
 
@@ -207,7 +207,7 @@ def test_shipped_models_are_administrators_business(
 
 
 def test_an_installation_without_models(db: Connection) -> None:
-    body = one(db, "SELECT pg_get_functiondef('siamese.register_shipped_models'::regproc)")
+    body = one(db, "SELECT pg_get_functiondef('siamese._register_shipped_models'::regproc)")
     db.execute(body.replace("/models'", "/no-models'"))
     with sql_error("58P01", "no shipped models", '/no-models"', "make install"):
         registered(db)
