@@ -3,7 +3,8 @@
 CREATE FUNCTION siamese._estimate() RETURNS text
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-return GD['pg_siamese @VERSION@'].estimate(plpy)
+if 'pg_siamese @VERSION@' in GD:
+    return GD['pg_siamese @VERSION@'].estimate(plpy)
 $python$;
 COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for the search that calls it';
 

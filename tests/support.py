@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,16 @@ def sql_error(sqlstate: str, *texts: str) -> Iterator[None]:
     assert error.sqlstate == sqlstate, report
     for text in texts:
         assert text in report, report
-    assert "Traceback" not in (error.diag.message_primary or "")
+    assert_plain(error)
+
+
+def assert_plain(error: psycopg.Error) -> None:
+    """No name of an exception in the message, and no traceback in CONTEXT."""
+    message, context = error.diag.message_primary or "", error.diag.context or ""
+    # A cancel is PostgreSQL's own, which PL/Python passes on in its way.
+    if error.sqlstate != "57014":
+        assert message and not re.match(r"\w+\.\w+: ", message), message
+        assert "Traceback" not in context and "File" not in context, context
 
 
 def exact_distances(

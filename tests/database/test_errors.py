@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 
@@ -11,7 +10,7 @@ import psycopg
 import pytest
 
 from tests.conftest import Connection, Pictures, insert_images
-from tests.support import encode, sql_error
+from tests.support import assert_plain, encode, sql_error
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -270,12 +269,6 @@ def test_errors_of_loading_are_plain(db: Connection, statement: str) -> None:
         db.execute(statement)
     assert caught.value.sqlstate == "55000"
     assert_plain(caught.value)
-
-
-def assert_plain(error: psycopg.Error) -> None:
-    message, context = error.diag.message_primary, error.diag.context or ""
-    assert message and not re.match(r"\w+\.\w+: ", message), message
-    assert "Traceback" not in context and "File" not in context, context
 
 
 def test_session_works_on_after_errors(db: Connection, pictures: Pictures) -> None:
