@@ -14,7 +14,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 # Before NumPy, FAISS and ONNX Runtime are imported: a backend is one process among many, and
 # threads of its own are started for index builds only.
@@ -50,7 +50,6 @@ with interrupts.signals_blocked():
     from pg_siamese_server import models as _models
     from pg_siamese_server import search as _search
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 CANCELLED = ("57014", "57P01")
 # The largest real, which distances are.
 MAX_REAL = 3.4028234663852886e38
@@ -79,28 +78,6 @@ def _failure(plpy: Any, error: Exception) -> SiameseError:
     # The statement is one of ours: of no use to the caller.
     detail, hint = (getattr(error, "spidata", None) or (None, None, None))[1:3]
     return SiameseError(str(error), sqlstate=error.sqlstate, detail=detail, hint=hint)
-
-
-def _entry(function: Function) -> Function:
-    """Let PL/Python raise the errors of an entry point."""
-
-    @functools.wraps(function)
-    def call(plpy: Any, *values: Any) -> Any:
-        jit = interrupts.stop_jit()
-        try:
-            result = function(plpy, *values)
-        except (SiameseError, OSError, ImportError, plpy.spiexceptions.UndefinedColumn) as error:
-            failure = _failure(plpy, error)
-            interrupts.check(plpy)
-            more = {"detail": failure.detail, "hint": failure.hint}
-            given = {name: value for name, value in more.items() if value}
-            plpy.error(failure.message, sqlstate=failure.sqlstate, **given)
-        finally:
-            interrupts.resume_jit(jit)
-        interrupts.check(plpy)
-        return result
-
-    return call  # type: ignore[return-value]
 
 
 def _answer(function: Callable[..., Any]) -> Callable[..., list[str | None]]:
@@ -429,12 +406,11 @@ def _reals_template(count: int) -> str:
     return "{" + ",".join(["%.9g"] * count) + "}"
 
 
-@_entry
 def estimate(plpy: Any) -> str | None:
-    """Body of ``_estimate``."""
+    """Body of ``_estimate``, which a search calls."""
     from pg_siamese_server import exact
 
-    return exact.explain_asked()
+    return exact.explain_asked(plpy)
 
 
 @_answer

@@ -34,6 +34,8 @@ _ELEMENT = np.dtype([("length", ">i4"), ("value", ">i8")])
 # What siamese._estimate() is to explain: searches are STABLE, and may not run EXPLAIN themselves.
 # It takes no argument, so that nobody can have it explain anything else.
 _asked: tuple[Any, list[Any]] | None = None
+# Why it could not, as it was: passed on by PL/Python, its message would begin with its class.
+_refusal: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Estimate:
 
 def estimate(plpy: Any, collection: Collection, conditions: Conditions) -> Estimate:
     """Ask the planner, as the invoker, how many rows qualify and what it takes to read them."""
-    global _asked
+    global _asked, _refusal
     clauses = f" WHERE {' AND '.join(conditions.clauses)}" if conditions.clauses else ""
     plan = prepare(
         plpy,
@@ -56,20 +58,27 @@ def estimate(plpy: Any, collection: Collection, conditions: Conditions) -> Estim
     _asked = plan, conditions.values
     try:
         text = prepare(plpy, "SELECT siamese._estimate() AS plan").execute([])[0]["plan"]
+        if _refusal is not None:
+            raise _refusal
     finally:
-        _asked = None
+        _asked = _refusal = None
     found = _ESTIMATE.search(text)
     assert found is not None, text
     rows = float(found[2])
     return Estimate(rows, float(found[1]) * PLANNER_UNIT + rows * (READ_ROW + COMPARE_ROW))
 
 
-def explain_asked() -> str | None:
+def explain_asked(plpy: Any) -> str | None:
     """Return the first line of the plan that :func:`estimate` asked for; None for anyone else."""
+    global _refusal
     if _asked is None:
         return None
     plan, values = _asked
-    return str(plan.execute(values)[0]["QUERY PLAN"])
+    try:
+        return str(plan.execute(values)[0]["QUERY PLAN"])
+    except plpy.SPIError as error:
+        _refusal = error
+        return None
 
 
 def read_keys(

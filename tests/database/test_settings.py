@@ -99,7 +99,7 @@ def test_alter_collection(db: Connection) -> None:
     ("arguments", "sqlstate", "message"),
     [
         ("'none'", "42704", 'collection "none" does not exist'),
-        ("NULL", "42704", "does not exist"),
+        ("NULL", "22004", "name is null"),
         ("'images', on_error => 'ignore'", "22023", 'invalid value for "on_error": "ignore"'),
         ("'images', max_bytes => 0", "22023", "max_bytes must be between 1"),
         ("'images', max_bytes => -2", "22023", "max_bytes must be between 1"),

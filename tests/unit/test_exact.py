@@ -77,4 +77,4 @@ def test_nearest_places_keep_all_that_are_as_far_as_the_last() -> None:
 
 
 def test_nobody_but_a_search_has_anything_explained() -> None:
-    assert exact.explain_asked() is None
+    assert exact.explain_asked(None) is None
