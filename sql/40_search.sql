@@ -147,7 +147,15 @@ CREATE FUNCTION siamese.similar_images(
 -- would take as long again as the search.
 LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 10
 AS $$
-    SELECT s.rank::pg_catalog.int4, s.image_id, s.distance, s.similarity
+    -- The match probability: a query that leaves it out doesn't pay for it. LEAST and GREATEST keep exp in range,
+    -- and the result in that of real.
+    SELECT s.rank::pg_catalog.int4, s.image_id, s.distance,
+        CASE WHEN a.answer[4] IS NOT NULL THEN (
+            1::pg_catalog.float8 OPERATOR(pg_catalog./) (1::pg_catalog.float8 OPERATOR(pg_catalog.+) pg_catalog.exp(
+                LEAST(85::pg_catalog.float8, GREATEST(-700::pg_catalog.float8, OPERATOR(pg_catalog.-) (
+                    a.answer[4]::pg_catalog.float8 OPERATOR(pg_catalog.*) s.distance::pg_catalog.float8
+                    OPERATOR(pg_catalog.+) a.answer[5]::pg_catalog.float8)))))
+        )::pg_catalog.float4 END
     FROM siamese._similar_images(
         image, image_id, k, collection, filter,
         CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
@@ -155,9 +163,8 @@ AS $$
         max_distance, engine) AS a (answer)
     CROSS JOIN LATERAL ROWS FROM (
         pg_catalog.unnest(a.answer[2]::pg_catalog.int8[]),
-        pg_catalog.unnest(a.answer[3]::pg_catalog.float4[]),
-        pg_catalog.unnest(a.answer[4]::pg_catalog.float4[])
-    ) WITH ORDINALITY AS s (image_id, distance, similarity, rank)
+        pg_catalog.unnest(a.answer[3]::pg_catalog.float4[])
+    ) WITH ORDINALITY AS s (image_id, distance, rank)
     WHERE a.answer[1] IS NULL OR siamese._raise(a.answer) IS NULL
 $$;
 COMMENT ON FUNCTION siamese.similar_images(

@@ -275,7 +275,7 @@ def similar_images(
     candidates: list[int] | None,
     max_distance: float | None,
     engine: str | None,
-) -> tuple[str, str, str | None]:
+) -> tuple[str, str, str | None, str | None]:
     """Body of ``similar_images``."""
     request = _request(
         plpy, image, image_id, k, collection, filter_, candidates, max_distance, engine
@@ -295,7 +295,7 @@ def similar_keys(
     candidates: list[str | None] | None,
     max_distance: float | None,
     engine: str | None,
-) -> tuple[str, str, str | None]:
+) -> tuple[str, str, str | None, str | None]:
     """Body of ``_similar_keys``, which ``similar_rows`` uses."""
     stored, chosen = _keys(plpy, collection, key, candidates)
     request = _request(plpy, image, stored, k, collection, filter_, chosen, max_distance, engine)
@@ -376,24 +376,23 @@ def _search_explained(plpy: Any, request: _search.Request) -> _search.Answer:
         raise
 
 
-def _ranked(plpy: Any, answer: _search.Answer) -> tuple[str, str, str | None]:
-    """Return keys, distances and similarities as arrays, ready for PostgreSQL.
+def _ranked(plpy: Any, answer: _search.Answer) -> tuple[str, str, str | None, str | None]:
+    """Return keys and distances as arrays, ready for PostgreSQL, and weight and bias of matches.
 
-    As text: PL/Python would write all 17 digits of each float, and make each row by itself.
+    As text: PL/Python would write all 17 digits of each float, and make each row by itself. The
+    probability that a neighbour matches is SQL's to compute, where it is asked for.
     """
     spec = _models.spec(plpy, answer.collection.model_id)
-    distances = answer.distances
-    matches: list[float] | None = None
-    # The rows found are not checked: of those nearest to an image inside, one in 10,000 is
-    # outside and claimed to match (medical encoder, a quarter of the rows of other kinds).
-    if answer.query is None or spec.is_inside(answer.query[0]):
-        matches = spec.match_probabilities(distances)
     if answer.collection.has_integer_keys:
         keys = "{" + ",".join(map(str, answer.keys)) + "}"
     else:
         keys = _array(answer.keys)
-    similarities = None if matches is None else _reals(matches)
-    return keys, _reals(distances), similarities
+    weight = bias = None
+    # The rows found are not checked: of those nearest to an image inside, one in 10,000 is
+    # outside and claimed to match (medical encoder, a quarter of the rows of other kinds).
+    if spec.weight is not None and (answer.query is None or spec.is_inside(answer.query[0])):
+        weight, bias = repr(spec.weight), repr(spec.bias)
+    return keys, _reals(answer.distances), weight, bias
 
 
 def _reals(values: list[float]) -> str:

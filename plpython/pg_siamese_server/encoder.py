@@ -28,7 +28,7 @@ MAX_BATCH = 64
 # Pre-packed weights are a private copy in every session: worth it for small encoders only.
 PREPACK_BELOW_BYTES = 16 * 1024 * 1024
 WATCH_SECONDS = 0.05
-# A smaller probability than this gives would be out of range for SQL's real.
+# A smaller probability than this gives would be out of range for SQL's real; as in similar_images.
 MAX_LOGIT = 85.0
 # pgvector counts in single precision: it can't divide by the square of a smaller length.
 MIN_SQUARED_LENGTH = float(np.finfo(np.float32).tiny)
@@ -128,18 +128,10 @@ class ModelSpec:
 
         It holds for images inside the domain: see :meth:`is_inside`.
         """
-        probabilities = self.match_probabilities([distance])
-        return None if probabilities is None else probabilities[0]
-
-    def match_probabilities(self, distances: list[float]) -> list[float] | None:
-        """Return :meth:`match_probability` of each distance, or None without a calibration."""
-        weight, bias = self.weight, self.bias
-        if weight is None or bias is None:
+        if self.weight is None or self.bias is None:
             return None
-        return [
-            1.0 / (1.0 + math.exp(min(MAX_LOGIT, -(weight * distance + bias))))
-            for distance in distances
-        ]
+        logit = self.weight * distance + self.bias
+        return 1.0 / (1.0 + math.exp(min(MAX_LOGIT, -logit)))
 
 
 def pixels_to_input(

@@ -794,3 +794,26 @@ def test_nobody_but_a_search_has_anything_explained(db: Connection, pictures: Pi
     assert db.execute("SELECT siamese._estimate()").fetchone() == (None,)
     db.execute('SELECT similar_images(%s, filter => \'{"label": "1"}\')', (pictures.files[0],))
     assert db.execute("SELECT siamese._estimate()").fetchone() == (None,)
+
+
+def test_similarity_is_never_out_of_range(db: Connection, pictures: Pictures) -> None:
+    """Of calibrations as steep as they come, a real holds the probability."""
+    for number, weight in enumerate((-1e6, 1e6)):
+        model, table = f"steep{number}", f"t{number}"
+        db.execute(
+            "SELECT register_model(%s, (SELECT onnx FROM models WHERE name = 'medical'),"
+            " calibration => jsonb_build_object('weight', %s::float8, 'bias', 0.0))",
+            (model, weight),
+        )
+        db.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, image bytea)")
+        db.execute("SELECT create_collection(%s, %s, model => %s)", (table, table, model))
+        for place, file in enumerate(pictures.files[:5]):
+            db.execute(f"INSERT INTO {table} VALUES (%s, %s)", (place, file))
+        found = db.execute(
+            "SELECT distance, similarity FROM similar_images(image_id => 0, collection => %s)",
+            (table,),
+        ).fetchall()
+        far = [similarity for distance, similarity in found if distance > 0.01]
+        assert far
+        for similarity in far:
+            assert 0 < similarity < 1e-30 if weight < 0 else similarity == 1.0
