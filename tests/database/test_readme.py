@@ -43,7 +43,7 @@ def filled(db: Connection, pictures: Pictures) -> Iterator[Connection]:
     db.execute("SELECT siamese.build_index()")
     yield db
     for role in ROLES:
-        if db.execute("SELECT FROM pg_roles WHERE rolname = %s", (role,)).fetchone():
+        if db.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (role,)).fetchone():
             db.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
             db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
