@@ -28,6 +28,8 @@ from pg_siamese_server.encoder import Encoder
 from pg_siamese_server.images import decode_image
 
 PENDING_ROWS = 5_000
+# Queries of each filtered search, whose true neighbours are found one by one.
+FILTERED = 240
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def large(size: Size, console: Console) -> Report:
         report.lines += search.by_id(cluster, "large", truth)
         report.bars += _search_bars(report, 3.0)
         console.print("Searching with filters …")
-        filters = filtered.filtered(cluster, "large", vectors, columns, own)
+        filters = filtered.filtered(cluster, "large", vectors, columns, own[:FILTERED])
         report.lines += filters
         report.bars += filtered.bars(filters)
         mine = report.line(build.SECTION, build.OURS)
