@@ -132,6 +132,15 @@ COMMENT ON FUNCTION siamese._similar_images(
     bytea, bigint, bigint, text, siamese.filter, bigint[], double precision, text
 ) IS 'search by image or image_id; returns arrays or an error';
 
+CREATE FUNCTION siamese._match_line(model_id text, query text) RETURNS double precision[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' in GD:
+    return GD['pg_siamese @VERSION@'].match_line(plpy, model_id, query)
+$python$;
+COMMENT ON FUNCTION siamese._match_line(text, text)
+IS 'weight and bias of match probabilities of a search''s answer; NULL outside the model''s domain';
+
 CREATE FUNCTION siamese.similar_images(
     image bytea DEFAULT NULL,
     k bigint DEFAULT 10,
@@ -147,20 +156,26 @@ CREATE FUNCTION siamese.similar_images(
 -- would take as long again as the search.
 LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 10
 AS $$
-    -- The match probability: a query that leaves it out doesn't pay for it. LEAST and GREATEST keep exp in range,
-    -- and the result in that of real.
+    -- LEAST and GREATEST keep exp in range, and the result in that of real.
     SELECT s.rank::pg_catalog.int4, s.image_id, s.distance,
-        CASE WHEN a.answer[4] IS NOT NULL THEN (
+        CASE WHEN m.line IS NOT NULL THEN (
             1::pg_catalog.float8 OPERATOR(pg_catalog./) (1::pg_catalog.float8 OPERATOR(pg_catalog.+) pg_catalog.exp(
                 LEAST(85::pg_catalog.float8, GREATEST(-700::pg_catalog.float8, OPERATOR(pg_catalog.-) (
-                    a.answer[4]::pg_catalog.float8 OPERATOR(pg_catalog.*) s.distance::pg_catalog.float8
-                    OPERATOR(pg_catalog.+) a.answer[5]::pg_catalog.float8)))))
-        )::pg_catalog.float4 END
-    FROM siamese._similar_images(
-        image, image_id, k, collection, filter,
-        CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
-            ELSE coalesce(candidates, '{}') END,
-        max_distance, engine) AS a (answer)
+                    m.line[1] OPERATOR(pg_catalog.*) s.distance::pg_catalog.float8
+                    OPERATOR(pg_catalog.+) m.line[2]))))))::pg_catalog.float4 END
+    -- OFFSET: evaluated once, and not by way of a temporary table, as a function in FROM would be.
+    FROM (
+        SELECT siamese._similar_images(
+            image, image_id, k, collection, filter,
+            CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
+                ELSE coalesce(candidates, '{}') END,
+            max_distance, engine) AS answer
+        OFFSET 0
+    ) AS a
+    -- Of one row, as an aggregate is, the planner leaves it out where nobody asks for the similarity.
+    LEFT JOIN LATERAL (
+        SELECT pg_catalog.max(l.line) AS line FROM siamese._match_line(a.answer[4], a.answer[5]) AS l (line)
+    ) AS m ON true
     CROSS JOIN LATERAL ROWS FROM (
         pg_catalog.unnest(a.answer[2]::pg_catalog.int8[]),
         pg_catalog.unnest(a.answer[3]::pg_catalog.float4[])

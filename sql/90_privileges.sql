@@ -17,7 +17,7 @@ BEGIN
         WHERE p.pronamespace = 'siamese'::regnamespace
             AND (
                 p.proname IN (
-                    '_load', '_raise', 'similar_images', '_similar_images', 'similar_rows', '_similar_keys',
+                    '_load', '_raise', 'similar_images', '_similar_images', '_match_line', 'similar_rows', '_similar_keys',
                     '_no_collection', 'classify_image', '_classify_image', 'embed_image', 'image_distance',
                     'same_class', 'any_two_match', '_compare_images', '_model_id', 'warm_up', '_warm_up',
                     '_is_waiting', '_estimate', '_may_see', '_caller', '_collection_counts', '_generation_file', '_queue_counts')

@@ -377,22 +377,43 @@ def _search_explained(plpy: Any, request: _search.Request) -> _search.Answer:
 
 
 def _ranked(plpy: Any, answer: _search.Answer) -> tuple[str, str, str | None, str | None]:
-    """Return keys and distances as arrays, ready for PostgreSQL, and weight and bias of matches.
+    """Return keys and distances as arrays, and what :func:`match_line` takes, as text.
 
-    As text: PL/Python would write all 17 digits of each float, and make each row by itself. The
-    probability that a neighbour matches is SQL's to compute, where it is asked for.
+    PL/Python would write all 17 digits of each float, and make each row by itself.
     """
-    spec = _models.spec(plpy, answer.collection.model_id)
+    distances = _reals(answer.distances)
     if answer.collection.has_integer_keys:
         keys = "{" + ",".join(map(str, answer.keys)) + "}"
     else:
         keys = _array(answer.keys)
-    weight = bias = None
+    if _models.spec(plpy, answer.collection.model_id).weight is None:
+        return keys, distances, None, None
+    query = "" if answer.query is None else answer.query.tobytes().hex()
+    return keys, distances, str(answer.collection.model_id), query
+
+
+def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[float, float] | None:
+    """Body of ``_match_line``: weight and bias of matches, for SQL to compute probabilities.
+
+    In a call of its own, since it takes as long as a part of a search, and not all ask for it.
+
+    Args:
+        plpy: PL/Python's module.
+        model_id: of a model with a calibration, or None.
+        query: float32 numbers of the prepared query, in hexadecimal; none where the model has no
+            domain to check.
+    """
+    if model_id is None or query is None:
+        return None
+    import numpy as np
+
+    spec = _models.spec(plpy, int(model_id))
+    assert spec.weight is not None and spec.bias is not None
     # The rows found are not checked: of those nearest to an image inside, one in 10,000 is
     # outside and claimed to match (medical encoder, a quarter of the rows of other kinds).
-    if spec.weight is not None and (answer.query is None or spec.is_inside(answer.query[0])):
-        weight, bias = repr(spec.weight), repr(spec.bias)
-    return keys, _reals(answer.distances), weight, bias
+    if query and not spec.is_inside(np.frombuffer(bytes.fromhex(query), np.float32)):
+        return None
+    return spec.weight, spec.bias
 
 
 def _reals(values: list[float]) -> str:

@@ -79,8 +79,9 @@ class Collection:
     """A row of ``siamese.collections``; names are quoted, ready for SQL text.
 
     ``plans`` holds the plans of its searches, by purpose: to build their SQL anew, only to look
-    them up by it, would take a good part of a search's time. ``is_ready`` means that a trigger has
-    seen that the table's owner can read it.
+    them up by it, would take a good part of a search's time. ``columns`` are those that filters
+    named, as last looked up, and ``ways`` is how filtered searches went. ``is_ready`` means that a
+    trigger has seen that the table's owner can read it.
     """
 
     collection_id: int
@@ -100,7 +101,9 @@ class Collection:
     max_bytes: int | None = None
     max_pixels: int | None = None
     is_ready: bool = False
-    plans: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    ways: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def embeddings(self) -> str:
@@ -141,15 +144,15 @@ class Collection:
         """Type of an array of keys."""
         return f"{self.key_type}[]"
 
-    def as_it_was(self, plpy: Any) -> str:
-        """Return a condition on ``siamese.collections AS c``: still this one, of the name $1."""
+    def as_it_was(self, plpy: Any, name: str = "$1") -> str:
+        """Return a condition on ``siamese.collections AS c``: still this one, of that name."""
         relation = plpy.quote_literal(self.relation)
         limits = " AND ".join(
             f"c.{name} {'IS NULL' if value is None else f'= {value}'}"
             for name, value in vars(self.limits).items()
         )
         return (
-            f"c.collection_id = {self.collection_id} AND c.name = $1"
+            f"c.collection_id = {self.collection_id} AND c.name = {name}"
             f" AND c.model_id = {self.model_id} AND {limits}"
             f" AND c.relation::oid = {relation}::regclass::oid"
         )

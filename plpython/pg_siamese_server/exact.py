@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,17 +17,20 @@ from pg_siamese_server.catalog import Collection, prepare
 
 if TYPE_CHECKING:
     from pg_siamese_server.filters import Conditions
-    from pg_siamese_server.generations import Generation
 
-# Microseconds of one of the planner's units (a page read in sequence), and of each row that an
-# exact search reads, and then compares.
+# Microseconds of one of the planner's units (a page read in sequence), of each row that an exact
+# search reads, and then compares, and of whatever else a round of a search takes.
 PLANNER_UNIT, READ_ROW, COMPARE_ROW = 0.5, 0.1, 0.03
-# Numbers that one call of FAISS compares, in some 30 ms.
-VALUES_AT_ONCE = 64_000_000
+CALL = 150
+# That the table is asked about a row.
+CHECK_ROW = 1.5
+# A first look at so many times k rows.
+LOOK = 6
+# Up to so many, sorting all is quicker than choosing some.
+FEW = 200
 _ESTIMATE = re.compile(r"cost=[\d.]+\.\.([\d.]+) rows=(\d+)")
-# What array_send makes of a bigint[] of one dimension without NULL.
-_HEADER_BYTES = 20
-_ELEMENT = np.dtype([("length", ">i4"), ("value", ">i8")])
+# SQL of many numbers as one value: quicker than as an array.
+ALL_WANTED = "pg_catalog.string_agg(pg_catalog.int8send(x.wanted), '')"
 
 # What siamese._estimate() is to explain: searches are STABLE, and may not run EXPLAIN themselves.
 # It takes no argument, so that nobody can have it explain anything else.
@@ -97,69 +98,17 @@ def read_keys(
         wanted = "e.embedding_id"
     plan = prepare(
         plpy,
-        "SELECT pg_catalog.array_send(pg_catalog.array_agg(x.wanted)) AS found"
+        f"SELECT {ALL_WANTED} AS found"
         f" FROM (SELECT {wanted} AS wanted FROM {source}{clauses} LIMIT {limit + 1}) AS x",
         tuple(conditions.types),
     )
-    data = plan.execute(conditions.values)[0]["found"]
-    if data is None:
-        return np.empty(0, dtype=np.int64)
-    values = np.frombuffer(data, dtype=_ELEMENT, offset=_HEADER_BYTES)["value"]
-    return None if len(values) > limit else values.astype(np.int64)
+    found = from_send(plan.execute(conditions.values)[0]["found"])
+    return None if len(found) > limit else found
 
 
-def squared_distances(
-    index: Generation,
-    query: NDArray[np.float32],
-    slots: NDArray[np.int64],
-    poll: Callable[[], None],
-) -> NDArray[np.float32]:
-    """Return squared distances of a query to vectors of the file; float32 (slots,)."""
-    result = np.empty(len(slots), dtype=np.float32)
-    slots = np.ascontiguousarray(slots, dtype=np.int64)
-    pointers = faiss.swig_ptr(query), faiss.swig_ptr(index.vectors)
-    block = max(1, VALUES_AT_ONCE // index.index.d)
-    for start in range(0, len(slots), block):
-        part = slice(start, start + block)
-        faiss.fvec_L2sqr_by_idx(
-            faiss.swig_ptr(result[part]),
-            *pointers,
-            faiss.swig_ptr(slots[part]),
-            index.index.d,
-            1,
-            len(slots[part]),
-        )
-        poll()
-    return result
-
-
-def nearest_of_all(
-    index: Generation, query: NDArray[np.float32], count: int, poll: Callable[[], None]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Scan all vectors of the file for the nearest ones.
-
-    Returns:
-        FAISS positions, ascending by squared distance, and these; ``count`` of them, or all.
-    """
-    total = len(index.vectors)
-    squared = np.empty(total, dtype=np.float32)
-    block = max(1, VALUES_AT_ONCE // index.index.d)
-    for start in range(0, total, block):
-        part = slice(start, min(total, start + block))
-        faiss.fvec_L2sqr_ny(
-            faiss.swig_ptr(squared[part]),
-            faiss.swig_ptr(query),
-            faiss.swig_ptr(index.vectors[part]),
-            index.index.d,
-            len(squared[part]),
-        )
-        poll()
-    positions: NDArray[np.int64] = np.arange(total, dtype=np.int64)
-    if count < total:
-        positions = np.argpartition(squared, count - 1)[:count]
-        poll()
-    positions = positions[np.argsort(squared[positions], kind="stable")]
-    return positions, squared[positions]
+def from_send(data: bytes | None) -> NDArray[np.int64]:
+    """Return the numbers that :data:`ALL_WANTED` has put together; None is none of them."""
+    return np.frombuffer(data or b"", dtype=">i8").astype(np.int64)
 
 
 def nearest_places(squared: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], float]:
@@ -167,9 +116,14 @@ def nearest_places(squared: NDArray[np.float32], count: int) -> tuple[NDArray[np
 
     They are ``count``, or more where several are as far as the last one, or all.
     """
-    places: NDArray[np.int64] = np.arange(len(squared))
-    complete = math.inf
-    if count < len(squared):
-        complete = float(np.partition(squared, count - 1)[count - 1])
-        places = np.flatnonzero(squared <= complete)
+    if len(squared) <= count:
+        return np.argsort(squared, kind="stable"), math.inf
+    if len(squared) <= FEW:
+        order: NDArray[np.int64] = np.argsort(squared, kind="stable")
+        complete = float(squared[order[count - 1]])
+        while count < len(order) and squared[order[count]] == complete:
+            count += 1
+        return order[:count], complete
+    complete = float(np.partition(squared, count - 1)[count - 1])
+    places = np.flatnonzero(squared <= complete)
     return places[np.argsort(squared[places], kind="stable")], complete

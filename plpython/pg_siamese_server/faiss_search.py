@@ -10,28 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server import exact, generations, interrupts, vectors
+from pg_siamese_server import exact, generations, interrupts, steady, vectors
 from pg_siamese_server.catalog import MAX_CHANGES, Collection, prepare
 from pg_siamese_server.errors import IndexFileError
-from pg_siamese_server.generations import MAX_BOUNDED, Generation
+from pg_siamese_server.generations import Generation
 from pg_siamese_server.pending import Changes, Snapshot
 
 if TYPE_CHECKING:
     from pg_siamese_server.filters import Conditions
     from pg_siamese_server.search import Request
 
-# Microseconds, as measured with 64 dimensions; only their proportions matter.
-WALK_STEP = 1.2  # of a walk through the graph
-MAX_WALK = 100_000  # which cannot be left half-way
-SCAN_ROW = 0.03  # a vector, where all are compared
-CHECK_ROW = 1.5  # the table is asked about it
-CHECK_CANDIDATE = 0.1  # looked for in the caller's list
-COMPARE_CANDIDATE = 0.1  # one of the list, where all of it are compared
-CALL = 150  # whatever else a round takes
+# Microseconds of one of the caller's candidates: looked for, and compared.
+CHECK_CANDIDATE, COMPARE_CANDIDATE = 0.1, 0.1
 # Times what is expected to be enough.
 ENOUGH = 1.25
-# A first look at so many times k rows; taken where it costs so many times less than the rest.
-LOOK, LITTLE = 6, 3
+# A first look is taken where it costs so many times less than the rest.
+LITTLE = 3
 # Rows that may be read where next to none are expected, and where any number is.
 MIN_READ, MAX_READ = 10_000, 2**62
 
@@ -117,7 +111,10 @@ class FaissSearch:
     ) -> tuple[list[Any], list[float], NDArray[np.float32]]:
         """Find the k nearest rows that qualify; returns keys, distances and the prepared query."""
         query, entry = self._query(embedding)
-        keys, squared = _Search(self, request, conditions, query, entry).run()
+        search = _Search(self, request, conditions, query, entry)
+        keys, squared = search.run()
+        if search.way is not None and request.candidates is None and conditions.clauses:
+            steady.note_way(self.collection, conditions, search.k, *search.way)
         return keys, vectors.to_distances(squared, self.collection.metric), query
 
     def _query(
@@ -209,6 +206,8 @@ class _Search:
         # Integer keys of all rows that qualify, once they have been read.
         self.qualifying: NDArray[np.int64] | None = None
         self.seen = 0
+        # How the answer was found: whether exactly, and of how many rows.
+        self.way: tuple[bool, int] | None = None
 
     def run(self) -> tuple[list[Any], list[float]]:
         """Return keys and squared distances of the k nearest rows that qualify."""
@@ -218,12 +217,12 @@ class _Search:
         expected = self._estimate()
         prior = min(1.0, max(0.5, expected.rows) / total)
         most = 4 * int(expected.rows) + MIN_READ
-        if expected.microseconds < LITTLE * CALL:  # less than the quickest look
+        if expected.microseconds < LITTLE * exact.CALL:  # less than the quickest look
             answer = self._exactly(most)
             if answer is not None:
                 return answer
         # Rows that qualify may be the nearest ones: worth a look, where it costs little.
-        look = LOOK * (self.k + 1)
+        look = exact.LOOK * (self.k + 1)
         count = math.ceil(ENOUGH * (self.k + 1) / prior)
         if look < count:
             cost = min(self._cost(count), expected.microseconds)
@@ -239,6 +238,7 @@ class _Search:
                 continue
             answer, is_complete = self._nearest(count)
             if is_complete:
+                self.way = False, count
                 return answer
             self.poll()
             share = (len(answer[0]) + 1) / (self.seen + 1 / prior)
@@ -267,19 +267,8 @@ class _Search:
 
     def _cost(self, count: int) -> float:
         """Return about how many microseconds a search by way of so many nearest rows takes."""
-        scale = self.collection.dimension / 64
-        walk = self.index.breadths.for_count(count) * WALK_STEP * scale
-        if self._is_scanned(count):
-            walk = self.index.index.ntotal * SCAN_ROW * scale
-        return walk + count * (CHECK_ROW if self.among is None else CHECK_CANDIDATE) + CALL
-
-    def _is_scanned(self, count: int) -> bool:
-        """Whether to compare all vectors rather than walk through the graph."""
-        if self.index.is_flat:
-            return True
-        walk = self.index.breadths.for_count(count) * WALK_STEP
-        is_long = walk * self.collection.dimension / 64 > MAX_WALK
-        return count > MAX_BOUNDED and (is_long or walk > self.index.index.ntotal * SCAN_ROW)
+        check = exact.CHECK_ROW if self.among is None else CHECK_CANDIDATE
+        return self.index.microseconds(count) + count * check + exact.CALL
 
     def _nearest(self, count: int) -> tuple[tuple[list[Any], list[float]], bool]:
         """Look for the k nearest that qualify among the nearest rows.
@@ -292,8 +281,8 @@ class _Search:
         keys: list[Any] = []
         squared: NDArray[np.float32] = np.empty(0, dtype=np.float32)
         if index.index.ntotal:
-            if self._is_scanned(count) and not index.is_flat:
-                positions, squared = exact.nearest_of_all(index, self.query, count, self.poll)
+            if index.is_scanned(count) and not index.is_flat:
+                positions, squared = index.scan(self.query, count, self.poll)
             else:
                 positions, squared = index.search(self.query, count, self.entry)
             if len(positions) < index.index.ntotal:
@@ -329,12 +318,13 @@ class _Search:
             labels = read
             if self.collection.has_integer_keys:
                 self.qualifying = labels
+            self.way = True, len(labels)
         by_key = self.collection.has_integer_keys
         rows = index.rows_of_keys(labels) if by_key else index.rows_of(labels)
         dead = self.changes.is_dead(rows)
         if dead is not None:
             rows = rows[~dead]
-        squared = exact.squared_distances(index, self.query, index.slots_of(rows), self.poll)
+        squared = index.squared_distances(self.query, index.slots_of(rows), self.poll)
         count = 4 * (self.k + 1)
         while True:
             places, complete = exact.nearest_places(squared, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from pg_siamese_server.errors import (
 # domain is of: what the domain does not allow just is not there. Of geometric types, "=" compares
 # areas; json, xml and bytea are not for comparing.
 COLUMNS_QUERY = """
-SELECT a.attname AS name, quote_ident(a.attname::text) AS quoted,
+SELECT a.attname AS name, quote_ident(a.attname::text) AS quoted, a.atttypid::int8 AS type_oid,
     pg_catalog.format_type(a.atttypid, -1) AS type, pg_catalog.format_type(b.oid, -1) AS base,
     b.typcategory IN ('A', 'G')
         OR b.oid::int8 IN (
@@ -38,8 +39,11 @@ WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attname = AN
 """
 OPERATORS = ("=", "<>", "<", "<=", ">", ">=")
 INTEGER_BITS = {"smallint": 15, "integer": 31, "bigint": 63}
+# With fewer digits, any integer is a smallint.
+SURE_DIGITS = 5
 # More digits than this are not written out as an integer, but compared as numeric.
 MAX_DIGITS = 20
+MAX_REMEMBERED = 1000
 # What PostgreSQL reports of a value that a type does not take: of classes 22 and 23.
 VALUE_ERRORS = ("22", "23")
 UNDEFINED_FUNCTION = "42883"
@@ -51,13 +55,20 @@ class Number(str):
     __slots__ = ()
 
 
+_decoder = json.JSONDecoder(parse_int=Number, parse_float=Number)
+
+
 @dataclass
 class Conditions:
-    """Conditions on table alias ``b``, with the types and values of their parameters."""
+    """Conditions on table alias ``b``, with the types and values of their parameters.
+
+    ``columns`` are those that they name, each with the OID of its type.
+    """
 
     clauses: list[str] = field(default_factory=list)
     types: list[str] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
+    columns: dict[str, int] = field(default_factory=dict)
 
     def parameter(self, type_name: str, value: Any) -> str:
         """Add a parameter and return its placeholder."""
@@ -67,13 +78,22 @@ class Conditions:
 
     def copy(self) -> Conditions:
         """Return an independent copy, to add to."""
-        return Conditions(list(self.clauses), list(self.types), list(self.values))
+        return Conditions(
+            list(self.clauses), list(self.types), list(self.values), dict(self.columns)
+        )
 
 
 def columns(plpy: Any, collection: Collection, names: list[str]) -> dict[str, Any]:
-    """Look columns of the collection's table up; raises SiameseError 42703 for an unknown one."""
+    """Look columns of the collection's table up, and remember them.
+
+    Raises:
+        SiameseError: 42703, an unknown one.
+    """
     plan = prepare(plpy, COLUMNS_QUERY, ("oid", "text[]"))
     found = {row["name"]: row for row in plan.execute([collection.relation_oid, names])}
+    if len(collection.columns) > MAX_REMEMBERED:
+        collection.columns.clear()
+    collection.columns.update(found)
     for name in names:
         if name not in found:
             raise SiameseError(
@@ -92,9 +112,23 @@ def parse(plpy: Any, collection: Collection, text: str | None) -> Conditions:
         text: a JSON object: column to value (equal), array (one of), null (is null) or object
             (operator to value, all of them); or None.
     """
+    wanted = _object(text)
+    return _parsed(wanted, columns(plpy, collection, list(wanted)) if wanted else {})
+
+
+def parse_remembered(collection: Collection, text: str) -> Conditions | None:
+    """Do the same with columns as they were when last looked up; None where one never was."""
+    wanted = _object(text)
+    if not wanted.keys() <= collection.columns.keys():
+        return None
+    return _parsed(wanted, collection.columns)
+
+
+def _parsed(wanted: dict[str, Any], known: Mapping[str, Any]) -> Conditions:
     conditions = Conditions()
-    for column, wanted in _conditions(plpy, collection, text):
-        _add(conditions, column, wanted)
+    for name, value in wanted.items():
+        conditions.columns[name] = known[name]["type_oid"]
+        _add(conditions, known[name], value)
     return conditions
 
 
@@ -103,10 +137,12 @@ def explain(plpy: Any, collection: Collection, text: str) -> None:
 
     Called after a search has failed, so that others have nothing to pay.
     """
-    for column, wanted in _conditions(plpy, collection, text):
-        for operator, value in _comparisons(column, wanted):
+    conditions = _object(text)
+    known = columns(plpy, collection, list(conditions))
+    for name, wanted in conditions.items():
+        for operator, value in _comparisons(known[name], wanted):
             for item in value if operator == "in" else [value]:
-                _explain(plpy, column, "=" if operator == "in" else operator, item)
+                _explain(plpy, known[name], "=" if operator == "in" else operator, item)
 
 
 def _explain(plpy: Any, column: Any, operator: str, value: Any) -> None:
@@ -133,19 +169,18 @@ def _explain(plpy: Any, column: Any, operator: str, value: Any) -> None:
         ) from None
 
 
-def _conditions(plpy: Any, collection: Collection, text: str | None) -> list[tuple[Any, Any]]:
-    """Return pairs of a column and what is wanted of it."""
+def _object(text: str | None) -> dict[str, Any]:
+    """Return what is wanted of each column."""
     if text is None:
-        return []
-    value = json.loads(text, parse_int=Number, parse_float=Number)
+        return {}
+    value = _decoder.decode(text)
     if not isinstance(value, dict):
         raise SiameseError(
             "filter is not a JSON object",
             hint='Write {"column": value}, {"column": [value, value]} or'
             ' {"column": {">=": value}}.',
         )
-    known = columns(plpy, collection, list(value)) if value else {}
-    return [(known[name], wanted) for name, wanted in value.items()]
+    return value
 
 
 def _comparisons(column: Any, wanted: Any) -> list[tuple[str, Any]]:
@@ -230,7 +265,7 @@ def _typed(column: Any, value: Any) -> tuple[str, str]:
 def _number(base: str, value: Number) -> tuple[str, str]:
     """Return a number: for a column of integers as one if it is one and fits, else as numeric."""
     bits = INTEGER_BITS.get(base)
-    if bits is None:
+    if bits is None or (len(value) < SURE_DIGITS and value.isdecimal()):
         return str(value), base
     number = decimal.Decimal(str(value))
     if number.adjusted() < MAX_DIGITS and number == number.to_integral_value():

@@ -6,6 +6,7 @@ import bisect
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,12 @@ from pg_siamese_server.index_file import Identity, Rows
 MAX_OPEN = 4
 # Breadth up to which FAISS's bounded queue is the quicker one.
 MAX_BOUNDED = 200
+# Microseconds, as measured with 64 dimensions; only their proportions matter.
+WALK_STEP = 1.2  # of a walk through the graph
+MAX_WALK = 100_000  # which cannot be left half-way
+SCAN_ROW = 0.03  # a vector, where all are compared
+# Numbers that one call of FAISS compares, in some 30 ms.
+VALUES_AT_ONCE = 64_000_000
 # Numbers of neighbours that a build measures breadths for, besides ten.
 MANY = (30, 100, 300, 1000)
 # Breadth where nothing was measured, in times the number of neighbours.
@@ -85,6 +92,7 @@ class Generation:
         breadths: of searches.
         is_flat: whether the index is no graph, but a list.
         made_for: the snapshot that the file was made in; see :class:`index_file.IndexFile`.
+        keys, by_slot: views of those of ``rows``, quicker to read a few of.
     """
 
     index: Any
@@ -96,6 +104,10 @@ class Generation:
 
     def __post_init__(self) -> None:
         """Set up the buffers of searches."""
+        keys, by_slot = self.rows.keys, self.rows.by_slot
+        self.keys = None if keys is None else keys.data
+        self.by_slot = None if by_slot is None else by_slot.data
+        self._total = int(self.index.ntotal)
         ids = self.rows.embedding_ids
         self._first = int(ids[0]) if len(ids) else 0
         self._dense = len(ids) > 0 and int(ids[-1]) - self._first == len(ids) - 1
@@ -125,24 +137,34 @@ class Generation:
         found: NDArray[np.int64] = places[ids[places] == embedding_ids]
         return found
 
+    def row_of_key(self, key: int) -> int | None:
+        """Return the row of an integer key, or None where the file does not hold it."""
+        assert self.keys is not None
+        if self.rows.by_key is None and len(self.keys):
+            place = key - self.keys[0]  # right where keys are dense, as most are
+            if 0 <= place < len(self.keys) and self.keys[place] == key:
+                return int(place)
+        return self.rows.row_of_key(key)
+
     def rows_of_keys(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of those integer keys that the file holds.
 
         A key has several rows where its image was replaced during the build; all but one are dead.
         """
         own = self.rows.keys
-        assert own is not None
+        assert own is not None and self.keys is not None
         if not len(own):
             return np.empty(0, dtype=np.int64)
+        first = self.keys[0]
         if self._dense_keys is None:
-            first, last = int(own[0]), int(own[-1])
-            self._dense_keys = self.rows.by_key is None and last - first == len(own) - 1
+            self._dense_keys = self.rows.by_key is None and self.keys[-1] - first == len(own) - 1
             ordered = own if self.rows.by_key is None else own[self.rows.by_key]
             self._repeated_keys = bool((ordered[1:] == ordered[:-1]).any())
             self._dense_keys &= not self._repeated_keys
         if self._dense_keys:
-            dense: NDArray[np.int64] = keys[(keys >= own[0]) & (keys <= own[-1])] - own[0]
-            return dense
+            dense: NDArray[np.int64] = keys - first
+            # Without a sign, those below the first are far above the last.
+            return dense[dense.view(np.uint64) < len(own)]
         starts = own.searchsorted(keys, sorter=self.rows.by_key)
         if self._repeated_keys:
             ends = own.searchsorted(keys, side="right", sorter=self.rows.by_key)
@@ -180,7 +202,7 @@ class Generation:
             FAISS positions, ascending by squared distance, and these; fewer than ``count`` only
             where the graph ends.
         """
-        count = min(count, self.index.ntotal)
+        count = min(count, self._total)
         distances, positions, distance_pointer, position_pointer = self._buffer(count)
         pointer = faiss.swig_ptr(query)
         if self._parameters is None:
@@ -215,6 +237,71 @@ class Generation:
             valid = found >= 0
             return found[valid], squared[valid]
         return found, squared
+
+    def squared_distances(
+        self, query: NDArray[np.float32], slots: NDArray[np.int64], poll: Callable[[], None]
+    ) -> NDArray[np.float32]:
+        """Return squared distances of a query to some positions; float32 (slots,)."""
+        result = np.empty(len(slots), dtype=np.float32)
+        slots = np.ascontiguousarray(slots, dtype=np.int64)
+        pointers = faiss.swig_ptr(query), faiss.swig_ptr(self.vectors)
+        dimension = self.vectors.shape[1]
+        block = max(1, VALUES_AT_ONCE // dimension)
+        for start in range(0, len(slots), block):
+            part = slice(start, start + block)
+            faiss.fvec_L2sqr_by_idx(
+                faiss.swig_ptr(result[part]),
+                *pointers,
+                faiss.swig_ptr(slots[part]),
+                dimension,
+                1,
+                len(slots[part]),
+            )
+            poll()
+        return result
+
+    def scan(
+        self, query: NDArray[np.float32], count: int, poll: Callable[[], None]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Compare all vectors.
+
+        Returns:
+            FAISS positions, ascending by squared distance, and these; ``count`` of them, or all.
+        """
+        total, dimension = self.vectors.shape
+        squared = np.empty(total, dtype=np.float32)
+        block = max(1, VALUES_AT_ONCE // dimension)
+        for start in range(0, total, block):
+            part = slice(start, min(total, start + block))
+            faiss.fvec_L2sqr_ny(
+                faiss.swig_ptr(squared[part]),
+                faiss.swig_ptr(query),
+                faiss.swig_ptr(self.vectors[part]),
+                dimension,
+                len(squared[part]),
+            )
+            poll()
+        positions: NDArray[np.int64] = np.arange(total, dtype=np.int64)
+        if count < total:
+            positions = np.argpartition(squared, count - 1)[:count]
+            poll()
+        positions = positions[np.argsort(squared[positions], kind="stable")]
+        return positions, squared[positions]
+
+    def is_scanned(self, count: int) -> bool:
+        """Whether to compare all vectors rather than walk through the graph, for so many."""
+        if self.is_flat:
+            return True
+        walk = self.breadths.for_count(count) * WALK_STEP
+        is_long = walk * self.vectors.shape[1] / 64 > MAX_WALK
+        return count > MAX_BOUNDED and (is_long or walk > self._total * SCAN_ROW)
+
+    def microseconds(self, count: int) -> float:
+        """Return about how long a search for so many neighbours takes."""
+        steps = self.breadths.for_count(count) * WALK_STEP
+        if self.is_scanned(count):
+            steps = self._total * SCAN_ROW
+        return steps * int(self.vectors.shape[1]) / 64
 
     def _buffer(self, count: int) -> tuple[Any, ...]:
         """Return arrays for results, and FAISS's pointers to them; small ones are kept."""

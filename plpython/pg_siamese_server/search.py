@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server import interrupts, models, vectors
+from pg_siamese_server import interrupts, models, steady, vectors
 from pg_siamese_server.catalog import (
     MAX_CHANGES,
     MAX_XACT_ID,
@@ -194,8 +194,6 @@ def _steadily(plpy: Any, request: Request, embedded: Embedded) -> Answer | None:
     changes = None if collection is None else _changes.get(collection.collection_id)
     if collection is None or changes is None:
         return None
-    from pg_siamese_server import steady
-
     if not steady.may_serve(request, changes):
         return None
     embedding = None

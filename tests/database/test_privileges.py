@@ -44,6 +44,7 @@ FOR_READERS = {
     "_generation_file",
     "_is_waiting",
     "_load",
+    "_match_line",
     "_may_see",
     "_model_id",
     "_no_collection",

@@ -518,10 +518,13 @@ def test_set_role_between_searches(
 
 
 class Large:
-    """Collection ``t`` of 12,000 vectors, of which the first 11,500 are in a graph index."""
+    """Collection ``t`` of 12,000 vectors, all but the last 500 in a graph index."""
 
-    def __init__(self, db: Connection) -> None:
+    groups: np.ndarray[Any, Any]
+
+    def __init__(self, db: Connection, pending: int = 500) -> None:
         self.db = db
+        first = 12_000 - pending
         generator = np.random.default_rng(0)
         centres = generator.normal(size=(300, 64))
         points = centres[generator.integers(0, 300, 12_000)] + generator.normal(size=(12_000, 64))
@@ -532,17 +535,18 @@ class Large:
         db.execute("SET session_replication_role = replica")
         db.execute("INSERT INTO t SELECT i, '', i FROM generate_series(0, 11999) AS i")
         db.execute("RESET session_replication_role")
-        self.copy(range(11_500))
+        self.copy(range(first))
         row = db.execute("SELECT build_index('t')").fetchone()
         assert row
         index = db.execute(
             "SELECT index_type, recall FROM index_generations WHERE generation = %s", row
         )
         _, self.recall = index.fetchone()  # type: ignore[misc]
-        self.copy(range(11_500, 12_000))
+        self.copy(range(first, 12_000))
         db.execute(
             "INSERT INTO siamese.pending_2 (embedding_id)"
-            " SELECT embedding_id FROM siamese.embedding_2 WHERE key >= 11500"
+            " SELECT embedding_id FROM siamese.embedding_2 WHERE key >= %s",
+            (first,),
         )
 
     def copy(self, places: range) -> None:

@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import pytest
 
-from pg_siamese_server import exact
+from pg_siamese_server import exact, generations
 from pg_siamese_server.generations import Generation, opened
 from pg_siamese_server.index_file import Rows
 
@@ -46,10 +46,10 @@ def test_distances_to_some(
     generation: Generation, matrix: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces, with a look at interrupts after each."""
-    monkeypatch.setattr(exact, "VALUES_AT_ONCE", 10 * DIMENSION)
+    monkeypatch.setattr(generations, "VALUES_AT_ONCE", 10 * DIMENSION)
     slots = np.array([999, 0, 5, *range(100, 130)], dtype=np.int64)
     polls = Polls()
-    found = exact.squared_distances(generation, matrix[:1], slots, polls)
+    found = generation.squared_distances(matrix[:1], slots, polls)
     np.testing.assert_allclose(found, squares(matrix[slots], matrix[0]), atol=1e-4)
     assert polls.count == 4
 
@@ -58,9 +58,9 @@ def test_distances_to_some(
 def test_nearest_of_all(
     generation: Generation, matrix: Array, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact, "VALUES_AT_ONCE", 300 * DIMENSION)
+    monkeypatch.setattr(generations, "VALUES_AT_ONCE", 300 * DIMENSION)
     truth = squares(matrix, matrix[7])
-    positions, squared = exact.nearest_of_all(generation, matrix[7:8], count, Polls())
+    positions, squared = generation.scan(matrix[7:8], count, Polls())
     assert positions[0] == 7 and len(positions) == min(count, COUNT)
     np.testing.assert_allclose(squared, np.sort(truth)[:count], atol=1e-4)
     np.testing.assert_allclose(squared, truth[positions], atol=1e-4)
@@ -74,6 +74,22 @@ def test_nearest_places_keep_all_that_are_as_far_as_the_last() -> None:
     places, complete = exact.nearest_places(squared, 6)
     assert len(places) == 6 and complete == math.inf
     assert exact.nearest_places(squared[:0], 3)[1] == math.inf
+
+
+@pytest.mark.parametrize("count", [1, 5, 30])
+def test_few_and_many_places_are_chosen_alike(count: int) -> None:
+    squared = np.random.default_rng(count).integers(0, 60, exact.FEW).astype(np.float32)
+    places, complete = exact.nearest_places(squared, count)
+    padded = np.append(squared, np.full(exact.FEW, 99, np.float32))
+    more, as_complete = exact.nearest_places(padded, count)
+    assert places.tolist() == more.tolist() and complete == as_complete
+    assert len(places) >= count and complete == np.sort(squared)[count - 1]
+
+
+def test_numbers_that_sql_puts_together() -> None:
+    data = b"".join(value.to_bytes(8, "big", signed=True) for value in (5, -1, 2**62))
+    assert exact.from_send(data).tolist() == [5, -1, 2**62]
+    assert exact.from_send(None).tolist() == []
 
 
 def test_nobody_but_a_search_has_anything_explained() -> None:
