@@ -47,7 +47,6 @@ from pg_siamese_server.errors import (  # noqa: E402
 
 # Their threads inherit the mask; PostgreSQL's signal handlers stay in the main thread.
 with interrupts.signals_blocked():
-    from pg_siamese_server import models as _models
     from pg_siamese_server import search as _search
 
 CANCELLED = ("57014", "57P01")
@@ -386,8 +385,6 @@ def _ranked(plpy: Any, answer: _search.Answer) -> tuple[str, str, str | None, st
         keys = "{" + ",".join(map(str, answer.keys)) + "}"
     else:
         keys = _array(answer.keys)
-    if _models.spec(plpy, answer.collection.model_id).weight is None:
-        return keys, distances, None, None
     query = "" if answer.query is None else answer.query.tobytes().hex()
     return keys, distances, str(answer.collection.model_id), query
 
@@ -399,7 +396,7 @@ def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[floa
 
     Args:
         plpy: PL/Python's module.
-        model_id: of a model with a calibration, or None.
+        model_id: of the collection's model, or None.
         query: float32 numbers of the prepared query, in hexadecimal; none where the model has no
             domain to check.
     """
@@ -407,8 +404,11 @@ def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[floa
         return None
     import numpy as np
 
-    spec = _models.spec(plpy, int(model_id))
-    assert spec.weight is not None and spec.bias is not None
+    from pg_siamese_server import models
+
+    spec = models.spec(plpy, int(model_id))
+    if spec.weight is None or spec.bias is None:
+        return None
     # The rows found are not checked: of those nearest to an image inside, one in 10,000 is
     # outside and claimed to match (medical encoder, a quarter of the rows of other kinds).
     if query and not spec.is_inside(np.frombuffer(bytes.fromhex(query), np.float32)):

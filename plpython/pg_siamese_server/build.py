@@ -330,7 +330,7 @@ def _sees_all_commits(plpy: Any) -> bool:
     return bool(isolation.startswith("read "))
 
 
-def _remove_orphans(plpy: Any, collection: Collection, directory: Path) -> None:
+def _remove_orphans(plpy: Any, collection: Collection, directory: str) -> None:
     """Remove what builds left that were rolled back or killed: this one may need the room.
 
     With the lock of the collection's builds held, no other is under way: what the manifest does not
@@ -354,7 +354,7 @@ def _remove_abandoned(plpy: Any) -> None:
     """
     if not _sees_all_commits(plpy):
         return
-    own = generations.directory(plpy)
+    own = Path(generations.directory(plpy))
     for path in _numbered(own):
         lock = f"pg_try_advisory_xact_lock({LOCK_CLASS}, {int(path.name)})"
         known = f"SELECT FROM siamese.collections WHERE collection_id = {int(path.name)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import decimal
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -267,6 +266,8 @@ def _number(base: str, value: Number) -> tuple[str, str]:
     bits = INTEGER_BITS.get(base)
     if bits is None or (len(value) < SURE_DIGITS and value.isdecimal()):
         return str(value), base
+    import decimal  # for odd numbers only
+
     number = decimal.Decimal(str(value))
     if number.adjusted() < MAX_DIGITS and number == number.to_integral_value():
         whole = int(number)

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -37,20 +36,22 @@ FACTOR_UNKNOWN = 4
 
 # A backend's working directory is the data directory. Kept as found at first use, and not read from
 # the setting data_directory, which only some roles may see.
-_data_directory: Path | None = None
+_directory_of_database: str | None = None
 _open: OrderedDict[tuple[int, int], Generation] = OrderedDict()
 
 
-def directory(plpy: Any, collection_id: int | None = None) -> Path:
+def directory(plpy: Any, collection_id: int | None = None) -> str:
     """Return the directory of this database's index files, or of one collection's."""
-    global _data_directory
-    if _data_directory is None:
+    global _directory_of_database
+    if _directory_of_database is None:
         oid = plpy.execute(
             "SELECT oid::int8 AS oid FROM pg_catalog.pg_database"
             " WHERE datname = pg_catalog.current_database()"
         )[0]["oid"]
-        _data_directory = Path(os.getcwd()) / "pg_siamese" / str(oid)
-    return _data_directory if collection_id is None else _data_directory / str(collection_id)
+        _directory_of_database = os.path.join(os.getcwd(), "pg_siamese", str(oid))
+    if collection_id is None:
+        return _directory_of_database
+    return os.path.join(_directory_of_database, str(collection_id))
 
 
 @dataclass(frozen=True)

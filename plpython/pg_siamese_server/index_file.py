@@ -15,10 +15,8 @@ import errno
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -34,6 +32,8 @@ ALIGNMENT = 64
 BLOCK = 4 * 1024 * 1024
 ARRAY_TYPES = {"int64": np.int64, "int32": np.int32, "uint8": np.uint8}
 
+# Paths are text: pathlib takes as long to import as a part of a first search.
+Place = str | os.PathLike[str]
 Poll = Callable[[], None]
 
 
@@ -133,13 +133,14 @@ class IndexFile:
     made_for: str | None = None
 
 
-def paths(directory: Path, generation: int) -> tuple[Path, Path]:
+def paths(directory: Place, generation: int) -> tuple[str, str]:
     """Return the paths of a generation's FAISS file and of its sidecar."""
-    return directory / f"{generation}.faiss", directory / f"{generation}.meta"
+    start = os.path.join(directory, str(generation))
+    return f"{start}.faiss", f"{start}.meta"
 
 
 def write(
-    directory: Path,
+    directory: Place,
     identity: Identity,
     index: Any,
     rows: Rows,
@@ -183,35 +184,37 @@ def write(
             raise
 
     _publish(faiss_path, write_index)
-    size = faiss_path.stat().st_size
+    size = os.stat(faiss_path).st_size
     header, body = _sidecar(identity, size, digest.hexdigest(), rows, made_for)
     try:
         _publish(meta_path, lambda file: (file.write(header), [file.write(part) for part in body]))
     except OSError:  # a full disk has no room for the one without the other
-        faiss_path.unlink(missing_ok=True)
+        _remove(faiss_path)
         raise
-    return size + meta_path.stat().st_size
+    return size + os.stat(meta_path).st_size
 
 
-def _make_directory(directory: Path) -> None:
+def _make_directory(directory: Place) -> None:
     """Make the directories of all collections, of the database and of the collection.
 
     A file in place of one of them is removed: it is nothing that a DBA would put there. A link is
     somebody's decision, so one that leads nowhere is an error.
     """
-    for path in (directory.parents[1], directory.parent, directory):
-        if path.is_symlink() and not path.exists():
+    own = os.fspath(directory)
+    database = os.path.dirname(own)
+    for path in (os.path.dirname(database), database, own):
+        if os.path.islink(path) and not os.path.exists(path):
             raise FileNotFoundError(
-                errno.ENOENT, "It is a link to a directory that does not exist", str(path)
+                errno.ENOENT, "It is a link to a directory that does not exist", path
             )
-        if path.is_file():
-            path.unlink()
-        path.mkdir(exist_ok=True)
+        if os.path.isfile(path):
+            os.unlink(path)
+        os.makedirs(path, exist_ok=True)
 
 
-def _publish(path: Path, fill: Callable[[Any], Any]) -> None:
+def _publish(path: str, fill: Callable[[Any], Any]) -> None:
     """Write under a temporary name, make it durable, then give it its name."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb", buffering=BLOCK) as file:
             fill(file)
@@ -220,14 +223,14 @@ def _publish(path: Path, fill: Callable[[Any], Any]) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write does not say of which file
+            error.filename = path  # a failed write does not say of which file
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
         raise
-    sync_directory(path.parent)
+    sync_directory(os.path.dirname(path))
 
 
-def sync_directory(directory: Path) -> None:
+def sync_directory(directory: Place) -> None:
     """Make renames in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -261,7 +264,7 @@ def _sidecar(
     return MAGIC + checksum.digest() + rest, body
 
 
-def read(directory: Path, identity: Identity, poll: Poll) -> IndexFile:
+def read(directory: Place, identity: Identity, poll: Poll) -> IndexFile:
     """Open a generation, after checking that it is the right one and whole.
 
     Raises:
@@ -276,7 +279,7 @@ def read(directory: Path, identity: Identity, poll: Poll) -> IndexFile:
         )
     _check_faiss_file(faiss_path, header, poll)
     try:
-        index = faiss.read_index(str(faiss_path), faiss.IO_FLAG_MMAP_IFC)
+        index = faiss.read_index(faiss_path, faiss.IO_FLAG_MMAP_IFC)
     except Exception as error:  # FAISS raises RuntimeError for all kinds of damage
         raise IndexFileError(
             f"FAISS cannot read the index file of generation {identity.generation}",
@@ -288,17 +291,17 @@ def read(directory: Path, identity: Identity, poll: Poll) -> IndexFile:
     return IndexFile(index, rows, header.get("made_for"))
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Place) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise IndexFileError(f'index file "{path.name}" is empty')
+                raise IndexFileError(f'index file "{os.path.basename(path)}" is empty')
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise IndexFileError(f'index file "{path.name}" is missing') from None
+        raise IndexFileError(f'index file "{os.path.basename(path)}" is missing') from None
     except OSError as error:
         raise IndexFileError(
-            f'index file "{path.name}" cannot be opened', detail=f"{error.strerror}."
+            f'index file "{os.path.basename(path)}" cannot be opened', detail=f"{error.strerror}."
         ) from None
 
 
@@ -310,14 +313,14 @@ def _checksum(data: memoryview, poll: Poll) -> Any:
     return digest
 
 
-def read_sidecar(path: Path, poll: Poll) -> tuple[dict[str, Any], Rows]:
+def read_sidecar(path: Place, poll: Poll) -> tuple[dict[str, Any], Rows]:
     """Read a generation's header and rows; raises IndexFileError where they are damaged."""
     data = memoryview(_map(path))
     start = len(MAGIC) + 16
     if bytes(data[: len(MAGIC)]) != MAGIC:
-        raise IndexFileError(f'"{path.name}" is not an index file of this version')
+        raise IndexFileError(f'"{os.path.basename(path)}" is not an index file of this version')
     if _checksum(data[start:], poll).digest() != bytes(data[len(MAGIC) : start]):
-        raise IndexFileError(f'index file "{path.name}" is damaged')
+        raise IndexFileError(f'index file "{os.path.basename(path)}" is damaged')
     length = int.from_bytes(data[start : start + 4], "little")
     header = json.loads(bytes(data[start + 4 : start + 4 + length]))
     offset = start + 4 + length
@@ -329,7 +332,7 @@ def read_sidecar(path: Path, poll: Poll) -> tuple[dict[str, Any], Rows]:
     return header, Rows(**arrays)
 
 
-def _check_faiss_file(path: Path, header: dict[str, Any], poll: Poll) -> None:
+def _check_faiss_file(path: str, header: dict[str, Any], poll: Poll) -> None:
     data = _map(path)
     try:
         with memoryview(data) as view:
@@ -340,33 +343,44 @@ def _check_faiss_file(path: Path, header: dict[str, Any], poll: Poll) -> None:
     finally:
         data.close()
     if not whole:
-        raise IndexFileError(f'index file "{path.name}" is damaged')
+        raise IndexFileError(f'index file "{os.path.basename(path)}" is damaged')
 
 
-def remove_temporary(directory: Path) -> None:
+def remove_temporary(directory: Place) -> None:
     """Remove what builds left that did not come to their end."""
-    for path in directory.glob("*.tmp"):
-        _remove(path)
+    for name, path in _entries(directory):
+        if name.endswith(".tmp"):
+            _remove(path)
 
 
-def remove_before(directory: Path, generation: int) -> None:
+def remove_before(directory: Place, generation: int) -> None:
     """Remove generations that are older than one."""
-    for path in directory.iterdir() if directory.is_dir() else ():
-        stem = path.name.split(".", 1)[0]
+    for name, path in _entries(directory):
+        stem = name.split(".", 1)[0]
         if stem.isdigit() and int(stem) < generation:
             _remove(path)
 
 
-def remove_others(directory: Path, keep: set[int]) -> None:
+def remove_others(directory: Place, keep: set[int]) -> None:
     """Remove generations that no snapshot needs any more, and whatever else is there."""
-    for path in directory.iterdir() if directory.is_dir() else ():
-        stem = path.name.split(".", 1)[0]
+    for name, path in _entries(directory):
+        stem = name.split(".", 1)[0]
         if not stem.isdigit() or int(stem) not in keep:
             _remove(path)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+def _entries(directory: Place) -> list[tuple[str, str]]:
+    """Return names and paths of what is in a directory, if there is one."""
+    if not os.path.isdir(directory):
+        return []
+    return [(name, os.path.join(directory, name)) for name in os.listdir(directory)]
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        import shutil  # first searches do without
+
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import OrderedDict
 from functools import partial
@@ -56,16 +55,21 @@ def encoder(plpy: Any, model_id: int) -> Encoder:
     key = (sha256, spec(plpy, model_id))
     found = _encoders.get(key)
     if found is None:
-        plan = prepare(plpy, "SELECT onnx FROM siamese.models WHERE model_id = $1", ("integer",))
-        data = plan.execute([model_id])[0]["onnx"]
-        if hashlib.sha256(data).hexdigest() != sha256:
+        plan = prepare(
+            plpy,
+            "SELECT onnx, pg_catalog.encode(pg_catalog.sha256(onnx), 'hex')"
+            " OPERATOR(pg_catalog.=) sha256 AS is_whole FROM siamese.models WHERE model_id = $1",
+            ("integer",),
+        )
+        row = plan.execute([model_id])[0]
+        if not row["is_whole"]:
             raise SiameseError(
                 f"ONNX file of model {model_id} does not have its SHA-256",
                 sqlstate=DATA_CORRUPTED,
                 hint="Register the same file under the same name once more with register_model:"
                 " that restores it.",
             )
-        found = Encoder(data, key[1])
+        found = Encoder(row["onnx"], key[1])
         while len(_encoders) >= MAX_OPEN_ENCODERS:
             _encoders.popitem(last=False)
         _encoders[key] = found
@@ -100,6 +104,8 @@ def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, A
 
     The same file under the same name and specification is accepted again, and mends the stored one.
     """
+    import hashlib
+
     from pg_siamese_server.registration import inspect_model  # parsing ONNX is needed only here
 
     if not name:

@@ -36,7 +36,7 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
         return "FAISS is missing"
     paths = index_file.paths(generations.directory(plpy, collection_id), generation)
     try:
-        if not all(path.is_file() for path in paths):
+        if not all(os.path.isfile(path) for path in paths):
             return "missing"
         return "present" if all(os.access(path, os.R_OK) for path in paths) else "not readable"
     except OSError:  # the directory is closed to the server

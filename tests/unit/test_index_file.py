@@ -187,8 +187,8 @@ def test_no_room_for_the_second_file(
     replaced: list[str] = []
     replace_file = os.replace
 
-    def full(source: Path, target: Path) -> None:
-        replaced.append(target.name)
+    def full(source: str, target: str) -> None:
+        replaced.append(Path(target).name)
         if len(replaced) == 2:
             raise OSError(28, "No space left on device")
         replace_file(source, target)
