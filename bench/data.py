@@ -14,7 +14,7 @@ from pg_siamese.datasets import load_fashion_mnist
 from pg_siamese.dev.cluster import Cluster
 from pg_siamese.dev.project import ROOT
 from pg_siamese.sources import png
-from pg_siamese_server.encoder import ModelSpec
+from pg_siamese_server.specification import ModelSpec
 
 MODEL = ROOT / "models" / "fashion_mnist.onnx"
 ROWS_A_STATEMENT = 1000

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server.encoder import Encoder, check_embedding, have_distances
 from pg_siamese_server.errors import ImageError
-from pg_siamese_server.images import decode_image
 from pg_siamese_server.limits import MODELS_OWN, Limits
+
+if TYPE_CHECKING:  # self_check needs this module, and says what is missing
+    from pg_siamese_server.encoder import Encoder
 
 MAX_ROWS_AT_ONCE = 256
 MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
@@ -43,6 +44,9 @@ def embed(
     Raises:
         ModelError: the graph failed.
     """
+    from pg_siamese_server.encoder import check_embedding, have_distances
+    from pg_siamese_server.images import decode_image
+
     keys: list[Any] = []
     pixels: list[NDArray[np.uint8]] = []
     spec = limits.of(encoder.spec.input)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,10 @@ from pg_siamese_server.catalog import (
     collection_of_trigger,
     prepare,
 )
-from pg_siamese_server.encoder import Encoder
 from pg_siamese_server.errors import ImageError, SiameseError, counted
+
+if TYPE_CHECKING:
+    from pg_siamese_server.encoder import Encoder
 
 NOTICE_SECONDS = 2.0
 HASHES_AT_ONCE = 1000

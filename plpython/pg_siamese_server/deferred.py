@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pg_siamese_server import batches, interrupts, models, vectors
 from pg_siamese_server.batches import FIRST_ROWS, MAX_ROWS_AT_ONCE, next_portion
 from pg_siamese_server.catalog import Collection, collection_by_id, collection_by_name, prepare
-from pg_siamese_server.encoder import Encoder
 from pg_siamese_server.errors import (
     INVALID_PARAMETER_VALUE,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -26,6 +25,9 @@ from pg_siamese_server.errors import (
     SiameseError,
 )
 from pg_siamese_server.limits import MODELS_OWN, Limits
+
+if TYPE_CHECKING:
+    from pg_siamese_server.encoder import Encoder
 
 OUT_OF_MEMORY = "53200"
 CANCELLED = ("57014", "57P01")

@@ -14,124 +14,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server.domain import Domain
 from pg_siamese_server.errors import ImageError, ModelError
-from pg_siamese_server.images import InputSpec
 from pg_siamese_server.interrupts import PIECE_SECONDS, pending, signals_blocked
+from pg_siamese_server.specification import ModelSpec
 
 if TYPE_CHECKING:  # imported by who opens an encoder: searches by stored image need none
     import onnxruntime
 
 METADATA_KEY = "pg_siamese"
-METRICS = ("cosine", "l2")
 MAX_BATCH = 64
 # Pre-packed weights are a private copy in every session: worth it for small encoders only.
 PREPACK_BELOW_BYTES = 16 * 1024 * 1024
 WATCH_SECONDS = 0.05
-# A smaller probability than this gives would be out of range for SQL's real; as in similar_images.
-MAX_LOGIT = 85.0
 # pgvector counts in single precision: it can't divide by the square of a smaller length.
 MIN_SQUARED_LENGTH = float(np.finfo(np.float32).tiny)
 BAD_EMBEDDING = (
     "The encoder fails on this image, perhaps because it is blank. Remove the image, or let the"
     " collection put such rows aside with on_error => 'quarantine'."
 )
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Everything about a model but its weights.
-
-    Attributes:
-        input: the encoder's input and decoding limits.
-        metric: ``cosine`` or ``l2``.
-        mean, std: per channel, for float encoders, of pixels scaled to 0..1.
-        weight, bias: calibration, P(match) = 1 / (1 + exp(-(weight * distance + bias))), or None.
-        threshold: distance up to which two images count as a match, or None.
-        domain: the images that calibration and threshold hold for, or None for all.
-    """
-
-    input: InputSpec
-    metric: str = "cosine"
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    weight: float | None = None
-    bias: float | None = None
-    threshold: float | None = None
-    domain: Domain | None = None
-
-    def __post_init__(self) -> None:
-        """Check what InputSpec does not; raises ModelError."""
-        if self.metric not in METRICS:
-            raise ModelError(
-                f'unknown metric "{self.metric}"', hint=f"Use one of {', '.join(METRICS)}."
-            )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.input.channels or not all(map(math.isfinite, values)):
-                raise ModelError(f"{name} must have {self.input.channels} finite values")
-        if not all(value > 0 for value in self.std):
-            raise ModelError("std must be positive")
-        if (self.weight is None) != (self.bias is None):
-            raise ModelError("calibration must have both a weight and a bias")
-        for name in ("weight", "bias", "threshold"):
-            value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-            ):
-                raise ModelError(f"{name} must be a finite number")
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ModelSpec:
-        """Make a specification from the JSON object that :meth:`to_json` gives."""
-        spec = InputSpec.from_json(value["input"])
-        calibration = value.get("calibration") or {}
-        domain = value.get("domain")
-        return cls(
-            input=spec,
-            metric=value.get("metric", "cosine"),
-            mean=tuple(value.get("mean") or (0.0,) * spec.channels),
-            std=tuple(value.get("std") or (1.0,) * spec.channels),
-            weight=calibration.get("weight"),
-            bias=calibration.get("bias"),
-            threshold=value.get("threshold"),
-            domain=None if domain is None else Domain.from_json(domain),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object with every field."""
-        calibration = None
-        if self.weight is not None and self.bias is not None:
-            calibration = {"weight": self.weight, "bias": self.bias}
-        described = {
-            "input": self.input.to_json(),
-            "metric": self.metric,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "calibration": calibration,
-            "threshold": self.threshold,
-        }
-        # Models of versions that knew of no domain are described as they were.
-        if self.domain is not None:
-            described["domain"] = self.domain.to_json()
-        return described
-
-    def is_inside(self, prepared: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Tell of which prepared vectors (..., dimension) calibration and threshold hold."""
-        if self.domain is None:
-            return np.ones(prepared.shape[:-1], dtype=bool)
-        return self.domain.contains(prepared)
-
-    def match_probability(self, distance: float) -> float | None:
-        """Return the calibrated probability that two images at this distance match, or None.
-
-        It holds for images inside the domain: see :meth:`is_inside`.
-        """
-        if self.weight is None or self.bias is None:
-            return None
-        logit = self.weight * distance + self.bias
-        return 1.0 / (1.0 + math.exp(min(MAX_LOGIT, -logit)))
 
 
 def pixels_to_input(

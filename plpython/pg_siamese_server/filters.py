@@ -67,7 +67,7 @@ class Conditions:
     clauses: list[str] = field(default_factory=list)
     types: list[str] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
-    columns: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict, compare=False)
 
     def parameter(self, type_name: str, value: Any) -> str:
         """Add a parameter and return its placeholder."""

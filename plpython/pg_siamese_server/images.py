@@ -7,13 +7,12 @@ This is the only decode path of the project: training, clients and the server al
 from __future__ import annotations
 
 import io
-import math
 import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +23,11 @@ from pg_siamese_server.errors import (
     PROGRAM_LIMIT_EXCEEDED,
     ImageError,
     ImageSizeError,
-    ModelError,
 )
+from pg_siamese_server.specification import InputSpec
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
-RESIZE_MODES = ("stretch", "crop", "pad")
-INTERPOLATIONS = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -84,91 +82,6 @@ class Opened(NamedTuple):
     orientation: int
     profile: object
     box: Box | None = None
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What an encoder takes, and the limits that untrusted image files must keep.
-
-    Attributes:
-        width, height: pixels of the encoder's input.
-        channels: 3 (RGB) or 1 (luma).
-        resize: ``stretch`` to the size, ``crop`` (short side to the size, then the centre) or
-            ``pad`` (long side to the size, black borders).
-        interpolation: one of ``nearest``, ``bilinear``, ``bicubic``, ``lanczos`` (Pillow's filters,
-            with antialiasing).
-        max_bytes: largest file.
-        max_pixels: largest width x height of a file.
-        input_range: which samples are black and white, of files that leave it open: of 16 bits
-            without significant bits, of more, signed, or of fractions. None is the full range of 16
-            bits, and refuses the others.
-    """
-
-    width: int
-    height: int
-    channels: int = 3
-    resize: str = "stretch"
-    interpolation: str = "bicubic"
-    max_bytes: int = 32 * 1024 * 1024
-    max_pixels: int = 25_000_000
-    input_range: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        """Check each field; raises ModelError."""
-        for name in ("width", "height", "channels", "max_bytes", "max_pixels"):
-            if type(getattr(self, name)) is not int:
-                raise ModelError(f"{name} of the encoder input is not an integer")
-        if not (1 <= self.width <= 4096 and 1 <= self.height <= 4096):
-            raise ModelError(
-                f"encoder input of {self.width} x {self.height} pixels is out of range",
-                detail="Width and height must be between 1 and 4096.",
-            )
-        if self.channels not in (1, 3):
-            raise ModelError(f"encoder input of {self.channels} channels is not supported")
-        if self.resize not in RESIZE_MODES:
-            raise ModelError(
-                f'unknown resize mode "{self.resize}"',
-                hint=f"Use one of {', '.join(RESIZE_MODES)}.",
-            )
-        if self.interpolation not in INTERPOLATIONS:
-            raise ModelError(
-                f'unknown interpolation "{self.interpolation}"',
-                hint=f"Use one of {', '.join(INTERPOLATIONS)}.",
-            )
-        if self.max_bytes < 1 or self.max_pixels < 1:
-            raise ModelError("max_bytes and max_pixels must be positive")
-        if self.input_range is not None and not _is_range(self.input_range):
-            raise ModelError(
-                "input_range must be two different finite numbers",
-                hint="Give the values of black and white, such as {0, 4095}.",
-            )
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> InputSpec:
-        """Make a specification from a JSON object, ignoring keys that aren't its own."""
-        names = {field.name for field in fields(cls)}
-        given = {name: item for name, item in value.items() if name in names}
-        if given.get("input_range") is not None:
-            given["input_range"] = tuple(given["input_range"])
-        return cls(**given)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object that :meth:`from_json` takes."""
-        value = asdict(self)
-        if self.input_range is None:
-            del value["input_range"]  # as versions before 0.3.0 wrote it
-        else:
-            value["input_range"] = list(self.input_range)
-        return value
-
-
-def _is_range(value: tuple[float, ...]) -> bool:
-    return (
-        len(value) == 2
-        and all(type(end) in (int, float) and math.isfinite(end) for end in value)
-        and value[0] != value[1]
-        and math.isfinite(255 / (value[1] - value[0]))
-    )
 
 
 class _PolledFile(io.BytesIO):
@@ -550,7 +463,7 @@ def _resize(image: Image.Image, box: Box, spec: InputSpec) -> Image.Image:
     target = (spec.width, spec.height)
     if image.size == target:
         return image
-    method = INTERPOLATIONS[spec.interpolation]
+    method = RESAMPLING[spec.interpolation]
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     if spec.resize == "crop":

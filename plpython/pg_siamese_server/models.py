@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts
 from pg_siamese_server.catalog import load_json, prepare
-from pg_siamese_server.encoder import Encoder, ModelSpec, check_embedding
 from pg_siamese_server.errors import (
     DATA_CORRUPTED,
     DUPLICATE_OBJECT,
@@ -21,8 +20,11 @@ from pg_siamese_server.errors import (
     ModelError,
     SiameseError,
 )
-from pg_siamese_server.images import decode_image
 from pg_siamese_server.limits import MODELS_OWN, Limits
+
+if TYPE_CHECKING:  # imported by who needs them: searches by a stored image do not
+    from pg_siamese_server.encoder import Encoder
+    from pg_siamese_server.specification import ModelSpec
 
 MAX_OPEN_ENCODERS = 4
 
@@ -41,6 +43,8 @@ def spec(plpy: Any, model_id: int) -> ModelSpec:
         rows = plan.execute([model_id])
         if not rows:
             raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
+        from pg_siamese_server.specification import ModelSpec
+
         found = _specs[model_id] = ModelSpec.from_json(load_json(rows[0]["specification"]))
     return found
 
@@ -69,6 +73,8 @@ def encoder(plpy: Any, model_id: int) -> Encoder:
                 hint="Register the same file under the same name once more with register_model:"
                 " that restores it.",
             )
+        from pg_siamese_server.encoder import Encoder
+
         found = Encoder(row["onnx"], key[1])
         while len(_encoders) >= MAX_OPEN_ENCODERS:
             _encoders.popitem(last=False)
@@ -89,6 +95,9 @@ def embed(
     Raises:
         ImageError: one of them is bad.
     """
+    from pg_siamese_server.encoder import check_embedding
+    from pg_siamese_server.images import decode_image
+
     model = encoder(plpy, model_id)
     poll = partial(interrupts.check, plpy)
     spec = limits.of(model.spec.input)

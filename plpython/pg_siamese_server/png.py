@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pg_siamese_server.images import InputSpec, damaged
+from pg_siamese_server.images import damaged
 from pg_siamese_server.samples import Range, full_range, scale
+from pg_siamese_server.specification import InputSpec
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6

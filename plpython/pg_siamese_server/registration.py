@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from pg_siamese_server.encoder import Encoder, ModelSpec, is_channels_first, metadata_of
+from pg_siamese_server.encoder import Encoder, is_channels_first, metadata_of
 from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ModelError
+from pg_siamese_server.specification import ModelSpec
 
 MAX_ONNX_BYTES = 512 * 1024 * 1024
 MAX_DIMENSION = 16000  # of pgvector's type vector

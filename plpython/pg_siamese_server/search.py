@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server import interrupts, steady, vectors
+from pg_siamese_server import interrupts, models, steady, vectors
 from pg_siamese_server.catalog import (
     MAX_CHANGES,
     MAX_XACT_ID,
@@ -127,20 +127,13 @@ def _ordinarily(plpy: Any, request: Request, embedded: Embedded) -> Answer:
     if request.key is None:
         embedding = embedded.get((collection.model_id, collection.limits))
         if embedding is None:
-            embedding = _embed(plpy, collection, request)
+            embedding = models.embed(plpy, collection.model_id, [request.image], collection.limits)
     conditions = parse(plpy, collection, request.filter)
     if request.engine != "pgvector":
         answer = _with_faiss(plpy, request, collection, state, embedding, conditions)
         if answer is not None:
             return answer
     return _with_pgvector(plpy, request, collection, state, embedding, conditions)
-
-
-def _embed(plpy: Any, collection: Collection, request: Request) -> NDArray[np.float32]:
-    """Embed the image that is searched for; searches by a stored one need no image library."""
-    from pg_siamese_server import models
-
-    return models.embed(plpy, collection.model_id, [request.image], collection.limits)
 
 
 def _without_vector(plpy: Any, request: Request, collection: Collection) -> Answer:
@@ -206,7 +199,7 @@ def _steadily(plpy: Any, request: Request, embedded: Embedded) -> Answer | None:
     embedding = None
     if request.key is None:
         try:
-            embedding = _embed(plpy, collection, request)
+            embedding = models.embed(plpy, collection.model_id, [request.image], collection.limits)
         except SiameseError:  # which error it is to be, the ordinary way knows
             return None
         embedded[collection.model_id, collection.limits] = embedding
@@ -405,8 +398,6 @@ def _candidate_type(collection: Collection) -> str:
 
 def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
     """Open a collection's encoder and index in this session; returns what is ready."""
-    from pg_siamese_server import models
-
     request = Request(name, None, None, 1, None, None, None, "auto")
     collection, state = _current_state(plpy, request)
     encoder = models.encoder(plpy, collection.model_id)

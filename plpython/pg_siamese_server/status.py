@@ -36,9 +36,11 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
         return "FAISS is missing"
     paths = index_file.paths(generations.directory(plpy, collection_id), generation)
     try:
-        if not all(os.path.isfile(path) for path in paths):
-            return "missing"
+        for path in paths:
+            os.stat(path)
         return "present" if all(os.access(path, os.R_OK) for path in paths) else "not readable"
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
     except OSError:  # the directory is closed to the server
         return "not readable"
 

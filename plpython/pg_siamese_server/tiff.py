@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError, ImageSizeError
-from pg_siamese_server.images import MAX_SIDE, InputSpec, Opened, Poll, check_size, damaged
+from pg_siamese_server.images import MAX_SIDE, Opened, Poll, check_size, damaged
 from pg_siamese_server.samples import Range, full_range, scale
+from pg_siamese_server.specification import InputSpec
 
 MAX_PAGES = 1000
 MAX_SAMPLES = 8

@@ -27,9 +27,10 @@ import psycopg
 import pg_siamese_server
 from pg_siamese.connection import CommandError, NoServerError, connect, describe_error
 from pg_siamese_server.deferred import Results, Row, embed_batch
-from pg_siamese_server.encoder import Encoder, ModelSpec
+from pg_siamese_server.encoder import Encoder
 from pg_siamese_server.errors import SiameseError, counted
 from pg_siamese_server.limits import Limits
+from pg_siamese_server.specification import ModelSpec
 
 CHANNEL = "pg_siamese_queue"
 # A batch ends after this, so that its locks go and others see its vectors.

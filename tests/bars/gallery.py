@@ -23,8 +23,8 @@ from psycopg.types.json import Jsonb
 
 from pg_siamese import datasets
 from pg_siamese.sources import png
-from pg_siamese_server.encoder import Encoder, ModelSpec
-from pg_siamese_server.images import InputSpec
+from pg_siamese_server.encoder import Encoder
+from pg_siamese_server.specification import InputSpec, ModelSpec
 from tests.server import path_of
 
 

@@ -55,13 +55,19 @@ def test_without_what_index_files_need(
     check_repair(connect, images)
 
 
-def test_without_onnxruntime(
-    db: Connection, connect: Connect, cluster: FaultyCluster, images: Gallery
+@pytest.mark.parametrize(("module", "package"), [("onnxruntime", "onnxruntime"), ("PIL", "pillow")])
+def test_without_what_encoders_need(
+    db: Connection,
+    connect: Connect,
+    cluster: FaultyCluster,
+    images: Gallery,
+    module: str,
+    package: str,
 ) -> None:
     """What needs no encoder works: searches by stored image, deletes, index builds."""
     fill(db, images, 100)
-    error = ("58P01", 'package "onnxruntime"', "cannot be imported", "make install")
-    with cluster.without("onnxruntime"):
+    error = ("58P01", f'package "{module}"', "cannot be imported", "make install")
+    with cluster.without(module):
         session = connect()
         for statement in (
             "INSERT INTO siamese.images (image) VALUES (%s)",
@@ -84,7 +90,7 @@ def test_without_onnxruntime(
         assert (
             len(session.execute("SELECT similar_images(image_id => 50, k => 99)").fetchall()) == 90
         )
-        assert "package onnxruntime" in failed_checks(session)
+        assert f"package {package}" in failed_checks(session)
     check_repair(connect, images)
 
 
@@ -102,7 +108,7 @@ def test_without_onnx(
     connect().execute("SELECT register_model('another', %s)", (onnx,))
 
 
-@pytest.mark.parametrize("module", ["numpy", "PIL", "pg_siamese_server"])
+@pytest.mark.parametrize("module", ["numpy", "pg_siamese_server"])
 def test_without_what_everything_needs(
     db: Connection, connect: Connect, cluster: FaultyCluster, images: Gallery, module: str
 ) -> None:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from pg_siamese_server import colour
-from pg_siamese_server.images import InputSpec, decode_image
+from pg_siamese_server.images import decode_image
+from pg_siamese_server.specification import InputSpec
 from tests import profiles
 from tests.support import Array
 from tests.tiff_files import Tiff

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pg_siamese_server.deferred import Outcome, Results, Row, embed_batch
-from pg_siamese_server.encoder import Encoder, ModelSpec
+from pg_siamese_server.encoder import Encoder
 from pg_siamese_server.errors import ModelError
-from pg_siamese_server.images import InputSpec
+from pg_siamese_server.specification import InputSpec, ModelSpec
 from tests.support import encode, grid_encoder
 
 SPEC = ModelSpec(InputSpec(width=8, height=8, channels=3), metric="l2")

@@ -17,10 +17,10 @@ from pg_siamese.evaluation.domain import (
     refused,
 )
 from pg_siamese_server.domain import Domain
-from pg_siamese_server.encoder import Encoder, ModelSpec
+from pg_siamese_server.encoder import Encoder
 from pg_siamese_server.errors import ModelError
-from pg_siamese_server.images import InputSpec
 from pg_siamese_server.registration import inspect_model
+from pg_siamese_server.specification import InputSpec, ModelSpec
 from tests.conftest import MODELS
 from tests.support import Array, grid_encoder
 

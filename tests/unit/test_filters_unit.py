@@ -25,6 +25,7 @@ def columns(monkeypatch: pytest.MonkeyPatch) -> None:
         return {
             name: {
                 "name": name,
+                "type_oid": 0,
                 "quoted": name if name.isalpha() else '"' + name.replace('"', '""') + '"',
                 "type": types.get(name, "text"),
                 "base": types.get(name, "text"),

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from pg_siamese_server.errors import ImageError, ModelError
-from pg_siamese_server.images import FORMATS, InputSpec, decode_image
+from pg_siamese_server.images import FORMATS, decode_image
+from pg_siamese_server.specification import InputSpec
 from tests.conftest import Pictures, pictures_of
 from tests.support import Array, encode
 

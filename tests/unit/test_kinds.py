@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from pg_siamese_server.errors import ImageError
-from pg_siamese_server.images import InputSpec, decode_image
+from pg_siamese_server.images import decode_image
+from pg_siamese_server.specification import InputSpec
 
 SPEC = InputSpec(8, 8)
 

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from pg_siamese_server.errors import ImageError
-from pg_siamese_server.images import InputSpec, decode_image
+from pg_siamese_server.images import decode_image
+from pg_siamese_server.specification import InputSpec
 from tests.support import Array
 
 WIDTH, HEIGHT = 97, 64

@@ -27,8 +27,7 @@ from pg_siamese.evaluation.pictures.matrices import confusion, confusion_matrice
 from pg_siamese.evaluation.pictures.scatter import Snapshots, animate, read_snapshots, scatter
 from pg_siamese.evaluation.pictures.style import PALETTE, new_figure, save
 from pg_siamese.evaluation.retrieval import Embedded, nearest
-from pg_siamese_server.encoder import ModelSpec
-from pg_siamese_server.images import InputSpec
+from pg_siamese_server.specification import InputSpec, ModelSpec
 
 NAMES = ("neighbours", "triplets", "ten-nearest", "confusion", "roc")
 

@@ -12,7 +12,7 @@ import numpy as np
 from pg_siamese.datasets.base import DataFormatError, DataNotFoundError, LabelledImages, Pixels
 
 if TYPE_CHECKING:
-    from pg_siamese_server.images import InputSpec
+    from pg_siamese_server.specification import InputSpec
 
 # What Pillow knows the formats of the server's decoder by.
 IMAGE_SUFFIXES = frozenset(

@@ -31,7 +31,7 @@ from pg_siamese.datasets.places import data_folders, find_data
 from pg_siamese.datasets.zipped import list_image_zip, open_zip, read_member
 
 if TYPE_CHECKING:
-    from pg_siamese_server.images import InputSpec
+    from pg_siamese_server.specification import InputSpec
 
 # What is held out of train where only the validation split is missing.
 MISSING_VAL_SHARE = 0.1
@@ -225,7 +225,7 @@ def _decoded(
 
 
 def _common_size(members: list[Member], read: Callable[[str], bytes]) -> InputSpec:
-    from pg_siamese_server.images import InputSpec
+    from pg_siamese_server.specification import InputSpec
 
     sizes: dict[tuple[int, int], str] = {}
     for member in members:

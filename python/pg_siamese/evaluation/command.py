@@ -25,7 +25,7 @@ from pg_siamese.evaluation.results import (
     write_table,
 )
 from pg_siamese.terminal import output, progress_bar
-from pg_siamese_server.encoder import METRICS
+from pg_siamese_server.specification import METRICS
 
 
 def evaluate(

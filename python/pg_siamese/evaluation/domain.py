@@ -15,7 +15,8 @@ from pg_siamese.datasets import DataNotFoundError, open_dataset
 from pg_siamese.evaluation.retrieval import Vectors
 from pg_siamese_server import vectors
 from pg_siamese_server.domain import Domain
-from pg_siamese_server.images import InputSpec, decode_image
+from pg_siamese_server.images import decode_image
+from pg_siamese_server.specification import InputSpec
 
 Pixels = npt.NDArray[np.uint8]
 

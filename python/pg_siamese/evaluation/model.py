@@ -14,9 +14,10 @@ from pg_siamese.connection import CommandError
 from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
 from pg_siamese.evaluation.retrieval import Embedded
 from pg_siamese.sources import png
-from pg_siamese_server.encoder import Encoder, ModelSpec, metadata_of
+from pg_siamese_server.encoder import Encoder, metadata_of
 from pg_siamese_server.errors import ImageError, ModelError
 from pg_siamese_server.images import decode_image
+from pg_siamese_server.specification import ModelSpec
 
 # Images that are resized and embedded in one go: 150 MB at 224 pixels.
 BATCH_IMAGES = 1024
