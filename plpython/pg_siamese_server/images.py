@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from pg_siamese_server.errors import (
     NULL_VALUE_NOT_ALLOWED,
@@ -245,7 +245,6 @@ def _reason(error: Exception) -> str:
 @contextmanager
 def _pillow_limits(spec: InputSpec) -> Iterator[None]:
     """Hold Pillow to the model's limits where it allocates before it tells a size (GIF, WebP)."""
-    from PIL import PngImagePlugin  # Pillow loads it with the first image anyway
 
     before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_MEMORY
     Image.MAX_IMAGE_PIXELS = max(1, spec.max_pixels // 2)  # Pillow refuses twice this
