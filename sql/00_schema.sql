@@ -48,7 +48,8 @@ COMMENT ON FUNCTION siamese._caller()
 IS 'the role that the session acts as, also inside functions that run with their owner''s rights';
 
 CREATE FUNCTION siamese._xact_id() RETURNS xid8
-LANGUAGE sql IMMUTABLE PARALLEL UNSAFE
-AS $$ SELECT pg_catalog.pg_current_xact_id() $$;
+LANGUAGE plpgsql IMMUTABLE PARALLEL UNSAFE
+-- Not in SQL: each statement that calls such a function plans it anew.
+AS $$ BEGIN RETURN pg_catalog.pg_current_xact_id(); END $$;
 COMMENT ON FUNCTION siamese._xact_id()
 IS 'current transaction; declared immutable to serve generated columns, which dumps leave out and restores draw anew';
