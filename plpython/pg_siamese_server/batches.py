@@ -20,6 +20,8 @@ MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
 FIRST_ROWS = 8
 
 Fail = Callable[[Any, ImageError], None]
+# To copy it is quicker than to start anew: OpenSSL looks algorithms up by their names.
+_NOTHING_HASHED = hashlib.sha256()
 
 
 def embed(
@@ -59,7 +61,7 @@ def embed(
             fail(key, error)
     if not pixels:
         return [], np.empty((0, 0), dtype=np.float32)
-    stacked = np.stack(pixels)
+    stacked = np.array(pixels)
     pixels.clear()
     embeddings = encoder.embed(stacked, poll)
     if have_distances(embeddings, encoder.spec.metric):
@@ -76,7 +78,9 @@ def embed(
 
 def image_hash(image: bytes) -> bytes:
     """Return what is stored beside the vector of an image, to know it by."""
-    return hashlib.sha256(image).digest()[:16]
+    digest = _NOTHING_HASHED.copy()
+    digest.update(image)
+    return digest.digest()[:16]
 
 
 def next_portion(rows: int, size: int) -> int:

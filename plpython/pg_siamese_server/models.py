@@ -28,13 +28,19 @@ if TYPE_CHECKING:  # imported by who needs them: searches by a stored image do n
 
 MAX_OPEN_ENCODERS = 4
 
-_specs: dict[int, ModelSpec] = {}
+# With their JSON text, which is quicker to hash.
+_specs: dict[int, tuple[str, ModelSpec]] = {}
 # One ONNX file may serve several models that differ in how it is fed.
-_encoders: OrderedDict[tuple[str, ModelSpec], Encoder] = OrderedDict()
+_encoders: OrderedDict[tuple[str, str], Encoder] = OrderedDict()
 
 
 def spec(plpy: Any, model_id: int) -> ModelSpec:
-    """Return a model's specification; models never change, so it is kept."""
+    """Return a model's specification."""
+    return _specification(plpy, model_id)[1]
+
+
+def _specification(plpy: Any, model_id: int) -> tuple[str, ModelSpec]:
+    """Return a model's specification, as text too; models never change, so it is kept."""
     found = _specs.get(model_id)
     if found is None:
         plan = prepare(
@@ -45,18 +51,27 @@ def spec(plpy: Any, model_id: int) -> ModelSpec:
             raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
         from pg_siamese_server.specification import ModelSpec
 
-        found = _specs[model_id] = ModelSpec.from_json(load_json(rows[0]["specification"]))
+        text = rows[0]["specification"]
+        found = _specs[model_id] = text, ModelSpec.from_json(load_json(text))
     return found
 
 
-def encoder(plpy: Any, model_id: int) -> Encoder:
-    """Return a model's encoder, opened on first use in this session."""
-    plan = prepare(plpy, "SELECT sha256 FROM siamese.models WHERE model_id = $1", ("integer",))
-    rows = plan.execute([model_id])
-    if not rows:
-        raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
-    sha256 = rows[0]["sha256"]
-    key = (sha256, spec(plpy, model_id))
+def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
+    """Return a model's encoder, opened on first use in this session.
+
+    Args:
+        plpy: PL/Python's module.
+        model_id: of the model.
+        sha256: of its ONNX file, where the caller has read it.
+    """
+    if sha256 is None:
+        plan = prepare(plpy, "SELECT sha256 FROM siamese.models WHERE model_id = $1", ("integer",))
+        rows = plan.execute([model_id])
+        if not rows:
+            raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
+        sha256 = rows[0]["sha256"]
+    text, specification = _specification(plpy, model_id)
+    key = (sha256, text)
     found = _encoders.get(key)
     if found is None:
         plan = prepare(
@@ -75,7 +90,7 @@ def encoder(plpy: Any, model_id: int) -> Encoder:
             )
         from pg_siamese_server.encoder import Encoder
 
-        found = Encoder(row["onnx"], key[1])
+        found = Encoder(row["onnx"], specification)
         while len(_encoders) >= MAX_OPEN_ENCODERS:
             _encoders.popitem(last=False)
         _encoders[key] = found
