@@ -75,7 +75,7 @@ SELECT pg_catalog.pg_extension_config_dump('siamese.generations_generation_seq',
 SELECT pg_catalog.pg_extension_config_dump('siamese.failures', '');
 
 CREATE FUNCTION siamese._follow_change(
-    event text, collection_id integer, relation oid, keys text[]
+    event text, collection_id integer, relation oid, keys text[], versions text
 ) RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
@@ -83,9 +83,9 @@ if 'pg_siamese @VERSION@' not in GD:
     failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
     if failure:
         return failure
-return GD['pg_siamese @VERSION@'].on_change(plpy, event, collection_id, relation, keys)
+return GD['pg_siamese @VERSION@'].on_change(plpy, event, collection_id, relation, keys, versions)
 $python$;
-COMMENT ON FUNCTION siamese._follow_change(text, integer, oid, text[])
+COMMENT ON FUNCTION siamese._follow_change(text, integer, oid, text[], text)
 IS 'follow a statement; returns an error or nothing';
 
 CREATE FUNCTION siamese._on_change() RETURNS trigger
@@ -94,41 +94,68 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     number integer := TG_ARGV[0];
+    source oid := to_regclass('siamese.source_' || TG_ARGV[0]);
     key_column text;
+    key_place integer;
     is_plain boolean;
+    versions text;
     query text;
     keys text[];
     answer text[];
 BEGIN
     -- Transition tables are visible here only.
     IF TG_OP <> 'TRUNCATE' THEN
-        SELECT quote_ident(c.key_column), (
-            SELECT count(*) FROM pg_attribute AS a
-            WHERE a.attrelid = TG_RELID AND NOT a.attisdropped AND (
-                (a.attname = c.image_column AND a.atttypid = 'bytea'::regtype)
-                OR (a.attname = c.key_column AND a.atttypid IN (
-                    'int8'::regtype, 'int4'::regtype, 'int2'::regtype, 'uuid'::regtype, 'text'::regtype,
-                    'varchar'::regtype)))) = 2
-        INTO key_column, is_plain
-        FROM siamese.collections AS c WHERE c.collection_id = number AND c.relation::oid = TG_RELID;
+        -- A session keeps what TRIGGER_QUERY (catalog.py) found while the versions of all rows that it read are
+        -- the same, and so are privileges and the name of pgvector's type, which is all that the CASE is for.
+        SELECT
+            quote_ident(c.key_column),
+            CASE WHEN k.attnum = 1 THEN 1 WHEN k.attnum = 2 AND i.attnum = 1 THEN 2 END,
+            i.atttypid = 'bytea'::regtype AND k.atttypid IN (
+                'int8'::regtype, 'int4'::regtype, 'int2'::regtype, 'uuid'::regtype, 'text'::regtype,
+                'varchar'::regtype),
+            concat_ws(
+                ' ', c.ctid, c.xmin, t.ctid, t.xmin, c.relation, k.ctid, k.xmin, i.ctid, i.xmin, p.ctid, p.xmin,
+                source, pg_typeof(CASE WHEN false THEN siamese.embed_image(NULL, '') END),
+                has_schema_privilege(t.relowner, p.pronamespace, 'USAGE'),
+                has_table_privilege(t.relowner, source, 'SELECT'),
+                has_table_privilege(t.relowner, t.oid, 'SELECT'))
+        INTO key_column, key_place, is_plain, versions
+        FROM siamese.collections AS c
+        INNER JOIN pg_class AS t ON t.oid = c.relation::oid
+        LEFT JOIN pg_attribute AS k
+            ON k.attrelid = t.oid AND k.attname = c.key_column AND NOT k.attisdropped
+        LEFT JOIN pg_attribute AS i
+            ON i.attrelid = t.oid AND i.attname = c.image_column AND NOT i.attisdropped
+        LEFT JOIN pg_proc AS p
+            ON p.proname = ('_rows_' || c.collection_id)::name AND p.pronamespace = 'siamese'::regnamespace
+        WHERE c.collection_id = number AND c.relation::oid = TG_RELID;
         -- Without one, _follow_change says why.
         IF FOUND THEN
-            -- Casts of other types could be code of the table's owner.
-            IF NOT is_plain THEN
+            -- Operators of other types could be code of the table's owner.
+            IF is_plain IS NOT TRUE THEN
                 PERFORM siamese._check_table(number, TG_RELID);
             END IF;
-            query := CASE TG_OP
-                WHEN 'INSERT' THEN 'SELECT array_agg(n.' || key_column || '::text) FROM new_rows AS n'
-                WHEN 'DELETE' THEN 'SELECT array_agg(o.' || key_column || '::text) FROM old_rows AS o'
-                -- NULL where that is, since no image can have changed.
-                ELSE 'SELECT c.keys::text[] FROM ('
-                    || siamese._changed_keys_query(number, TG_RELID) || ') AS c' END;
+            -- Casts could be code of the owner, too, but not what format calls. A statement that stands here
+            -- keeps its plan, for each trigger. It can't have the key's name, but its place, if that is sure;
+            -- cmin and cmax are names that no other column has.
+            IF TG_OP = 'INSERT' AND key_place = 1 THEN
+                SELECT array_agg(format('%s', n.cmin)) INTO keys FROM new_rows AS n (cmin);
+            ELSIF TG_OP = 'INSERT' AND key_place = 2 THEN
+                SELECT array_agg(format('%s', n.cmax)) INTO keys FROM new_rows AS n (cmin, cmax);
+            ELSE
+                query := CASE TG_OP
+                    WHEN 'INSERT' THEN 'SELECT array_agg(format(''%s'', n.' || key_column || ')) FROM new_rows AS n'
+                    WHEN 'DELETE' THEN 'SELECT array_agg(format(''%s'', o.' || key_column || ')) FROM old_rows AS o'
+                    -- NULL where that is, since no image can have changed.
+                    ELSE 'SELECT c.keys::text[] FROM ('
+                        || siamese._changed_keys_query(number, TG_RELID) || ') AS c' END;
+            END IF;
         END IF;
     END IF;
     IF query IS NOT NULL THEN
         EXECUTE query INTO keys;
     END IF;
-    answer := siamese._follow_change(TG_OP, number, TG_RELID, keys);
+    answer := siamese._follow_change(TG_OP, number, TG_RELID, keys, versions);
     IF answer[1] IS NULL THEN
         RETURN NULL;
     END IF;

@@ -187,25 +187,34 @@ def register_shipped_models(plpy: Any, folder: str) -> tuple[str, str, str]:
     )
 
 
-@_answer
-def on_change(
-    plpy: Any, event: str, collection_id: int, relation_oid: int, keys: list[str] | None
-) -> tuple[()]:
-    """Body of the statement triggers."""
+@functools.cache
+def _changes() -> Any:
+    """Import what follows changes; searches by a stored image need no image library."""
     from pg_siamese_server import changes
 
-    changes.on_change(plpy, event, collection_id, relation_oid, keys or [])
+    return changes
+
+
+@_answer
+def on_change(
+    plpy: Any,
+    event: str,
+    collection_id: int,
+    relation_oid: int,
+    keys: list[str] | None,
+    versions: str | None,
+) -> tuple[()]:
+    """Body of the statement triggers."""
+    _changes().on_change(plpy, event, collection_id, relation_oid, keys or [], versions)
     return ()
 
 
 @_answer
 def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> tuple[str]:
     """Body of ``backfill``."""
-    from pg_siamese_server import changes
-
     _check_given(collection=collection, max_rows=max_rows)
     limit = None if max_rows == ALL_ROWS else max_rows
-    return (str(changes.backfill(plpy, collection, limit)),)
+    return (str(_changes().backfill(plpy, collection, limit)),)
 
 
 @_answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pg_siamese_server.errors import NULL_VALUE_NOT_ALLOWED, UNDEFINED_OBJECT, SiameseError
@@ -12,6 +13,8 @@ from pg_siamese_server.limits import Limits
 # Prepared plans outlive transactions and follow changes of their tables by themselves.
 _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
 MAX_PLANS = 200
+# Collections that triggers found in order, with the versions of the rows that say so.
+_kept: dict[int, tuple[str, Collection]] = {}
 # Pending changes that a session reads; with more, pgvector scans the table.
 MAX_CHANGES = 300_000
 MAX_XACT_ID = 2**64 - 1
@@ -124,12 +127,12 @@ class Collection:
         """Return the function of that name that reads the table with its owner's rights."""
         return f"siamese._{name}_{self.collection_id}"
 
-    @property
+    @cached_property
     def limits(self) -> Limits:
         """Limits of its images, and of the query images of its searches."""
         return Limits(self.max_bytes, self.max_pixels)
 
-    @property
+    @cached_property
     def keeps_failures(self) -> bool:
         """Whether a bad image goes to ``embedding_failures`` rather than reject its statement."""
         return self.on_error == "quarantine" or self.embed == "deferred"
@@ -231,11 +234,18 @@ def collection_by_id(plpy: Any, collection_id: int) -> Collection:
     return _checked(Collection(**rows[0]))
 
 
-def collection_of_trigger(plpy: Any, collection_id: int, relation_oid: int) -> Collection:
+def collection_of_trigger(
+    plpy: Any, collection_id: int, relation_oid: int, versions: str | None
+) -> Collection:
     """Look a collection up for a trigger of a table, and see that it is that table's.
 
-    A copy of another table may have brought the trigger along, the table may have a new owner.
+    A copy of another table may have brought the trigger along, the table may have a new owner. A
+    collection that was in order still is, if ``versions``, which ``_on_change`` reads, are the
+    same. To look at everything again would take a good part of a short insert's time.
     """
+    kept = _kept.get(collection_id)
+    if kept is not None and kept[0] == versions:
+        return kept[1]
     plan = prepare(plpy, TRIGGER_QUERY + "WHERE c.collection_id = $1", ("integer", "oid"))
     rows = plan.execute([collection_id, relation_oid])
     if not rows or not rows[0].pop("is_ready"):
@@ -243,7 +253,10 @@ def collection_of_trigger(plpy: Any, collection_id: int, relation_oid: int) -> C
         plan = prepare(plpy, "SELECT siamese._check_table($1, $2)", ("integer", "oid"))
         plan.execute([collection_id, relation_oid])
         return collection
-    return Collection(**rows[0], is_ready=True)
+    collection = Collection(**rows[0], is_ready=True)
+    if versions is not None:
+        _kept[collection_id] = versions, collection
+    return collection
 
 
 def _checked(collection: Collection) -> Collection:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,17 +34,25 @@ HASHES_AT_ONCE = 1000
 SAME_VECTOR = 0.014
 # Text only: an exception would hold on to its frames, and so to an open cursor.
 Failure = tuple[Any, str, str]
+_key_and_image = itemgetter("key", "image")
 
 
 def on_change(
-    plpy: Any, event: str, collection_id: int, relation_oid: int, keys: list[str]
+    plpy: Any,
+    event: str,
+    collection_id: int,
+    relation_oid: int,
+    keys: list[str],
+    versions: str | None,
 ) -> None:
     """Follow one INSERT, UPDATE, DELETE or TRUNCATE statement on a collection's table.
 
     Keys are those that the trigger found in its transition tables, which only it sees; as text.
     """
-    collection = collection_of_trigger(plpy, collection_id, relation_oid)
-    if event in ("INSERT", "UPDATE"):
+    collection = collection_of_trigger(plpy, collection_id, relation_oid, versions)
+    if event == "INSERT":
+        embed_rows(plpy, collection, keys, are_new=True)
+    elif event == "UPDATE":
         _forget(plpy, collection, keys)
         embed_rows(plpy, collection, keys)
     elif event == "DELETE":
@@ -90,35 +99,48 @@ def _forget(plpy: Any, collection: Collection, keys: list[Any] | None) -> None:
         f" SELECT embedding_id, true FROM gone",
         types,
     ).execute([keys])
+    _forget_failures(plpy, collection, keys)
+
+
+def _forget_failures(plpy: Any, collection: Collection, keys: list[Any]) -> None:
     if collection.keeps_failures:
         prepare(
             plpy,
             "DELETE FROM siamese.failures AS f USING unnest($1) AS k (key)"
             f" WHERE f.collection_id = {collection.collection_id} AND f.key = k.key::text",
-            types,
+            (collection.key_array,),
         ).execute([keys])
 
 
 def _fetched(
     plpy: Any, collection: Collection, keys: list[Any], function: str
-) -> Iterator[list[Any]]:
-    """Yield rows in portions whose images take a bounded amount of memory."""
-    plan = prepare(
-        plpy,
-        f"SELECT r.key, r.image FROM {collection.row_function(function)}($1) AS r",
-        (collection.key_array,),
-    )
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield keys and rows in portions whose images take a bounded amount of memory."""
+    plan = collection.plans.get(function)
+    if plan is None:
+        plan = collection.plans[function] = prepare(
+            plpy,
+            f"SELECT r.key, r.image FROM {collection.row_function(function)}($1) AS r",
+            (collection.key_array,),
+        )
     start, count = 0, FIRST_ROWS
-    while start < len(keys):
-        rows = list(plan.execute([keys[start : start + count]]))
+    while True:
+        portion = keys[start : start + count]
         start += count
+        rows = list(plan.execute([portion]))
+        yield portion, rows
+        if start >= len(keys):
+            return
         if rows:
-            yield rows
             count = next_portion(len(rows), sum(len(row["image"]) for row in rows))
 
 
 def embed_rows(
-    plpy: Any, collection: Collection, keys: list[Any], is_backfill: bool = False
+    plpy: Any,
+    collection: Collection,
+    keys: list[Any],
+    is_backfill: bool = False,
+    are_new: bool = False,
 ) -> int:
     """Embed the images of some keys, as the table has them now, and store their vectors.
 
@@ -127,6 +149,7 @@ def embed_rows(
         collection: where they belong.
         keys: of the rows; those that have none are passed over.
         is_backfill: lock the rows, leave out those that others have locked, report progress.
+        are_new: the rows are inserted, so they have no vectors but left-over ones.
 
     Returns:
         How many vectors were stored.
@@ -141,19 +164,25 @@ def embed_rows(
     poll = partial(interrupts.check, plpy)
     stored = seen = 0
     noticed = time.monotonic()
-    store = _replace if is_backfill else _store
-    for rows in _fetched(plpy, collection, keys, "locked_rows" if is_backfill else "rows"):
-        encoder = encoder or models.encoder(plpy, collection.model_id)
+    store = _replace if is_backfill else _add if are_new else _store
+    function = "locked_rows" if is_backfill else "rows"
+    for portion, rows in _fetched(plpy, collection, keys, function):
+        if are_new and len(rows) < len(portion):
+            # Rows without an image, and those that are gone again, have no vector to come.
+            _forget(plpy, collection, portion)
+        if not rows:
+            continue
+        encoder = encoder or models.encoder(plpy, collection.model_id, collection.sha256)
         failures: list[Failure] = []
         done, embeddings = batches.embed(
             encoder,
-            ((row["key"], row["image"]) for row in rows),
+            map(_key_and_image, rows),
             partial(_fail, collection, failures),
             poll,
             collection.limits,
         )
         hashes = {row["key"]: batches.image_hash(row["image"]) for row in rows}
-        if is_backfill and failures:
+        if failures and (is_backfill or are_new):
             _forget(plpy, collection, [key for key, _, _ in failures])
         stored += store(plpy, collection, done, embeddings, [hashes[key] for key in done])
         _note_failures(plpy, collection, failures)
@@ -189,14 +218,40 @@ def _store(
 ) -> int:
     if not keys:
         return 0
-    result = prepare(
-        plpy,
-        f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding, image_hash)"
-        f" SELECT * FROM unnest($1, $2, $3){conflict} RETURNING embedding_id)"
-        f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
-        _vector_types(collection),
-    ).execute([keys, [vectors.to_text(vector) for vector in embeddings], hashes])
-    return int(result.nrows())
+    purpose = f"store{conflict}"
+    plan = collection.plans.get(purpose)
+    if plan is None:
+        plan = collection.plans[purpose] = prepare(
+            plpy,
+            f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding, image_hash)"
+            f" SELECT * FROM unnest($1, $2, $3){conflict} RETURNING embedding_id)"
+            f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
+            _vector_types(collection),
+        )
+    texts = list(map(vectors.to_text, embeddings))
+    return int(plan.execute([keys, texts, hashes]).nrows())
+
+
+def _add(
+    plpy: Any,
+    collection: Collection,
+    keys: list[Any],
+    embeddings: NDArray[np.float32],
+    hashes: list[bytes],
+) -> int:
+    """Store the vectors of new rows, in place of vectors that changes without triggers left over.
+
+    These are rare: it is the unique index that finds them, since to look for them before each
+    insert takes longer than to store a vector.
+    """
+    stored = _store(
+        plpy, collection, keys, embeddings, hashes, conflict=" ON CONFLICT (key) DO NOTHING"
+    )
+    if stored < len(keys):
+        _forget(plpy, collection, keys)
+        return _store(plpy, collection, keys, embeddings, hashes)
+    _forget_failures(plpy, collection, keys)
+    return stored
 
 
 def _vector_types(collection: Collection) -> tuple[str, ...]:

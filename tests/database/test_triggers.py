@@ -353,6 +353,93 @@ def test_other_sessions_see_commits_at_once(
     assert 20 in reader.images()
 
 
+def test_left_over_vectors_of_inserted_rows(table: Table) -> None:
+    """As of rows that went while triggers were off."""
+    db = table.db
+    db.execute("SET session_replication_role = replica")
+    db.execute("DELETE FROM t WHERE id < 5")
+    db.execute("RESET session_replication_role")
+    before = table.vectors()
+    db.execute("INSERT INTO t VALUES (0, %s)", (table.files[30],))
+    table.insert(1, 20)
+    db.execute("INSERT INTO t VALUES (2, NULL), (3, %s)", (table.files[3],))
+    db.execute("INSERT INTO t VALUES (4, NULL)")
+    after = table.vectors()
+    assert set(after) == {0, 1, 3, *range(5, 10), 20}
+    assert all(before[key] != after[key] for key in (0, 1, 3))
+    db.execute("DELETE FROM t WHERE image IS NULL")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        "id integer PRIMARY KEY, image bytea",
+        "image bytea, id integer PRIMARY KEY",
+        "image bytea, note integer DEFAULT 100, id integer PRIMARY KEY",
+        "note integer DEFAULT 100, id integer PRIMARY KEY, image bytea",
+        "note integer DEFAULT 100, image bytea, id integer PRIMARY KEY",
+    ],
+)
+def test_places_of_columns(db: Connection, pictures: Pictures, columns: str) -> None:
+    """Whatever the order, and when columns go or get each other's names in a session."""
+    insert = "INSERT INTO t (id, image) SELECT * FROM unnest(%s::int[], %s::bytea[])"
+    db.execute("CREATE TABLE t (first integer DEFAULT 200)")
+    for column in columns.split(", "):
+        db.execute(f"ALTER TABLE t ADD COLUMN {column}")
+    db.execute("SELECT create_collection('t', 't', key_column => 'id')")
+    db.execute(insert, ([1, 2], pictures.files[1:3]))
+    db.execute("ALTER TABLE t DROP COLUMN first")
+    db.execute(insert, ([3, 4], pictures.files[3:5]))
+    db.execute("ALTER TABLE t ADD COLUMN other integer DEFAULT 300")
+    db.execute(insert, ([5], pictures.files[5:6]))
+    with db.transaction(force_rollback=True):
+        db.execute("ALTER TABLE t RENAME id TO was; ALTER TABLE t RENAME other TO id")
+        with sql_error("55000", "does not match its table"):
+            db.execute("INSERT INTO t (was, id, image) VALUES (6, 7, %s)", (pictures.files[6],))
+    db.execute(insert, ([6], pictures.files[6:7]))
+    db.execute("ALTER TABLE t DROP COLUMN IF EXISTS note")
+    db.execute(insert, ([7], pictures.files[7:8]))
+    db.execute("CREATE TABLE wanted AS SELECT id, embed_image(image) AS embedding FROM t")
+    wrong = db.execute(
+        "SELECT w.id, e.key FROM wanted AS w FULL JOIN siamese.embedding_2 AS e ON e.key = w.id"
+        " WHERE e.embedding IS NULL OR w.embedding IS NULL OR e.embedding <=> w.embedding > 1e-5"
+    ).fetchall()
+    assert wrong == []
+
+
+def test_a_session_meets_what_was_changed(table: Table, connect: Callable[..., Connection]) -> None:
+    """It keeps what it knows of a collection, and must see that it is another now."""
+    db, session = table.db, connect()
+    junk = "INSERT INTO t (id, image) VALUES (50, 'junk')"
+    with sql_error("22P03", "row id = 50 of table public.t"):
+        session.execute(junk)
+    db.execute("SELECT alter_collection('t', max_bytes => 3)")
+    with sql_error("54000", "of 4 bytes is too large"):
+        session.execute(junk)
+    db.execute("SELECT alter_collection('t', max_bytes => -1)")
+    with session.transaction(force_rollback=True):
+        session.execute("SELECT alter_collection('t', on_error => 'quarantine')")
+        session.execute(junk)
+        session.execute("SELECT alter_collection('t', on_error => 'reject')")
+        with sql_error("22P03"), session.transaction():
+            session.execute("INSERT INTO t (id, image) VALUES (51, 'junk')")
+    with sql_error("22P03"):
+        session.execute(junk)
+    db.execute("CREATE SCHEMA clinic; ALTER TABLE t SET SCHEMA clinic")
+    with sql_error("22P03", "row id = 50 of table clinic.t"):
+        session.execute(junk.replace(" t ", " clinic.t "))
+    db.execute("ALTER SCHEMA clinic RENAME TO hospital; ALTER TABLE hospital.t RENAME TO scans")
+    with sql_error("22P03", "row id = 50 of table hospital.scans"):
+        session.execute(junk.replace(" t ", " hospital.scans "))
+    db.execute("ALTER TABLE hospital.scans FORCE ROW LEVEL SECURITY")
+    session.execute("INSERT INTO hospital.scans VALUES (20, %s)", (table.files[20],))
+    db.execute("ALTER TABLE hospital.scans NO FORCE ROW LEVEL SECURITY")
+    db.execute("ALTER TABLE hospital.scans RENAME TO t; ALTER TABLE hospital.t SET SCHEMA public")
+    db.execute("CREATE SCHEMA extensions; ALTER EXTENSION vector SET SCHEMA extensions")
+    session.execute("INSERT INTO t VALUES (21, %s)", (table.files[21],))
+    db.execute("ALTER EXTENSION vector SET SCHEMA public")
+
+
 def test_replica_role_and_backfill(table: Table) -> None:
     """As logical replication and pg_restore --disable-triggers write: triggers don't fire."""
     table.db.execute("SET session_replication_role = replica")
@@ -467,6 +554,22 @@ def test_quarantine_is_left_by_repair(quarantine: Table) -> None:
     db.execute("INSERT INTO t VALUES (6, 'x')")
     db.execute("TRUNCATE t")
     assert failures(db) == {}
+
+
+def test_left_overs_of_quarantined_rows(quarantine: Table) -> None:
+    db = quarantine.db
+    db.execute("SET session_replication_role = replica")
+    db.execute("DELETE FROM t")
+    db.execute("RESET session_replication_role")
+    assert set(failures(db)) == {"1", "3"} and set(quarantine.vectors()) == {0, 2, 4}
+    quarantine.insert(1)
+    db.execute(
+        "INSERT INTO t VALUES (0, 'junk'), (2, %s), (3, %s)",
+        (quarantine.files[2], quarantine.files[3]),
+    )
+    assert set(failures(db)) == {"0"} and set(quarantine.vectors()) == {1, 2, 3, 4}
+    db.execute("INSERT INTO t VALUES (4, NULL)")
+    assert set(failures(db)) == {"0"} and set(quarantine.vectors()) == {1, 2, 3}
 
 
 def test_backfill_with_failures(quarantine: Table) -> None:
