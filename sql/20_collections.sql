@@ -131,8 +131,10 @@ BEGIN
         WHERE c.collection_id = number AND c.relation::oid = TG_RELID;
         -- Without one, _follow_change says why.
         IF FOUND THEN
-            -- Operators of other types could be code of the table's owner.
-            IF is_plain IS NOT TRUE THEN
+            -- Operators of other types could be code of the table's owner. This row may be out of date, which
+            -- _check_table finds out: it matters only to an UPDATE, whose query compares.
+            IF is_plain IS NOT TRUE
+                OR (TG_OP = 'UPDATE' AND current_setting('transaction_isolation') NOT LIKE 'read %') THEN
                 PERFORM siamese._check_table(number, TG_RELID);
             END IF;
             -- Casts could be code of the owner, too, but not what format calls. A statement that stands here
@@ -672,6 +674,7 @@ AS $$
 DECLARE
     collection siamese.collections;
     source regclass := to_regclass(format('siamese.source_%s', collection_id));
+    types oid[];
 BEGIN
     SELECT c.* INTO collection FROM siamese.collections AS c
     WHERE c.collection_id = _check_table.collection_id;
@@ -702,6 +705,23 @@ BEGIN
         USING ERRCODE = 'object_not_in_prerequisite_state',
             DETAIL = 'A column may have been renamed, or have another type.',
             HINT = 'Drop the collection and create it again.';
+    END IF;
+    -- A transaction that keeps its snapshot sees the catalog as it was, but statements meet columns as they
+    -- are: meanwhile the owner may have given their names to others.
+    IF current_setting('transaction_isolation') NOT LIKE 'read %' THEN
+        EXECUTE format(
+            'SELECT ARRAY[pg_typeof((NULL::%1$s).%2$I), pg_typeof((NULL::%1$s).%3$I)]::oid[]',
+            relation::regclass, collection.key_column, collection.image_column)
+        INTO types;
+        IF EXISTS (
+            SELECT FROM pg_attribute AS a
+            WHERE a.attrelid = _check_table.relation AND NOT a.attisdropped
+                AND ((a.attname = collection.key_column AND a.atttypid <> types[1])
+                    OR (a.attname = collection.image_column AND a.atttypid <> types[2]))
+        ) THEN
+            RAISE EXCEPTION 'could not serialize access due to concurrent change of table %', relation::regclass
+            USING ERRCODE = 'serialization_failure', HINT = 'Try the transaction again.';
+        END IF;
     END IF;
 END
 $$;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psycopg
 import pytest
 
 from tests.conftest import Connection, Pictures
@@ -200,6 +201,42 @@ def test_an_owner_cannot_make_the_superuser_read_the_table(
     session.execute("DELETE FROM t")
     assert owned.db.execute("SELECT backfill('t')").fetchone() == (0,)
     assert owned.bad() == []
+
+
+@pytest.mark.parametrize("column", ["id", "image"])
+@pytest.mark.parametrize("event", ["INSERT", "UPDATE", "DELETE"])
+def test_columns_that_change_under_an_old_snapshot(
+    owned: Owned, connect: Callable[..., Connection], column: str, event: str
+) -> None:
+    """Its catalog shows the former ones; code of the owner's types must not run as superuser."""
+    session, other = connect(user=owned.first), connect(user=owned.first)
+    is_superuser = "(SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)"
+    body = f"LANGUAGE plpgsql AS $$ BEGIN ASSERT NOT {is_superuser}; RETURN"
+    other.execute(
+        f"""
+        CREATE TYPE evil AS ENUM ('x');
+        CREATE FUNCTION evil_text(evil) RETURNS text {body} '1'; END $$;
+        CREATE FUNCTION evil_integer(evil) RETURNS integer {body} 1; END $$;
+        CREATE FUNCTION evil_bytea(evil) RETURNS bytea {body} ''; END $$;
+        CREATE CAST (evil AS text) WITH FUNCTION evil_text(evil);
+        CREATE CAST (evil AS integer) WITH FUNCTION evil_integer(evil) AS IMPLICIT;
+        CREATE CAST (evil AS bytea) WITH FUNCTION evil_bytea(evil) AS IMPLICIT;
+        ALTER TABLE t ADD COLUMN other evil NOT NULL DEFAULT 'x'
+        """
+    )
+    session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+    other.execute(f"ALTER TABLE t RENAME {column} TO was; ALTER TABLE t RENAME other TO {column}")
+    picture, file = ("image", "was")[column == "image"], owned.files[7]
+    key = ("id", "was")[column == "id"]
+    try:
+        if event == "INSERT":
+            session.execute(f"INSERT INTO t ({key}, {picture}) VALUES (7, %s)", (file,))
+        elif event == "UPDATE":
+            session.execute(f"UPDATE t SET {picture} = %s", (file,))
+        else:
+            session.execute("DELETE FROM t")
+    except psycopg.Error as error:
+        assert error.sqlstate in ("40001", "22P02"), error
 
 
 def test_two_sessions_after_a_change_of_owner(
