@@ -88,6 +88,7 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
                 hint="Register the same file under the same name once more with register_model:"
                 " that restores it.",
             )
+        import pg_siamese_server.images  # noqa: F401 -- who opens an encoder goes on to decode
         from pg_siamese_server.encoder import Encoder
 
         found = Encoder(row["onnx"], specification)
@@ -100,9 +101,20 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
 
 
 def embed(
-    plpy: Any, model_id: int, images: list[bytes | None], limits: Limits = MODELS_OWN
+    plpy: Any,
+    model_id: int,
+    images: list[bytes | None],
+    limits: Limits = MODELS_OWN,
+    sha256: str | None = None,
 ) -> NDArray[np.float32]:
     """Decode and embed a few images, within the limits of a collection.
+
+    Args:
+        plpy: PL/Python's module.
+        model_id: of the model.
+        images: image files.
+        limits: of the collection.
+        sha256: of the model's ONNX file, where the caller has read it.
 
     Returns:
         float32 (images, dimension).
@@ -113,7 +125,7 @@ def embed(
     from pg_siamese_server.encoder import check_embedding
     from pg_siamese_server.images import decode_image
 
-    model = encoder(plpy, model_id)
+    model = encoder(plpy, model_id, sha256)
     poll = partial(interrupts.check, plpy)
     spec = limits.of(model.spec.input)
     pixels = np.stack([decode_image(image, spec, poll) for image in images])

@@ -127,13 +127,19 @@ def _ordinarily(plpy: Any, request: Request, embedded: Embedded) -> Answer:
     if request.key is None:
         embedding = embedded.get((collection.model_id, collection.limits))
         if embedding is None:
-            embedding = models.embed(plpy, collection.model_id, [request.image], collection.limits)
+            embedding = _embedded(plpy, collection, request)
     conditions = parse(plpy, collection, request.filter)
     if request.engine != "pgvector":
         answer = _with_faiss(plpy, request, collection, state, embedding, conditions)
         if answer is not None:
             return answer
     return _with_pgvector(plpy, request, collection, state, embedding, conditions)
+
+
+def _embedded(plpy: Any, collection: Collection, request: Request) -> NDArray[np.float32]:
+    return models.embed(
+        plpy, collection.model_id, [request.image], collection.limits, collection.sha256
+    )
 
 
 def _without_vector(plpy: Any, request: Request, collection: Collection) -> Answer:
@@ -199,7 +205,7 @@ def _steadily(plpy: Any, request: Request, embedded: Embedded) -> Answer | None:
     embedding = None
     if request.key is None:
         try:
-            embedding = models.embed(plpy, collection.model_id, [request.image], collection.limits)
+            embedding = _embedded(plpy, collection, request)
         except SiameseError:  # which error it is to be, the ordinary way knows
             return None
         embedded[collection.model_id, collection.limits] = embedding

@@ -249,13 +249,13 @@ def test_poisoned_images(table: Table) -> None:
 # A decoder with a hole: an image of these bytes takes the process with it.
 DEADLY = """
 import os, signal
-from pg_siamese_server import batches
-decode = batches.decode_image
+from pg_siamese_server import images
+decode = images.decode_image
 def deadly(image, *rest):
     if image == b"deadly":
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(image, *rest)
-batches.decode_image = deadly
+images.decode_image = deadly
 from pg_siamese.cli import app
 app()
 """
