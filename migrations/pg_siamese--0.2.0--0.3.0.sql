@@ -1,5 +1,21 @@
 \echo Use "ALTER EXTENSION pg_siamese UPDATE" to load this file. \quit
 
+-- The tables of collections before those of the extension, as statements lock them.
+DO $$
+DECLARE
+    relation regclass;
+BEGIN
+    FOR relation IN
+        SELECT c.relation
+        FROM siamese.collections AS c
+        INNER JOIN pg_catalog.pg_class AS t ON t.oid OPERATOR(pg_catalog.=) c.relation::pg_catalog.oid
+        ORDER BY c.collection_id
+    LOOP
+        EXECUTE pg_catalog.format('LOCK TABLE ONLY %s IN EXCLUSIVE MODE', relation);
+    END LOOP;
+END
+$$;
+
 ALTER TABLE siamese.generations ADD COLUMN ef_search_many integer[];
 
 -- Parameters became as wide as drivers send them, and one more came.

@@ -215,6 +215,52 @@ END
 $$;
 COMMENT ON FUNCTION siamese._check_owner(regclass) IS 'refuse a caller who does not own the table';
 
+-- Whatever locks several objects of a collection takes them in this order, so that nobody waits for anybody in
+-- a circle: the lock of its index builds, the row in siamese.collections (FOR KEY SHARE), the view of vectors, the
+-- table, whatever is made for it (pending_N before embedding_N), and at last the row for good. A statement on the
+-- table has its lock when our triggers run. All else that goes on to read or write vectors takes it first.
+CREATE FUNCTION siamese._lock_relation(relation regclass, lock_mode text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    table_name text;
+BEGIN
+    LOOP
+        -- As it is called now, whatever the snapshot: a number, if there is no such table.
+        table_name := relation::text;
+        IF table_name IS NULL OR table_name = relation::oid::text THEN
+            RETURN false;
+        END IF;
+        BEGIN
+            EXECUTE format('LOCK TABLE ONLY %s IN %s MODE', table_name, lock_mode);
+            RETURN true;
+        EXCEPTION WHEN undefined_table OR invalid_schema_name THEN
+            NULL; -- Renamed or dropped while this waited.
+        END;
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION siamese._lock_relation(regclass, text) IS 'lock a table; returns whether it exists';
+
+CREATE FUNCTION siamese._lock_table(collection_id integer, lock_mode text DEFAULT 'ROW SHARE') RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    relation regclass := (
+        SELECT c.relation FROM siamese.collections AS c WHERE c.collection_id = _lock_table.collection_id);
+BEGIN
+    IF NOT siamese._lock_relation(relation, lock_mode) THEN
+        RETURN false;
+    END IF;
+    -- A statement of its own, which sees what was committed while this waited.
+    RETURN EXISTS (SELECT FROM siamese.collections AS c WHERE c.collection_id = _lock_table.collection_id);
+END
+$$;
+COMMENT ON FUNCTION siamese._lock_table(integer, text)
+IS 'lock a collection''s table; returns whether both exist';
+
 CREATE FUNCTION siamese._grantees(function_name regproc) RETURNS SETOF text
 LANGUAGE sql STABLE PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
@@ -833,12 +879,18 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     collection siamese.collections;
-    vectors regclass := to_regclass(format('siamese.embedding_%s', collection_id));
+    vectors regclass;
     signature text;
 BEGIN
-    SELECT c.* INTO STRICT collection FROM siamese.collections AS c
+    -- No trigger or worker may be between two of the functions. Searches go on.
+    IF NOT siamese._lock_table(collection_id, 'EXCLUSIVE') THEN
+        -- Without its table, somebody may be dropping the collection all the same.
+        PERFORM pg_advisory_xact_lock(hashtext('pg_siamese build'), collection_id);
+    END IF;
+    SELECT c.* INTO collection FROM siamese.collections AS c
     WHERE c.collection_id = _renew_collection.collection_id;
-    IF vectors IS NULL THEN
+    vectors := to_regclass(format('siamese.embedding_%s', collection_id));
+    IF NOT FOUND OR vectors IS NULL THEN
         RETURN;
     END IF;
     IF NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = vectors AND a.attname = 'image_hash') THEN
@@ -1034,6 +1086,8 @@ BEGIN
         RAISE EXCEPTION 'invalid value for "embed": "%"', embed
         USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "sync" or "deferred".';
     END IF;
+    -- Two that create one by the same name come one after the other, also where both make siamese.images.
+    PERFORM pg_advisory_xact_lock(hashtext('pg_siamese create'), hashtext(name));
     IF EXISTS (SELECT FROM siamese.collections AS c WHERE c.name = create_collection.name) THEN
         RAISE EXCEPTION 'collection "%" already exists', name
         USING ERRCODE = 'duplicate_object',
@@ -1049,6 +1103,11 @@ BEGIN
         relation := siamese._create_images_table();
     ELSE
         PERFORM siamese._check_owner(relation);
+    END IF;
+    PERFORM siamese._check_relation(relation, image_column);
+    -- What triggers need. Now, so that the table stays what the checks find from here on.
+    IF NOT siamese._lock_relation(relation, 'SHARE ROW EXCLUSIVE') THEN
+        RAISE EXCEPTION 'table with OID % does not exist', relation::oid USING ERRCODE = 'undefined_table';
     END IF;
     PERFORM siamese._check_relation(relation, image_column);
     IF key_column = '' THEN
@@ -1175,6 +1234,10 @@ BEGIN
         max_bytes = nullif(coalesce(alter_collection.max_bytes, c.max_bytes), -1),
         max_pixels = nullif(coalesce(alter_collection.max_pixels, c.max_pixels), -1)
     WHERE c.name = alter_collection.name;
+    -- Dropped while this waited.
+    IF NOT FOUND THEN
+        PERFORM siamese._unknown_collection(name);
+    END IF;
 END
 $$;
 COMMENT ON FUNCTION siamese.alter_collection(text, text, bigint, bigint)
@@ -1190,12 +1253,21 @@ DECLARE
     trigger_name text;
     item record;
 BEGIN
-    SELECT c.* INTO collection FROM siamese.collections AS c
-    WHERE c.name = drop_collection.name FOR UPDATE;
+    SELECT c.* INTO collection FROM siamese.collections AS c WHERE c.name = drop_collection.name;
     IF NOT FOUND THEN
         PERFORM siamese._unknown_collection(name);
     END IF;
     PERFORM siamese._check_owner(collection.relation);
+    -- In the order of the rules above. A build may take minutes, in which the table is free for others.
+    PERFORM pg_advisory_xact_lock(hashtext('pg_siamese build'), collection.collection_id);
+    PERFORM FROM siamese.collections AS c
+    WHERE c.collection_id = collection.collection_id AND c.name = drop_collection.name FOR KEY SHARE;
+    -- Dropped or renamed while this waited.
+    IF NOT FOUND THEN
+        PERFORM siamese._unknown_collection(name);
+    END IF;
+    PERFORM siamese._drop_vectors_view(collection.collection_id);
+    PERFORM siamese._lock_relation(collection.relation, 'ACCESS EXCLUSIVE');
     FOR trigger_name IN
         SELECT t.tgname FROM pg_trigger AS t
         WHERE t.tgrelid = collection.relation
@@ -1203,17 +1275,17 @@ BEGIN
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', trigger_name, collection.relation);
     END LOOP;
-    PERFORM siamese._drop_vectors_view(collection.collection_id);
     FOR item IN
-        SELECT CASE t.relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END AS kind, t.oid::regclass::text AS name
-        FROM unnest(ARRAY['source', 'embedding', 'pending', 'queue']) AS n (name)
+        SELECT CASE t.relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END AS kind, t.oid::regclass::text AS name, n.place
+        FROM unnest(ARRAY['source', 'pending', 'embedding', 'queue']) WITH ORDINALITY AS n (name, place)
         INNER JOIN pg_class AS t ON t.relname = format('%s_%s', n.name, collection.collection_id)
         WHERE t.relnamespace = 'siamese'::regnamespace AND t.relkind IN ('r', 'v')
         UNION ALL
-        SELECT 'FUNCTION', p.oid::regprocedure::text FROM pg_proc AS p
+        SELECT 'FUNCTION', p.oid::regprocedure::text, 5 FROM pg_proc AS p
         WHERE p.pronamespace = 'siamese'::regnamespace AND p.proname::text = ANY(
             siamese._row_function_names(collection.collection_id)
             || format('_queue_insert_%s', collection.collection_id))
+        ORDER BY place
     LOOP
         EXECUTE format('DROP %s %s', item.kind, item.name);
     END LOOP;

@@ -4,7 +4,8 @@
 -- 1. A statement that changes an image deletes its vector and adds a ticket, in its own transaction. So a
 --    vector that is there belongs to the image that is there, and a key that has one needs no other.
 -- 2. A vector is stored while its row is locked and its image is still the one that was embedded.
--- 3. Locks are taken in this order: the table, tickets, rows; and nobody waits for a ticket or a row.
+-- 3. Locks are taken in this order: the table (see _lock_relation), tickets, rows. Nobody waits for a ticket or
+--    a row.
 -- An image that kills who embeds it must not do so for ever. What a worker begins with, it notes over another
 -- connection, which a crash doesn't roll back; tickets that workers keep dying with are cut up and taken one
 -- by one, and at last given up.
@@ -265,7 +266,8 @@ IS 'statement trigger of a table that is embedded later: forgets old vectors and
 CREATE FUNCTION siamese._queued_collections()
 RETURNS TABLE (collection_id integer, name text, model_id integer, sha256 text)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
+-- A collection that somebody is dropping must not hold up the others. Long enough for VACUUM, which gives way.
+SET search_path = pg_catalog, pg_temp SET jit = off SET lock_timeout = '200ms'
 AS $$
 DECLARE
     has_tickets boolean;
@@ -277,10 +279,14 @@ BEGIN
         INNER JOIN pg_class AS r ON r.oid = c.relation::oid
         WHERE c.embed = 'deferred' ORDER BY c.collection_id
     LOOP
-        EXECUTE format(
-            'SELECT EXISTS (SELECT FROM siamese.queue_%s AS q
-                WHERE q.not_before IS NULL OR q.not_before <= clock_timestamp())', collection_id)
-        INTO has_tickets;
+        BEGIN
+            EXECUTE format(
+                'SELECT EXISTS (SELECT FROM siamese.queue_%s AS q
+                    WHERE q.not_before IS NULL OR q.not_before <= clock_timestamp())', collection_id)
+            INTO has_tickets;
+        EXCEPTION WHEN lock_not_available OR undefined_table THEN -- Being dropped, or dropped by now.
+            has_tickets := false;
+        END;
         IF has_tickets THEN
             RETURN NEXT;
         END IF;
@@ -315,9 +321,11 @@ DECLARE
     found integer;
     is_suspect boolean;
 BEGIN
+    -- The table's lock first: see the rules above. Of a collection that is gone, nothing is waiting.
+    IF NOT siamese._lock_table(collection_id) THEN
+        RETURN;
+    END IF;
     PERFORM siamese._let_owner_read(collection_id, true);
-    -- The table's lock first: see the rules above.
-    EXECUTE format('SELECT FROM siamese._locked_rows_%s(NULL)', collection_id);
     -- No more than needed, since others leave out what is locked here: small steps where tickets are large.
     -- What a worker may have died of comes alone, so that nothing else is suspected with it.
     LOOP
@@ -386,9 +394,10 @@ BEGIN
     ) THEN
         RETURN 0;
     END IF;
+    IF NOT siamese._lock_table($1) THEN
+        RETURN 0;
+    END IF;
     PERFORM siamese._let_owner_read($1, true);
-    -- The table's lock first: see the rules above.
-    EXECUTE format('SELECT FROM siamese._locked_rows_%s(NULL)', $1);
     EXECUTE format(
         'DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = %1$s
             AND NOT EXISTS (SELECT FROM siamese.queue_%1$s AS q WHERE q.ticket = a.ticket)', $1);
@@ -423,7 +432,8 @@ BEGIN
     EXECUTE format(
         'INSERT INTO siamese.failures (collection_id, key, sqlstate, message)
         SELECT %1$s, p.key::text, ''58000'', ''workers died each time that they embedded this row''
-        FROM siamese._present_%1$s($1::%2$s[]) AS p (key)',
+        FROM siamese._present_%1$s($1::%2$s[]) AS p (key) ORDER BY p.key
+        ON CONFLICT (collection_id, key) DO NOTHING',
         $1, (SELECT c.key_type FROM siamese.collections AS c WHERE c.collection_id = $1))
     USING given_up;
     RETURN cardinality(given_up);
@@ -523,7 +533,10 @@ BEGIN
             FROM failed AS f WHERE f.is_again
         )
         INSERT INTO siamese.failures (collection_id, key, sqlstate, message)
-        SELECT %1$s, f.key::text, f.sqlstate, f.message FROM failed AS f WHERE NOT f.is_again',
+        SELECT %1$s, f.key::text, f.sqlstate, f.message FROM failed AS f WHERE NOT f.is_again ORDER BY f.key
+        -- Another worker may have met the row in another ticket.
+        ON CONFLICT (collection_id, key) DO UPDATE
+        SET sqlstate = excluded.sqlstate, message = excluded.message, failed_at = now()',
         collection.number, collection.key_type)
     USING failed_keys, sqlstates, messages, may_retry, unchanged, tickets;
     -- Done with are also rows that are gone, and those that have a vector by now. Others had the row locked,
@@ -564,10 +577,16 @@ DECLARE
     added bigint;
     deleted bigint;
 BEGIN
+    -- Who builds has it, and who drops the collection. So what is found after it stays.
+    IF NOT pg_try_advisory_xact_lock(hashtext('pg_siamese build'), collection_id) THEN
+        RETURN NULL;
+    END IF;
     SELECT c.name, coalesce(g.rows, 0) AS indexed INTO collection
-    FROM siamese.collections AS c LEFT JOIN siamese.generations AS g USING (generation)
+    FROM siamese.collections AS c
+    INNER JOIN pg_class AS r ON r.oid = c.relation::oid
+    LEFT JOIN siamese.generations AS g USING (generation)
     WHERE c.collection_id = _build_if_needed.collection_id;
-    IF NOT FOUND OR NOT pg_try_advisory_xact_lock(hashtext('pg_siamese build'), collection_id) THEN
+    IF NOT FOUND THEN
         RETURN NULL;
     END IF;
     EXECUTE format(

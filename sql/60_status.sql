@@ -31,14 +31,17 @@ SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 BEGIN
     PERFORM siamese._check_may_see(collection_id);
+    -- What is pending first, for the order of locks.
     RETURN QUERY EXECUTE format(
-        'SELECT
-            (SELECT count(*) FROM siamese.embedding_%1$s),
+        'SELECT c.rows_embedded, c.pending, c.dead FROM (SELECT
             (SELECT count(*) FROM siamese.pending_%1$s AS p
-                INNER JOIN siamese.embedding_%1$s AS e USING (embedding_id) WHERE NOT p.deleted),
+                INNER JOIN siamese.embedding_%1$s AS e USING (embedding_id) WHERE NOT p.deleted) AS pending,
+            (SELECT count(*) FROM siamese.embedding_%1$s) AS rows_embedded,
             (SELECT count(*) FROM siamese.pending_%1$s AS p WHERE p.deleted
                 AND NOT EXISTS (SELECT FROM siamese.pending_%1$s AS a
-                    WHERE a.embedding_id = p.embedding_id AND NOT a.deleted))', collection_id);
+                    WHERE a.embedding_id = p.embedding_id AND NOT a.deleted)) AS dead) AS c', collection_id);
+EXCEPTION WHEN undefined_table THEN -- Dropped after this statement began: the others have their counts.
+    RETURN NEXT;
 END
 $$;
 COMMENT ON FUNCTION siamese._collection_counts(integer) IS 'counts for the view collection_status';
@@ -93,6 +96,8 @@ BEGIN
                 WHERE b.collection_id = %1$s
                     AND b.embedded_at > clock_timestamp() - interval ''1 minute'')::real
         FROM siamese.queue_%1$s AS q', collection_id);
+EXCEPTION WHEN undefined_table THEN -- Dropped after this statement began.
+    RETURN NEXT;
 END
 $$;
 COMMENT ON FUNCTION siamese._queue_counts(integer)

@@ -20,7 +20,9 @@ BEGIN
                     '_load', '_raise', 'similar_images', '_similar_images', '_match_line', 'similar_rows', '_similar_keys',
                     '_no_collection', 'classify_image', '_classify_image', 'embed_image', 'image_distance',
                     'same_class', 'any_two_match', '_compare_images', '_model_id', 'warm_up', '_warm_up',
-                    '_is_waiting', '_estimate', '_may_see', '_caller', '_collection_counts', '_generation_file', '_queue_counts')
+                    '_is_waiting', '_estimate', '_may_see', '_caller', '_collection_counts', '_generation_file', '_queue_counts',
+                    -- The planner calls these, as the caller, where it folds a constant.
+                    '_key_in', '_key_out', '_filter_in', '_filter_out')
                 OR (admin AND p.proname IN (
                     'register_model', 'register_shipped_models', 'drop_model', 'create_collection',
                     'alter_collection', 'drop_collection',

@@ -2,6 +2,7 @@
 
     build/client/bin/python -m tests.stress recall
     build/client/bin/python -m tests.stress mixed --seconds 120
+    build/client/bin/python -m tests.stress lifecycle --seconds 120
     build/client/bin/python -m tests.stress cancel
     build/client/bin/python -m tests.stress images
     build/client/bin/python -m tests.stress memory
@@ -24,6 +25,7 @@ from pg_siamese.dev.cluster import Cluster, create_database
 from tests.bars.bad_images import BadImages
 from tests.bars.cancel import Cancel
 from tests.bars.gallery import MODELS, Connection, gallery
+from tests.bars.lifecycle import Lifecycle
 from tests.bars.memory import Memory
 from tests.bars.mixed import Mixed
 from tests.bars.parity import Parity
@@ -82,6 +84,12 @@ def mixed(options: argparse.Namespace) -> None:
         Mixed(connect, gallery(rows + 1000), rows, options.seconds, seed=options.seed).run()
 
 
+def lifecycle(options: argparse.Namespace) -> None:
+    """Collections that come and go beside everything else."""
+    with database() as connect:
+        Lifecycle(connect, connect.dsn, gallery(500), options.seconds, seed=options.seed).run()
+
+
 def cancel(options: argparse.Namespace) -> None:
     """Time-outs and cancels, at 100,000 rows."""
     del options
@@ -113,6 +121,7 @@ def parity(options: argparse.Namespace) -> None:
 FORMS: dict[str, Callable[[argparse.Namespace], None]] = {
     "recall": recall,
     "mixed": mixed,
+    "lifecycle": lifecycle,
     "cancel": cancel,
     "images": images,
     "memory": memory,
@@ -128,8 +137,10 @@ def main() -> None:
     parser.add_argument("form", choices=[*FORMS, "all"])
     parser.add_argument("--rows", type=int, default=20_000, help="recall: rows loaded")
     parser.add_argument("--queries", type=int, default=200, help="recall: searches after each step")
-    parser.add_argument("--seconds", type=float, default=120, help="mixed: how long")
-    parser.add_argument("--seed", type=int, default=0, help="mixed, images: of what is random")
+    parser.add_argument("--seconds", type=float, default=120, help="mixed, lifecycle: how long")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="mixed, lifecycle, images: of what is random"
+    )
     parser.add_argument("--count", type=int, default=2000, help="images: damaged files")
     options = parser.parse_args()
     for name in FORMS if options.form == "all" else [options.form]:

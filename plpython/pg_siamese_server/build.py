@@ -51,8 +51,7 @@ def build_index(
             sqlstate=READ_ONLY_SQL_TRANSACTION,
             hint="Make its own file of the current generation with rebuild_file.",
         )
-    collection = collection_by_name(plpy, name)
-    plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection.collection_id})")
+    collection = _locked_collection(plpy, name)
     before = plpy.execute(
         "SELECT generation, epoch FROM siamese.collections"
         f" WHERE collection_id = {collection.collection_id}"
@@ -109,6 +108,16 @@ def build_index(
     index_file.remove_others(directory, {generation, before["generation"] or generation})
     _remove_abandoned(plpy)
     return generation
+
+
+def _locked_collection(plpy: Any, name: str | None) -> Collection:
+    """Look a collection up, with the lock of its builds, which who drops it takes as well."""
+    while True:
+        collection = collection_by_name(plpy, name)
+        plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection.collection_id})")
+        found = collection_by_name(plpy, name)  # while this waited, it may have been dropped
+        if found.collection_id == collection.collection_id:
+            return found
 
 
 def _searched(options: graph.Options, measured: graph.Measured) -> tuple[Any, ...]:

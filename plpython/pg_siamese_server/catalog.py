@@ -202,6 +202,25 @@ def collection_by_name(plpy: Any, name: str | None) -> Collection:
     )
 
 
+def locked_collection(plpy: Any, name: str | None) -> Collection:
+    """Look a collection up and lock its table, so that both stay until the transaction ends.
+
+    Whoever reads or writes vectors takes this lock before any other: see ``_lock_relation``.
+    """
+    while True:
+        collection = collection_by_name(plpy, name)
+        lock_table(plpy, collection.collection_id)
+        found = collection_by_name(plpy, name)  # while this waited, it may have been dropped
+        if found.collection_id == collection.collection_id:
+            return found
+
+
+def lock_table(plpy: Any, collection_id: int) -> bool:
+    """Lock a collection's table against DDL; returns whether both exist."""
+    plan = prepare(plpy, "SELECT siamese._lock_table($1) AS found", ("integer",))
+    return bool(plan.execute([collection_id])[0]["found"])
+
+
 def near_collection_hint(plpy: Any, name: str) -> str:
     """Say which collection may be meant: of a table of this name, or of nearly this one."""
     import difflib
@@ -261,12 +280,17 @@ def collection_of_trigger(
 
 def _checked(collection: Collection) -> Collection:
     if collection.relation is None:
-        raise SiameseError(
-            f'table of collection "{collection.name}" does not exist any more',
-            sqlstate=UNDEFINED_OBJECT,
-            hint="Drop the collection with drop_collection.",
-        )
+        raise no_table(collection.name)
     return collection
+
+
+def no_table(name: str) -> SiameseError:
+    """Return the error of a collection whose table was dropped."""
+    return SiameseError(
+        f'table of collection "{name}" does not exist any more',
+        sqlstate=UNDEFINED_OBJECT,
+        hint="Drop the collection with drop_collection.",
+    )
 
 
 def model_id_by_name(plpy: Any, name: str | None) -> int:

@@ -19,8 +19,8 @@ from pg_siamese_server import batches, deferred, interrupts, models, vectors
 from pg_siamese_server.batches import FIRST_ROWS, next_portion
 from pg_siamese_server.catalog import (
     Collection,
-    collection_by_name,
     collection_of_trigger,
+    locked_collection,
     prepare,
 )
 from pg_siamese_server.errors import ImageError, SiameseError, counted
@@ -320,7 +320,7 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     """
     if max_rows is not None and max_rows < 1:
         raise SiameseError("max_rows must be positive")
-    collection = collection_by_name(plpy, name)
+    collection = locked_collection(plpy, name)
     _let_owner_read(plpy, collection, for_lock=True)
     _forget(plpy, collection, _keys(plpy, abandoned_query(collection, "array_agg(e.key) AS keys")))
     if collection.embed == "deferred":

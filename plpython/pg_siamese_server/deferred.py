@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pg_siamese_server import batches, interrupts, models, vectors
 from pg_siamese_server.batches import FIRST_ROWS, MAX_ROWS_AT_ONCE, next_portion
-from pg_siamese_server.catalog import Collection, collection_by_id, collection_by_name, prepare
+from pg_siamese_server.catalog import (
+    Collection,
+    collection_by_id,
+    lock_table,
+    locked_collection,
+    prepare,
+)
 from pg_siamese_server.errors import (
     INVALID_PARAMETER_VALUE,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -226,7 +232,7 @@ def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
     if max_rows is not None and max_rows < 1:
         raise SiameseError("max_rows must be positive")
     if name is not None:
-        collection = collection_by_name(plpy, name)
+        collection = locked_collection(plpy, name)
         if collection.embed != "deferred":
             raise SiameseError(
                 f'collection "{collection.name}" is not embedded later',
@@ -236,14 +242,22 @@ def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
             )
         return embed_collection(plpy, collection, max_rows)
     stored = 0
-    waiting = plpy.execute("SELECT collection_id, name FROM siamese._queued_collections()")
-    for row in waiting:
+    deferred = plpy.execute(
+        "SELECT c.collection_id, c.name FROM siamese.collections AS c"
+        " INNER JOIN pg_catalog.pg_class AS r ON r.oid = c.relation::oid"
+        " WHERE c.embed = 'deferred' ORDER BY c.collection_id"
+    )
+    for row in deferred:
         left = None if max_rows is None else max_rows - stored
         if left is not None and left <= 0:
             break
         try:
             with plpy.subtransaction():
-                collection = collection_by_id(plpy, row["collection_id"])
+                # Not all queues at once: each comes after the lock of its table.
+                number = row["collection_id"]
+                if not (lock_table(plpy, number) and _has_tickets(plpy, number)):
+                    continue
+                collection = collection_by_id(plpy, number)
                 stored += embed_collection(plpy, collection, left)
         except SiameseError as error:
             _warn(plpy, row["name"], error.message)
@@ -252,6 +266,12 @@ def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
                 raise
             _warn(plpy, row["name"], str(error))
     return stored
+
+
+def _has_tickets(plpy: Any, collection_id: int) -> bool:
+    due = "q.not_before IS NULL OR q.not_before <= clock_timestamp()"
+    query = f"SELECT FROM siamese.queue_{collection_id} AS q WHERE {due} LIMIT 1"
+    return bool(plpy.execute(query).nrows())
 
 
 def _warn(plpy: Any, name: str, reason: str) -> None:

@@ -22,12 +22,14 @@ from pg_siamese_server.catalog import (
     Collection,
     collection_by_name,
     is_standby,
+    no_table,
     prepare,
 )
 from pg_siamese_server.errors import (
     FEATURE_NOT_SUPPORTED,
     NO_DATA_FOUND,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
+    UNDEFINED_OBJECT,
     IndexFileError,
     SiameseError,
     counted,
@@ -232,7 +234,9 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
         f"SELECT {stored} AS query_id, c.generation, p.settled, p.opened,"
         " pg_catalog.pg_current_snapshot()::text AS snapshot,"
         " pg_catalog.row_security_active(c.relation) AS is_restricted"
-        " FROM siamese.collections AS c LEFT JOIN LATERAL (SELECT"
+        # The table's lock before all others, as those take it who write or drop.
+        f" FROM siamese.collections AS c LEFT JOIN {collection.relation} AS l ON false"
+        " LEFT JOIN LATERAL (SELECT"
         " pg_catalog.array_agg(x.change) FILTER (WHERE x.is_settled) AS settled,"
         " pg_catalog.array_agg(x.change) FILTER (WHERE NOT x.is_settled) AS opened"
         " FROM (SELECT CASE WHEN y.deleted THEN -y.embedding_id ELSE y.embedding_id END AS change,"
@@ -286,12 +290,34 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
                 collection.plans.pop("state by key", None)
             return collection, state
         del _collections[collection.name]
+    assert collection is not None
+    _check_there(plpy, collection)
     raise SiameseError(
         f'collection "{name}" does not match its table any more',
         sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
         detail="A column or table may have been renamed.",
         hint="Drop the collection and create it again.",
     )
+
+
+def _check_there(plpy: Any, collection: Collection) -> None:
+    """Refuse a collection that was dropped, or whose table was, while the search waited for it.
+
+    The search's snapshot still has both. Names are looked up as they are now.
+    """
+    oid = collection.relation_oid
+    found = plpy.execute(
+        f"SELECT pg_catalog.to_regclass('{collection.embeddings}') IS NOT NULL AS has_vectors,"
+        f" {oid}::pg_catalog.oid::pg_catalog.regclass::pg_catalog.text <> '{oid}' AS has_table"
+    )[0]
+    if not found["has_vectors"]:
+        raise SiameseError(
+            f'collection "{collection.name}" does not exist',
+            sqlstate=UNDEFINED_OBJECT,
+            detail="It was dropped while this statement waited.",
+        )
+    if not found["has_table"]:
+        raise no_table(collection.name)
 
 
 def _with_faiss(

@@ -12,7 +12,13 @@ from importlib.metadata import version
 from typing import Any
 
 from pg_siamese_server import __version__, interrupts, models, telemetry
-from pg_siamese_server.catalog import COLLECTION_QUERY, Collection, is_standby, prepare
+from pg_siamese_server.catalog import (
+    COLLECTION_QUERY,
+    Collection,
+    is_standby,
+    lock_table,
+    prepare,
+)
 from pg_siamese_server.changes import abandoned_query, compared, missing_query, stale_keys
 from pg_siamese_server.deferred import CANCELLED
 from pg_siamese_server.errors import SiameseError
@@ -65,17 +71,20 @@ def self_check(plpy: Any, full: bool) -> list[Line]:
         _guarded(plpy, "index directory", _directory),
         _guarded(plpy, "triggers", partial(_strays, plpy)),
     ]
-    for row in plpy.execute(COLLECTION_QUERY + "ORDER BY c.name"):
+    found: dict[str, list[Line]] = {}
+    # In the order in which renew_collections locks their tables.
+    for row in plpy.execute(COLLECTION_QUERY + "ORDER BY c.collection_id"):
+        lines = found[row["name"]] = []
         subject = f'collection "{row["name"]}"'
         if row["relation"] is None:
             call = f"drop_collection({plpy.quote_literal(row['name'])})"
-            result.append((subject, False, f"its table does not exist any more; call {call}"))
+            lines.append((subject, False, f"its table does not exist any more; call {call}"))
             continue
-        result.extend(
+        lines.extend(
             (f"{subject}: {what}", ok, detail)
             for what, ok, detail in _collection(plpy, Collection(**row), full)
         )
-    return result
+    return result + [line for name in sorted(found) for line in found[name]]
 
 
 def _guarded(plpy: Any, what: str, check: Callable[[], Line]) -> Line:
@@ -166,7 +175,8 @@ def pgvector_line(found: str, index: str | None) -> Line:
 def _collection(plpy: Any, collection: Collection, full: bool) -> list[Line]:
     columns = _guarded(plpy, "columns", partial(_columns, plpy, collection))
     if not columns[1]:
-        return [columns]
+        known = f"SELECT FROM siamese.collections WHERE collection_id = {collection.collection_id}"
+        return [columns] if plpy.execute(known).nrows() else []  # dropped meanwhile
     missing = missing_query(collection, "count(*) AS n") + " AND f.key IS NULL"
     abandoned = abandoned_query(collection, "count(*) AS n")
     checks: dict[str, Callable[[], Line]] = {
@@ -250,6 +260,7 @@ def _sample(plpy: Any, collection: Collection) -> list[Any]:
 
 
 def _columns(plpy: Any, collection: Collection) -> Line:
+    lock_table(plpy, collection.collection_id)  # before the checks take others
     names = (collection.key_column, collection.image_column)
     plan = prepare(
         plpy,

@@ -169,10 +169,10 @@ def _all(
     plan = collection.plans.get("steady")
     if plan is None:
         plan = collection.plans["steady"] = plpy.prepare(
-            "SELECT c.generation,"
-            f" {_changed(collection, '$2')},"
-            f" (SELECT pg_catalog.count(*) FROM {collection.relation} AS b"
-            f" WHERE b.{collection.key_column} = ANY($3)) AS there"
+            # The table comes before the others, so that it is locked first.
+            "SELECT c.generation, (SELECT pg_catalog.count(*)"
+            f" FROM {collection.relation} AS b"
+            f" WHERE b.{collection.key_column} = ANY($3)) AS there, {_changed(collection, '$2')}"
             f" FROM siamese.collections AS c WHERE {collection.as_it_was(plpy)}",
             ["text", "xid8", "bigint[]"],
         )
@@ -329,7 +329,8 @@ class _Asking:
             f"({self.plpy.quote_literal(name)}, {oid})" for name, oid in where.columns.items()
         )
         return self.plpy.prepare(
-            f"SELECT c.generation, {changed}, {there} AS is_there, ({found}) AS found"
+            # The table before the others, again.
+            f"SELECT c.generation, {there} AS is_there, ({found}) AS found, {changed}"
             f" FROM siamese.collections AS c WHERE {same} AND (SELECT pg_catalog.count(*)"
             f" FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = {collection.relation_oid}"
             f" AND NOT a.attisdropped AND (a.attname, a.atttypid) IN ({columns}))"

@@ -17,7 +17,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -42,6 +42,19 @@ FIRST_RECONNECT_SECONDS, LAST_RECONNECT_SECONDS = 0.5, 30.0
 BUSY_SECONDS, BROKEN_SECONDS = 2.0, 60.0
 REBUILD_SECONDS = 10.0
 MAX_OPEN_ENCODERS = 4
+
+# What passes.
+BUSY = (
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.SerializationFailure,
+)
+# What comes of a collection that was dropped meanwhile: it is not in the next list.
+GONE = (
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.NoDataFound,
+)
 
 Connection = psycopg.Connection[Any]
 Say = Callable[[str], None]
@@ -149,7 +162,10 @@ class Database:
                 yield
         except BaseException:
             if taken and not (self.notes.closed or self.notes.broken):
-                self.notes.execute("SELECT siamese._end_tickets(%s, %s)", (collection_id, taken))
+                with suppress(psycopg.Error):  # what ended the batch tells more
+                    self.notes.execute(
+                        "SELECT siamese._end_tickets(%s, %s)", (collection_id, taken)
+                    )
             raise
 
     def take(self, collection_id: int, max_rows: int) -> list[tuple[int, list[str]]]:
@@ -244,11 +260,22 @@ class Worker:
         while True:
             self.signals.check()
             self._notified = False
-            if self._round(connection, notes):
-                self._busy_at = time.monotonic()
-                self._rebuild(connection)
+            try:
+                is_any = self._round(connection, notes)
+                if is_any:
+                    self._busy_at = time.monotonic()
+                self._rebuild(connection, at_end=self.options.once and not is_any)
+            except psycopg.Error as error:
+                if connection.broken or notes.broken:
+                    raise
+                _check_version(connection)  # it may be gone
+                if not isinstance(error, BUSY):
+                    raise
+                self.say(f"paused for {BUSY_SECONDS:.0f} s: {describe_error(error)}")
+                self.signals.wait(BUSY_SECONDS)
                 continue
-            self._rebuild(connection, at_end=self.options.once)
+            if is_any:
+                continue
             if self.options.once:
                 return
             idle = time.monotonic() - self._busy_at
@@ -322,16 +349,7 @@ class Worker:
             raise CommandError(
                 f"{describe_error(error)}; let the role embed with siamese.grant_worker"
             ) from error
-        busy = (
-            psycopg.errors.LockNotAvailable,
-            psycopg.errors.DeadlockDetected,
-            psycopg.errors.SerializationFailure,
-            # Dropped meanwhile: then it is not in the next list.
-            psycopg.errors.UndefinedFunction,
-            psycopg.errors.UndefinedTable,
-            psycopg.errors.NoDataFound,
-        )
-        if isinstance(error, busy):
+        if isinstance(error, BUSY + GONE):
             self._held[collection_id] = time.monotonic() + BUSY_SECONDS
         else:
             self._hold(collection_id, name, describe_error(error), BROKEN_SECONDS)
@@ -388,6 +406,10 @@ class Worker:
             except psycopg.errors.QueryCanceled:
                 self.signals.check()
                 raise
+            except BUSY + GONE:
+                if connection.closed or connection.broken:
+                    raise
+                continue
             except psycopg.Error as error:
                 if connection.closed or connection.broken:
                     raise
@@ -405,7 +427,9 @@ def _check_version(connection: Connection) -> None:
     row = connection.execute(
         "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'pg_siamese'"
     ).fetchone()
-    installed = row[0] if row else None
+    if row is None:
+        raise CommandError("the database has no extension pg_siamese any more")
+    installed = row[0]
     if installed != pg_siamese_server.__version__:
         raise CommandError(
             f"this worker is of version {pg_siamese_server.__version__}, but the database has "

@@ -155,8 +155,12 @@ def test_reader(roles: Roles, db: Connection, queries: Pictures) -> None:
         assert_exact(rows, truth, 10)
     for call in (
         "similar_images(image_id => 1::bigint)",
+        "similar_images(image_id => 1, filter => '{}'::text)",
+        "similar_images(image_id => 1, filter => '{}'::json)",
         "similar_rows(NULL::images, %(q)s)",
+        "similar_rows(NULL::images, key => 1, candidates => ARRAY['2']::text[])",
         "classify_image(%(q)s)",
+        "classify_image(image_id => 1)",
         "embed_image(%(q)s)",
         "image_distance(%(q)s, %(q)s)",
         "same_class(%(q)s, %(q)s)",

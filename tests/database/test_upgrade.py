@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -312,3 +313,25 @@ def test_make_migrate(
 def test_psql_errors_are_one_report(cluster: Cluster) -> None:
     with pytest.raises(SetupError, match="nonsense"):
         migrate.run_sql(cluster.dsn("postgres"), "SELECT nonsense")
+
+
+def test_beside_a_transaction_that_goes_on_to_write(
+    databases: Databases, onnx: bytes, pictures: Pictures
+) -> None:
+    db = databases.create("0.2.0")
+    fill(db, onnx, pictures)
+    writer, watch = (databases.connect(databases.dsn(db)) for _ in range(2))
+    for session in (db, writer):
+        session.execute("SET deadlock_timeout = '50ms'")
+    writer.execute("BEGIN")
+    writer.execute("SELECT FROM images FOR UPDATE")
+    thread = threading.Thread(target=upgrade, args=(db,))
+    thread.start()
+    waits = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
+    while watch.execute(waits, (db.info.backend_pid,)).fetchone() != (True,):
+        assert thread.is_alive()
+    writer.execute("UPDATE images SET image = %s WHERE image_id = 9", (pictures.files[71],))
+    writer.execute("COMMIT")
+    thread.join()
+    row = watch.execute("SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'")
+    assert row.fetchone() == (version(),)

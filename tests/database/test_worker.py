@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -215,21 +217,112 @@ def test_truncate_while_a_worker_embeds(slow: Table) -> None:
     assert process.wait(DEADLINE_SECONDS) == 0
 
 
-def test_drop_while_a_worker_embeds(slow: Table) -> None:
-    """The worker goes on with other collections."""
-    slow.insert(1, 100)
-    slow.db.execute("CREATE TABLE other (id int PRIMARY KEY, image bytea)")
-    slow.db.execute(
-        "SELECT create_collection('other', 'other', embed => 'deferred', model => 'medical')"
-    )
-    process = slow.start("--batch", "32")
-    wait_for(slow.is_embedding, "a batch")
-    slow.db.execute("SELECT drop_collection('t')")
-    slow.db.execute("INSERT INTO other VALUES (1, %s)", (slow.files[0],))
-    wait_for(lambda: slow.value("SELECT count(*) FROM siamese.embedding_3"), "the other one")
+# What becomes of a table whose collection a worker embeds, and then of the worker.
+ENDS = {
+    "drop": "SELECT drop_collection('t')",
+    "drop table": "DROP TABLE t CASCADE",
+    "truncate": "TRUNCATE t",
+    "rename": "ALTER TABLE t RENAME TO u",
+    "renew": "SELECT renew_collections()",
+    "alter": "SELECT alter_collection('t', max_pixels => 1000000)",
+    "owner": "ALTER TABLE t OWNER TO pg_database_owner",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_ddl_while_a_worker_embeds(
+    table: Table, connect: Callable[..., Connection], end: str
+) -> None:
+    """The worker goes on with what is there, without a word."""
+    table.db.execute("CREATE TABLE other (id int PRIMARY KEY, image bytea)")
+    table.db.execute("SELECT create_collection('other', 'other', embed => 'deferred')")
+    # The worker stops in the middle of a batch, and the statement waits for it, if it has to.
+    table.insert(1, 100)
+    holder = connect()
+    holder.execute("BEGIN; LOCK TABLE siamese.embedding_2 IN SHARE MODE")
+    process = table.start("--batch", "32")
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = %s::regclass::oid"
+    wait_for(lambda: table.value(waiting, "siamese.embedding_2"), "the batch")
+    relation = table.value("SELECT 't'::regclass::oid")
+    session = connect()
+    statement = threading.Thread(target=session.execute, args=(ENDS[end],))
+    statement.start()
+    wait_for(lambda: not statement.is_alive() or table.value(waiting, relation), end)
+    holder.execute("COMMIT")
+    statement.join()
+    table.db.execute("INSERT INTO other VALUES (1, %s)", (table.files[0],))
+    wait_for(lambda: table.value("SELECT count(*) FROM siamese.embedding_3"), "the other one")
+    if end not in ("drop", "drop table"):
+        rows = 0 if end == "truncate" else 100
+        wait_for(lambda: table.embedded() == rows and table.waiting() == 0, "all")
     process.terminate()
     _, err = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 0 and "Traceback" not in err
+    assert process.returncode == 0, err
+    assert err.replace("stopping", "").strip() == ""
+
+
+def test_goes_on_while_a_drop_is_not_committed(
+    table: Table, connect: Callable[..., Connection]
+) -> None:
+    table.insert(1, 10)
+    table.db.execute("CREATE TABLE other (id int PRIMARY KEY, image bytea)")
+    table.db.execute("SELECT create_collection('other', 'other', embed => 'deferred')")
+    table.db.execute("INSERT INTO other VALUES (1, %s)", (table.files[0],))
+    dropper = connect()
+    dropper.execute("BEGIN; SELECT drop_collection('t')")
+    options = ("--once", "--rebuild-pending", "1")
+    status, out, err = table.run(*options)
+    assert (status, out) == (0, "1 row embedded\n"), err
+    assert '"t"' not in err
+    dropper.execute("ROLLBACK")
+    assert table.run(*options)[:2] == (0, "10 rows embedded\n")
+
+
+def test_goes_on_after_ddl_on_the_catalogue(
+    table: Table, connect: Callable[..., Connection]
+) -> None:
+    process = table.start("--poll", "0.2")
+    table.insert(1, 1)
+    wait_for(lambda: table.embedded() == 1, "the first row")
+    holder = connect()
+    holder.execute("BEGIN; LOCK TABLE siamese.models")
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_siamese'"
+    wait_for(lambda: table.value(f"{waiting} AND wait_event_type = 'Lock'"), "the worker to wait")
+    wait_for(lambda: not table.value(f"{waiting} AND wait_event_type = 'Lock'"), "the time-out")
+    holder.execute("COMMIT")
+    table.insert(2, 2)
+    wait_for(lambda: table.embedded() == 2, "the second row")
+    process.terminate()
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, err
+    assert "paused for 2 s" in err and "lock timeout" in err and "no connection" not in err
+
+
+def test_ends_without_the_extension(table: Table, connect: Callable[..., Connection]) -> None:
+    """DROP EXTENSION locks in an order of its own: it may be the one to be told of a deadlock."""
+    table.insert(1, 100)
+    holder = connect()
+    holder.execute("BEGIN; LOCK TABLE siamese.embedding_2 IN SHARE MODE")
+    process = table.start("--batch", "32")
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = %s::regclass::oid"
+    wait_for(lambda: table.value(waiting, "siamese.embedding_2"), "the batch")
+    session = connect()
+    session.execute("SET client_min_messages = warning")
+    dropped: list[bool] = []
+
+    def drop() -> None:
+        while not dropped:
+            with contextlib.suppress(psycopg.errors.DeadlockDetected):
+                session.execute("DROP EXTENSION pg_siamese CASCADE")
+                dropped.append(True)
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    holder.execute("COMMIT")
+    thread.join()
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "extension" in err.splitlines()[-1]
 
 
 def test_poisoned_images(table: Table) -> None:

@@ -1,0 +1,412 @@
+"""Who locks several objects of a collection never waits in a circle, and meets no half-dropped one.
+
+Another session holds the table, so that two statements wait in an order that is known. Each finds
+out at once whether it is in a deadlock, which PostgreSQL looks for after ``deadlock_timeout`` only.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from tests.conftest import Connection, Pictures, insert_images
+from tests.support import sql_error
+
+Connect = Callable[..., Connection]
+DEADLINE_SECONDS = 60.0
+
+
+class Running:
+    """A statement under way in a session of its own."""
+
+    def __init__(
+        self, connect: Connect, statement: str, values: Any = (), warm_up: int = 0
+    ) -> None:
+        self.session = connect()
+        for _ in range(warm_up):
+            self.session.execute(statement, values or None)
+        self.error: BaseException | None = None
+        self.rows: list[Any] = []
+        self._statement, self._values = statement, values
+        self._pid = self.session.info.backend_pid
+        self._watch = connect()
+        self._thread = threading.Thread(target=self._run)
+
+    def start(self) -> Running:
+        """Start it."""
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        try:
+            cursor = self.session.execute(self._statement, self._values or None)
+            self.rows = cursor.fetchall() if cursor.description else []
+        except BaseException as error:
+            self.error = error
+
+    def waits(self) -> bool:
+        """Let it go on until it waits for a lock or is done; returns which."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while self._thread.is_alive():
+            assert time.monotonic() < deadline, "neither done nor waiting"
+            query = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
+            if self._watch.execute(query, (self._pid,)).fetchone() == (True,):
+                return True
+            time.sleep(0.01)
+        return False
+
+    def error_at_the_end(self) -> BaseException | None:
+        """Wait for the end; returns its error, if any."""
+        self._thread.join(DEADLINE_SECONDS)
+        assert not self._thread.is_alive(), "waits without end"
+        return self.error
+
+    def result(self) -> list[Any]:
+        """Wait for the end; returns the rows, or raises the error."""
+        error = self.error_at_the_end()
+        if error is not None:
+            raise error
+        return self.rows
+
+
+@pytest.fixture
+def t(db: Connection, pictures: Pictures) -> Iterator[Connection]:
+    """Table ``t`` with deferred collection 2, with an index, vectors beside it, and a queue.
+
+    New sessions look for deadlocks at once.
+    """
+    name = sql.Identifier(db.info.dbname)
+    db.execute(sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '50ms'").format(name))
+    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, label text DEFAULT 'x')")
+    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    for keys in (range(10), range(10, 15)):
+        fill(db, keys, pictures)
+        db.execute("SELECT embed_pending()")
+        if keys.start == 0:
+            db.execute("SELECT build_index('t')")
+    fill(db, range(20, 25), pictures)
+    yield db
+
+
+def fill(db: Connection, keys: range, pictures: Pictures) -> None:
+    files = [pictures.files[key] for key in keys]
+    db.execute(
+        "INSERT INTO t (id, image) SELECT * FROM unnest(%s::int[], %s::bytea[])",
+        (list(keys), files),
+    )
+
+
+def left_over(db: Connection, name: str = "t", number: int = 2) -> list[str]:
+    """Return what there is of a collection."""
+    rows = db.execute(
+        "SELECT relname::text FROM pg_class WHERE relname ~ %(end)s AND relnamespace ="
+        " 'siamese'::regnamespace UNION ALL SELECT proname FROM pg_proc WHERE proname ~ %(end)s"
+        " AND pronamespace = 'siamese'::regnamespace"
+        " UNION ALL SELECT tgname FROM pg_trigger WHERE tgname ~ %(start)s"
+        " UNION ALL SELECT relname FROM pg_class WHERE relname = %(view)s"
+        " UNION ALL SELECT 'collection' FROM siamese.collections WHERE collection_id = %(number)s"
+        " UNION ALL SELECT 'batch' FROM siamese.embedding_batches WHERE collection_id = %(number)s"
+        " UNION ALL SELECT 'try' FROM siamese.embedding_attempts WHERE collection_id = %(number)s",
+        {
+            "end": f"_{number}$",
+            "start": f"^pg_siamese_{number}_",
+            "view": f"vectors_{name}",
+            "number": number,
+        },
+    )
+    return [row[0] for row in rows.fetchall()]
+
+
+STRONG = {
+    "drop": "SELECT drop_collection('t')",
+    "renew": "SELECT renew_collections()",
+    "drop table": "DROP TABLE t CASCADE",
+}
+WORKERS = {
+    "take tickets": "SELECT * FROM siamese._take_tickets(2, 10)",
+    "isolate tickets": "SELECT siamese._isolate_tickets(2)",
+    "queued collections": "SELECT * FROM siamese._queued_collections()",
+    "build if needed": "SELECT siamese._build_if_needed(2, 1, 0.1)",
+    "embed_pending": "SELECT embed_pending('t')",
+    "embed_pending of all": "SELECT embed_pending()",
+    "backfill": "SELECT backfill('t')",
+    "build_index": "SELECT build_index('t')",
+    "self_check": "SELECT * FROM self_check()",
+    "status": "SELECT * FROM collection_status",
+    "queue status": "SELECT * FROM embedding_queue_status",
+}
+SEARCHES = {
+    "by image": "SELECT * FROM similar_images((SELECT image FROM images), 3, 't')",
+    "by key": "SELECT * FROM similar_images(image_id => 3, collection => 't')",
+    "by pgvector": (
+        "SELECT * FROM similar_images(image_id => 3, collection => 't', engine => 'pgvector')"
+    ),
+    "with a filter": (
+        "SELECT * FROM similar_images(image_id => 3, collection => 't', filter => '{\"label\": 0}')"
+    ),
+    "similar_rows": "SELECT * FROM similar_rows(NULL::t, key => 3)",
+    "classify_image": "SELECT * FROM classify_image(image_id => 3, collection => 't')",
+    "vectors": "SELECT count(*) FROM vectors_t",
+}
+OTHERS = {
+    "insert": "INSERT INTO t VALUES (100, 'x')",
+    "delete": "DELETE FROM t WHERE id = 1",
+    "truncate": "TRUNCATE t",
+    "rename table": "ALTER TABLE t RENAME TO v",
+    "alter": "SELECT alter_collection('t', max_pixels => 1000000)",
+    "rename": "UPDATE siamese.collections SET name = 'u' WHERE name = 't'",
+    "create another": "SELECT create_collection('other', 't', embed => 'deferred')",
+    **STRONG,
+}
+# What comes of a collection, a view or a table that is gone.
+CLEAN = ("42704", "42P01")
+
+
+@pytest.mark.parametrize("strong", STRONG)
+@pytest.mark.parametrize("who", ["workers", "searches", "warm searches", "others"])
+def test_who_comes_while_a_strong_lock_is_waited_for(
+    t: Connection,
+    connect: Connect,
+    pictures: Pictures,
+    new_role: Callable[[], str],
+    strong: str,
+    who: str,
+) -> None:
+    insert_images(t, pictures.files[:1])
+    t.execute("INSERT INTO siamese.embedding_attempts SELECT 2, ticket, 2 FROM siamese.queue_2")
+    statements = {"workers": WORKERS, "others": OTHERS}.get(who, SEARCHES)
+    session: dict[str, str] = {}
+    warm_up = 0
+    if statements is SEARCHES:
+        # Not a superuser, so that policies are part of what is read.
+        session["user"] = new_role()
+        t.execute("SELECT grant_usage(%s)", (session["user"],))
+        t.execute(f"GRANT SELECT ON t, images TO {session['user']}")
+    if who == "warm searches":
+        # With nothing pending, sessions remember how they searched.
+        t.execute("SELECT embed_pending('t'), build_index('t')")
+        warm_up = 6
+    holder = connect()
+    late = {
+        name: Running(lambda: connect(**session), statement, warm_up=warm_up)
+        for name, statement in statements.items()
+        # PostgreSQL locks views before their tables, and a table's type not at all.
+        if strong != "drop table" or name not in ("vectors", "similar_rows")
+    }
+    holder.execute("BEGIN; LOCK TABLE t IN ROW SHARE MODE")
+    first = Running(connect, STRONG[strong]).start()
+    assert first.waits()
+    for running in late.values():
+        running.start().waits()
+    holder.execute("COMMIT")
+    first.result()
+    for name, running in late.items():
+        error = running.error_at_the_end()
+        if error is not None:
+            assert isinstance(error, psycopg.Error), (name, error)
+            assert error.sqlstate in CLEAN, (name, error.sqlstate, error)
+            assert "NULL" not in str(error)
+            assert strong != "renew" or statements is OTHERS, (name, error)
+    if strong == "drop":
+        assert left_over(t) == []
+
+
+# Two statements of one transaction: the first holds the table when the drop comes.
+# The second needs more.
+TWO_STEPS = {
+    "bad image": ("INSERT INTO q VALUES (1, %(good)s)", "INSERT INTO q VALUES (2, 'x')"),
+    "truncate": ("INSERT INTO q VALUES (1, %(good)s)", "TRUNCATE q"),
+    "read, then search": ("SELECT FROM q", "SELECT * FROM similar_images(%(good)s, 1, 'q')"),
+    "search, then write": (
+        "SELECT * FROM similar_images(%(good)s, 1, 'q')",
+        "INSERT INTO q VALUES (2, 'x')",
+    ),
+}
+
+
+@pytest.mark.parametrize("steps", TWO_STEPS)
+@pytest.mark.parametrize("strong", ["drop_collection('q')", "renew_collections()"])
+def test_drop_while_a_transaction_goes_on(
+    t: Connection, connect: Connect, pictures: Pictures, strong: str, steps: str
+) -> None:
+    t.execute("CREATE TABLE q (id integer PRIMARY KEY, image bytea)")
+    t.execute("SELECT create_collection('q', 'q', on_error => 'quarantine')")
+    session = connect()
+    session.execute("BEGIN")
+    first, second = TWO_STEPS[steps]
+    session.execute(first, {"good": pictures.files[0]})
+    other = Running(connect, f"SELECT {strong}").start()
+    other.waits()
+    session.execute(second, {"good": pictures.files[0]})
+    session.execute("COMMIT")
+    other.result()
+    if strong.startswith("drop"):
+        assert left_over(t, "q", 3) == []
+
+
+def test_drop_while_a_worker_stores_failures(t: Connection, connect: Connect) -> None:
+    """A failure refers to its collection, and so locks its row."""
+    t.execute("UPDATE t SET image = 'x'")
+    session = connect()
+    session.execute("BEGIN")
+    tickets = session.execute("SELECT ticket FROM siamese._take_tickets(2, 100)").fetchall()
+    drop = Running(connect, STRONG["drop"]).start()
+    assert drop.waits()
+    session.execute(
+        "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), %s::bigint[],"
+        " '{20}', '{}', '{}', '{}', '{20}', ARRAY[sha256('x')], '{22P03}', '{bad}', '{f}')",
+        ([row[0] for row in tickets],),
+    )
+    assert session.execute("SELECT key FROM siamese.failures").fetchall() == [("20",)]
+    session.execute("COMMIT")
+    drop.result()
+    assert left_over(t) == []
+
+
+def test_drop_waits_for_a_build_and_holds_nobody_up(
+    t: Connection, connect: Connect, pictures: Pictures
+) -> None:
+    builder = connect()
+    builder.execute("BEGIN")
+    builder.execute("SELECT pg_advisory_xact_lock(hashtext('pg_siamese build'), 2)")
+    builder.execute("SELECT FROM siamese.embedding_2")  # as far as a build gets soon
+    drop = Running(connect, STRONG["drop"]).start()
+    assert drop.waits()
+    t.execute("SET lock_timeout = '1s'")
+    fill(t, range(100, 102), pictures)
+    t.execute("SELECT * FROM similar_images(image_id => 3, collection => 't')")
+    builder.execute("SELECT build_index('t')")
+    builder.execute("COMMIT")
+    drop.result()
+    assert left_over(t) == []
+
+
+def test_what_waits_for_a_drop_finds_it_gone(t: Connection, connect: Connect) -> None:
+    t.execute("SET lock_timeout = '10s'")
+    dropper = connect()
+    dropper.execute("BEGIN")
+    dropper.execute(STRONG["drop"])
+    # What looks at all collections goes on with the others.
+    assert t.execute("SELECT * FROM siamese._queued_collections()").fetchall() == []
+    assert t.execute("SELECT siamese._build_if_needed(2, 1, 0.1)").fetchone() == (None,)
+    statements = (
+        "SELECT drop_collection('t')",
+        "SELECT alter_collection('t', max_pixels => 1000)",
+        "SELECT build_index('t')",
+        "SELECT backfill('t')",
+        "SELECT embed_pending('t')",
+        "SELECT * FROM similar_images(image_id => 3, collection => 't')",
+    )
+    late = [Running(connect, statement).start() for statement in statements]
+    for one in late:
+        assert one.waits()
+    tickets = Running(connect, "SELECT * FROM siamese._take_tickets(2, 10)").start()
+    everything = Running(connect, "SELECT embed_pending()").start()
+    status = Running(connect, "SELECT collection, pending FROM collection_status").start()
+    for one in (tickets, everything, status):
+        assert one.waits()
+    dropper.execute("COMMIT")
+    for one in late:
+        with sql_error("42704", 'collection "t" does not exist'):
+            one.result()
+    assert tickets.result() == []
+    assert everything.result() == [(0,)]
+    assert ("images", 0) in status.result()
+
+
+def test_two_create_a_collection_of_one_name(t: Connection, connect: Connect) -> None:
+    t.execute("SELECT drop_collection('images'); DROP TABLE images")
+    create = "SELECT create_collection(model => 'medical')"
+    first = connect()
+    first.execute("BEGIN")
+    first.execute(create)
+    second = Running(connect, create).start()
+    assert second.waits()
+    first.execute("COMMIT")
+    with sql_error("42710", 'collection "images" already exists'):
+        second.result()
+
+
+def test_a_table_that_is_dropped_while_it_becomes_a_collection(
+    t: Connection, connect: Connect
+) -> None:
+    t.execute("CREATE TABLE u (id integer PRIMARY KEY, image bytea)")
+    dropper = connect()
+    dropper.execute("BEGIN; DROP TABLE u")
+    create = Running(connect, "SELECT create_collection('u', 'u')").start()
+    assert create.waits()
+    dropper.execute("COMMIT")
+    with sql_error("42P01", "does not exist"):
+        create.result()
+
+
+def test_a_table_that_is_renamed_while_it_is_waited_for(t: Connection, connect: Connect) -> None:
+    owner = connect()
+    owner.execute("BEGIN; ALTER TABLE t RENAME TO v")
+    late = [
+        Running(connect, call).start()
+        for call in ("SELECT backfill('t')", "SELECT embed_pending()")
+    ]
+    for one in late:
+        assert one.waits()
+    owner.execute("COMMIT")
+    assert [len(one.result()) for one in late] == [1, 1]
+    assert t.execute("SELECT count(*) FROM siamese.embedding_2").fetchone() == (20,)
+
+
+def test_all_tables_are_locked_in_one_order(t: Connection, connect: Connect) -> None:
+    t.execute("CREATE TABLE a (id integer PRIMARY KEY, image bytea)")
+    t.execute("SELECT create_collection('a', 'a', embed => 'deferred')")
+    strong = connect()
+    strong.execute("BEGIN; SELECT siamese._lock_table(2, 'EXCLUSIVE')")
+    late = [
+        Running(connect, f"SELECT {call}").start() for call in ("self_check()", "embed_pending()")
+    ]
+    for one in late:
+        assert one.waits()
+    strong.execute("SET lock_timeout = '10s'; SELECT siamese._lock_table(3, 'EXCLUSIVE'); COMMIT")
+    for one in late:
+        one.result()
+
+
+def test_two_workers_meet_the_same_bad_row(t: Connection, connect: Connect) -> None:
+    """In two tickets: an image was changed twice."""
+    for byte in ("x", "y"):
+        t.execute("UPDATE t SET image = convert_to(%s, 'UTF8') WHERE id = 3", (byte,))
+    t.execute("DELETE FROM siamese.queue_2 WHERE NOT 3 = ANY(keys)")
+    store = (
+        "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models),"
+        " (SELECT array_agg(ticket) FROM siamese._take_tickets(2, 1)), '{3}', '{}', '{}', '{}',"
+        " '{3}', ARRAY[sha256('y')], '{22P03}', '{bad}', '{f}')"
+    )
+    first = connect()
+    first.execute("BEGIN")
+    first.execute(store)
+    second = Running(connect, store).start()
+    assert second.waits()
+    first.execute("COMMIT")
+    assert second.result() == [(0,)]
+    assert t.execute("SELECT key FROM siamese.failures").fetchall() == [("3",)]
+    assert t.execute("SELECT count(*) FROM siamese.queue_2").fetchone() == (0,)
+
+
+def test_drop_of_a_collection_whose_table_is_gone(t: Connection, connect: Connect) -> None:
+    """Nobody can lock the table first, so what was made for it has an order, too."""
+    t.execute("DROP TABLE t CASCADE")
+    reader = connect()
+    reader.execute("BEGIN")
+    reader.execute("SELECT FROM siamese.pending_2")
+    drop = Running(connect, STRONG["drop"]).start()
+    status = Running(connect, "SELECT * FROM collection_status").start()
+    assert drop.waits() and status.waits()
+    reader.execute("SELECT FROM siamese.embedding_2")
+    reader.execute("COMMIT")
+    drop.result()
+    status.result()
+    assert left_over(t) == []
