@@ -1139,12 +1139,18 @@ BEGIN
         USING DETAIL = 'Subscribers that do not have these tables stop at the collection''s first row.',
             HINT = 'Publish the tables of images by name instead of all tables.';
     END IF;
-    INSERT INTO siamese.collections AS c
-        (name, relation, key_column, key_type, image_column, model_id, on_error, embed, max_bytes, max_pixels)
-    VALUES (
-        name, relation, key_column, key_type, image_column, model_id, on_error, embed,
-        nullif(max_bytes, -1), nullif(max_pixels, -1))
-    RETURNING c.collection_id INTO collection_id;
+    BEGIN
+        INSERT INTO siamese.collections AS c
+            (name, relation, key_column, key_type, image_column, model_id, on_error, embed, max_bytes, max_pixels)
+        VALUES (
+            name, relation, key_column, key_type, image_column, model_id, on_error, embed,
+            nullif(max_bytes, -1), nullif(max_pixels, -1))
+        RETURNING c.collection_id INTO collection_id;
+    EXCEPTION WHEN foreign_key_violation THEN
+        -- The model was dropped meanwhile: look again, and say so.
+        model_id := siamese._model_id(nullif(model, ''));
+        RAISE;
+    END;
     PERFORM siamese._create_vector_tables(collection_id);
     IF NOT backfill THEN
         RETURN 0;

@@ -16,7 +16,7 @@ import pytest
 from psycopg import sql
 
 from tests.conftest import Connection, Pictures, insert_images
-from tests.support import sql_error
+from tests.support import grid_encoder, sql_error
 
 Connect = Callable[..., Connection]
 DEADLINE_SECONDS = 60.0
@@ -331,6 +331,29 @@ def test_two_create_a_collection_of_one_name(t: Connection, connect: Connect) ->
     first.execute("COMMIT")
     with sql_error("42710", 'collection "images" already exists'):
         second.result()
+
+
+def test_a_model_that_is_dropped_while_it_is_chosen(t: Connection, connect: Connect) -> None:
+    model = grid_encoder(("n", 3, 28, 28), pool=7)
+    t.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
+    t.execute("CREATE TABLE u (id integer PRIMARY KEY, image bytea)")
+    create = "SELECT create_collection('u', 'u', model => 'grid')"
+    dropper = connect()
+    dropper.execute("BEGIN; SELECT drop_model('grid')")
+    late = Running(connect, create).start()
+    assert late.waits()
+    dropper.execute("COMMIT")
+    with sql_error("42704", 'model "grid" does not exist'):
+        late.result()
+    t.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
+    creator = connect()
+    creator.execute("BEGIN")
+    creator.execute(create)
+    late = Running(connect, "SELECT drop_model('grid')").start()
+    assert late.waits()
+    creator.execute("COMMIT")
+    with sql_error("2BP01", "collections depend on it"):
+        late.result()
 
 
 def test_a_table_that_is_dropped_while_it_becomes_a_collection(
