@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -42,8 +43,8 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
         return "FAISS is missing"
     paths = index_file.paths(generations.directory(plpy, collection_id), generation)
     try:
-        for path in paths:
-            os.stat(path)
+        if not all(stat.S_ISREG(os.stat(path).st_mode) for path in paths):
+            return "missing"
         return "present" if all(os.access(path, os.R_OK) for path in paths) else "not readable"
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
