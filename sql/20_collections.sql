@@ -553,7 +553,9 @@ BEGIN
         ['rows', 'keys %s[]', result,
             'SELECT v.key::%1$s, v.image FROM %2$s AS v WHERE v.key = ANY((SELECT $1)::%1$s[])', 'rows of some keys'],
         ['locked_rows', 'keys %s[]', result,
-            'SELECT v.key::%1$s, v.image FROM %2$s AS v WHERE v.key = ANY((SELECT $1)::%1$s[]) FOR SHARE OF v SKIP LOCKED',
+            'SELECT v.key::%1$s, v.image FROM %2$s AS v WHERE v.key = ANY((SELECT $1)::%1$s[])
+                FOR NO KEY UPDATE OF v SKIP LOCKED',
+            -- Not FOR SHARE: two that embed the same row would both store it, and wait for each other.
             'rows of some keys, locked, without those that others have locked'],
         ['hashes', 'keys %s[], max_bytes bigint', format('TABLE (key %s, image_hash bytea)', collection.key_type),
             'SELECT s.key::%1$s, substring(sha256(s.image) FROM 1 FOR 16) FROM (

@@ -406,7 +406,7 @@ class Worker:
             except psycopg.errors.QueryCanceled:
                 self.signals.check()
                 raise
-            except BUSY + GONE:
+            except (*BUSY, *GONE, psycopg.errors.UndefinedObject):
                 if connection.closed or connection.broken:
                     raise
                 continue

@@ -398,25 +398,45 @@ def test_all_tables_are_locked_in_one_order(t: Connection, connect: Connect) -> 
         one.result()
 
 
-def test_two_workers_meet_the_same_bad_row(t: Connection, connect: Connect) -> None:
-    """In two tickets: an image was changed twice."""
-    for byte in ("x", "y"):
-        t.execute("UPDATE t SET image = convert_to(%s, 'UTF8') WHERE id = 3", (byte,))
-    t.execute("DELETE FROM siamese.queue_2 WHERE NOT 3 = ANY(keys)")
-    store = (
-        "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models),"
-        " (SELECT array_agg(ticket) FROM siamese._take_tickets(2, 1)), '{3}', '{}', '{}', '{}',"
-        " '{3}', ARRAY[sha256('y')], '{22P03}', '{bad}', '{f}')"
+def store(session: Connection, is_good: bool = True) -> tuple[int, int]:
+    """Take a ticket of one row and store its vector or failure; returns its key, vectors stored."""
+    row = session.execute("SELECT ticket, keys[1] FROM siamese._take_tickets(2, 1)").fetchone()
+    assert row is not None
+    good = (
+        "ARRAY[%(key)s], ARRAY[sha256(t.image)], ARRAY[siamese.embed_image(t.image)::text],"
+        " '{}', '{}', '{}', '{}', '{}'"
     )
-    first = connect()
-    first.execute("BEGIN")
-    first.execute(store)
-    second = Running(connect, store).start()
-    assert second.waits()
-    first.execute("COMMIT")
-    assert second.result() == [(0,)]
-    assert t.execute("SELECT key FROM siamese.failures").fetchall() == [("3",)]
+    bad = "'{}', '{}', '{}', ARRAY[%(key)s], ARRAY[sha256(t.image)], '{22P03}', '{bad}', '{f}'"
+    stored = session.execute(
+        "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), ARRAY[%(ticket)s],"
+        f" ARRAY[%(key)s], {good if is_good else bad}) FROM t WHERE t.id = %(key)s::integer",
+        {"ticket": row[0], "key": row[1]},
+    ).fetchone()
+    assert stored is not None
+    return int(row[1]), int(stored[0])
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_two_workers_meet_the_same_rows(
+    t: Connection, connect: Connect, pictures: Pictures, is_good: bool
+) -> None:
+    """In two tickets, since an image was changed twice: the one leaves them to the other."""
+    t.execute("TRUNCATE siamese.queue_2")
+    for place, key in enumerate((3, 4, 4, 3), start=30):
+        t.execute("UPDATE t SET image = %s WHERE id = %s", (pictures.files[place], key))
+    first, second = (connect(options="-c lock_timeout=10s") for _ in range(2))
+    for session in (first, second):
+        session.execute("BEGIN")
+    found = [store(session, is_good) for session in (first, second, first, second)]
+    assert found == [(3, int(is_good)), (4, int(is_good)), (4, 0), (3, 0)]
+    for session in (first, second):
+        session.execute("COMMIT")
+    t.execute("UPDATE siamese.queue_2 SET not_before = NULL")
+    vectors = "SELECT count(*) FROM siamese.embedding_2 WHERE key IN (3, 4)"
+    assert t.execute(vectors).fetchone() == (2 * is_good,)
+    assert t.execute("SELECT embed_pending('t')").fetchone() == (0 if is_good else 2,)
     assert t.execute("SELECT count(*) FROM siamese.queue_2").fetchone() == (0,)
+    assert t.execute("SELECT count(*) FROM siamese.failures").fetchone() == (0,)
 
 
 def test_drop_of_a_collection_whose_table_is_gone(t: Connection, connect: Connect) -> None:
