@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import generations, graph, index_file, interrupts, vectors
-from pg_siamese_server.catalog import Collection, collection_by_name, is_standby, prepare
+from pg_siamese_server.catalog import Collection, is_standby, locked_collection, prepare
 from pg_siamese_server.errors import (
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     READ_ONLY_SQL_TRANSACTION,
@@ -51,7 +51,7 @@ def build_index(
             sqlstate=READ_ONLY_SQL_TRANSACTION,
             hint="Make its own file of the current generation with rebuild_file.",
         )
-    collection = _locked_collection(plpy, name)
+    collection = locked_collection(plpy, name, _lock_builds)
     before = plpy.execute(
         "SELECT generation, epoch FROM siamese.collections"
         f" WHERE collection_id = {collection.collection_id}"
@@ -110,14 +110,9 @@ def build_index(
     return generation
 
 
-def _locked_collection(plpy: Any, name: str | None) -> Collection:
-    """Look a collection up, with the lock of its builds, which who drops it takes as well."""
-    while True:
-        collection = collection_by_name(plpy, name)
-        plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection.collection_id})")
-        found = collection_by_name(plpy, name)  # while this waited, it may have been dropped
-        if found.collection_id == collection.collection_id:
-            return found
+def _lock_builds(plpy: Any, collection_id: int) -> None:
+    """Wait for the lock of a collection's builds, which who drops it takes as well."""
+    plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection_id})")
 
 
 def _searched(options: graph.Options, measured: graph.Measured) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -202,14 +203,20 @@ def collection_by_name(plpy: Any, name: str | None) -> Collection:
     )
 
 
-def locked_collection(plpy: Any, name: str | None) -> Collection:
-    """Look a collection up and lock its table, so that both stay until the transaction ends.
+def locked_collection(
+    plpy: Any, name: str | None, lock: Callable[[Any, int], object] | None = None
+) -> Collection:
+    """Look a collection up and lock it, so that it stays until the transaction ends.
 
-    Whoever reads or writes vectors takes this lock before any other: see ``_lock_relation``.
+    Args:
+        plpy: PL/Python's module.
+        name: of the collection.
+        lock: what to lock of the collection of a number; its table, unless said otherwise. Whoever
+            reads or writes vectors takes that lock before any other: see ``_lock_relation``.
     """
     while True:
         collection = collection_by_name(plpy, name)
-        lock_table(plpy, collection.collection_id)
+        (lock or lock_table)(plpy, collection.collection_id)
         found = collection_by_name(plpy, name)  # while this waited, it may have been dropped
         if found.collection_id == collection.collection_id:
             return found

@@ -92,7 +92,7 @@ class Request:
 class Answer:
     """Keys and distances of the rows found, nearest first.
 
-    ``query`` is the prepared vector that was searched for; None where there is none.
+    ``query`` is the prepared vector that was searched for; None where the model has no use for it.
     """
 
     collection: Collection
@@ -419,7 +419,7 @@ def _with_pgvector(
     prepared = None
     if embedding is not None:
         prepared = vectors.prepare(embedding, collection.metric)
-    else:
+    elif models.spec(plpy, collection.model_id).domain is not None:
         prepared = vectors.stored(plpy, collection, state["query_id"])
     return Answer(collection, keys, distances, prepared)
 
