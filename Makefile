@@ -1,4 +1,4 @@
-# Thin targets: the work is done by Python modules (python/pg_siamese/dev/ for the set-up), so that
+# Thin targets: the work is done by Python modules (tools/ for the set-up), so that
 # everything can be run, tested and read without make.
 
 .DEFAULT_GOAL := help
@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 
 # PL/Python is linked to the distribution's Python: the server's packages must be for that one.
 PYTHON ?= /usr/bin/python3
-DEV := PYTHONPATH=python $(PYTHON) -m pg_siamese.dev
+DEV := PYTHONPATH=. $(PYTHON) -m tools
 BIN := build/client/bin
 
 ARGS ?=

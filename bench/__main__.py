@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench import runs
 from bench.session import QueryError
-from pg_siamese.dev.report import SetupError
+from tools.report import SetupError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

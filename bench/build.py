@@ -6,7 +6,7 @@ from bench.report import Line
 from bench.search import PGVECTOR, index_note
 from bench.session import Session
 from bench.timing import Summary
-from pg_siamese.dev.cluster import Cluster
+from tools.cluster import Cluster
 
 SECTION = "index build"
 OURS = "build_index"

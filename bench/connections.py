@@ -14,8 +14,8 @@ from bench.search import ours
 from bench.server import index_file
 from bench.session import Session, bigint, private_bytes
 from bench.timing import Summary
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese.dev.project import ROOT
+from tools.cluster import Cluster
+from tools.project import ROOT
 
 FIRST = "first search of a new connection"
 MEMORY = "private memory of a session"

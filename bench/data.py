@@ -10,11 +10,11 @@ from PIL import Image
 
 from bench.exact import Vectors
 from bench.session import Session, bytea_array, connect
+from pg_siamese.client.sources import png
 from pg_siamese.datasets import load_fashion_mnist
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese.dev.project import ROOT
-from pg_siamese.sources import png
-from pg_siamese_server.specification import ModelSpec
+from pg_siamese_server.encoding.specification import ModelSpec
+from tools.cluster import Cluster
+from tools.project import ROOT
 
 MODEL = ROOT / "models" / "fashion_mnist.onnx"
 ROWS_A_STATEMENT = 1000

@@ -15,7 +15,7 @@ import numpy as np
 from bench.report import Bar, Line
 from bench.session import Prepared, Session, bytea_array, connect
 from bench.timing import Summary, round_robin
-from pg_siamese.dev.cluster import Cluster
+from tools.cluster import Cluster
 
 ROWS = 10_000
 INSERT = "insert"
@@ -124,7 +124,7 @@ def _await(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def _worker(cluster: Cluster) -> Iterator[None]:
-    command = [sys.executable, "-m", "pg_siamese.cli", "worker", "--dsn", cluster.dsn()]
+    command = [sys.executable, "-m", "pg_siamese.cli.main", "worker", "--dsn", cluster.dsn()]
     process = subprocess.Popen(
         [*command, "--no-rebuild"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -21,7 +21,7 @@ from bench.report import Bar, Line
 from bench.search import OURS, TARGET, check_engine
 from bench.session import BIGINT, Prepared, Session, bigint, first_bigints
 from bench.timing import Summary, one_core, round_robin
-from pg_siamese.dev.cluster import Cluster
+from tools.cluster import Cluster
 
 JSONB, BIGINT_ARRAY, INTEGER = 3802, 1016, 23
 PLANNED, EXACT = "pgvector, iterative scan", "pgvector, exact scan"

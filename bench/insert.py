@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from bench.report import Line
 from bench.session import Prepared, Session, bytea_array, connect
 from bench.timing import Summary, round_robin
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese_server.batches import MAX_ROWS_AT_ONCE
-from pg_siamese_server.encoder import Encoder
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import ModelSpec
+from pg_siamese_server.encoding.batches import MAX_ROWS_AT_ONCE
+from pg_siamese_server.encoding.encoder import Encoder
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import ModelSpec
+from tools.cluster import Cluster
 
 TRIGGER = "INSERT through the trigger"
 PLAIN = "plain INSERT"

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.session import connect
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese.dev.project import ROOT
+from tools.cluster import Cluster
+from tools.project import ROOT
 
 LIBRARIES = ("faiss-cpu", "numpy", "onnxruntime", "pillow", "psycopg")
 

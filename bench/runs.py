@@ -23,9 +23,9 @@ from bench.exact import Truth
 from bench.report import Bar, Report
 from bench.server import LARGE_SETTINGS, SETTINGS, server
 from bench.session import Session
-from pg_siamese.sources import png
-from pg_siamese_server.encoder import Encoder
-from pg_siamese_server.images import decode_image
+from pg_siamese.client.sources import png
+from pg_siamese_server.encoding.encoder import Encoder
+from pg_siamese_server.encoding.images import decode_image
 
 PENDING_ROWS = 5_000
 # Queries of each filtered search, whose true neighbours are found one by one.

@@ -16,9 +16,9 @@ from bench.report import Line
 from bench.server import index_file
 from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints
 from bench.timing import Summary, one_core, round_robin
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese_server.generations import Breadths, opened
-from pg_siamese_server.index_file import read_sidecar
+from pg_siamese_server.index.generations import Breadths, opened
+from pg_siamese_server.index.index_file import read_sidecar
+from tools.cluster import Cluster
 
 OURS = "similar_images"
 PGVECTOR = "pgvector HNSW"

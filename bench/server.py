@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.session import connect
-from pg_siamese.dev.cluster import Cluster, create_database
+from tools.cluster import Cluster, create_database
 
 # The disk is waited for, as in production. Autovacuum would strike in the middle of a
 # measurement: tables are vacuumed and analysed before it, all sides' alike.

@@ -16,10 +16,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pg_siamese import datasets
-from pg_siamese.dev.cluster import Cluster, create_database
-from pg_siamese.sources import png
+from pg_siamese.client.sources import png
 from tests import server
 from tests.server import ExternalServer
+from tools.cluster import Cluster, create_database
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 TEMPLATE = "template_siamese"

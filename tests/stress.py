@@ -21,7 +21,6 @@ from contextlib import contextmanager
 
 import psycopg
 
-from pg_siamese.dev.cluster import Cluster, create_database
 from tests.bars.bad_images import BadImages
 from tests.bars.cancel import Cancel
 from tests.bars.gallery import MODELS, Connection, gallery
@@ -30,6 +29,7 @@ from tests.bars.memory import Memory
 from tests.bars.mixed import Mixed
 from tests.bars.parity import Parity
 from tests.bars.recall import Recall
+from tools.cluster import Cluster, create_database
 
 DATABASE = "stress"
 

@@ -47,7 +47,7 @@ from pg_siamese_server.errors import (  # noqa: E402
 
 # Their threads inherit the mask; PostgreSQL's signal handlers stay in the main thread.
 with interrupts.signals_blocked():
-    from pg_siamese_server import search as _search
+    from pg_siamese_server.search import search as _search
 
 CANCELLED = ("57014", "57P01")
 # The largest real, which distances are.
@@ -138,7 +138,7 @@ def register_model(
     input_range: list[float | None] | None,
 ) -> tuple[str]:
     """Body of ``register_model``."""
-    from pg_siamese_server import models
+    from pg_siamese_server.encoding import models
 
     size = {
         "width": image_width,
@@ -177,7 +177,7 @@ def register_shipped_models(plpy: Any, folder: str) -> tuple[str, str, str]:
     """Body of ``register_shipped_models``."""
     with interrupts.signals_blocked():
         import onnx as _  # noqa: F401 -- its libraries may start threads
-    from pg_siamese_server import shipped
+    from pg_siamese_server.encoding import shipped
 
     found = shipped.register_shipped_models(plpy, folder)
     return (
@@ -188,11 +188,11 @@ def register_shipped_models(plpy: Any, folder: str) -> tuple[str, str, str]:
 
 
 @functools.cache
-def _changes() -> Any:
+def _triggers() -> Any:
     """Import what follows changes; searches by a stored image need no image library."""
-    from pg_siamese_server import changes
+    from pg_siamese_server.writing import triggers
 
-    return changes
+    return triggers
 
 
 @_answer
@@ -205,7 +205,7 @@ def on_change(
     versions: str | None,
 ) -> tuple[()]:
     """Body of the statement triggers."""
-    _changes().on_change(plpy, event, collection_id, relation_oid, keys or [], versions)
+    _triggers().on_change(plpy, event, collection_id, relation_oid, keys or [], versions)
     return ()
 
 
@@ -214,7 +214,7 @@ def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> tuple[s
     """Body of ``backfill``."""
     _check_given(collection=collection, max_rows=max_rows)
     limit = None if max_rows == ALL_ROWS else max_rows
-    return (str(_changes().backfill(plpy, collection, limit)),)
+    return (str(_triggers().backfill(plpy, collection, limit)),)
 
 
 @_answer
@@ -226,7 +226,7 @@ def near_collection(plpy: Any, name: str) -> tuple[str]:
 @_answer
 def embed_pending(plpy: Any, collection: str | None, max_rows: int | None) -> tuple[str]:
     """Body of ``embed_pending``; an empty name stands for all collections."""
-    from pg_siamese_server import deferred
+    from pg_siamese_server.writing import deferred
 
     _check_given(collection=collection, max_rows=max_rows)
     limit = None if max_rows == ALL_ROWS else max_rows
@@ -244,7 +244,7 @@ def build_index(
 ) -> tuple[str]:
     """Body of ``build_index``; no threads are as many as the server's setting allows."""
     with interrupts.signals_blocked():
-        from pg_siamese_server import build
+        from pg_siamese_server.index import build
 
     _check_given(
         collection=collection,
@@ -265,7 +265,7 @@ def build_index(
 def rebuild_file(plpy: Any, collection: str | None) -> tuple[str | None]:
     """Body of ``rebuild_file``."""
     with interrupts.signals_blocked():
-        from pg_siamese_server import rebuild
+        from pg_siamese_server.index import rebuild
 
     _check_given(collection=collection)
     number = rebuild.rebuild_file(plpy, collection)
@@ -378,7 +378,7 @@ def _search_explained(plpy: Any, request: _search.Request) -> _search.Answer:
     except plpy.SPIError as error:
         if request.filter is None or error.sqlstate in CANCELLED:
             raise
-        from pg_siamese_server import filters
+        from pg_siamese_server.search import filters
 
         filters.explain(plpy, collection_by_name(plpy, request.collection_name), request.filter)
         raise
@@ -413,7 +413,7 @@ def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[floa
         return None
     import numpy as np
 
-    from pg_siamese_server import models
+    from pg_siamese_server.encoding import models
 
     spec = models.spec(plpy, int(model_id))
     if spec.weight is None or spec.bias is None:
@@ -437,7 +437,7 @@ def _reals_template(count: int) -> str:
 
 def estimate(plpy: Any) -> str | None:
     """Body of ``_estimate``, which a search calls."""
-    from pg_siamese_server import exact
+    from pg_siamese_server.search import exact
 
     return exact.explain_asked(plpy)
 
@@ -472,7 +472,7 @@ def classify_image(
 
 def _labels(plpy: Any, answer: _search.Answer, label_column: str) -> list[str | None]:
     """Return the labels of the rows found, in their order."""
-    from pg_siamese_server import filters
+    from pg_siamese_server.search import filters
 
     found = answer.collection
     column = filters.columns(plpy, found, [label_column])[label_column]["quoted"]
@@ -501,14 +501,16 @@ def _model_id(plpy: Any, model: str | None) -> int:
 
 
 def _embed_image(plpy: Any, images: list[bytes | None], model: str | None) -> str:
-    from pg_siamese_server import models, vectors
+    from pg_siamese_server import vectors
+    from pg_siamese_server.encoding import models
 
     return vectors.to_text(models.embed(plpy, _model_id(plpy, model), images)[0])
 
 
 def _embedded(plpy: Any, model_id: int, images: list[bytes | None]) -> Any:
     """Return the images' prepared vectors, (images, dimension)."""
-    from pg_siamese_server import models, vectors
+    from pg_siamese_server import vectors
+    from pg_siamese_server.encoding import models
 
     metric = models.spec(plpy, model_id).metric
     return vectors.prepare(models.embed(plpy, model_id, images), metric)
@@ -518,7 +520,8 @@ def _distances(plpy: Any, model_id: int, prepared: Any) -> list[float]:
     """Return the distances of all pairs of images, in the order of itertools.combinations."""
     import itertools
 
-    from pg_siamese_server import models, vectors
+    from pg_siamese_server import vectors
+    from pg_siamese_server.encoding import models
 
     metric = models.spec(plpy, model_id).metric
     return [
@@ -537,7 +540,7 @@ def _image_distance(plpy: Any, images: list[bytes | None], model: str | None) ->
 
 
 def _same_class(plpy: Any, images: list[bytes | None], model: str | None) -> str | None:
-    from pg_siamese_server import models
+    from pg_siamese_server.encoding import models
 
     model_id = _model_id(plpy, model)
     spec = models.spec(plpy, model_id)
@@ -554,7 +557,7 @@ def _same_class(plpy: Any, images: list[bytes | None], model: str | None) -> str
 
 
 def _any_two_match(plpy: Any, images: list[bytes | None], model: str | None) -> str | None:
-    from pg_siamese_server import models
+    from pg_siamese_server.encoding import models
 
     if len(images) < 2:
         raise SiameseError("any_two_match needs at least two images")

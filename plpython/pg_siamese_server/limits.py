@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # searches by a stored image need no image library
-    from pg_siamese_server.specification import InputSpec
+    from pg_siamese_server.encoding.specification import InputSpec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from pg_siamese_server import __version__, interrupts, models, telemetry
+from pg_siamese_server import __version__, interrupts, telemetry
 from pg_siamese_server.catalog import (
     COLLECTION_QUERY,
     Collection,
@@ -20,9 +20,10 @@ from pg_siamese_server.catalog import (
     lock_table,
     prepare,
 )
-from pg_siamese_server.changes import abandoned_query, compared, missing_query, stale_keys
-from pg_siamese_server.deferred import CANCELLED
+from pg_siamese_server.encoding import models
 from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.writing.deferred import CANCELLED
+from pg_siamese_server.writing.triggers import abandoned_query, compared, missing_query, stale_keys
 
 Line = tuple[str, bool, str]
 # What a look at some images costs at most, without full => true.
@@ -38,7 +39,7 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
     if generation is None or collection_id is None:
         return None
     try:
-        from pg_siamese_server import generations, index_file
+        from pg_siamese_server.index import generations, index_file
     except ImportError:
         return "FAISS is missing"
     paths = index_file.paths(generations.directory(plpy, collection_id), generation)
@@ -329,7 +330,7 @@ def _index(plpy: Any, collection: Collection) -> Line:
         return ("index", True, "none built; pgvector answers")
     row = rows[0]
     try:
-        from pg_siamese_server import generations, index_file
+        from pg_siamese_server.index import generations, index_file
 
         index_file.read(
             generations.directory(plpy, collection.collection_id),

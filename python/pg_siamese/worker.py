@@ -25,12 +25,12 @@ from typing import Any
 import psycopg
 
 import pg_siamese_server
-from pg_siamese.connection import CommandError, NoServerError, connect, describe_error
-from pg_siamese_server.deferred import Results, Row, embed_batch
-from pg_siamese_server.encoder import Encoder
+from pg_siamese.client.connection import CommandError, NoServerError, connect, describe_error
+from pg_siamese_server.encoding.encoder import Encoder
+from pg_siamese_server.encoding.specification import ModelSpec
 from pg_siamese_server.errors import SiameseError, counted
 from pg_siamese_server.limits import Limits
-from pg_siamese_server.specification import ModelSpec
+from pg_siamese_server.writing.deferred import Results, Row, embed_batch
 
 CHANNEL = "pg_siamese_queue"
 # A batch ends after this, so that its locks go and others see its vectors.

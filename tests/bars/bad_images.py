@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import psycopg
 
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import InputSpec
 from tests.bars.gallery import Connection, embed_outside, image_sets
 from tests.bars.mutations import bombs, mutated, samples
 from tests.bars.process import MEGABYTE, private_bytes, watched

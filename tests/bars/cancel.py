@@ -14,7 +14,7 @@ import numpy as np
 import psycopg
 from onnx import TensorProto, helper, numpy_helper
 
-from pg_siamese.sources import png
+from pg_siamese.client.sources import png
 from tests.bars.gallery import DIMENSION, Connection, Gallery, check_files, index_directory
 
 WITHIN = 1.0

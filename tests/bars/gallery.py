@@ -22,9 +22,9 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from pg_siamese import datasets
-from pg_siamese.sources import png
-from pg_siamese_server.encoder import Encoder
-from pg_siamese_server.specification import InputSpec, ModelSpec
+from pg_siamese.client.sources import png
+from pg_siamese_server.encoding.encoder import Encoder
+from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from tests.server import path_of
 
 

@@ -14,8 +14,8 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
+from pg_siamese.client.sources import png
 from pg_siamese.datasets import LabelledImages
-from pg_siamese.sources import png
 from tests.bars.gallery import MODELS, Connection, image_sets
 
 LEAST_COSINE = 0.9999
@@ -32,7 +32,7 @@ def torch_encoder(path: Path) -> Any:
     from pg_siamese.training.experiments import load_experiment
     from pg_siamese.training.export import fold_batch_norms
     from pg_siamese.training.networks import build_network
-    from pg_siamese_server.encoder import METADATA_KEY
+    from pg_siamese_server.encoding.encoder import METADATA_KEY
 
     model = onnx.load_model(str(path), load_external_data=False)
     metadata = json.loads(next(p.value for p in model.metadata_props if p.key == METADATA_KEY))

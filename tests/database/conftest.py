@@ -9,9 +9,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_siamese.dev.cluster import Cluster
 from tests.conftest import Connection
 from tests.server import ExternalServer, login_role
+from tools.cluster import Cluster
 
 _numbers = itertools.count(1)
 

@@ -21,10 +21,10 @@ from psycopg.conninfo import make_conninfo
 from typer.testing import CliRunner
 
 from pg_siamese import datasets
-from pg_siamese.cli import app
-from pg_siamese.connection import connect, schema_prefix
-from pg_siamese.demo import things_to_try
-from pg_siamese.sources import png
+from pg_siamese.cli.demo import things_to_try
+from pg_siamese.cli.main import app
+from pg_siamese.client.connection import connect, schema_prefix
+from pg_siamese.client.sources import png
 from tests.conftest import Connection
 from tests.server import login_role
 from tests.support import grid_encoder
@@ -206,7 +206,7 @@ def test_ctrl_c_cancels_in_the_server_and_says_what_is_stored(
         "CREATE TRIGGER wait AFTER INSERT ON siamese.images EXECUTE FUNCTION wait()"
     )
     file = medical_set(tmp_path / "slow.npz", (1000, 2, 2))
-    command = [sys.executable, "-m", "pg_siamese.cli", "load", str(file), "--split", "train"]
+    command = [sys.executable, "-m", "pg_siamese.cli.main", "load", str(file), "--split", "train"]
     # A shell's background job may have SIGINT ignored, and a child would inherit that.
     process = subprocess.Popen(
         [*command, "--dsn", dsn],

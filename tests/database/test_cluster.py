@@ -14,8 +14,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pg_siamese.dev.cluster import THROWAWAY, Cluster, create_database
-from pg_siamese.dev.report import SetupError
+from tools.cluster import THROWAWAY, Cluster, create_database
+from tools.report import SetupError
 
 
 @pytest.fixture(scope="module")

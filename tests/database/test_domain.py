@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
-from pg_siamese_server.specification import InputSpec
+from pg_siamese_server.encoding.specification import InputSpec
 from tests.conftest import Connection, Pictures, insert_images
 from tests.support import encode
 

@@ -19,9 +19,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.json import Json, Jsonb
 
-from pg_siamese.dev.cluster import Cluster
 from tests.conftest import Connection, Pictures
 from tests.server import ExternalServer
+from tools.cluster import Cluster
 
 KEYS = [uuid.UUID(int=number + 1) for number in range(6)]
 

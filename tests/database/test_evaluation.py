@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pg_siamese.cli import app
+from pg_siamese.cli.main import app
 from pg_siamese.datasets import DataNotFoundError, load_medmnist
 from pg_siamese.evaluation import database
 from pg_siamese.evaluation.model import open_model

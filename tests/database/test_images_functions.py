@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pg_siamese_server.encoder import Encoder
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.registration import inspect_model
+from pg_siamese_server.encoding.encoder import Encoder
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.registration import inspect_model
 from tests.conftest import Connection, Pictures, insert_images
 from tests.support import Array, encode, sql_error
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pg_siamese.dev.project import ROOT, version
 from tests.conftest import Connection, Pictures
 from tests.support import sql_error
+from tools.project import ROOT, version
 
 SHIPPED = {file.stem: file.read_bytes() for file in (ROOT / "models").glob("*.onnx")}
 # A layout of the test's own, made by the server itself, which may be in a container.

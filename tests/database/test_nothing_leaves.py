@@ -21,11 +21,11 @@ import psycopg
 import pytest
 from PIL import Image
 
-from pg_siamese.dev.cluster import THROWAWAY, Cluster, create_database
-from pg_siamese.dev.packages import OWN_PYTHON, server_folder
-from pg_siamese.dev.project import ROOT
 from tests import guard, server
 from tests.conftest import MODELS, Connection, Pictures, insert_images
+from tools.cluster import THROWAWAY, Cluster, create_database
+from tools.packages import OWN_PYTHON, server_folder
+from tools.project import ROOT
 
 pytestmark = pytest.mark.skipif(
     bool(server.DSN), reason="the processes of a server elsewhere can't be watched"
@@ -36,7 +36,7 @@ START = """
 import sys
 sys.path[:0] = {paths!r}
 sys.argv[0] = "pg_siamese"
-from pg_siamese.cli import app
+from pg_siamese.cli.main import app
 app()
 """
 IMPORT = "import sys; sys.path.insert(0, {packages!r}); import onnxruntime"

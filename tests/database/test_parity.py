@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import InputSpec
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import InputSpec
 from tests.bars.gallery import MODELS
 from tests.bars.mutations import chunk, png_file
 from tests.bars.parity import Parity, embed_onnxruntime, least_cosine

@@ -17,13 +17,13 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_siamese.dev import migrate
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese.dev.project import ROOT, version
-from pg_siamese.dev.report import SetupError
 from tests.catalog import describe, privileges
 from tests.conftest import Connection, Pictures
 from tests.support import sql_error
+from tools import migrate
+from tools.cluster import Cluster
+from tools.project import ROOT, version
+from tools.report import SetupError
 
 DATA = ROOT / "tests" / "data"
 PACKAGE = "pg_siamese_server"

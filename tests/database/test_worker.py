@@ -18,7 +18,7 @@ import psycopg
 import pytest
 
 import pg_siamese_server
-from pg_siamese.connection import CommandError, NoServerError
+from pg_siamese.client.connection import CommandError, NoServerError
 from pg_siamese.worker import Options, Totals, Worker
 from tests.conftest import Connection, Pictures
 from tests.support import grid_encoder, sql_error
@@ -58,7 +58,7 @@ class Table:
 
     def start(self, *options: str, dsn: str | None = None) -> subprocess.Popen[str]:
         """Start a worker process."""
-        command = [sys.executable, "-m", "pg_siamese.cli", "worker", "--dsn", dsn or self.dsn]
+        command = [sys.executable, "-m", "pg_siamese.cli.main", "worker", "--dsn", dsn or self.dsn]
         process = subprocess.Popen(
             [*command, *options],
             stdout=subprocess.PIPE,
@@ -342,14 +342,14 @@ def test_poisoned_images(table: Table) -> None:
 # A decoder with a hole: an image of these bytes takes the process with it.
 DEADLY = """
 import os, signal
-from pg_siamese_server import images
+from pg_siamese_server.encoding import images
 decode = images.decode_image
 def deadly(image, *rest):
     if image == b"deadly":
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(image, *rest)
 images.decode_image = deadly
-from pg_siamese.cli import app
+from pg_siamese.cli.main import app
 app()
 """
 

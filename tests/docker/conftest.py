@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pg_siamese.sources import png
+from pg_siamese.client.sources import png
 from tests.conftest import Connection
 from tests.server import DOCKER
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pg_siamese.dev.project import ROOT, version
 from tests.docker.conftest import Container, Containers, docker, picture, variable, volume_at
+from tools.project import ROOT, version
 
 LARGEST = 1.2e9  # bytes
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from pg_siamese.dev.cluster import DATABASE, Cluster
-from pg_siamese.dev.report import SetupError
 from tests.conftest import Connection, Pictures, insert_images
 from tests.operations.servers import connect, fill, one, server
 from tests.support import assert_exact, exact_distances
+from tools.cluster import DATABASE, Cluster
+from tools.report import SetupError
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("PG_SIAMESE_TEST_IMAGE"),

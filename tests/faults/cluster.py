@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese.dev.report import SetupError
+from tools.cluster import Cluster
+from tools.report import SetupError
 
 # Python runs it before anything else, in every session.
 BLOCKER = '''\

@@ -19,7 +19,7 @@ import numpy as np
 import psycopg
 from psycopg import sql
 
-from pg_siamese.connection import CommandError, NoServerError
+from pg_siamese.client.connection import CommandError, NoServerError
 from pg_siamese.worker import Options, Signals, Worker
 from tests.bars.gallery import (
     DISTANCE_TOLERANCE,

@@ -13,7 +13,6 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_siamese.dev.cluster import create_database
 from tests.bars.gallery import (
     MODELS,
     Connection,
@@ -27,6 +26,7 @@ from tests.bars.gallery import (
 from tests.faults.checks import Connect, check_answers, check_repair, fill
 from tests.faults.cluster import SETTINGS, FaultyCluster
 from tests.support import sql_error
+from tools.cluster import create_database
 
 MEGABYTE = 1024 * 1024
 

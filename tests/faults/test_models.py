@@ -98,7 +98,7 @@ def test_a_deferred_collection_waits(
     )
     with sql_error(*ERROR):
         connect().execute("SELECT embed_pending('t')")
-    command = [sys.executable, "-m", "pg_siamese.cli", "worker", "--once", "--dsn", dsn]
+    command = [sys.executable, "-m", "pg_siamese.cli.main", "worker", "--once", "--dsn", dsn]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "does not have its SHA-256" in done.stdout + done.stderr
     state = "SELECT waiting, failures FROM embedding_queue_status"

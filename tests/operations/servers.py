@@ -13,8 +13,8 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from pg_siamese.dev.cluster import DATABASE, THROWAWAY, Cluster, create_database
 from tests.conftest import Connection, insert_images
+from tools.cluster import DATABASE, THROWAWAY, Cluster, create_database
 
 # What was committed must reach standbys and archives at once, and not after some time.
 DURABLE = THROWAWAY | {"synchronous_commit": "on"}

@@ -16,8 +16,6 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from pg_siamese.dev.cluster import DATABASE, Cluster
-from pg_siamese.dev.project import version
 from tests.catalog import describe
 from tests.conftest import Connection, Pictures, insert_images
 from tests.database.test_upgrade import RELEASED, Databases
@@ -33,6 +31,8 @@ from tests.operations.servers import (
     wait_for,
 )
 from tests.support import assert_exact, exact_distances, grid_encoder, sql_error
+from tools.cluster import DATABASE, Cluster
+from tools.project import version
 
 ON_PATH = "-c search_path=public,siamese"
 ROLES = "CREATE ROLE analyst LOGIN; CREATE ROLE owner LOGIN"

@@ -12,8 +12,7 @@ import psycopg
 import pytest
 from typer.testing import CliRunner
 
-from pg_siamese.cli import app
-from pg_siamese.dev.cluster import Cluster
+from pg_siamese.cli.main import app
 from tests.bars.gallery import filled_up
 from tests.conftest import Connection, Pictures, insert_images
 from tests.operations.servers import (
@@ -27,6 +26,7 @@ from tests.operations.servers import (
     server,
 )
 from tests.support import assert_exact, exact_distances, sql_error
+from tools.cluster import Cluster
 
 SETTINGS = {"max_standby_streaming_delay": "-1"}  # no conflict ends what the tests look at
 K = 10

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pg_siamese_server import build, vectors
+from pg_siamese_server import vectors
+from pg_siamese_server.index import build
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 40])

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pg_siamese.cli import app, expected
-from pg_siamese.connection import CommandError, connect, describe_error
-from pg_siamese.search import Collection, display_pixels, search_statement
-from pg_siamese.sources import png
-from pg_siamese.terminal import PROGRESS_NOTICE
+from pg_siamese.cli.main import app, expected
+from pg_siamese.cli.terminal import PROGRESS_NOTICE
+from pg_siamese.client.connection import CommandError, connect, describe_error
+from pg_siamese.client.queries import Collection, display_pixels, search_statement
+from pg_siamese.client.sources import png
 
 if TYPE_CHECKING:
     from typer.testing import Result
@@ -74,7 +74,7 @@ def test_every_command_has_help(command: str) -> None:
 
 def test_start_up_imports_nothing_heavy() -> None:
     script = (
-        "import sys, pg_siamese.cli;"
+        "import sys, pg_siamese.cli.main;"
         "heavy = {'torch', 'matplotlib', 'numpy', 'PIL', 'onnxruntime'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or 0)"
     )

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_siamese_server import colour
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import InputSpec
+from pg_siamese_server.encoding import colour
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import InputSpec
 from tests import profiles
 from tests.support import Array
 from tests.tiff_files import Tiff
@@ -74,7 +74,7 @@ def test_large_pictures_are_reduced_first(
         spec = InputSpec(WIDTH, HEIGHT, resize=resize)
         found = decode_image(data, spec).astype(int)
         with monkeypatch.context() as patch:
-            patch.setattr("pg_siamese_server.images.DRAFT_MARGIN", 10**6)
+            patch.setattr("pg_siamese_server.encoding.images.DRAFT_MARGIN", 10**6)
             whole = decode_image(data, spec).astype(int)
         assert 0 < np.abs(found - whole).mean() < 1
 

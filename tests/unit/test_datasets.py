@@ -223,7 +223,7 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
 
 
 def test_image_folder_decodes_as_the_server_does(tmp_path: Path) -> None:
-    images = pytest.importorskip("pg_siamese_server.images")
+    images = pytest.importorskip("pg_siamese_server.encoding.images")
     for split in ("train", "val"):
         save_image(tmp_path / split / "red" / "1.png", (255, 0, 0))
         save_image(tmp_path / split / "blue" / "1.png", (0, 0, 255))
@@ -358,6 +358,6 @@ def test_real_medmnist_where_it_is_found(name: str, counts: tuple[int, ...], cha
 def test_importing_datasets_imports_no_torch() -> None:
     import subprocess
 
-    code = "import sys, pg_siamese.datasets, pg_siamese.training.cli; print('torch' in sys.modules)"
+    code = "import sys, pg_siamese.datasets, pg_siamese.cli.training; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -21,8 +21,8 @@ from pg_siamese.datasets import (
     open_dataset,
     split_at_random,
 )
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import InputSpec
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import InputSpec
 
 
 def picture(value: int, size: tuple[int, int] = (12, 10)) -> bytes:

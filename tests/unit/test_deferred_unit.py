@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pg_siamese_server.deferred import Outcome, Results, Row, embed_batch
-from pg_siamese_server.encoder import Encoder
+from pg_siamese_server.encoding.encoder import Encoder
+from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from pg_siamese_server.errors import ModelError
-from pg_siamese_server.specification import InputSpec, ModelSpec
+from pg_siamese_server.writing.deferred import Outcome, Results, Row, embed_batch
 from tests.support import encode, grid_encoder
 
 SPEC = ModelSpec(InputSpec(width=8, height=8, channels=3), metric="l2")
@@ -120,7 +120,7 @@ def test_no_more_rows_than_wanted() -> None:
 
 def test_no_longer_than_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(0.0, 1.0)
-    monkeypatch.setattr("pg_siamese_server.deferred.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("pg_siamese_server.writing.deferred.time.monotonic", lambda: next(clock))
     rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 90)}
     fake = Fake(rows, list(rows))
     outcome = run(fake, encoder(), seconds=2.0)

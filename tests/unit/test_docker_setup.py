@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev import apt, base_image, docker, engine, project
-from pg_siamese.dev.apt import Archive, parse_deb822
-from pg_siamese.dev.docker import Variant
-from pg_siamese.dev.engine import Engine, NoEngineError
-from pg_siamese.dev.report import SetupError
+from tools import apt, base_image, docker, engine, project
+from tools.apt import Archive, parse_deb822
+from tools.docker import Variant
+from tools.engine import Engine, NoEngineError
+from tools.report import SetupError
 
 Program = Callable[..., str]
 

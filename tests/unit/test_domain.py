@@ -16,11 +16,11 @@ from pg_siamese.evaluation.domain import (
     other_images,
     refused,
 )
-from pg_siamese_server.domain import Domain
-from pg_siamese_server.encoder import Encoder
+from pg_siamese_server.encoding.domain import Domain
+from pg_siamese_server.encoding.encoder import Encoder
+from pg_siamese_server.encoding.registration import inspect_model
+from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from pg_siamese_server.errors import ModelError
-from pg_siamese_server.registration import inspect_model
-from pg_siamese_server.specification import InputSpec, ModelSpec
 from tests.conftest import MODELS
 from tests.support import Array, grid_encoder
 

@@ -7,10 +7,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from pg_siamese_server.encoder import Encoder, check_embedding
+from pg_siamese_server.encoding.encoder import Encoder, check_embedding
+from pg_siamese_server.encoding.registration import inspect_model
+from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from pg_siamese_server.errors import ImageError, ModelError
-from pg_siamese_server.registration import inspect_model
-from pg_siamese_server.specification import InputSpec, ModelSpec
 from tests.conftest import Pictures
 from tests.support import Array, graph, grid, grid_encoder
 

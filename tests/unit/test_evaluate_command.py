@@ -13,16 +13,16 @@ import pytest
 from onnx import TensorProto
 from typer.testing import CliRunner
 
-from pg_siamese.cli import app
-from pg_siamese.connection import CommandError
+from pg_siamese.cli.main import app
+from pg_siamese.client.connection import CommandError
+from pg_siamese.client.sources import png
 from pg_siamese.datasets import LabelledImages
 from pg_siamese.evaluation import figures as figures_module
 from pg_siamese.evaluation import results
 from pg_siamese.evaluation.command import command_line
 from pg_siamese.evaluation.model import embed_images, open_model
 from pg_siamese.evaluation.results import read_results, summary, write_table
-from pg_siamese.sources import png
-from pg_siamese_server.images import decode_image
+from pg_siamese_server.encoding.images import decode_image
 from tests.support import grid_encoder
 
 COLOURS = {"reds": (200, 40, 40), "greens": (40, 200, 40), "blues": (40, 40, 200)}
@@ -274,7 +274,7 @@ def test_torch_is_not_needed(tmp_path: Path, data: Path) -> None:
     arguments += ["--pictures", str(tmp_path)]
     program = (
         "import sys\n"
-        "from pg_siamese.cli import app\n"
+        "from pg_siamese.cli.main import app\n"
         f"app({arguments!r}, standalone_mode=False)\n"
         "assert not {'torch', 'lightning'}.intersection(sys.modules)"
     )

@@ -9,9 +9,10 @@ import faiss
 import numpy as np
 import pytest
 
-from pg_siamese_server import exact, generations
-from pg_siamese_server.generations import Generation, opened
-from pg_siamese_server.index_file import Rows
+from pg_siamese_server.index import generations
+from pg_siamese_server.index.generations import Generation, opened
+from pg_siamese_server.index.index_file import Rows
+from pg_siamese_server.search import exact
 
 Array = np.ndarray[Any, Any]
 COUNT, DIMENSION = 1000, 12

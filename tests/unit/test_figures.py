@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from pg_siamese.figures import (
+from pg_siamese.client.contact_sheet import (
     NEUTRAL_COLOUR,
     OTHER_COLOUR,
     SAME_COLOUR,
@@ -147,7 +147,7 @@ def test_pyplot_is_not_used() -> None:
     import sys
 
     script = (
-        "import sys, numpy; from pg_siamese.figures import SheetRow, draw_sheet;"
+        "import sys, numpy; from pg_siamese.client.contact_sheet import SheetRow, draw_sheet;"
         "draw_sheet([SheetRow('', numpy.zeros((2, 2), 'uint8'), None, [])]);"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pg_siamese_server import filters
 from pg_siamese_server.catalog import Collection
 from pg_siamese_server.errors import SiameseError
-from pg_siamese_server.filters import Conditions, parse
+from pg_siamese_server.search import filters
+from pg_siamese_server.search.filters import Conditions, parse
 
 COLLECTION = Collection(
     1, "c", 1, "public.t", "id", "bigint", "image", "reject", "sync", 1, 4, "", "cosine", "public"

@@ -9,10 +9,11 @@ import faiss
 import numpy as np
 import pytest
 
-from pg_siamese_server import build, graph, vectors
+from pg_siamese_server import vectors
 from pg_siamese_server.errors import SiameseError
-from pg_siamese_server.generations import Breadths, opened
-from pg_siamese_server.index_file import Rows
+from pg_siamese_server.index import build, graph
+from pg_siamese_server.index.generations import Breadths, opened
+from pg_siamese_server.index.index_file import Rows
 from tests.support import Array
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from pg_siamese_server.encoding.images import FORMATS, decode_image
+from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError, ModelError
-from pg_siamese_server.images import FORMATS, decode_image
-from pg_siamese_server.specification import InputSpec
 from tests.conftest import Pictures, pictures_of
 from tests.support import Array, encode
 

@@ -11,10 +11,10 @@ import faiss
 import numpy as np
 import pytest
 
-from pg_siamese_server import index_file
 from pg_siamese_server.errors import IndexFileError
-from pg_siamese_server.generations import Breadths, opened
-from pg_siamese_server.index_file import Identity, Rows
+from pg_siamese_server.index import index_file
+from pg_siamese_server.index.generations import Breadths, opened
+from pg_siamese_server.index.index_file import Identity, Rows
 from tests.support import Array
 
 DIMENSION = 8

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev import apt, environments, install, pgvector, postgres
-from pg_siamese.dev.install import Place, Server
-from pg_siamese.dev.installation import Installation
-from pg_siamese.dev.packages import OWN_PYTHON
-from pg_siamese.dev.project import ROOT, version
-from pg_siamese.dev.report import SetupError
+from tools import apt, environments, install, pgvector, postgres
+from tools.install import Place, Server
+from tools.installation import Installation
+from tools.packages import OWN_PYTHON
+from tools.project import ROOT, version
+from tools.report import SetupError
 
 Make = Callable[[str], None]
 

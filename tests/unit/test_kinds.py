@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import InputSpec
 
 SPEC = InputSpec(8, 8)
 

@@ -15,10 +15,10 @@ import psycopg
 import pytest
 from PIL import Image
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
+from pg_siamese.client.loading import LoadReport, Target, batches, load_part, store
+from pg_siamese.client.sources import ImageRow, counted, labelled_part, png, printable, read_source
 from pg_siamese.datasets import DataFormatError, DataNotFoundError, LabelledImages, LeftOut
-from pg_siamese.loading import LoadReport, Target, batches, load_part, store
-from pg_siamese.sources import ImageRow, counted, labelled_part, png, printable, read_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,10 +17,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pg_siamese.dev import environments, lock
-from pg_siamese.dev.environments import LOCKS, NAMES, project
-from pg_siamese.dev.project import ROOT
-from pg_siamese.dev.report import SetupError
+from tools import environments, lock
+from tools.environments import LOCKS, NAMES, project
+from tools.project import ROOT
+from tools.report import SetupError
 
 HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 

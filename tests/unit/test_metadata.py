@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import InputSpec
 from tests.support import Array
 
 WIDTH, HEIGHT = 97, 64
@@ -267,7 +267,7 @@ def test_padding_of_webp() -> None:
 
 def full(data: bytes, spec: InputSpec, monkeypatch: pytest.MonkeyPatch) -> Array:
     with monkeypatch.context() as patch:
-        patch.setattr("pg_siamese_server.images.DRAFT_MARGIN", 10**6)
+        patch.setattr("pg_siamese_server.encoding.images.DRAFT_MARGIN", 10**6)
         return decode_image(data, spec).astype(int)
 
 

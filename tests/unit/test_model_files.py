@@ -11,9 +11,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from pg_siamese.connection import CommandError
-from pg_siamese.models import read_model
-from pg_siamese_server.registration import inspect_model
+from pg_siamese.client.connection import CommandError
+from pg_siamese.client.models import read_model
+from pg_siamese_server.encoding.registration import inspect_model
 from tests.support import grid_encoder
 
 
@@ -99,6 +99,6 @@ def test_missing_or_short(tmp_path: Path) -> None:
 
 def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path)
-    monkeypatch.setattr("pg_siamese.models.MAX_ONNX_BYTES", 10)
+    monkeypatch.setattr("pg_siamese.client.models.MAX_ONNX_BYTES", 10)
     with pytest.raises(CommandError, match="larger than 10 bytes"):
         read_model(path)

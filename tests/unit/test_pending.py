@@ -8,11 +8,12 @@ import faiss
 import numpy as np
 import pytest
 
-from pg_siamese_server import pending, vectors
+from pg_siamese_server import vectors
 from pg_siamese_server.catalog import Collection
-from pg_siamese_server.generations import Generation, opened
-from pg_siamese_server.index_file import Rows
-from pg_siamese_server.pending import Added, Changes, Snapshot
+from pg_siamese_server.index.generations import Generation, opened
+from pg_siamese_server.index.index_file import Rows
+from pg_siamese_server.search import pending
+from pg_siamese_server.search.pending import Added, Changes, Snapshot
 from tests.support import Array
 
 DIMENSION = 8

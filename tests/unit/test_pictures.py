@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import LabelledImages
 from pg_siamese.evaluation.figures import Evaluation
 from pg_siamese.evaluation.pictures import write_pictures
@@ -27,7 +27,7 @@ from pg_siamese.evaluation.pictures.matrices import confusion, confusion_matrice
 from pg_siamese.evaluation.pictures.scatter import Snapshots, animate, read_snapshots, scatter
 from pg_siamese.evaluation.pictures.style import PALETTE, new_figure, save
 from pg_siamese.evaluation.retrieval import Embedded, nearest
-from pg_siamese_server.specification import InputSpec, ModelSpec
+from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 
 NAMES = ("neighbours", "triplets", "ten-nearest", "confusion", "roc")
 

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from pg_siamese_server.encoding.registration import inspect_model
+from pg_siamese_server.encoding.specification import ModelSpec
 from pg_siamese_server.errors import ModelError
-from pg_siamese_server.registration import inspect_model
-from pg_siamese_server.specification import ModelSpec
 from tests.support import graph, grid_encoder
 
 FLOAT = TensorProto.FLOAT

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev import extension
-from pg_siamese.dev.project import version
+from tools import extension
+from tools.project import version
 
 PLACE = "/somewhere/site-packages"
 PGSPOT = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev import (
+from tools import (
     apt,
     extension,
     overlay,
@@ -17,11 +17,11 @@ from pg_siamese.dev import (
     postgres,
     project,
 )
-from pg_siamese.dev.apt import Archive, parse_deb822, parse_one_line
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese.dev.installation import Installation
-from pg_siamese.dev.project import ROOT, Stamp, digest, version
-from pg_siamese.dev.report import SetupError, clean_environment, run
+from tools.apt import Archive, parse_deb822, parse_one_line
+from tools.cluster import Cluster
+from tools.installation import Installation
+from tools.project import ROOT, Stamp, digest, version
+from tools.report import SetupError, clean_environment, run
 
 DEB822 = """\
 # made by the installer

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese.dev.project import ROOT
 from pg_siamese_server import telemetry
+from tools.cluster import Cluster
+from tools.project import ROOT
 
 PATHS = [str(ROOT), str(ROOT / "python"), str(ROOT / "plpython"), sysconfig.get_path("purelib")]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tifffile
 
+from pg_siamese_server.encoding.images import decode_image, render_image
+from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
-from pg_siamese_server.images import decode_image, render_image
-from pg_siamese_server.specification import InputSpec
 from tests.support import Array
 from tests.tiff_files import CODECS, Tiff, join
 

@@ -18,7 +18,7 @@ pytest.importorskip("lightning")
 from typer.testing import CliRunner, Result
 
 from pg_siamese import datasets
-from pg_siamese.cli import app
+from pg_siamese.cli.main import app
 from pg_siamese.training import export, files
 from tests.support import grid_encoder
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.dev import embedded
-from pg_siamese.dev.cluster import Cluster
-from pg_siamese.dev.project import ROOT
+from tools import embedded
+from tools.cluster import Cluster
+from tools.project import ROOT
 
 
 def script(path: Path, text: str) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 from pg_siamese.datasets.base import DataFormatError, DataNotFoundError, LabelledImages, Pixels
 
 if TYPE_CHECKING:
-    from pg_siamese_server.specification import InputSpec
+    from pg_siamese_server.encoding.specification import InputSpec
 
 # What Pillow knows the formats of the server's decoder by.
 IMAGE_SUFFIXES = frozenset(
@@ -162,8 +162,8 @@ def decode_members(
 
     Raises `DataFormatError` where one can't be decoded, naming it.
     """
+    from pg_siamese_server.encoding.images import decode_image
     from pg_siamese_server.errors import ImageError
-    from pg_siamese_server.images import decode_image
 
     number = {label: i for i, label in enumerate(classes)}
     images: Pixels = np.empty((len(members), spec.height, spec.width, spec.channels), np.uint8)

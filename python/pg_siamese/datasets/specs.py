@@ -31,7 +31,7 @@ from pg_siamese.datasets.places import data_folders, find_data
 from pg_siamese.datasets.zipped import list_image_zip, open_zip, read_member
 
 if TYPE_CHECKING:
-    from pg_siamese_server.specification import InputSpec
+    from pg_siamese_server.encoding.specification import InputSpec
 
 # What is held out of train where only the validation split is missing.
 MISSING_VAL_SHARE = 0.1
@@ -94,7 +94,7 @@ def _fill(parts: Mapping[str, LabelledImages], seed: int, spec: str) -> DataSpli
 def _resized(images: LabelledImages, spec: InputSpec | None) -> LabelledImages:
     if spec is None or images.images.shape[1:3] == (spec.height, spec.width):
         return images
-    from pg_siamese_server.images import decode_image
+    from pg_siamese_server.encoding.images import decode_image
 
     # By way of a file: that is the one place where the server's way of resizing is written down.
     pixels = np.empty((len(images), spec.height, spec.width, *images.images.shape[3:]), np.uint8)
@@ -225,7 +225,7 @@ def _decoded(
 
 
 def _common_size(members: list[Member], read: Callable[[str], bytes]) -> InputSpec:
-    from pg_siamese_server.specification import InputSpec
+    from pg_siamese_server.encoding.specification import InputSpec
 
     sizes: dict[tuple[int, int], str] = {}
     for member in members:

@@ -10,7 +10,8 @@ import psycopg
 from rich.markup import escape
 from rich.table import Table
 
-from pg_siamese.connection import CommandError, connect
+from pg_siamese.cli.terminal import output, progress_bar
+from pg_siamese.client.connection import CommandError, connect
 from pg_siamese.datasets import DataSplits
 from pg_siamese.evaluation.database import ENGINES, database_retrieval, greatest_difference
 from pg_siamese.evaluation.figures import Evaluation, evaluate_model, require_sklearn
@@ -24,8 +25,7 @@ from pg_siamese.evaluation.results import (
     write_result,
     write_table,
 )
-from pg_siamese.terminal import output, progress_bar
-from pg_siamese_server.specification import METRICS
+from pg_siamese_server.encoding.specification import METRICS
 
 
 def evaluate(

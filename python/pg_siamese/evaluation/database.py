@@ -13,13 +13,13 @@ import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
+from pg_siamese.client.loading import find_target, store
+from pg_siamese.client.models import register
+from pg_siamese.client.sources import labelled_part
 from pg_siamese.datasets import DataSplits, LabelledImages
 from pg_siamese.evaluation.model import Advance, EvaluatedModel
 from pg_siamese.evaluation.retrieval import Integers, Retrieval, retrieval
-from pg_siamese.loading import find_target, store
-from pg_siamese.models import register
-from pg_siamese.sources import labelled_part
 
 NEIGHBOURS = 5
 # The exact scan, which must give the very figures that are got offline, and what a search uses by

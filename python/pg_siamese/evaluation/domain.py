@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pg_siamese.datasets import DataNotFoundError, open_dataset
 from pg_siamese.evaluation.retrieval import Vectors
 from pg_siamese_server import vectors
-from pg_siamese_server.domain import Domain
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import InputSpec
+from pg_siamese_server.encoding.domain import Domain
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import InputSpec
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import DataSplits
 from pg_siamese.evaluation.model import Advance, EvaluatedModel, embed_joined
 from pg_siamese.evaluation.pairs import (

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
+from pg_siamese.client.sources import png
 from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
 from pg_siamese.evaluation.retrieval import Embedded
-from pg_siamese.sources import png
-from pg_siamese_server.encoder import Encoder, metadata_of
+from pg_siamese_server.encoding.encoder import Encoder, metadata_of
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.specification import ModelSpec
 from pg_siamese_server.errors import ImageError, ModelError
-from pg_siamese_server.images import decode_image
-from pg_siamese_server.specification import ModelSpec
 
 # Images that are resized and embedded in one go: 150 MB at 224 pixels.
 BATCH_IMAGES = 1024

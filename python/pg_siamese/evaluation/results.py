@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import sha256
 from pg_siamese.evaluation.database import ENGINES
 from pg_siamese.evaluation.figures import Evaluation

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import DataSplits
 from pg_siamese.evaluation.domain import domain_errors, fit_domain, other_images
 from pg_siamese.evaluation.figures import require_sklearn

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from pg_siamese_server.encoder import METADATA_KEY
+from pg_siamese_server.encoding.encoder import METADATA_KEY
 
 
 def write_model(model: onnx.ModelProto, path: Path, metadata: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from pg_siamese.training.files import write_model
 from pg_siamese.training.learner import AverageWeights, MetricLearner, load_learner
 from pg_siamese.training.metadata import describe
 from pg_siamese.training.sampling import Batches
-from pg_siamese_server.specification import InputSpec
+from pg_siamese_server.encoding.specification import InputSpec
 
 COSINE_AT_LEAST = 0.9999
 CHECKED_IMAGES = 500

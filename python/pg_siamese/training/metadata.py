@@ -23,7 +23,7 @@ from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.experiments import Experiment
 from pg_siamese.training.export import embed_onnx
 from pg_siamese.training.learner import as_one_set
-from pg_siamese_server.specification import InputSpec
+from pg_siamese_server.encoding.specification import InputSpec
 
 PAIRS = 20_000
 # Figures are of at most so many images of train: retrieval compares all with all.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pg_siamese.client.contact_sheet import Neighbour, SheetRow, draw_sheet
 from pg_siamese.datasets import LabelledImages
 from pg_siamese.evaluation.figures import VOTERS, Evaluation
 from pg_siamese.evaluation.pictures.collages import (
@@ -24,7 +25,6 @@ from pg_siamese.evaluation.pictures.matrices import Confusion, confusion, confus
 from pg_siamese.evaluation.pictures.scatter import animate, read_snapshots, scatter
 from pg_siamese.evaluation.pictures.style import save
 from pg_siamese.evaluation.retrieval import Integers, distances, nearest, votes
-from pg_siamese.figures import Neighbour, SheetRow, draw_sheet
 
 SHEET_QUERIES = 4
 SHEET_NEIGHBOURS = 4

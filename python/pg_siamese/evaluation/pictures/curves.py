@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
 from pg_siamese.evaluation.pairs import Flags
 from pg_siamese.evaluation.pictures.style import (
     NEUTRAL_COLOUR,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
 from pg_siamese.evaluation.pictures.style import PALETTE, new_figure, plain_axes, rendered, write
 
 if TYPE_CHECKING:

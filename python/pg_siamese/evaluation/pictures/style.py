@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pg_siamese.figures import NEUTRAL_COLOUR, OTHER_COLOUR, QUERY_COLOUR, SAME_COLOUR, square
+from pg_siamese.client.contact_sheet import (
+    NEUTRAL_COLOUR,
+    OTHER_COLOUR,
+    QUERY_COLOUR,
+    SAME_COLOUR,
+    square,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

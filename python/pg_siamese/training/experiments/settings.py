@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pg_siamese.connection import CommandError
+from pg_siamese.client.connection import CommandError
 
 SCHEDULES = ("one_cycle", "cosine", "constant", "plateau")
 

@@ -1,0 +1,89 @@
+"""From images to embeddings, with the bad ones sorted out: for triggers and workers alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server.errors import ImageError
+from pg_siamese_server.limits import MODELS_OWN, Limits
+
+if TYPE_CHECKING:  # self_check needs this module, and says what is missing
+    from pg_siamese_server.encoding.encoder import Encoder
+
+MAX_ROWS_AT_ONCE = 256
+MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
+FIRST_ROWS = 8
+
+Fail = Callable[[Any, ImageError], None]
+# To copy it is quicker than to start anew: OpenSSL looks algorithms up by their names.
+_NOTHING_HASHED = hashlib.sha256()
+
+
+def embed(
+    encoder: Encoder,
+    rows: Iterable[tuple[Any, bytes | None]],
+    fail: Fail,
+    poll: Callable[[], None],
+    limits: Limits = MODELS_OWN,
+) -> tuple[list[Any], NDArray[np.float32]]:
+    """Decode and embed the images of some rows.
+
+    Args:
+        encoder: of the collection's model.
+        rows: key and image file of each.
+        fail: called with the key and the error of each bad image; may raise to leave.
+        poll: called often, may raise to leave.
+        limits: of the collection.
+
+    Returns:
+        Keys of the good ones and their embeddings, float32 (keys, dimension).
+
+    Raises:
+        ModelError: the graph failed.
+    """
+    from pg_siamese_server.encoding.encoder import check_embedding, have_distances
+    from pg_siamese_server.encoding.images import decode_image
+
+    keys: list[Any] = []
+    pixels: list[NDArray[np.uint8]] = []
+    spec = limits.of(encoder.spec.input)
+    for key, image in rows:
+        poll()
+        try:
+            pixels.append(decode_image(image, spec, poll))
+            keys.append(key)
+        except ImageError as error:
+            fail(key, error)
+    if not pixels:
+        return [], np.empty((0, 0), dtype=np.float32)
+    stacked = np.array(pixels)
+    pixels.clear()
+    embeddings = encoder.embed(stacked, poll)
+    if have_distances(embeddings, encoder.spec.metric):
+        return keys, embeddings
+    kept = []
+    for place, key in enumerate(keys):
+        try:
+            check_embedding(embeddings[place], encoder.spec.metric)
+            kept.append(place)
+        except ImageError as error:
+            fail(key, error)
+    return [keys[place] for place in kept], embeddings[kept]
+
+
+def image_hash(image: bytes) -> bytes:
+    """Return what is stored beside the vector of an image, to know it by."""
+    digest = _NOTHING_HASHED.copy()
+    digest.update(image)
+    return digest.digest()[:16]
+
+
+def next_portion(rows: int, size: int) -> int:
+    """Return how many rows to read next, after so many of so many bytes together."""
+    each = size // rows + 1
+    return max(1, min(MAX_ROWS_AT_ONCE, MAX_BYTES_AT_ONCE // each, 8 * rows))

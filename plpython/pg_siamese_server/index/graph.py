@@ -1,0 +1,398 @@
+"""The index in memory: a graph (HNSW) in FAISS, with the breadth of its searches, or a flat one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, Breadths
+from pg_siamese_server.index.index_file import Poll
+from pg_siamese_server.interrupts import PIECE_SECONDS, signals_blocked
+
+FLAT_BELOW = 10_000  # a scan of so few takes no longer than a walk through a graph
+CELL_ROWS = 2_000  # with their neighbour lists, they fit into a processor's cache
+MAX_CELLS = 1_000
+ROUNDS = 4
+MAX_PORTION = 4_000  # vectors of one call of FAISS hardly see each other
+NOTICE_SECONDS = 1.0
+CALIBRATION_QUERIES = 500  # stored ones, and as many that the graph does not know
+SEARCH_AT_ONCE = 50
+TIMED_QUERIES = 30
+TIMED_BELOW = 200_000  # from here on, a scan takes many times as long
+NEIGHBOURS = 10
+PRODUCTS_AT_ONCE = 1_000_000_000  # multiplications of one call of FAISS, about 80 ms
+MANY_QUERIES = 50
+# Multiples of a number of neighbours.
+MANY_BREADTHS = (1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
+BREADTHS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Parameters of HNSW and of the build."""
+
+    m: int
+    ef_construction: int
+    target_recall: float
+    threads: int
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        for name, value, low, high in (
+            ("m", self.m, 4, 64),
+            ("ef_construction", self.ef_construction, 8, 1000),
+            ("target_recall", self.target_recall, 0.5, 1.0),
+            ("threads", self.threads, 1, 64),
+        ):
+            if value is None or not low <= value <= high:
+                raise SiameseError(f"{name} must be between {low} and {high}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a build measured of its graph: how to search it, and the recall at 10 that it gives."""
+
+    breadths: Breadths
+    recall: float
+
+
+@dataclass
+class Progress:
+    """Tells, now and then, how far a build is."""
+
+    plpy: Any
+    name: str
+    total: int
+    noticed: float
+
+    def report(self, done: int) -> None:
+        """Send a notice, if the last one is a while ago."""
+        now = time.monotonic()
+        if now - self.noticed >= NOTICE_SECONDS:
+            self.noticed = now
+            self.plpy.notice(
+                f'building index of collection "{self.name}":'
+                f" {100 * done // self.total}% ({done} of {self.total} vectors)"
+            )
+
+
+def in_order(
+    matrix: NDArray[np.float32], slots: NDArray[np.int32] | None, options: Options, poll: Poll
+) -> tuple[NDArray[np.float32], NDArray[np.int32] | None, NDArray[np.int32] | None]:
+    """Draw each vector's level in the graph, and put the vectors in the order of their insertion.
+
+    From the highest level down: FAISS does so within a call, but we insert in many calls, to be
+    able to leave in between. The lowest level, most of the vectors, comes in rounds, and in each of
+    them cell by cell: what an insertion reads was read just before, which saves a third of the
+    time at a million vectors. Several rounds, since vectors of one call hardly see each other.
+    Neighbours also come to lie close to each other in the file.
+
+    The last vectors, which calibration takes as unknown ones, are drawn by chance.
+
+    Args:
+        matrix: float32 (vectors, dimension).
+        slots: which of the vectors each row has, int32 (rows,); None where row i has vector i.
+        options: of the build.
+        poll: called between pieces of work, may raise to leave.
+
+    Returns:
+        The vectors; which of them each row has; and their levels, int32 (vectors,), counted from 1
+        as FAISS does, or None where there are too few vectors for a graph.
+    """
+    count = len(matrix)
+    if count < FLAT_BELOW:
+        return matrix, slots, None
+    # Geometric with ratio 1/m: Malkov and Yashunin, arXiv 1603.09320, section 4.1.
+    generator = np.random.default_rng(0)
+    uniform = 1 - generator.random(count)
+    levels = np.floor(-np.log(uniform) / np.log(options.m)).astype(np.int32) + 1
+    by_level = np.argsort(uniform)  # of one level, in the order of chance
+    low, last = int((levels > 1).sum()), _known_count(count)
+    centres = matrix[generator.choice(count, min(MAX_CELLS, count // CELL_ROWS), replace=False)]
+    parts = [by_level[:low]]
+    for places in np.array_split(by_level[low:last], ROUNDS):
+        cells = _cells(matrix[places], centres, options, poll)
+        parts.append(places[np.argsort(cells, kind="stable")])
+    order = np.concatenate([*parts, by_level[last:]])
+    place = np.empty(count, dtype=np.int32)
+    place[order] = np.arange(count, dtype=np.int32)
+    return matrix[order], place if slots is None else place[slots], levels[order]
+
+
+def _known_count(count: int) -> int:
+    """Return how many vectors the graph holds while its breadths are measured."""
+    return count - min(CALIBRATION_QUERIES, count // 20)
+
+
+def _cells(
+    matrix: NDArray[np.float32], centres: NDArray[np.float32], options: Options, poll: Poll
+) -> NDArray[np.int64]:
+    """Return the nearest centre of each vector; int64 (vectors,)."""
+    found = []
+    block = max(1_000, PRODUCTS_AT_ONCE // centres.size)
+    for start in range(0, len(matrix), block):
+        with _threads(options.threads):
+            found.append(faiss.knn(matrix[start : start + block], centres, 1)[1][:, 0])
+        poll()
+    return np.concatenate(found)
+
+
+def build(
+    matrix: NDArray[np.float32],
+    levels: NDArray[np.int32] | None,
+    options: Options,
+    progress: Progress,
+    poll: Poll,
+) -> tuple[Any, Measured | None]:
+    """Return an index, and how to search it.
+
+    Args:
+        matrix: float32 (vectors, dimension), as :func:`in_order` returns them.
+        levels: of the vectors, or None for a flat index.
+        options: of the build.
+        progress: told of each portion.
+        poll: called between pieces of work, may raise to leave.
+
+    Returns:
+        The index, and the breadths of its searches; None for a flat one, which is exact.
+    """
+    if levels is None:
+        return _flat(matrix), None
+    index = _empty(matrix, options)
+    add = partial(_add, index, matrix, levels, options, progress, poll)
+    # The last ones are of the lowest level, drawn by chance: what they find, while the graph does
+    # not know them, is what new images will find.
+    known = _known_count(len(matrix))
+    add(0, known)
+    measured = _calibrate(index, matrix[:known], matrix[known:], options, poll)
+    add(known, len(matrix))
+    if measured.recall >= options.target_recall:
+        is_quicker = _is_quicker(index, matrix, measured.breadths.new)
+        return (index, measured) if is_quicker else (_flat(matrix), None)
+    progress.plpy.notice(
+        f'graph index of collection "{progress.name}" reaches a recall of'
+        f" {measured.recall:.3f} only",
+        detail="A flat index takes its place: exact, but the slower the more vectors there are.",
+        hint="Build with a larger m and ef_construction, or a lower target_recall.",
+    )
+    return _flat(matrix), None
+
+
+def build_again(
+    matrix: NDArray[np.float32],
+    levels: NDArray[np.int32] | None,
+    options: Options,
+    progress: Progress,
+    poll: Poll,
+) -> Any:
+    """Return an index like one that :func:`build` made: nothing of it is measured anew.
+
+    The arguments are those of :func:`build`.
+    """
+    if levels is None:
+        return _flat(matrix)
+    index = _empty(matrix, options)
+    _add(index, matrix, levels, options, progress, poll, 0, len(matrix))
+    return index
+
+
+def _empty(matrix: NDArray[np.float32], options: Options) -> Any:
+    index = faiss.IndexHNSWFlat(matrix.shape[1], options.m)
+    index.hnsw.efConstruction = options.ef_construction
+    return index
+
+
+def _add(
+    index: Any,
+    matrix: NDArray[np.float32],
+    levels: NDArray[np.int32],
+    options: Options,
+    progress: Progress,
+    poll: Poll,
+    first: int,
+    last: int,
+) -> None:
+    """Insert the vectors from ``first`` up to ``last`` into a graph."""
+    levels = np.minimum(levels, index.hnsw.assign_probas.size())
+    for start, end in _portions(first, last):
+        faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
+        with _threads(options.threads):
+            index.add(matrix[start:end])
+        poll()
+        progress.report(end)
+
+
+def _is_quicker(index: Any, matrix: NDArray[np.float32], ef_search: int) -> bool:
+    """Whether the graph answers in less time than a scan of all vectors takes."""
+    if len(matrix) > TIMED_BELOW:
+        return True
+    parameters = faiss.SearchParametersHNSW()
+    parameters.efSearch = ef_search
+    rivals = {True: partial(index.search, params=parameters), False: _flat(matrix).search}
+    seconds: dict[bool, list[float]] = {is_graph: [] for is_graph in rivals}
+    for place in np.random.default_rng(0).choice(len(matrix), TIMED_QUERIES).tolist():
+        for is_graph, search in rivals.items():
+            started = time.perf_counter()
+            search(matrix[place : place + 1], NEIGHBOURS)
+            seconds[is_graph].append(time.perf_counter() - started)
+    return float(np.median(seconds[True])) < float(np.median(seconds[False]))
+
+
+def _flat(matrix: NDArray[np.float32]) -> Any:
+    index = faiss.IndexFlatL2(matrix.shape[1])
+    index.add(matrix)
+    return index
+
+
+def _portions(start: int, last: int) -> Iterator[tuple[int, int]]:
+    """Cut a build into portions of about PIECE_SECONDS, measuring as it goes."""
+    size = 200
+    while start < last:
+        end = min(last, start + size)
+        began = time.monotonic()
+        yield start, end
+        seconds = max(1e-6, time.monotonic() - began)
+        size = int(max(50, min(2 * size, MAX_PORTION, (end - start) * PIECE_SECONDS / seconds)))
+        start = end
+
+
+def _calibrate(
+    index: Any,
+    stored: NDArray[np.float32],
+    unknown: NDArray[np.float32],
+    options: Options,
+    poll: Poll,
+) -> Measured:
+    """Choose the narrowest searches that reach the recall, on queries from this very data.
+
+    A stored vector is easier to find its neighbours for than one that the graph does not know.
+
+    Args:
+        index: the graph of ``stored``.
+        stored: float32 (vectors, dimension).
+        unknown: further vectors, which the graph does not hold.
+        options: of the build.
+        poll: called between pieces of work, may raise to leave.
+    """
+    places = np.random.default_rng(0).choice(len(stored), len(unknown), replace=False)
+    truth = _exact(stored, np.concatenate([stored[places], unknown]), NEIGHBOURS, options, poll)
+    for_stored, recall_stored = _narrowest(
+        index,
+        stored[places],
+        places.astype(np.int32),
+        truth[: len(places)],
+        BREADTHS,
+        options,
+        poll,
+    )
+    for_new, recall_new = _narrowest(
+        index, unknown, None, truth[len(places) :], BREADTHS, options, poll
+    )
+    queries = unknown[:MANY_QUERIES]
+    truth = _exact(stored, queries, MANY[-1], options, poll)
+    many = []
+    for count in MANY:
+        choices = [max(for_new, int(count * factor)) for factor in MANY_BREADTHS]
+        many.append(_narrowest(index, queries, None, truth[:, :count], choices, options, poll)[0])
+    return Measured(Breadths(for_stored, for_new, tuple(many)), min(recall_stored, recall_new))
+
+
+def _narrowest(
+    index: Any,
+    queries: NDArray[np.float32],
+    entries: NDArray[np.int32] | None,
+    truth: NDArray[np.int64],
+    choices: Sequence[int],
+    options: Options,
+    poll: Poll,
+) -> tuple[int, float]:
+    """Return the first breadth that reaches the recall, or the best one, and its recall.
+
+    ``truth`` is int64 (queries, neighbours); the other arguments are those of :func:`_search`.
+    """
+    best = (choices[-1], 0.0)
+    for breadth in choices:
+        found = _search(index, queries, entries, truth.shape[1], breadth, options, poll)
+        hits = [np.isin(true, near).sum() for true, near in zip(truth, found, strict=True)]
+        recall = float(sum(hits)) / truth.size
+        if recall > best[1]:
+            best = (breadth, recall)
+        if recall >= options.target_recall:
+            break
+    return best
+
+
+def _search(
+    index: Any,
+    queries: NDArray[np.float32],
+    entries: NDArray[np.int32] | None,
+    count: int,
+    breadth: int,
+    options: Options,
+    poll: Poll,
+) -> NDArray[np.int64]:
+    """Return the neighbours that the graph finds; int64 (queries, count).
+
+    Searches start from the top of the graph, or on its lowest level from ``entries``, int32
+    (queries,): the queries themselves.
+    """
+    parameters = faiss.SearchParametersHNSW()
+    parameters.efSearch = breadth
+    parameters.bounded_queue = breadth <= MAX_BOUNDED
+    positions = np.empty((len(queries), count), dtype=np.int64)
+    distances = np.empty((len(queries), count), dtype=np.float32)
+    at_once = max(1, SEARCH_AT_ONCE * NEIGHBOURS // count)
+    for start in range(0, len(queries), at_once):
+        part = slice(start, start + at_once)
+        sizes = len(queries[part]), faiss.swig_ptr(queries[part]), count
+        results = faiss.swig_ptr(distances[part]), faiss.swig_ptr(positions[part])
+        with _threads(options.threads):
+            if entries is None:
+                index.search_c(*sizes, *results, parameters)
+            else:
+                starts = entries[part], np.zeros(len(entries[part]), dtype=np.float32)
+                pointers = [faiss.swig_ptr(array) for array in starts]
+                index.search_level_0(*sizes, *pointers, *results, 1, 1, parameters)
+        poll()
+    return positions
+
+
+def _exact(
+    matrix: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    count: int,
+    options: Options,
+    poll: Poll,
+) -> NDArray[np.int64]:
+    """Return the true nearest neighbours of queries; int64 (queries, count) or fewer."""
+    block = max(count, 1_000, 1_000_000 // matrix.shape[1])
+    distances, places = [], []
+    for start in range(0, len(matrix), block):
+        part = matrix[start : start + block]
+        with _threads(options.threads):
+            near, where = faiss.knn(queries, part, min(count, len(part)))
+        distances.append(near)
+        places.append(where + start)
+        poll()
+    order = np.argsort(np.concatenate(distances, axis=1), axis=1)[:, :count]
+    return np.take_along_axis(np.concatenate(places, axis=1), order, axis=1)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let FAISS use threads, for builds only; they never handle PostgreSQL's signals."""
+    with signals_blocked():
+        faiss.omp_set_num_threads(count)
+        try:
+            yield
+        finally:
+            faiss.omp_set_num_threads(1)

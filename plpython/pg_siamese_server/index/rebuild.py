@@ -1,0 +1,99 @@
+"""A standby's own file of the current generation, made from the replicated tables alone.
+
+A standby can't write to the database, so it can't build a generation of its own. The file that it
+makes holds what the generation holds in the snapshot that it is made in: the vectors that are not
+pending. A vector that an earlier snapshot still sees may be gone from it; so the file says which
+snapshot that was, and serves later ones only.
+
+On a primary this would not be safe: it may lose transactions, that others have seen already, in a
+crash (with ``synchronous_commit`` off), and then use their numbers again. It has ``build_index``.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+from pg_siamese_server import interrupts
+from pg_siamese_server.catalog import Collection, collection_by_name, is_standby, prepare
+from pg_siamese_server.errors import (
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    IndexFileError,
+    SiameseError,
+)
+from pg_siamese_server.index import build, generations, graph, index_file
+
+
+def rebuild_file(plpy: Any, name: str | None) -> int | None:
+    """Make this standby's file of a collection's current generation, where it has no whole one.
+
+    All statements must see one snapshot: the SQL function is STABLE.
+
+    Returns:
+        The generation, or None where the collection has none.
+    """
+    started = time.monotonic()
+    if not is_standby(plpy):
+        raise SiameseError(
+            "this server is not a standby",
+            sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+            detail="A server that can write builds a new generation instead.",
+            hint="Use build_index.",
+        )
+    collection = collection_by_name(plpy, name)
+    number = collection.collection_id
+    plpy.execute(f"SELECT pg_advisory_xact_lock({build.LOCK_CLASS}, {number})")
+    plan = prepare(
+        plpy,
+        "SELECT g.generation, g.build_id::text AS build_id, g.index_type, g.m, g.ef_construction,"
+        " (SELECT min(o.generation) FROM siamese.generations AS o"
+        " WHERE o.collection_id = c.collection_id) AS oldest,"
+        " pg_current_snapshot()::text AS snapshot"
+        " FROM siamese.collections AS c INNER JOIN siamese.generations AS g USING (generation)"
+        " WHERE c.collection_id = $1",
+        ("integer",),
+    )
+    found = plan.execute([number])
+    if not found:
+        return None
+    current = found[0]
+    generation = int(current["generation"])
+    directory = generations.directory(plpy, number)
+    identity = generations.identity(collection, generation, current["build_id"])
+    poll = partial(interrupts.check, plpy)
+    try:
+        index_file.read(directory, identity, poll)
+    except IndexFileError:
+        _write(plpy, collection, current, identity, started)
+    # Snapshots that this server still holds may want the generation before; this one is the first
+    # to go where a newer one came meanwhile.
+    index_file.remove_before(directory, int(current["oldest"]))
+    return generation
+
+
+def _write(
+    plpy: Any,
+    collection: Collection,
+    current: Any,
+    identity: index_file.Identity,
+    started: float,
+) -> None:
+    directory = generations.directory(plpy, collection.collection_id)
+    index_file.remove_temporary(directory)
+    poll = partial(interrupts.check, plpy)
+    options = graph.Options(
+        current["m"] or 0, current["ef_construction"] or 0, 1.0, build.default_threads(plpy)
+    )
+    rows, matrix, levels = build.read(
+        plpy,
+        collection,
+        options,
+        poll,
+        f"NOT EXISTS (SELECT FROM {collection.pending} AS p"
+        " WHERE p.embedding_id = e.embedding_id AND NOT p.deleted)",
+        is_graph=current["index_type"] == "hnsw",
+    )
+    progress = graph.Progress(plpy, collection.name, max(1, len(matrix)), started)
+    index = graph.build_again(matrix, levels, options, progress, poll)
+    index_file.write(directory, identity, index, rows, poll, made_for=current["snapshot"])

@@ -1,0 +1,129 @@
+"""Exact search among the rows that qualify, and what it would cost.
+
+The rows are read as the invoker, by keys alone: their vectors are in the mapped index file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server.catalog import Collection, prepare
+
+if TYPE_CHECKING:
+    from pg_siamese_server.search.filters import Conditions
+
+# Microseconds of one of the planner's units (a page read in sequence), of each row that an exact
+# search reads, and then compares, and of whatever else a round of a search takes.
+PLANNER_UNIT, READ_ROW, COMPARE_ROW = 0.5, 0.1, 0.03
+CALL = 150
+# That the table is asked about a row.
+CHECK_ROW = 1.5
+# A first look at so many times k rows.
+LOOK = 6
+# Up to so many, sorting all is quicker than choosing some.
+FEW = 200
+_ESTIMATE = re.compile(r"cost=[\d.]+\.\.([\d.]+) rows=(\d+)")
+# SQL of many numbers as one value: quicker than as an array.
+ALL_WANTED = "pg_catalog.string_agg(pg_catalog.int8send(x.wanted), '')"
+
+# What siamese._estimate() is to explain: searches are STABLE, and may not run EXPLAIN themselves.
+# It takes no argument, so that nobody can have it explain anything else.
+_asked: tuple[Any, list[Any]] | None = None
+# Why it could not, as it was: passed on by PL/Python, its message would begin with its class.
+_refusal: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the planner expects of a read of the rows that qualify: how many, and microseconds."""
+
+    rows: float
+    microseconds: float
+
+
+def estimate(plpy: Any, collection: Collection, conditions: Conditions) -> Estimate:
+    """Ask the planner, as the invoker, how many rows qualify and what it takes to read them."""
+    global _asked, _refusal
+    clauses = f" WHERE {' AND '.join(conditions.clauses)}" if conditions.clauses else ""
+    plan = prepare(
+        plpy,
+        f"EXPLAIN SELECT b.{collection.key_column} FROM {collection.relation} AS b{clauses}",
+        tuple(conditions.types),
+    )
+    _asked = plan, conditions.values
+    try:
+        text = prepare(plpy, "SELECT siamese._estimate() AS plan").execute([])[0]["plan"]
+        if _refusal is not None:
+            raise _refusal
+    finally:
+        _asked = _refusal = None
+    found = _ESTIMATE.search(text)
+    assert found is not None, text
+    rows = float(found[2])
+    return Estimate(rows, float(found[1]) * PLANNER_UNIT + rows * (READ_ROW + COMPARE_ROW))
+
+
+def explain_asked(plpy: Any) -> str | None:
+    """Return the first line of the plan that :func:`estimate` asked for; None for anyone else."""
+    global _refusal
+    if _asked is None:
+        return None
+    plan, values = _asked
+    try:
+        return str(plan.execute(values)[0]["QUERY PLAN"])
+    except plpy.SPIError as error:
+        _refusal = error
+        return None
+
+
+def read_keys(
+    plpy: Any, collection: Collection, conditions: Conditions, limit: int
+) -> NDArray[np.int64] | None:
+    """Read, as the invoker, what tells the rows that qualify.
+
+    Returns:
+        int64 (rows,): integer keys, or for other keys the embedding_ids of their vectors. None if
+        more than ``limit`` qualify.
+    """
+    clauses = f" WHERE {' AND '.join(conditions.clauses)}" if conditions.clauses else ""
+    source, wanted = f"{collection.relation} AS b", f"b.{collection.key_column}::pg_catalog.int8"
+    if not collection.has_integer_keys:
+        source += f" INNER JOIN {collection.embeddings} AS e ON e.key = b.{collection.key_column}"
+        wanted = "e.embedding_id"
+    plan = prepare(
+        plpy,
+        f"SELECT {ALL_WANTED} AS found"
+        f" FROM (SELECT {wanted} AS wanted FROM {source}{clauses} LIMIT {limit + 1}) AS x",
+        tuple(conditions.types),
+    )
+    found = from_send(plan.execute(conditions.values)[0]["found"])
+    return None if len(found) > limit else found
+
+
+def from_send(data: bytes | None) -> NDArray[np.int64]:
+    """Return the numbers that :data:`ALL_WANTED` has put together; None is none of them."""
+    return np.frombuffer(data or b"", dtype=">i8").astype(np.int64)
+
+
+def nearest_places(squared: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], float]:
+    """Return the places of the nearest, ascending by distance, and how far they are complete.
+
+    They are ``count``, or more where several are as far as the last one, or all.
+    """
+    if len(squared) <= count:
+        return np.argsort(squared, kind="stable"), math.inf
+    if len(squared) <= FEW:
+        order: NDArray[np.int64] = np.argsort(squared, kind="stable")
+        complete = float(squared[order[count - 1]])
+        while count < len(order) and squared[order[count]] == complete:
+            count += 1
+        return order[:count], complete
+    complete = float(np.partition(squared, count - 1)[count - 1])
+    places = np.flatnonzero(squared <= complete)
+    return places[np.argsort(squared[places], kind="stable")], complete

@@ -1,0 +1,428 @@
+"""The quick path: nearest by FAISS and among pending vectors, then checked against the table."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import interrupts, vectors
+from pg_siamese_server.catalog import MAX_CHANGES, Collection, prepare
+from pg_siamese_server.errors import IndexFileError
+from pg_siamese_server.index import generations
+from pg_siamese_server.index.generations import Generation
+from pg_siamese_server.search import exact, fast_path
+from pg_siamese_server.search.pending import Changes, Snapshot
+
+if TYPE_CHECKING:
+    from pg_siamese_server.search.filters import Conditions
+    from pg_siamese_server.search.search import Request
+
+# Microseconds of one of the caller's candidates: looked for, and compared.
+CHECK_CANDIDATE, COMPARE_CANDIDATE = 0.1, 0.1
+# Times what is expected to be enough.
+ENOUGH = 1.25
+# A first look is taken where it costs so many times less than the rest.
+LITTLE = 3
+# Rows that may be read where next to none are expected, and where any number is.
+MIN_READ, MAX_READ = 10_000, 2**62
+
+
+class FaissSearch:
+    """One search, or several, of one snapshot."""
+
+    def __init__(
+        self, plpy: Any, collection: Collection, state: Any, index: Generation, changes: Changes
+    ) -> None:
+        self.plpy = plpy
+        self.collection = collection
+        self.query_id: int | None = state["query_id"]
+        self.is_restricted: bool = state["is_restricted"]
+        self.index = index
+        self.changes = changes
+        changes.is_restricted = self.is_restricted
+        # Under row-level security, what this caller sees may change from one call to the next.
+        self.keeps_pending = not self.is_restricted and not changes.is_too_large(
+            collection.dimension
+        )
+
+    @classmethod
+    def open(
+        cls, plpy: Any, collection: Collection, state: Any, kept: dict[int, Changes]
+    ) -> FaissSearch | None:
+        """Open the generation and bring the pending vectors up to date.
+
+        Returns:
+            None where so much is pending that a scan of the table is better.
+
+        Raises:
+            IndexFileError: the generation's file can't be used.
+        """
+        generation = state["generation"]
+        index = generations.get(plpy, collection, generation)
+        settled, opened = state["settled"], state["opened"]
+        snapshot = Snapshot.parse(state["snapshot"])
+        if index.made_for and not snapshot.sees_all_of(Snapshot.parse(index.made_for)):
+            raise IndexFileError(
+                f"index file of generation {generation} was made after this transaction began",
+                hint="Later transactions can use it.",
+            )
+        changes = kept.get(collection.collection_id)
+        if changes is not None and changes.is_up_to_date(generation, state["snapshot"], opened):
+            return cls(plpy, collection, state, index, changes)
+        if changes is None or not changes.usable_for(generation, snapshot):
+            read_from_start = changes is None or not changes.horizon
+            changes = kept[collection.collection_id] = Changes(generation, index)
+            if not read_from_start:
+                settled, opened = cls._read_changes(plpy, collection)
+        if len(settled or ()) + len(opened or ()) > MAX_CHANGES:
+            del kept[collection.collection_id]
+            return None
+        changes.take(settled, opened, snapshot)
+        found = cls(plpy, collection, state, index, changes)
+        if changes.has_additions and found.keeps_pending:
+            changes.fetch(plpy, collection)
+        return found
+
+    @staticmethod
+    def _read_changes(
+        plpy: Any, collection: Collection
+    ) -> tuple[list[int] | None, list[int] | None]:
+        """Read the whole pending table, where what was kept is of no use for this snapshot."""
+        plan = prepare(
+            plpy,
+            "SELECT array_agg(x.change) FILTER (WHERE x.is_settled) AS settled,"
+            " array_agg(x.change) FILTER (WHERE NOT x.is_settled) AS opened FROM ("
+            "SELECT CASE WHEN y.deleted THEN -y.embedding_id ELSE y.embedding_id END AS change,"
+            " y.xact_id < pg_snapshot_xmin(pg_current_snapshot()) AS is_settled"
+            f" FROM {collection.pending} AS y LIMIT {MAX_CHANGES + 1}) AS x",
+        )
+        row = plan.execute([])[0]
+        return row["settled"], row["opened"]
+
+    def describe(self) -> str:
+        """Return what is open, for people."""
+        return f"{len(self.index.rows.embedding_ids)} rows"
+
+    def search(
+        self, request: Request, embedding: NDArray[np.float32] | None, conditions: Conditions
+    ) -> tuple[list[Any], list[float], NDArray[np.float32]]:
+        """Find the k nearest rows that qualify; returns keys, distances and the prepared query."""
+        query, entry = self._query(embedding)
+        search = _Search(self, request, conditions, query, entry)
+        keys, squared = search.run()
+        if search.way is not None and request.candidates is None and conditions.clauses:
+            fast_path.note_way(self.collection, conditions, search.k, *search.way)
+        return keys, vectors.to_distances(squared, self.collection.metric), query
+
+    def _query(
+        self, embedding: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.float32], int | None]:
+        """Return the prepared query, float32 (1, d), and its position in the index, if any."""
+        if embedding is not None:
+            return vectors.prepare(embedding, self.collection.metric), None
+        assert self.query_id is not None
+        row = self.index.row_of(self.query_id)
+        if row is not None:
+            slot = self.index.slot_of(row)
+            return self.index.vectors[slot : slot + 1], slot
+        vector = self.changes.find(self.query_id) if self.keeps_pending else None
+        if vector is None:
+            vector = vectors.stored(self.plpy, self.collection, self.query_id)
+        return vector, None
+
+    def pending(
+        self, query: NDArray[np.float32], count: int
+    ) -> tuple[list[Any], list[float], float]:
+        """Find the nearest pending vectors, exactly.
+
+        Returns:
+            Keys and squared distances, in no order, and the distance within which none is missing.
+        """
+        if self.keeps_pending:
+            return self.changes.nearest(query, count)
+        collection = self.collection
+        key = "e.key" if collection.has_integer_keys else "e.key::text"
+        plan = prepare(
+            self.plpy,
+            f"SELECT {key} AS key, {collection.vector_schema}.vector_send(e.embedding) AS vector"
+            f" FROM {collection.pending} AS p INNER JOIN {collection.embeddings} AS e"
+            " ON e.embedding_id = p.embedding_id WHERE NOT p.deleted"
+            f" ORDER BY e.embedding {collection.distance_operator} $1 LIMIT $2",
+            (collection.vector_type, "bigint"),
+        )
+        rows = list(plan.execute([vectors.to_text(query[0]), count]))
+        if not rows:
+            return [], [], math.inf
+        matrix = vectors.from_send(b"".join(row["vector"] for row in rows), len(rows))
+        near = vectors.squared_distances(vectors.prepare(matrix, collection.metric), query)
+        complete = math.inf if len(rows) < count else float(near.max()) * (1 - 1e-5)
+        return [row["key"] for row in rows], near.tolist(), complete
+
+
+class _Search:
+    """One search: by way of the nearest rows, or of those that qualify, whichever is cheaper.
+
+    The one asks FAISS for the nearest rows, and the table which of them qualify. The other reads
+    all that qualify, and compares them. The planner's estimate says which to begin with, and what
+    was found corrects it.
+    """
+
+    def __init__(
+        self,
+        finder: FaissSearch,
+        request: Request,
+        conditions: Conditions,
+        query: NDArray[np.float32],
+        entry: int | None,
+    ) -> None:
+        assert request.k is not None
+        self.finder = finder
+        self.plpy, self.collection, self.index = finder.plpy, finder.collection, finder.index
+        self.changes = finder.changes
+        self.query, self.entry = query, entry
+        self.k, self.own = request.k, request.key
+        self.limit = math.inf
+        if request.max_distance is not None:
+            self.limit = vectors.squared_limit(request.max_distance, self.collection.metric)
+        self.conditions = conditions
+        self.among: NDArray[np.int64] | None = None
+        if request.candidates is not None:
+            if self.collection.has_integer_keys:
+                wanted = request.candidates
+                if None in wanted:
+                    wanted = [key for key in wanted if key is not None]
+                self.among = np.fromiter(wanted, dtype=np.int64, count=len(wanted))
+            else:
+                self.conditions = conditions.copy()
+                place = self.conditions.parameter(self.collection.key_array, request.candidates)
+                key = f"b.{self.collection.key_column}"
+                self.conditions.clauses.append(f"{key} = ANY({place})")
+        self.is_plain = not self.conditions.clauses and not finder.is_restricted
+        self.poll = partial(interrupts.check, self.plpy)
+        self.checked: dict[Any, bool] = {}
+        # Integer keys of all rows that qualify, once they have been read.
+        self.qualifying: NDArray[np.int64] | None = None
+        self.seen = 0
+        # How the answer was found: whether exactly, and of how many rows.
+        self.way: tuple[bool, int] | None = None
+
+    def run(self) -> tuple[list[Any], list[float]]:
+        """Return keys and squared distances of the k nearest rows that qualify."""
+        if self.is_plain and self.among is None:
+            return self._run_plain()
+        total = max(1, len(self.index.rows.embedding_ids) + self.changes.addition_count())
+        expected = self._estimate()
+        prior = min(1.0, max(0.5, expected.rows) / total)
+        most = 4 * int(expected.rows) + MIN_READ
+        if expected.microseconds < LITTLE * exact.CALL:  # less than the quickest look
+            answer = self._exactly(most)
+            if answer is not None:
+                return answer
+        # Rows that qualify may be the nearest ones: worth a look, where it costs little.
+        look = exact.LOOK * (self.k + 1)
+        count = math.ceil(ENOUGH * (self.k + 1) / prior)
+        if look < count:
+            cost = min(self._cost(count), expected.microseconds)
+            count = look if LITTLE * self._cost(look) <= cost else count
+        while True:
+            if self._cost(count) > expected.microseconds:
+                answer = self._exactly(most)
+                if answer is not None:
+                    return answer
+                expected = exact.Estimate(total, expected.microseconds * total / most)
+                prior, most = min(1.0, most / total), MAX_READ
+                count = max(count, math.ceil(ENOUGH * (self.k + 1) / prior))
+                continue
+            answer, is_complete = self._nearest(count)
+            if is_complete:
+                self.way = False, count
+                return answer
+            self.poll()
+            share = (len(answer[0]) + 1) / (self.seen + 1 / prior)
+            count = max(2 * count, math.ceil(ENOUGH * (self.k + 1) / share))
+
+    def _run_plain(self) -> tuple[list[Any], list[float]]:
+        """Search where all rows qualify, but those that are deleted."""
+        count = self.k + (self.own is not None)
+        dead = self.changes.dead_count()
+        if dead:
+            alive = max(0.1, 1 - dead / max(1, len(self.index.rows.embedding_ids)))
+            count = math.ceil(count / alive) + 2
+        while True:
+            answer, is_complete = self._nearest(count)
+            if is_complete:
+                return answer
+            self.poll()
+            count *= 2
+
+    def _estimate(self) -> exact.Estimate:
+        """Return how many rows are expected to qualify, and what an exact search takes."""
+        if self.among is None:
+            return exact.estimate(self.plpy, self.collection, self.conditions)
+        rows = len(self.among)
+        return exact.Estimate(rows, rows * COMPARE_CANDIDATE)
+
+    def _cost(self, count: int) -> float:
+        """Return about how many microseconds a search by way of so many nearest rows takes."""
+        check = exact.CHECK_ROW if self.among is None else CHECK_CANDIDATE
+        return self.index.microseconds(count) + count * check + exact.CALL
+
+    def _nearest(self, count: int) -> tuple[tuple[list[Any], list[float]], bool]:
+        """Look for the k nearest that qualify among the nearest rows.
+
+        Returns:
+            Keys and squared distances, and whether these are the whole answer.
+        """
+        index = self.index
+        complete = math.inf
+        keys: list[Any] = []
+        squared: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+        if index.index.ntotal:
+            if index.is_scanned(count) and not index.is_flat:
+                positions, squared = index.scan(self.query, count, self.poll)
+            else:
+                positions, squared = index.search(self.query, count, self.entry)
+            if len(positions) < index.index.ntotal:
+                complete = float(squared[-1]) if len(positions) else 0.0
+            rows, squared = index.expand(positions, squared)
+            dead = self.changes.is_dead(rows)
+            if dead is not None:
+                rows, squared = rows[~dead], squared[~dead]
+            self.seen = len(rows)
+            if index.rows.keys is None:
+                keys = [index.rows.key(row) for row in rows.tolist()]
+            elif self.among is None:
+                keys = index.rows.keys[rows].tolist()
+            else:
+                found = index.rows.keys[rows]
+                taken = np.isin(found, _common(found, self.among))
+                keys, squared = found[taken].tolist(), squared[taken]
+        return self._taken(keys, squared.tolist(), complete, count)
+
+    def _exactly(self, most: int) -> tuple[list[Any], list[float]] | None:
+        """Compare all rows that qualify.
+
+        Returns:
+            Keys and squared distances of the k nearest, or None where more than ``most`` qualify.
+        """
+        index = self.index
+        if self.among is not None:
+            labels = np.unique(self.among)
+        else:
+            read = exact.read_keys(self.plpy, self.collection, self.conditions, most)
+            if read is None:
+                return None
+            labels = read
+            if self.collection.has_integer_keys:
+                self.qualifying = labels
+            self.way = True, len(labels)
+        by_key = self.collection.has_integer_keys
+        rows = index.rows_of_keys(labels) if by_key else index.rows_of(labels)
+        dead = self.changes.is_dead(rows)
+        if dead is not None:
+            rows = rows[~dead]
+        squared = index.squared_distances(self.query, index.slots_of(rows), self.poll)
+        count = 4 * (self.k + 1)
+        while True:
+            places, complete = exact.nearest_places(squared, count)
+            near = rows[places]
+            if index.rows.keys is not None:
+                keys = index.rows.keys[near].tolist()
+            else:
+                keys = [index.rows.key(row) for row in near.tolist()]
+            if self.among is None:
+                self.checked.update(dict.fromkeys(keys, True))
+            answer, is_complete = self._taken(keys, squared[places].tolist(), complete, count)
+            if is_complete:
+                return answer
+            self.poll()
+            count *= 8
+
+    def _taken(
+        self, keys: list[Any], squared: list[float], complete: float, count: int
+    ) -> tuple[tuple[list[Any], list[float]], bool]:
+        """Add pending rows; take the k nearest that qualify, as far as the lists are complete."""
+        is_mixed = self.changes.has_additions
+        if is_mixed:
+            more, near, complete_here = self.finder.pending(self.query, count)
+            wanted = self.among if self.qualifying is None else self.qualifying
+            if wanted is not None:
+                found = set(_common(np.array(more, dtype=np.int64), wanted).tolist())
+                kept = [place for place, key in enumerate(more) if key in found]
+                more, near = [more[place] for place in kept], [near[place] for place in kept]
+            if self.qualifying is not None:
+                self.checked.update(dict.fromkeys(more, True))
+            keys, squared = keys + more, squared + near
+            complete = min(complete, complete_here)
+        keys, squared = vectors.in_order(keys, squared, is_mixed)
+        answer = self._qualifying(keys, squared, min(self.limit, complete))
+        is_whole = len(answer[0]) == self.k or complete >= self.limit or complete == math.inf
+        return answer, is_whole
+
+    def _qualifying(
+        self, keys: list[Any], squared: list[float], near: float
+    ) -> tuple[list[Any], list[float]]:
+        """Return the first k rows within ``near`` that the table says qualify."""
+        end = bisect.bisect_right(squared, near)
+        if self.own is not None and self.own in keys:
+            own = keys.index(self.own)
+            del keys[own], squared[own]
+            end -= own < end
+        taken: tuple[list[Any], list[float]] = ([], [])
+        place = 0
+        while place < end and len(taken[0]) < self.k:
+            after = min(end, place + self.k - len(taken[0])) if self.is_plain else end
+            self._check([key for key in keys[place:after] if key not in self.checked])
+            for key, distance in zip(keys[place:after], squared[place:after], strict=True):
+                if self.checked[key] and len(taken[0]) < self.k:
+                    taken[0].append(key)
+                    taken[1].append(distance)
+            place = after
+        return taken
+
+    def _check(self, keys: list[Any]) -> None:
+        """Ask the collection's own table, as the invoker, which rows are there and qualify."""
+        if not keys:
+            return
+        collection = self.collection
+        plan = None if self.conditions.clauses else collection.plans.get("check")
+        if plan is None:
+            plan, values = self._check_plan(keys)
+        else:
+            values = [keys]
+        self.checked.update(dict.fromkeys(keys, False))
+        there = plan.execute(values)[0]["keys"]
+        if there:
+            self.checked.update(dict.fromkeys(there, True))
+
+    def _check_plan(self, keys: list[Any]) -> tuple[Any, list[Any]]:
+        collection = self.collection
+        where = self.conditions.copy()
+        type_name = "bigint[]" if collection.has_integer_keys else collection.key_array
+        key = f"b.{collection.key_column}"
+        shown = key if collection.has_integer_keys else f"{key}::text"
+        clauses = [f"{key} = ANY({where.parameter(type_name, keys)})", *where.clauses]
+        plan = prepare(
+            self.plpy,
+            f"SELECT pg_catalog.array_agg({shown}) AS keys FROM {collection.relation} AS b"
+            f" WHERE {' AND '.join(clauses)}",
+            tuple(where.types),
+        )
+        if not self.conditions.clauses:
+            collection.plans["check"] = plan
+        return plan, where.values
+
+
+def _common(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return those of a few numbers that are among many; the many need no order."""
+    order = np.sort(few)
+    if not len(order):
+        return order
+    places = np.minimum(order.searchsorted(many), len(order) - 1)
+    found: NDArray[np.int64] = order[places[order[places] == many]]
+    return found

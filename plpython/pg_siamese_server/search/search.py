@@ -1,0 +1,456 @@
+"""Finding the nearest rows: FAISS and the pending vectors, checked against the table; or pgvector.
+
+Every candidate is checked, as the invoker, against the collection's own table: visibility,
+row-level security and filters decide there. An answer is complete once the k-th row that qualifies
+is nearer than anything that FAISS has not been asked for yet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import interrupts, vectors
+from pg_siamese_server.catalog import (
+    MAX_CHANGES,
+    MAX_XACT_ID,
+    Collection,
+    collection_by_name,
+    is_standby,
+    no_table,
+    prepare,
+)
+from pg_siamese_server.encoding import models
+from pg_siamese_server.errors import (
+    FEATURE_NOT_SUPPORTED,
+    NO_DATA_FOUND,
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    UNDEFINED_OBJECT,
+    IndexFileError,
+    SiameseError,
+    counted,
+)
+from pg_siamese_server.limits import Limits
+from pg_siamese_server.search.filters import Conditions, parse
+
+MAX_K = 10_000
+# Changes read at once after which the statement that reads them is planned anew.
+REPLAN_ROWS = 1_000
+ENGINES = ("auto", "faiss", "pgvector")
+
+# By model and limits.
+Embedded = dict[tuple[int, Limits], NDArray[np.float32]]
+
+_collections: dict[str, Collection] = {}
+_changes: dict[int, Any] = {}
+_noticed: set[tuple[int, int, str]] = set()
+
+
+@dataclass
+class Request:
+    """What a search function was called with.
+
+    Attributes:
+        collection_name: which collection.
+        image: an image file, or None to search by ``key``.
+        key: of a stored image, which is left out of the answer; text where keys are no integers.
+        k: how many rows.
+        filter: JSON text, or None.
+        candidates: keys to choose among, or None for all.
+        max_distance: the farthest row, or None.
+        engine: ``auto``, ``faiss`` or ``pgvector``.
+        integer_keys: whether the caller can take integer keys only.
+    """
+
+    collection_name: str | None
+    image: bytes | None
+    key: int | str | None
+    k: int | None
+    filter: str | None
+    candidates: list[Any] | None
+    max_distance: float | None
+    engine: str | None
+    integer_keys: bool = False
+
+    def check(self) -> None:
+        """Refuse arguments out of range."""
+        if self.k is None or not 1 <= self.k <= MAX_K:
+            raise SiameseError(f"k must be between 1 and {MAX_K}")
+        if self.engine not in ENGINES:
+            raise SiameseError(
+                f'unknown engine "{self.engine}"', hint=f"Use one of {', '.join(ENGINES)}."
+            )
+        if self.max_distance is not None and math.isnan(self.max_distance):
+            raise SiameseError("max_distance is not a number")
+
+
+@dataclass
+class Answer:
+    """Keys and distances of the rows found, nearest first.
+
+    ``query`` is the prepared vector that was searched for; None where the model has no use for it.
+    """
+
+    collection: Collection
+    keys: list[Any]
+    distances: list[float]
+    query: NDArray[np.float32] | None
+
+
+def search(plpy: Any, request: Request) -> Answer:
+    """Answer a search."""
+    request.check()
+    embedded: Embedded = {}
+    answer = _steadily(plpy, request, embedded)
+    if answer is not None:
+        return answer
+    try:
+        answer = _ordinarily(plpy, request, embedded)
+    except (plpy.spiexceptions.UndefinedFunction, plpy.spiexceptions.InvalidSchemaName):
+        # pgvector may have moved to another schema.
+        if _collections.pop(request.collection_name or "", None) is None:
+            raise
+        answer = _ordinarily(plpy, request, embedded)
+    if answer.collection.embed == "deferred":
+        _tell_of_waiting(plpy, request, answer)
+    return answer
+
+
+def _ordinarily(plpy: Any, request: Request, embedded: Embedded) -> Answer:
+    """Answer after a look at what this snapshot holds."""
+    collection, state = _current_state(plpy, request)
+    if request.key is not None and state["query_id"] is None:
+        return _without_vector(plpy, request, collection)
+    embedding = None
+    if request.key is None:
+        embedding = embedded.get((collection.model_id, collection.limits))
+        if embedding is None:
+            embedding = _embedded(plpy, collection, request)
+    conditions = parse(plpy, collection, request.filter)
+    if request.engine != "pgvector":
+        answer = _with_faiss(plpy, request, collection, state, embedding, conditions)
+        if answer is not None:
+            return answer
+    return _with_pgvector(plpy, request, collection, state, embedding, conditions)
+
+
+def _embedded(plpy: Any, collection: Collection, request: Request) -> NDArray[np.float32]:
+    return models.embed(
+        plpy, collection.model_id, [request.image], collection.limits, collection.sha256
+    )
+
+
+def _without_vector(plpy: Any, request: Request, collection: Collection) -> Answer:
+    """Answer a search by a row that has no vector: nothing is similar to it, as far as is known.
+
+    So a query over all rows goes on where one is quarantined or waits. A row that is not there, or
+    not visible, is an error.
+    """
+    plan = prepare(
+        plpy,
+        f"SELECT FROM {collection.relation} AS b WHERE b.{collection.key_column} = $1",
+        (_key_type(collection),),
+    )
+    if not plan.execute([request.key]).nrows():
+        raise SiameseError(
+            f'image {request.key} is not in collection "{collection.name}"',
+            sqlstate=NO_DATA_FOUND,
+            detail="There is no such row, or it is not visible to you.",
+        )
+    told = (collection.collection_id, 0, "without vector")
+    if told not in _noticed:
+        _noticed.add(told)
+        plpy.notice(
+            f'image {request.key} of collection "{collection.name}" has no vector,'
+            " so nothing is similar to it",
+            detail="It is not embedded yet, could not be embedded, or is null.",
+            hint="Such rows are listed in embedding_failures or wait in a queue. This is said"
+            " once in a session.",
+        )
+    return Answer(collection, [], [], None)
+
+
+def _key_type(collection: Collection) -> str:
+    return "bigint" if collection.has_integer_keys else collection.key_type
+
+
+def _tell_of_waiting(plpy: Any, request: Request, answer: Answer) -> None:
+    """Say that rows wait to be embedded: once a session, and of every answer that is short."""
+    told = (answer.collection.collection_id, 0, "waiting")
+    if told in _noticed and len(answer.keys) >= (request.k or 0):
+        return
+    plan = prepare(plpy, "SELECT siamese._is_waiting($1) AS yes", ("integer",))
+    if plan.execute([answer.collection.collection_id])[0]["yes"]:
+        _noticed.add(told)
+        plpy.notice(
+            f'collection "{answer.collection.name}" has rows that wait to be embedded,'
+            " and were not searched",
+            hint="They are found once pg_siamese worker or embed_pending has embedded them.",
+        )
+
+
+def _steadily(plpy: Any, request: Request, embedded: Embedded) -> Answer | None:
+    """Answer the quick way, where a session knows the collection and nothing has changed.
+
+    The image's embedding goes into ``embedded``, by model and limits, so that it is made once.
+    """
+    collection = _collections.get(request.collection_name or "")
+    changes = None if collection is None else _changes.get(collection.collection_id)
+    if collection is None or changes is None:
+        return None
+    if not fast_path.may_serve(request, changes):
+        return None
+    embedding = None
+    if request.key is None:
+        try:
+            embedding = _embedded(plpy, collection, request)
+        except SiameseError:  # which error it is to be, the ordinary way knows
+            return None
+        embedded[collection.model_id, collection.limits] = embedding
+    found = fast_path.search(plpy, collection, request, changes, embedding)
+    return None if found is None else Answer(collection, *found)
+
+
+def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
+    """One statement reads all that a search must know of its snapshot."""
+    purpose = "state by key" if by_key else "state"
+    plan = collection.plans.get(purpose)
+    if plan is not None:
+        return plan
+    stored = "NULL::bigint"
+    types = ["text", "xid8"]
+    if by_key:
+        types.append(_key_type(collection))
+        stored = (
+            f"(SELECT e.embedding_id FROM {collection.relation} AS b"
+            f" INNER JOIN {collection.embeddings} AS e ON e.key = b.{collection.key_column}"
+            f" WHERE b.{collection.key_column} = $3)"
+        )
+    plan = collection.plans[purpose] = plpy.prepare(
+        f"SELECT {stored} AS query_id, c.generation, p.settled, p.opened,"
+        " pg_catalog.pg_current_snapshot()::text AS snapshot,"
+        " pg_catalog.row_security_active(c.relation) AS is_restricted"
+        # The table's lock before all others, as those take it who write or drop.
+        f" FROM siamese.collections AS c LEFT JOIN {collection.relation} AS l ON false"
+        " LEFT JOIN LATERAL (SELECT"
+        " pg_catalog.array_agg(x.change) FILTER (WHERE x.is_settled) AS settled,"
+        " pg_catalog.array_agg(x.change) FILTER (WHERE NOT x.is_settled) AS opened"
+        " FROM (SELECT CASE WHEN y.deleted THEN -y.embedding_id ELSE y.embedding_id END AS change,"
+        " y.xact_id < pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()) AS is_settled"
+        # The upper bound excludes nothing: a range is what planners expect to be narrow, so that
+        # they take the index.
+        f" FROM {collection.pending} AS y WHERE y.xact_id >= $2"
+        f" AND y.xact_id <= '{MAX_XACT_ID}'::pg_catalog.xid8 LIMIT {MAX_CHANGES + 1}) AS x"
+        ") AS p ON c.generation IS NOT NULL"
+        f" WHERE {collection.as_it_was(plpy)}",
+        types,
+    )
+    return plan
+
+
+def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
+    """Return the collection and its state in this snapshot.
+
+    A collection is remembered by name. Where the statement finds it no longer as it was (renamed,
+    dropped, made anew), it is looked up again.
+    """
+    name = request.collection_name
+    for _ in range(2):
+        collection = _collections.get(name) if name is not None else None
+        if collection is None:
+            collection = collection_by_name(plpy, name)
+            _collections[collection.name] = collection
+        if request.integer_keys and not collection.has_integer_keys:
+            raise SiameseError(
+                f'collection "{collection.name}" has keys of type {collection.key_type}',
+                sqlstate=FEATURE_NOT_SUPPORTED,
+                hint="Use similar_rows.",
+            )
+        changes = _changes.get(collection.collection_id)
+        values = [collection.name, str(changes.horizon if changes else 0)]
+        if request.key is not None:
+            values.append(request.key)  # type: ignore[arg-type]
+        try:
+            rows = _state_plan(plpy, collection, request.key is not None).execute(values)
+        except (
+            plpy.spiexceptions.UndefinedTable,
+            plpy.spiexceptions.UndefinedColumn,
+            plpy.spiexceptions.InvalidSchemaName,
+        ):
+            rows = []
+        if rows:
+            state = rows[0]
+            if len(state["settled"] or ()) + len(state["opened"] or ()) > REPLAN_ROWS:
+                # Made while next to nothing was pending, the plan may scan the whole table.
+                collection.plans.pop("state", None)
+                collection.plans.pop("state by key", None)
+            return collection, state
+        del _collections[collection.name]
+    assert collection is not None
+    _check_there(plpy, collection)
+    raise SiameseError(
+        f'collection "{name}" does not match its table any more',
+        sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+        detail="A column or table may have been renamed.",
+        hint="Drop the collection and create it again.",
+    )
+
+
+def _check_there(plpy: Any, collection: Collection) -> None:
+    """Refuse a collection that was dropped, or whose table was, while the search waited for it.
+
+    The search's snapshot still has both. Names are looked up as they are now.
+    """
+    oid = collection.relation_oid
+    found = plpy.execute(
+        f"SELECT pg_catalog.to_regclass('{collection.embeddings}') IS NOT NULL AS has_vectors,"
+        f" {oid}::pg_catalog.oid::pg_catalog.regclass::pg_catalog.text <> '{oid}' AS has_table"
+    )[0]
+    if not found["has_vectors"]:
+        raise SiameseError(
+            f'collection "{collection.name}" does not exist',
+            sqlstate=UNDEFINED_OBJECT,
+            detail="It was dropped while this statement waited.",
+        )
+    if not found["has_table"]:
+        raise no_table(collection.name)
+
+
+def _with_faiss(
+    plpy: Any,
+    request: Request,
+    collection: Collection,
+    state: Any,
+    embedding: NDArray[np.float32] | None,
+    conditions: Conditions,
+) -> Answer | None:
+    """Answer by FAISS, or return None where it can't, with a NOTICE if it should have."""
+    required = request.engine == "faiss"
+    generation = state["generation"]
+    if generation is None:
+        if required:
+            raise _no_faiss("The collection has no index generation.")
+        return None
+    try:
+        from pg_siamese_server.search.faiss_search import FaissSearch
+
+        finder = FaissSearch.open(plpy, collection, state, _changes)
+    except (IndexFileError, ImportError) as error:
+        if required:
+            raise _no_faiss(f"{error}.") from None
+        if (collection.collection_id, generation, str(error)) not in _noticed:
+            _noticed.add((collection.collection_id, generation, str(error)))
+            plpy.notice(
+                f'searching collection "{collection.name}" without its FAISS index: {error}',
+                hint=f"Answers are exact, but slower. {_remedy(plpy, error)}",
+            )
+        return None
+    if finder is None:
+        if required:
+            raise _no_faiss("Too many vectors wait for an index build.")
+        return None
+    return Answer(collection, *finder.search(request, embedding, conditions))
+
+
+def _remedy(plpy: Any, error: IndexFileError | ImportError) -> str:
+    if isinstance(error, IndexFileError) and error.hint:
+        return error.hint
+    if is_standby(plpy):
+        return "Make this standby's own file with rebuild_file."
+    return "Build the index with build_index."
+
+
+def _no_faiss(reason: str) -> SiameseError:
+    return SiameseError(
+        "FAISS cannot answer this search",
+        sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+        detail=reason,
+        hint='Use engine "auto".',
+    )
+
+
+def _with_pgvector(
+    plpy: Any,
+    request: Request,
+    collection: Collection,
+    state: Any,
+    embedding: NDArray[np.float32] | None,
+    conditions: Conditions,
+) -> Answer:
+    """Scan all rows that qualify; exact."""
+    where = conditions.copy()
+    if embedding is not None:
+        query = where.parameter(collection.vector_type, vectors.to_text(embedding[0]))
+    else:
+        place = where.parameter("bigint", state["query_id"])
+        query = (
+            f"(SELECT q.embedding FROM {collection.embeddings} AS q WHERE q.embedding_id = {place})"
+        )
+    distance = f"(e.embedding {collection.distance_operator} {query})"
+    key = f"b.{collection.key_column}"
+    if request.candidates is not None:
+        where.clauses.append(
+            f"{key} = ANY({where.parameter(_candidate_type(collection), request.candidates)})"
+        )
+    if request.key is not None:
+        where.clauses.append(f"{key} <> {where.parameter(_key_type(collection), request.key)}")
+    if request.max_distance is not None:
+        # As real, which is what callers see of it.
+        limit = where.parameter("real", request.max_distance)
+        where.clauses.append(f"{distance}::real <= {limit}")
+    condition = f" WHERE {' AND '.join(where.clauses)}" if where.clauses else ""
+    shown, tie = key, key
+    if not collection.has_integer_keys:
+        shown = f"{key}::text"
+        tie = f'{key}::text COLLATE "C"'
+    plan = prepare(
+        plpy,
+        f"SELECT {shown} AS key, {distance} AS distance FROM {collection.relation} AS b"
+        f" INNER JOIN {collection.embeddings} AS e ON e.key = {key}{condition}"
+        f" ORDER BY 2, {tie} LIMIT {int(request.k or 0)}",
+        tuple(where.types),
+    )
+    rows = plan.execute(where.values)
+    keys, distances = [row["key"] for row in rows], [row["distance"] for row in rows]
+    prepared = None
+    if embedding is not None:
+        prepared = vectors.prepare(embedding, collection.metric)
+    elif models.spec(plpy, collection.model_id).domain is not None:
+        prepared = vectors.stored(plpy, collection, state["query_id"])
+    return Answer(collection, keys, distances, prepared)
+
+
+def _candidate_type(collection: Collection) -> str:
+    return "bigint[]" if collection.has_integer_keys else collection.key_array
+
+
+def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
+    """Open a collection's encoder and index in this session; returns what is ready."""
+    request = Request(name, None, None, 1, None, None, None, "auto")
+    collection, state = _current_state(plpy, request)
+    encoder = models.encoder(plpy, collection.model_id)
+    spec = encoder.spec.input
+    blank = np.zeros((1, spec.height, spec.width, spec.channels), dtype=np.uint8)
+    encoder.embed(blank, partial(interrupts.check, plpy))
+    result = [
+        (
+            "onnxruntime",
+            f"{counted(collection.dimension, 'dimension')}, {spec.width} x {spec.height}",
+        )
+    ]
+    if state["generation"] is None:
+        return [*result, ("pgvector", "no index generation yet")]
+    try:
+        from pg_siamese_server.search.faiss_search import FaissSearch
+
+        finder = FaissSearch.open(plpy, collection, state, _changes)
+    except (IndexFileError, ImportError) as error:
+        return [*result, ("pgvector", str(error))]
+    if finder is None:
+        return [*result, ("pgvector", "too many vectors wait for an index build")]
+    return [*result, ("faiss", f"generation {state['generation']}, {finder.describe()}")]

@@ -1,0 +1,1 @@
+"""What writes do: triggers, backfill and deferred embedding."""

@@ -1,0 +1,306 @@
+"""Deferred embedding: from tickets to vectors, inside the server or in a worker's own process.
+
+One batch is one transaction at least: tickets are taken (locked), their images are read, embedded
+and, where they are still the same, their vectors are stored. Whatever ends the transaction before
+its commit leaves the tickets as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pg_siamese_server import interrupts, vectors
+from pg_siamese_server.catalog import (
+    Collection,
+    collection_by_id,
+    lock_table,
+    locked_collection,
+    prepare,
+)
+from pg_siamese_server.encoding import batches, models
+from pg_siamese_server.encoding.batches import FIRST_ROWS, MAX_ROWS_AT_ONCE, next_portion
+from pg_siamese_server.errors import (
+    INVALID_PARAMETER_VALUE,
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    ImageError,
+    ModelError,
+    SiameseError,
+)
+from pg_siamese_server.limits import MODELS_OWN, Limits
+
+if TYPE_CHECKING:
+    from pg_siamese_server.encoding.encoder import Encoder
+
+OUT_OF_MEMORY = "53200"
+CANCELLED = ("57014", "57P01")
+Row = tuple[str, bytes | None]
+
+
+@dataclass
+class Results:
+    """What became of the rows of some tickets; keys are text, digests are SHA-256 of images."""
+
+    seen: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    digests: list[bytes | None] = field(default_factory=list)
+    embeddings: list[str] = field(default_factory=list)
+    failed_keys: list[str] = field(default_factory=list)
+    failed_digests: list[bytes | None] = field(default_factory=list)
+    sqlstates: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    may_retry: list[bool] = field(default_factory=list)
+
+
+class Database(Protocol):
+    """The three functions of schema ``siamese`` that a batch calls, in one transaction."""
+
+    def take(self, collection_id: int, max_rows: int) -> list[tuple[int, list[str]]]:
+        """Return tickets that were free, with their keys."""
+
+    def read(self, collection_id: int, keys: Sequence[str]) -> list[Row]:
+        """Return keys and images of rows without a vector."""
+
+    def store(self, collection_id: int, sha256: str, tickets: list[int], results: Results) -> int:
+        """Store vectors and failures; return how many vectors."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one batch did: vectors stored, rows failed, rows that needed nothing any more."""
+
+    stored: int = 0
+    failed: int = 0
+    settled: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether it got anywhere; else what is left is being changed by others, or nothing is."""
+        return bool(self.stored or self.failed or self.settled)
+
+
+def embed_batch(
+    database: Database,
+    collection_id: int,
+    sha256: str,
+    encoder: Encoder,
+    max_rows: int,
+    poll: Callable[[], None],
+    seconds: float | None = None,
+    limits: Limits = MODELS_OWN,
+) -> Outcome:
+    """Take some tickets and deal with their rows; the caller commits.
+
+    Args:
+        database: where they are.
+        collection_id: of the collection.
+        sha256: of the model that ``encoder`` was opened with.
+        encoder: the collection's.
+        max_rows: about how many.
+        poll: called often; may raise to leave: plpy's errors, or what is no ``Exception``.
+        seconds: after these, the rows that are left stay in their tickets.
+        limits: of the collection.
+    """
+    tickets = database.take(collection_id, max_rows)
+    if not tickets:
+        return Outcome()
+    # In an order, so that two that have the same row can't wait for each other.
+    keys = sorted(list(dict.fromkeys(key for _, ticket in tickets for key in ticket))[:max_rows])
+    results = Results()
+    started = time.monotonic()
+    place, count = 0, FIRST_ROWS
+    while place < len(keys):
+        portion = keys[place : place + count]
+        place += len(portion)
+        rows = database.read(collection_id, portion)
+        results.seen += portion
+        _embed(encoder, rows, results, poll, limits)
+        if rows:
+            count = next_portion(len(rows), sum(len(image or b"") for _, image in rows))
+        if seconds is not None and time.monotonic() - started >= seconds:
+            break
+    stored = database.store(collection_id, sha256, [ticket for ticket, _ in tickets], results)
+    failed = len(results.failed_keys)
+    return Outcome(stored, failed, len(results.seen) - len(results.keys) - failed)
+
+
+def _embed(
+    encoder: Encoder,
+    rows: list[Row],
+    results: Results,
+    poll: Callable[[], None],
+    limits: Limits,
+) -> None:
+    digests = {
+        key: None if image is None else hashlib.sha256(image).digest() for key, image in rows
+    }
+
+    def fail(key: str, error: SiameseError) -> None:
+        results.failed_keys.append(key)
+        results.failed_digests.append(digests[key])
+        results.sqlstates.append(error.sqlstate)
+        results.messages.append(error.message)
+        # The same bytes will not be decoded another time; a run of the graph may well succeed.
+        results.may_retry.append(not isinstance(error, ImageError))
+
+    failures = len(results.failed_keys)
+    try:
+        keys, embeddings = batches.embed(encoder, rows, fail, poll, limits)
+    except (ModelError, MemoryError) as error:
+        if len(rows) == 1:
+            fail(rows[0][0], _described(error))
+            return
+        # Whichever row it was: the others are not to suffer.
+        for name in ("failed_keys", "failed_digests", "sqlstates", "messages", "may_retry"):
+            del getattr(results, name)[failures:]
+        for row in rows:
+            _embed(encoder, [row], results, poll, limits)
+        return
+    results.keys += keys
+    results.digests += [digests[key] for key in keys]
+    results.embeddings += [vectors.to_text(embedding) for embedding in embeddings]
+
+
+def _described(error: ModelError | MemoryError) -> SiameseError:
+    if isinstance(error, ModelError):
+        message = f"{error.message}: {error.detail}" if error.detail else error.message
+        return ModelError(message, sqlstate=error.sqlstate)
+    return SiameseError("out of memory", sqlstate=OUT_OF_MEMORY)
+
+
+class _Server:
+    """The database as PL/Python sees it."""
+
+    def __init__(self, plpy: Any) -> None:
+        self.plpy = plpy
+
+    def take(self, collection_id: int, max_rows: int) -> list[tuple[int, list[str]]]:
+        rows = self._run(
+            "SELECT ticket, keys FROM siamese._take_tickets($1, $2)",
+            ("integer", "integer"),
+            collection_id,
+            max_rows,
+        )
+        return [(row["ticket"], row["keys"]) for row in rows]
+
+    def read(self, collection_id: int, keys: Sequence[str]) -> list[Row]:
+        rows = self._run(
+            "SELECT key, image FROM siamese._read_images($1, $2)",
+            ("integer", "text[]"),
+            collection_id,
+            list(keys),
+        )
+        return [(row["key"], row["image"]) for row in rows]
+
+    def store(self, collection_id: int, sha256: str, tickets: list[int], results: Results) -> int:
+        rows = self._run(
+            "SELECT siamese._store_vectors("
+            "$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) AS stored",
+            (
+                "integer",
+                "text",
+                "bigint[]",
+                "text[]",
+                "text[]",
+                "bytea[]",
+                "text[]",
+                "text[]",
+                "bytea[]",
+                "text[]",
+                "text[]",
+                "boolean[]",
+            ),
+            collection_id,
+            sha256,
+            tickets,
+            *vars(results).values(),
+        )
+        return int(rows[0]["stored"])
+
+    def _run(self, sql: str, types: tuple[str, ...], *values: Any) -> Any:
+        return prepare(self.plpy, sql, types).execute(list(values))
+
+
+def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
+    """Embed waiting rows here, in the server; returns how many vectors were stored.
+
+    A collection that can't be embedded is an error where it was named; else it is a WARNING, and
+    the others have their turn.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise SiameseError("max_rows must be positive")
+    if name is not None:
+        collection = locked_collection(plpy, name)
+        if collection.embed != "deferred":
+            raise SiameseError(
+                f'collection "{collection.name}" is not embedded later',
+                sqlstate=INVALID_PARAMETER_VALUE,
+                hint="Rows of this collection are embedded as they are written; backfill embeds"
+                " those that were not.",
+            )
+        return embed_collection(plpy, collection, max_rows)
+    stored = 0
+    deferred = plpy.execute(
+        "SELECT c.collection_id, c.name FROM siamese.collections AS c"
+        " INNER JOIN pg_catalog.pg_class AS r ON r.oid = c.relation::oid"
+        " WHERE c.embed = 'deferred' ORDER BY c.collection_id"
+    )
+    for row in deferred:
+        left = None if max_rows is None else max_rows - stored
+        if left is not None and left <= 0:
+            break
+        try:
+            with plpy.subtransaction():
+                # Not all queues at once: each comes after the lock of its table.
+                number = row["collection_id"]
+                if not (lock_table(plpy, number) and _has_tickets(plpy, number)):
+                    continue
+                collection = collection_by_id(plpy, number)
+                stored += embed_collection(plpy, collection, left)
+        except SiameseError as error:
+            _warn(plpy, row["name"], error.message)
+        except plpy.SPIError as error:
+            if error.sqlstate in CANCELLED:
+                raise
+            _warn(plpy, row["name"], str(error))
+    return stored
+
+
+def _has_tickets(plpy: Any, collection_id: int) -> bool:
+    due = "q.not_before IS NULL OR q.not_before <= clock_timestamp()"
+    query = f"SELECT FROM siamese.queue_{collection_id} AS q WHERE {due} LIMIT 1"
+    return bool(plpy.execute(query).nrows())
+
+
+def _warn(plpy: Any, name: str, reason: str) -> None:
+    plpy.warning(
+        f'collection "{name}" was not embedded: {reason}',
+        sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+        hint="Its rows keep waiting.",
+    )
+
+
+def embed_collection(plpy: Any, collection: Collection, max_rows: int | None) -> int:
+    """Embed waiting rows of one collection; returns how many vectors were stored."""
+    encoder = models.encoder(plpy, collection.model_id)
+    database = _Server(plpy)
+    poll = partial(interrupts.check, plpy)
+    stored = 0
+    while max_rows is None or stored < max_rows:
+        wanted = MAX_ROWS_AT_ONCE if max_rows is None else min(MAX_ROWS_AT_ONCE, max_rows - stored)
+        outcome = embed_batch(
+            database,
+            collection.collection_id,
+            collection.sha256,
+            encoder,
+            wanted,
+            poll,
+            limits=collection.limits,
+        )
+        if not outcome:
+            break
+        stored += outcome.stored
+    return stored

@@ -1,0 +1,1 @@
+"""What runs beside a connection to the database: load, query, register."""

@@ -1,0 +1,247 @@
+"""Putting images into a table by plain INSERTs, so that the collection's triggers embed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from pg_siamese.client.connection import CommandError, describe_error
+from pg_siamese.client.sources import ImageRow, Part
+
+# One statement embeds its rows in one go: enough of them to fill the encoder's batches, few enough
+# that the progress bar moves and Ctrl-C loses little.
+BATCH_ROWS = 400
+BATCH_BYTES = 16 * 1024 * 1024
+
+# The columns that say where an image is from, filled where the table has them.
+DESCRIPTION = ("dataset", "split", "label", "source")
+
+# What the server says of single rows: no image, or one over the model's limits, or a broken
+# constraint of the table's own. Anything else is about the whole load.
+REJECTIONS = (
+    psycopg.DataError,
+    psycopg.IntegrityError,
+    psycopg.errors.ProgramLimitExceeded,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The table that images go into: ``relation`` as the server quotes it (schema.table).
+
+    ``columns`` maps the columns among :data:`DESCRIPTION` that the table has to their SQL types.
+    """
+
+    relation: str
+    image_column: str
+    columns: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An image that the server refused, by its name, and the server's reason in one line."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class LoadReport:
+    """What a load did. It grows while the load runs, so that Ctrl-C can say what is stored."""
+
+    stored: int = 0
+    stored_before: int = 0
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+def find_target(
+    connection: psycopg.Connection[Any], relation: str, image_column: str = "image"
+) -> Target:
+    """Look up the table's columns; raises CommandError where there is no such table or column."""
+    row = connection.execute(
+        "SELECT c.oid, c.oid::regclass::text FROM pg_catalog.pg_class AS c"
+        " WHERE c.oid = pg_catalog.to_regclass(%s)",
+        (relation,),
+    ).fetchone()
+    if row is None:
+        raise CommandError(f'there is no table "{relation}"')
+    oid, name = row
+    found = connection.execute(
+        "SELECT attname, pg_catalog.format_type(atttypid, atttypmod)"
+        "  FROM pg_catalog.pg_attribute"
+        " WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped AND attgenerated = ''",
+        (oid,),
+    ).fetchall()
+    columns: dict[str, str] = dict(found)
+    if image_column not in columns:
+        raise CommandError(f'table "{name}" has no column "{image_column}"')
+    return Target(name, image_column, {c: columns[c] for c in DESCRIPTION if c in columns})
+
+
+def stored_sources(connection: psycopg.Connection[Any], target: Target, part: Part) -> set[str]:
+    """The sources of the part's data set and split that the table has; empty without a column."""
+    if "source" not in target.columns:
+        return set()
+    conditions: list[sql.Composable] = [sql.SQL("source IS NOT NULL")]
+    for column, value in (("dataset", part.dataset), ("split", part.split)):
+        if column in target.columns and value is not None:
+            conditions.append(
+                sql.SQL("{}::text = {}").format(sql.Identifier(column), sql.Literal(value))
+            )
+    query = sql.SQL("SELECT source::text FROM {} WHERE {}").format(
+        sql.SQL(target.relation), sql.SQL(" AND ").join(conditions)
+    )
+    return {str(source) for (source,) in connection.execute(query)}
+
+
+def load_part(
+    connection: psycopg.Connection[Any],
+    target: Target,
+    part: Part,
+    *,
+    report: LoadReport | None = None,
+    skip_rejected: bool = False,
+    advance: Callable[[int], object] = lambda count: None,
+) -> LoadReport:
+    """Insert the images of ``part`` that are not stored yet, by their source; see :func:`store`."""
+    report = report or LoadReport()
+    there = stored_sources(connection, target, part)
+    missing = [index for index, source in enumerate(part.sources) if source not in there]
+    before = len(part) - len(missing)
+    report.stored_before += before
+    advance(before)
+    store(
+        connection,
+        target,
+        map(part.row, missing),
+        report=report,
+        skip_rejected=skip_rejected,
+        advance=advance,
+    )
+    return report
+
+
+def store(
+    connection: psycopg.Connection[Any],
+    target: Target,
+    rows: Iterable[ImageRow],
+    *,
+    report: LoadReport | None = None,
+    skip_rejected: bool = False,
+    advance: Callable[[int], object] = lambda count: None,
+    batch_rows: int = BATCH_ROWS,
+) -> LoadReport:
+    """Insert ``rows`` in batches, one statement and one transaction each; returns what happened.
+
+    What happens is added to ``report``, that of the loads before it, where one is given.
+    ``advance`` is called with the number of rows dealt with after each statement. Where the server
+    rejects a batch, its halves are tried in turn until the image at fault is alone: the others are
+    stored, and the load stops with a CommandError that names it, or goes on to the next where
+    ``skip_rejected``. Any other failure and Ctrl-C (which cancels the running statement in the
+    server) raise CommandError with the number of images that are stored.
+    """
+    report = report or LoadReport()
+    loader = _Loader(connection, target, report, skip_rejected, advance)
+    try:
+        for batch in batches(rows, batch_rows):
+            loader.insert(batch)
+    except KeyboardInterrupt:
+        # psycopg has cancelled the statement in the server, and its transaction is rolled back.
+        raise CommandError(
+            f"interrupted: the running statement was cancelled; {_stored(report)}"
+            + ("; the same command goes on from there" if "source" in target.columns else ""),
+            exit_code=130,
+        ) from None
+    except psycopg.Error as error:
+        raise CommandError(f"{describe_error(error)} ({_stored(report)})") from error
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror} ({_stored(report)})") from error
+    return report
+
+
+class _Loader:
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        target: Target,
+        report: LoadReport,
+        skip_rejected: bool,
+        advance: Callable[[int], object],
+    ) -> None:
+        self.connection = connection
+        self.described = list(target.columns)
+        self.report = report
+        self.skip_rejected = skip_rejected
+        self.advance = advance
+        self.statement = _insert_statement(target)
+
+    def insert(self, batch: Sequence[ImageRow]) -> None:
+        values: list[list[object]] = [[row.image for row in batch]]
+        values += [[getattr(row, column) for row in batch] for column in self.described]
+        try:
+            with self.connection.transaction():
+                self.connection.execute(self.statement, values)
+        except REJECTIONS as error:
+            if len(batch) == 1:
+                self._reject(batch[0], describe_error(error), error)
+                return
+        else:
+            self.report.stored += len(batch)
+            self.advance(len(batch))
+            return
+        middle = len(batch) // 2
+        self.insert(batch[:middle])
+        self.insert(batch[middle:])
+
+    def _reject(self, row: ImageRow, reason: str, error: psycopg.Error) -> None:
+        self.report.rejected.append(Rejection(row.name, reason))
+        self.advance(1)
+        if not self.skip_rejected:
+            raise CommandError(f"{row.name}: {reason} ({_stored(self.report)})") from error
+
+
+def _insert_statement(target: Target) -> sql.Composed:
+    """One INSERT of any number of rows: an array for each column, in the binary format."""
+    names = [target.image_column, *target.columns]
+    aliases = [sql.Identifier(f"c{number}") for number in range(len(names))]
+    # The description is text; the table's own columns may be of other types (label integer).
+    values = [aliases[0]] + [
+        sql.SQL("{}::{}").format(alias, sql.SQL(kind))
+        for alias, kind in zip(aliases[1:], target.columns.values(), strict=True)
+    ]
+    arrays = [sql.SQL("%b::bytea[]")] + [sql.SQL("%b::text[]")] * len(target.columns)
+    comma = sql.SQL(", ")
+    return sql.SQL(
+        "INSERT INTO {} ({}) SELECT {} FROM ROWS FROM (unnest({})) WITH ORDINALITY"
+        " AS u ({}, position) ORDER BY position"
+    ).format(
+        sql.SQL(target.relation),
+        comma.join(map(sql.Identifier, names)),
+        comma.join(values),
+        comma.join(arrays),
+        comma.join(aliases),
+    )
+
+
+def batches(
+    rows: Iterable[ImageRow], batch_rows: int = BATCH_ROWS, batch_bytes: int = BATCH_BYTES
+) -> Iterator[list[ImageRow]]:
+    """Group ``rows`` in order: at most so many rows, and no more bytes once it has one row."""
+    batch: list[ImageRow] = []
+    size = 0
+    for row in rows:
+        if batch and (len(batch) >= batch_rows or size + len(row.image) > batch_bytes):
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
+        size += len(row.image)
+    if batch:
+        yield batch
+
+
+def _stored(report: LoadReport) -> str:
+    return f"{report.stored:,} image{'' if report.stored == 1 else 's'} stored by this command"

@@ -1,0 +1,130 @@
+"""Registering encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from pg_siamese.client.connection import CommandError
+
+if TYPE_CHECKING:
+    import onnx
+
+# The SQL types of register_model's optional parameters.
+MODEL_SETTINGS = {
+    "image_width": "bigint",
+    "image_height": "bigint",
+    "mean": "double precision[]",
+    "std": "double precision[]",
+    "resize": "text",
+    "interpolation": "text",
+    "metric": "text",
+    "calibration": "jsonb",
+    "threshold": "double precision",
+    "max_bytes": "bigint",
+    "max_pixels": "bigint",
+    "input_range": "double precision[]",
+}
+# As the server's own limit of an ONNX file.
+MAX_ONNX_BYTES = 512 * 1024 * 1024
+
+
+def register(
+    connection: psycopg.Connection[Any],
+    name: str,
+    onnx: bytes,
+    settings: dict[str, object | None] | None = None,
+) -> int:
+    """Call siamese.register_model with the settings that are not None; returns the model's id."""
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    arguments = "".join(f", {key} => %s::{MODEL_SETTINGS[key]}" for key in given)
+    row = connection.execute(
+        f"SELECT siamese.register_model(%s, %b::bytea{arguments})", (name, onnx, *given.values())
+    ).fetchone()
+    assert row is not None  # a SELECT of one function call
+    return int(row[0])
+
+
+def read_model(file: Path) -> bytes:
+    """Return an ONNX file with all its weights inside, wherever the exporter has put them.
+
+    torch.onnx.export writes them to a file beside the model by default (model.onnx.data). Only
+    files in the model's own folder are read: a model from elsewhere may name any path.
+
+    Raises CommandError where such a file is missing, elsewhere, too large or too short.
+    """
+    data = file.read_bytes()
+    import onnx  # takes a while
+
+    try:
+        model = onnx.load_from_string(data)
+    except Exception:  # protobuf's decode errors have no common base; the server says what is wrong
+        return data
+    outside = [tensor for tensor in _tensors(model) if _is_outside(tensor)]
+    if not outside:
+        return data
+    total = len(data)
+    for tensor in outside:
+        part = _external_bytes(file, tensor)
+        total += len(part)
+        if total > MAX_ONNX_BYTES:
+            raise CommandError(f"{file}: larger than {MAX_ONNX_BYTES} bytes with its weights")
+        tensor.raw_data = part
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _is_outside(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.external_data) or tensor.data_location == tensor.EXTERNAL
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield the tensors of all graphs and functions, those within nodes, too."""
+    stack: list[Any] = [model.graph, *model.functions]
+    while stack:
+        graph = stack.pop()
+        yield from getattr(graph, "initializer", ())
+        for sparse in getattr(graph, "sparse_initializer", ()):
+            yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+                if attribute.HasField("g"):
+                    stack.append(attribute.g)
+                stack.extend(attribute.graphs)
+
+
+def _external_bytes(file: Path, tensor: onnx.TensorProto) -> bytes:
+    about = {entry.key: entry.value for entry in tensor.external_data}
+    name = about.get("location", "")
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CommandError(
+            f'{file}: tensor "{tensor.name}" lies in "{name}", which is not a file beside the model'
+        )
+    path = file.parent / name
+    if path.resolve().parent != file.parent.resolve() and path.is_symlink():
+        raise CommandError(f"{path}: a link that leads out of the model's folder")
+    try:
+        offset = int(about.get("offset", 0))
+        with path.open("rb") as opened:
+            size = path.stat().st_size
+            length = int(about.get("length", size - offset))
+            if offset < 0 or length < 0 or offset + length > size:
+                raise CommandError(f'{path}: too short for tensor "{tensor.name}"')
+            if length > MAX_ONNX_BYTES:
+                raise CommandError(f"{path}: larger than {MAX_ONNX_BYTES} bytes")
+            opened.seek(offset)
+            content: bytes = opened.read(length)
+            return content
+    except FileNotFoundError:
+        raise CommandError(
+            f'{path}: no such file, but {file.name} keeps tensor "{tensor.name}" in it'
+        ) from None
+    except ValueError:
+        raise CommandError(f'{file}: tensor "{tensor.name}" has no valid place') from None

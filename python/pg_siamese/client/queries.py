@@ -1,0 +1,291 @@
+"""Collections and searches as the command line sees them: every search is one SQL statement."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import psycopg
+from psycopg import RawCursor, sql
+
+from pg_siamese.client.connection import CommandError
+
+if TYPE_CHECKING:
+    from pg_siamese.client.contact_sheet import Neighbour
+
+DEFAULT_COLLECTION = "images"
+# Pixels a side at most of an image that is shown; larger ones are reduced.
+DISPLAY_PIXELS = 512
+INTEGER_TYPES = frozenset({"smallint", "integer", "bigint"})
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A collection's table, as the catalogue has it.
+
+    ``relation``, ``key_column``, ``image_column`` and ``shown_columns`` are quoted where SQL needs
+    it and go into statements as they are; ``key_name`` and ``image_name`` are the plain names.
+    """
+
+    name: str
+    model: str
+    relation: str
+    key_column: str
+    key_name: str
+    key_type: str
+    image_column: str
+    image_name: str
+    shown_columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One neighbour. ``key`` is the row's key as text, ``values`` its columns that are shown.
+
+    ``distance`` is in the model's metric (cosine distance for the models that ship), and
+    ``similarity`` the calibrated match probability, None where the model has none.
+    """
+
+    rank: int
+    key: str
+    distance: float
+    similarity: float | None
+    values: dict[str, str | None]
+
+    @property
+    def label(self) -> str | None:
+        """The row's label, None where the table has no such column."""
+        return self.values.get("label")
+
+
+@dataclass(frozen=True)
+class Search:
+    """A statement with ``$1``-style parameters, as an analyst would write it, and their values."""
+
+    sql: str
+    parameters: tuple[object, ...]
+
+
+def collection_names(connection: psycopg.Connection[Any]) -> list[str]:
+    """The names of all collections, sorted."""
+    rows = connection.execute("SELECT name FROM siamese.collections ORDER BY 1")
+    return [str(name) for (name,) in rows]
+
+
+def find_collection(connection: psycopg.Connection[Any], name: str) -> Collection:
+    """Look up a collection; raises CommandError, naming those there are, where it is not there."""
+    row = connection.execute(
+        """
+        SELECT m.name, c.relation::text, quote_ident(c.key_column), c.key_column,
+               format_type(a.atttypid, NULL), quote_ident(c.image_column), c.image_column,
+               ARRAY(SELECT quote_ident(d.attname)
+                       FROM unnest(ARRAY['dataset', 'split', 'label']) WITH ORDINALITY AS w (n, o)
+                       JOIN pg_catalog.pg_attribute AS d
+                         ON d.attname = w.n AND d.attrelid = c.relation AND NOT d.attisdropped
+                      ORDER BY w.o)
+          FROM siamese.collections AS c
+          JOIN siamese.models AS m ON m.model_id = c.model_id
+          JOIN pg_catalog.pg_attribute AS a
+            ON a.attrelid = c.relation AND a.attname = c.key_column AND NOT a.attisdropped
+         WHERE c.name = %s
+        """,
+        (name,),
+    ).fetchone()
+    if row is None:
+        known = ", ".join(collection_names(connection)) or "none yet"
+        raise CommandError(f'there is no collection "{name}"; there are: {known}')
+    model, relation, key_column, key_name, key_type, image_column, image_name, shown = row
+    return Collection(
+        name=name,
+        model=model,
+        relation=relation,
+        key_column=key_column,
+        key_name=key_name,
+        key_type=key_type,
+        image_column=image_column,
+        image_name=image_name,
+        shown_columns=tuple(shown),
+    )
+
+
+def ensure_collection(connection: psycopg.Connection[Any], name: str, model: str) -> bool:
+    """Create a collection of the ready-made table where there is none; True where it was created.
+
+    Raises CommandError where there is one with another model.
+    """
+    row = connection.execute(
+        "SELECT m.name FROM siamese.collections AS c JOIN siamese.models AS m USING (model_id)"
+        " WHERE c.name = %s",
+        (name,),
+    ).fetchone()
+    if row is None:
+        connection.execute(
+            "SELECT siamese.create_collection(name => %s, model => %s)", (name, model)
+        )
+        return True
+    if row[0] != model:
+        raise CommandError(f'the collection "{name}" has model "{row[0]}", not "{model}"')
+    return False
+
+
+def search_statement(
+    collection: Collection,
+    *,
+    image: bytes | None = None,
+    key: str | None = None,
+    k: int = 10,
+    filter: dict[str, object] | None = None,
+    engine: str = "auto",
+    prefix: str = "siamese.",
+) -> Search:
+    """The statement that finds the ``k`` rows nearest to an image, or to the stored row ``key``.
+
+    ``prefix`` qualifies the extension's functions. Result columns: rank, key, distance,
+    similarity, then the collection's ``shown_columns``. Keys of any type work: integers through
+    similar_images, others through similar_rows (which gives no calibrated similarity).
+    """
+    if (image is None) == (key is None):
+        raise ValueError("give an image or a key, and not both")
+    parameters: list[object] = []
+    integer = collection.key_type in INTEGER_TYPES
+    if image is not None:
+        parameters.append(image)
+        query = "image => $1"
+    else:
+        parameters.append(_integer(str(key)) if integer else key)
+        query = f"{'image_id' if integer else 'key'} => $1"
+    options = f", k => {k}"
+    # A table can be in several collections, so similar_rows is told which one.
+    if collection.name != DEFAULT_COLLECTION or not integer:
+        options += f", collection => {sql.quote(collection.name)}"
+    if filter is not None:
+        options += f", filter => {sql.quote(json.dumps(filter, ensure_ascii=False))}"
+    if engine != "auto":
+        options += f", engine => {sql.quote(engine)}"
+    if integer:
+        key_column = collection.key_column
+        join = "USING (image_id)"
+        if key_column != "image_id":
+            join = f"ON i.{key_column} = s.image_id"
+        columns = ["s.rank", f"i.{collection.key_column}", "s.distance", "s.similarity"]
+        columns += [f"i.{column}" for column in collection.shown_columns]
+        text = (
+            f"SELECT {', '.join(columns)}\n"
+            f"  FROM {prefix}similar_images({query}{options}) AS s\n"
+            f"  JOIN {collection.relation} AS i {join}\n"
+            " ORDER BY s.rank"
+        )
+    else:
+        columns = [
+            "row_number() OVER (ORDER BY s.distance)",
+            f"(s.item).{collection.key_column}",
+            "s.distance",
+            "NULL::real",
+        ]
+        columns += [f"(s.item).{column}" for column in collection.shown_columns]
+        text = (
+            f"SELECT {', '.join(columns)}\n"
+            f"  FROM {prefix}similar_rows(NULL::{collection.relation}, {query}{options}) AS s\n"
+            f" ORDER BY s.distance, (s.item).{collection.key_column}"
+        )
+    return Search(text, tuple(parameters))
+
+
+def run_search(
+    connection: psycopg.Connection[Any], collection: Collection, search: Search
+) -> list[Answer]:
+    """Run a statement of :func:`search_statement`."""
+    with RawCursor(connection) as cursor:
+        cursor.execute(search.sql.encode(), search.parameters)
+        return [
+            Answer(
+                rank=int(rank),
+                key=str(key),
+                distance=float(distance),
+                similarity=None if similarity is None else float(similarity),
+                values={
+                    name: None if value is None else str(value)
+                    for name, value in zip(collection.shown_columns, values, strict=True)
+                },
+            )
+            for rank, key, distance, similarity, *values in cursor.fetchall()
+        ]
+
+
+def stored_images(
+    connection: psycopg.Connection[Any], collection: Collection, keys: Sequence[str]
+) -> dict[str, bytes]:
+    """The image bytes of the rows with these keys (as text), by key."""
+    with RawCursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT {collection.key_column}::text, {collection.image_column}"
+            f" FROM {collection.relation}"
+            f" WHERE {collection.key_column} = ANY ($1::text[]::{collection.key_type}[])".encode(),
+            (list(keys),),
+        )
+        return {key: bytes(image) for key, image in cursor.fetchall() if image is not None}
+
+
+def sheet_neighbours(
+    connection: psycopg.Connection[Any], collection: Collection, answers: Sequence[Answer]
+) -> list[Neighbour]:
+    """The answers with their pixels, for a contact sheet; rows deleted meanwhile are left out."""
+    from pg_siamese.client.contact_sheet import Neighbour
+
+    images = stored_images(connection, collection, [answer.key for answer in answers])
+    return [
+        Neighbour(
+            pixels=display_pixels(images[answer.key]),
+            label=answer.label,
+            distance=answer.distance,
+            similarity=answer.similarity,
+        )
+        for answer in answers
+        if answer.key in images
+    ]
+
+
+def stored_image(
+    connection: psycopg.Connection[Any], collection: Collection, key: str
+) -> tuple[bytes, str | None]:
+    """The image and the label (None where the table has none) of the row with this key.
+
+    Raises CommandError where there is no such row, or no image in it.
+    """
+    label = "label::text" if "label" in collection.shown_columns else "NULL"
+    with RawCursor(connection) as cursor:
+        cursor.execute(
+            f"SELECT {collection.image_column}, {label} FROM {collection.relation}"
+            f" WHERE {collection.key_column} = $1::text::{collection.key_type}".encode(),
+            (key,),
+        )
+        row = cursor.fetchone()
+    if row is None or row[0] is None:
+        raise CommandError(f'collection "{collection.name}" has no image "{key}"')
+    return bytes(row[0]), row[1]
+
+
+def display_pixels(data: bytes) -> npt.NDArray[np.uint8]:
+    """Decode an image file for showing: uint8 (H, W, 3), at its own size up to 512 pixels a side.
+
+    It is the server's own decoder, so what is shown is what the encoder sees. Raises CommandError
+    for a file that the server would reject.
+    """
+    from pg_siamese_server.encoding.images import render_image
+    from pg_siamese_server.errors import ImageError
+
+    try:
+        return render_image(data, DISPLAY_PIXELS)
+    except ImageError as error:
+        raise CommandError(f"not an image that can be shown: {error}") from None
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise CommandError(f'"{text}" is no key: this collection has integers') from None

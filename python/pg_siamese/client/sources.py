@@ -1,0 +1,201 @@
+"""What can be loaded: image folders, npz files in MedMNIST's layout and IDX files, in parts.
+
+A part is one split of one data set, whose images are read (and turned into PNG) as they are asked
+for. Files keep their own bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pg_siamese.client.connection import CommandError
+from pg_siamese.datasets import (
+    SPLITS,
+    ImageFile,
+    LabelledImages,
+    LeftOut,
+    list_image_folder,
+    npz_splits,
+    read_idx_images,
+    read_npz,
+)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image to store: the bytes of an image file, and where it is from.
+
+    ``source`` names the image once and for all ('medmnist:breastmnist/train/17'): a second load
+    leaves out the sources that are stored. ``name`` is what error messages call it.
+    """
+
+    image: bytes
+    name: str
+    source: str
+    dataset: str | None = None
+    split: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split of one data set: ``sources`` names its images, ``row(i)`` reads one of them.
+
+    ``split`` is None where the images have none.
+    """
+
+    dataset: str
+    split: str | None
+    sources: Sequence[str]
+    row: Callable[[int], ImageRow]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.split}" if self.split else self.dataset
+
+
+def read_source(
+    path: Path,
+    *,
+    splits: Sequence[str] | None = None,
+    labels: Path | None = None,
+    dataset: str | None = None,
+    leave_out: Callable[[LeftOut], object] = lambda file: None,
+) -> list[Part]:
+    """Find out what ``path`` is and return its parts, only those of ``splits`` where given.
+
+    ``leave_out`` is called with each file of a folder that can't be loaded.
+
+    Raises CommandError for what can't be loaded, and as the readers in :mod:`.datasets` do.
+    """
+    if path.is_dir():
+        return folder_parts(path, splits=splits, dataset=dataset, leave_out=leave_out)
+    if not path.exists():
+        raise CommandError(f"{path}: no such file or folder")
+    if labels is not None:
+        split = _one_split(path, splits)
+        images = read_idx_images(path, labels, name=dataset or _idx_name(path), split=split)
+        return [labelled_part(images, "idx")]
+    if path.suffix.lower() == ".npz":
+        return [
+            labelled_part(read_npz(path, split, name=dataset or path.stem), "medmnist")
+            for split in (splits or npz_splits(path) or SPLITS[:1])
+        ]
+    if "idx" in path.name:
+        raise CommandError(f"{path}: IDX images need their labels: --labels FILE")
+    raise CommandError(f"{path}: neither a folder, nor an npz file, nor an IDX file with --labels")
+
+
+def labelled_part(images: LabelledImages, origin: str) -> Part:
+    """The images of a data set as PNG files; ``origin`` is the first word of their sources."""
+
+    def row(index: int) -> ImageRow:
+        source = sources[index]
+        return ImageRow(
+            image=png(images.images[index]),
+            name=source,
+            source=source,
+            dataset=images.name,
+            split=images.split,
+            label=images.class_of(index),
+        )
+
+    sources = [f"{origin}:{images.name}/{images.split}/{index}" for index in range(len(images))]
+    return Part(images.name, images.split, sources, row)
+
+
+def folder_parts(
+    folder: Path,
+    *,
+    splits: Sequence[str] | None = None,
+    dataset: str | None = None,
+    leave_out: Callable[[LeftOut], object] = lambda file: None,
+) -> list[Part]:
+    """The images of a folder, a part for each split in it; see ``datasets.list_image_folder``."""
+    folder = folder.resolve()
+    name = dataset or folder.name
+    if not is_text(name):
+        raise CommandError(f"{printable(folder)}: its name is not UTF-8: give it one by --dataset")
+    files: dict[str | None, list[ImageFile]] = {}
+    for file in list_image_folder(folder, leave_out):
+        if splits is not None and file.split not in splits:
+            continue
+        if is_text(str(file.path.relative_to(folder))):
+            files.setdefault(file.split, []).append(file)
+        else:
+            leave_out(LeftOut(file.path, "of a name that is not UTF-8", "its name is not UTF-8"))
+    if not files:
+        wanted = f"of split {' or '.join(splits)}" if splits else "that can be loaded"
+        raise CommandError(f"{printable(folder)}: no image {wanted}")
+    return [_folder_part(folder, name, split, group) for split, group in files.items()]
+
+
+def is_text(name: str) -> bool:
+    """Whether a file name is UTF-8, as PostgreSQL takes it: others come with lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(path: Path) -> str:
+    """A path for messages, whatever its bytes are."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def counted(left_out: Iterable[LeftOut]) -> str:
+    """How many files were left out, by kind: '3 files left out: 2 .heic, 1 hidden'; or nothing."""
+    kinds = Counter(file.kind for file in left_out)
+    if not kinds:
+        return ""
+    total = kinds.total()
+    each = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return f"{total:,} file{'' if total == 1 else 's'} left out: {each}"
+
+
+def _folder_part(folder: Path, dataset: str, split: str | None, files: list[ImageFile]) -> Part:
+    def row(index: int) -> ImageRow:
+        file = files[index]
+        return ImageRow(
+            image=file.path.read_bytes(),
+            name=printable(file.path),
+            source=sources[index],
+            dataset=dataset,
+            split=split,
+            label=file.label,
+        )
+
+    sources = [f"file:{dataset}/{file.path.relative_to(folder).as_posix()}" for file in files]
+    return Part(dataset, split, sources, row)
+
+
+def png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """The PNG file of uint8 pixels (H, W) or (H, W, 3): lossless, so any reader gets them back."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _one_split(path: Path, splits: Sequence[str] | None) -> str:
+    if splits and len(splits) > 1:
+        raise CommandError(f"{path}: an IDX file is one split, not {len(splits)}")
+    if splits:
+        return splits[0]
+    # The file names of MNIST and its followers: train-images-…, t10k-images-….
+    return "test" if path.name.startswith(("t10k", "test")) else "train"
+
+
+def _idx_name(path: Path) -> str:
+    return path.resolve().parent.name.replace("-", "_")

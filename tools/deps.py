@@ -1,0 +1,133 @@
+"""`make deps`: install what is missing. A second run finds nothing to do.
+
+Run with Debian's python3, because PL/Python is linked to it, as
+`PYTHONPATH=. /usr/bin/python3 -m tools.deps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools import (
+    apt,
+    environments,
+    extension,
+    overlay,
+    packages,
+    pgvector,
+    postgres,
+)
+from tools.installation import Installation
+from tools.project import ROOT, Stamp, build_folder
+from tools.report import SetupError, fail, say
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `ensure` made."""
+
+    build: Path
+    postgres: Installation  # the overlay
+
+    @property
+    def server_venv(self) -> Path:
+        """The environment that PL/Python uses."""
+        return self.build / "server"
+
+    @property
+    def client_venv(self) -> Path:
+        """The environment of the command line, tests and training."""
+        return self.build / "client"
+
+
+def ensure_fashion_mnist() -> Path:
+    """Return the folder with Fashion-MNIST's four IDX files; as root, install the package.
+
+    Raises `SetupError` with the command to run where the caller isn't root.
+    """
+    if not (FASHION_MNIST / "train-images-idx3-ubyte.gz").exists():
+        apt.install(["dataset-fashion-mnist"], "Fashion-MNIST")
+    return FASHION_MNIST
+
+
+def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
+    """Install and build all that is missing, and return where it is. Raises `SetupError`.
+
+    `small` is that of `environments.ensure_client`.
+    """
+    os.umask(0o022)  # the server's user must be able to read what root builds
+    # First, because the user that the build folder must be open to comes with PostgreSQL.
+    system = postgres.ensure_installed(ROOT / "build")
+    build = build_folder()
+    if not os.access(build, os.W_OK):
+        raise SetupError(f"{build} belongs to another user: work in a clone of your own")
+    with _only_one(build):
+        vector = pgvector.ensure(system, build)
+        python = postgres.python_of(system.lib)
+        environments.ensure_server(build / "server", python)
+        environments.ensure_client(build / "client", extras, small=small)
+        place = build / "packages"
+        site = environments.site_packages(build / "server", python)
+        packages.switch(packages.server_folder(place, python), site)
+        packages.write_models(place)
+        extension.write(build / "extension" / "extension", place, python)
+        folders = [build / "extension"] if vector is None else [vector, build / "extension"]
+        private = overlay.sync(system, build / "pg", folders)
+        verified = Stamp(build, "overlay", str(private.bin), private.bin / "pg_config")
+        if not verified.fresh():
+            overlay.verify(private)
+            verified.write()
+    return Built(build, private)
+
+
+@contextmanager
+def _only_one(build: Path) -> Iterator[None]:
+    """Hold a lock, so that two runs at a time don't tread on each other."""
+    with (build / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Waiting for another run of make deps to end …")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main(arguments: Collection[str] | None = None) -> int:
+    """Run from the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="make deps", description=__doc__)
+    parser.add_argument("--test", action="store_true", help="what the tests and linters need")
+    parser.add_argument("--train", action="store_true", help="PyTorch and what training needs")
+    parser.add_argument(
+        "--train-if-small", action="store_true", help="the same, with a CPU build of PyTorch only"
+    )
+    parser.add_argument("--bench", action="store_true", help="Fashion-MNIST")
+    chosen = parser.parse_args(None if arguments is None else list(arguments))
+    train = chosen.train or chosen.train_if_small
+    extras = [name for name, wanted in (("test", chosen.test), ("train", train)) if wanted]
+    try:
+        ensure(extras, small=not chosen.train)
+        if chosen.bench:
+            ensure_fashion_mnist()
+        elif chosen.test:
+            try:
+                ensure_fashion_mnist()
+            except SetupError as error:
+                say(f"Without Fashion-MNIST some tests are skipped; {error}")
+    except (SetupError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

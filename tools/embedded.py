@@ -1,0 +1,105 @@
+"""The embedded cluster, in `build/cluster`: `make up`, `down`, `dsn` and `psql`.
+
+Run as `PYTHONPATH=. /usr/bin/python3 -m tools.embedded up|down|dsn|env|psql|status`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+
+from tools.cluster import DATABASE, SUPERUSER, Cluster, create_database
+from tools.project import build_folder
+from tools.report import SetupError, fail, say, step
+
+
+def embedded() -> Cluster:
+    """Return the project's own cluster, in `build/cluster`."""
+    return Cluster(build_folder() / "cluster")
+
+
+def up() -> Cluster:
+    """Start the embedded cluster and make its database; do nothing that is done already.
+
+    Data are never destroyed: an extension whose SQL changed under the same version stays as it
+    is in the database, and a line says so.
+    """
+    cluster = embedded()
+    if not cluster.running():
+        with step("Starting the embedded cluster"):
+            cluster.start()
+    create_database(cluster)
+    return cluster
+
+
+def status(cluster: Cluster) -> str:
+    """Return one line on whether the embedded cluster runs, and where."""
+    if not cluster.running():
+        return "The embedded cluster is down: make up starts it."
+    return f"The embedded cluster runs (process {cluster.pid()}): {cluster.dsn()}"
+
+
+def environment(cluster: Cluster) -> str:
+    """Return shell commands that make the embedded cluster every client's default."""
+    values = {
+        "PGHOST": str(cluster.socket_folder),
+        "PGPORT": str(cluster.port),
+        "PGUSER": SUPERUSER,
+        "PGDATABASE": DATABASE,
+    }
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in values.items())
+
+
+def _psql(cluster: Cluster, arguments: Sequence[str]) -> int:
+    if not cluster.running():
+        raise SetupError('the embedded cluster is down: run "make up"')
+    command = cluster.psql_command()
+    sys.stdout.flush()
+    os.execv(command[0], [*command, *arguments])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="tools.embedded", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("up", "start the embedded cluster and make the database"),
+        ("down", "stop it"),
+        ("dsn", "print its connection string"),
+        ("env", "print shell commands that make it the default, if it runs"),
+        ("status", "say whether it runs"),
+    ):
+        commands.add_parser(name, help=text)
+    commands.add_parser("psql", help="open it with psql; what follows are psql's arguments")
+    # Not argparse.REMAINDER, which doesn't take a first argument with a dash.
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(words[:1] if words[:1] == ["psql"] else words)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.umask(0o022)
+    try:
+        if chosen.command == "up":
+            say(status(up()))
+            return 0
+        cluster = embedded()
+        if chosen.command == "psql":
+            return _psql(cluster, words[1:])
+        if chosen.command == "down":
+            say("Stopped." if cluster.stop() else "The embedded cluster is down already.")
+        elif chosen.command == "dsn":
+            print(cluster.dsn())
+        elif chosen.command == "env":
+            if cluster.running():
+                print(environment(cluster))
+        else:
+            say(status(cluster))
+    except (SetupError, OSError) as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

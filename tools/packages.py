@@ -1,0 +1,58 @@
+"""The folder below which the server finds its Python packages and the encoders that ship.
+
+`PACKAGES/VERSION/pythonX.Y` is, or links to, a site-packages folder for that Python, and
+`PACKAGES/VERSION/models` holds the ONNX files. PACKAGES is a constant in the extension's SQL. So
+several versions, Pythons and PostgreSQL majors live side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tools.project import ROOT, version
+
+OWN_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def server_folder(packages: Path, python: str) -> Path:
+    """Return the folder, or link, of the server's packages for a Python, as "3.13"."""
+    return packages / version() / f"python{python}"
+
+
+def switch(link: Path, target: Path) -> Path | None:
+    """Make a link lead to `target` by one rename; return where it led before.
+
+    It is relative: whoever packages may move both.
+    """
+    link.parent.mkdir(parents=True, exist_ok=True)
+    before = link.resolve() if link.is_symlink() else None
+    words = os.path.relpath(target, link.parent)
+    if not link.is_symlink() or os.readlink(link) != words:
+        temporary = link.with_name(f".{link.name}.new-{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(words)
+        temporary.replace(link)
+    return before
+
+
+def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file whole and atomically, unless it is there with this content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.is_symlink() or path.read_bytes() != content:
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_bytes(content)
+        temporary.chmod(mode)
+        temporary.replace(path)
+
+
+def write_models(packages: Path) -> None:
+    """Put the encoders that ship below `packages`, and take away those that no longer do."""
+    folder = packages / version() / "models"
+    shipped = {file.name: file.read_bytes() for file in (ROOT / "models").glob("*.onnx")}
+    for name, content in shipped.items():
+        write_file(folder / name, content)
+    for file in folder.glob("*.onnx"):
+        if file.name not in shipped:
+            file.unlink()
