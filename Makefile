@@ -50,8 +50,10 @@ dsn: python ## print the embedded cluster's connection string
 psql: python ## open the embedded cluster (ARGS='-c "SELECT 1"')
 	@$(DEV).embedded psql $(ARGS)
 
-demo: up ## load medical images, search, print the answers and draw them
-	@$(BIN)/pg_siamese demo --dsn "$$($(DEV).embedded dsn)" $(ARGS)
+demo: python ## load medical images, search, print the answers and draw them
+	@$(DEV).deps --demo
+	@$(DEV).embedded up
+	@$(BIN)/pg_siamese demo --sheet build/demo/contact_sheet.png --dsn "$$($(DEV).embedded dsn)" $(ARGS)
 
 test: deps-test ## run the tests, on clusters of their own (ARGS='-k name')
 	@$(BIN)/python -m pytest $(ARGS)

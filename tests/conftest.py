@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from pg_siamese.client.sources import png
 from tests import server
 from tests.server import ExternalServer
 from tools.cluster import Cluster, create_database
+from tools.project import ROOT
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
+MODELS = ROOT / "models"
 TEMPLATE = "template_siamese"
 
 Connection = psycopg.Connection[Any]

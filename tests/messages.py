@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import psycopg.errors
 
 from pg_siamese_server import errors
+from tools.project import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SERVER = ROOT / "plpython" / "pg_siamese_server"
 CLASSES = {
     name: kind.sqlstate

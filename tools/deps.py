@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -37,16 +38,6 @@ class Built:
 
     build: Path
     postgres: Installation  # the overlay
-
-    @property
-    def server_venv(self) -> Path:
-        """The environment that PL/Python uses."""
-        return self.build / "server"
-
-    @property
-    def client_venv(self) -> Path:
-        """The environment of the command line, tests and training."""
-        return self.build / "client"
 
 
 def ensure_fashion_mnist() -> Path:
@@ -89,6 +80,16 @@ def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
     return Built(build, private)
 
 
+def _has_medmnist(built: Built) -> bool:
+    """Ask the client, which knows where it looks."""
+    question = (
+        "import sys; from pg_siamese import datasets as d;"
+        " sys.exit(not any(map(d.find_medmnist, d.MEDICAL_SETS)))"
+    )
+    python = built.build / "client" / "bin" / "python"
+    return subprocess.run([python, "-c", question]).returncode == 0
+
+
 @contextmanager
 def _only_one(build: Path) -> Iterator[None]:
     """Hold a lock, so that two runs at a time don't tread on each other."""
@@ -110,18 +111,22 @@ def main(arguments: Collection[str] | None = None) -> int:
         "--train-if-small", action="store_true", help="the same, with a CPU build of PyTorch only"
     )
     parser.add_argument("--bench", action="store_true", help="Fashion-MNIST")
+    parser.add_argument(
+        "--demo", action="store_true", help="Fashion-MNIST, unless MedMNIST is on this machine"
+    )
     chosen = parser.parse_args(None if arguments is None else list(arguments))
     train = chosen.train or chosen.train_if_small
     extras = [name for name, wanted in (("test", chosen.test), ("train", train)) if wanted]
     try:
-        ensure(extras, small=not chosen.train)
+        built = ensure(extras, small=not chosen.train)
         if chosen.bench:
             ensure_fashion_mnist()
-        elif chosen.test:
+        elif chosen.test or (chosen.demo and not _has_medmnist(built)):
             try:
                 ensure_fashion_mnist()
             except SetupError as error:
-                say(f"Without Fashion-MNIST some tests are skipped; {error}")
+                prefix = "Without Fashion-MNIST some tests are skipped: " if chosen.test else ""
+                say(f"{prefix}{error}")
     except (SetupError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:

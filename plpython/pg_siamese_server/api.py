@@ -48,6 +48,7 @@ from pg_siamese_server.errors import (  # noqa: E402
 # Their threads inherit the mask; PostgreSQL's signal handlers stay in the main thread.
 with interrupts.signals_blocked():
     from pg_siamese_server.search import search as _search
+    from pg_siamese_server.search.request import Answer, Request
 
 CANCELLED = ("57014", "57P01")
 # The largest real, which distances are.
@@ -320,7 +321,7 @@ def _request(
     candidates: list[Any] | None,
     max_distance: float | None,
     engine: str | None,
-) -> _search.Request:
+) -> Request:
     """Return the request; arguments have the defaults of SQL, and NULL is none of these."""
     if image is None and key is None:
         raise SiameseError(
@@ -337,16 +338,18 @@ def _request(
     assert max_distance is not None
     while candidates and isinstance(candidates[0], list):  # of several dimensions
         candidates = [one for part in candidates for one in part]
-    return _search.Request(
-        collection,
-        image,
-        key,
-        k,
-        None if filter_ == "{}" else filter_,
-        candidates,
-        # As real, which is what callers see of distances.
-        None if max_distance > MAX_REAL else ctypes.c_float(max(max_distance, -MAX_REAL)).value,
-        engine,
+    limit = None
+    if not max_distance > MAX_REAL:  # as real, which is what callers see of distances
+        limit = ctypes.c_float(max(max_distance, -MAX_REAL)).value
+    return Request(
+        collection_name=collection,
+        image=image,
+        key=key,
+        k=k,
+        filter=None if filter_ == "{}" else filter_,
+        candidates=candidates,
+        max_distance=limit,
+        engine=engine,
     )
 
 
@@ -371,7 +374,7 @@ def _keys(
     return None if stored is None else int(stored), chosen
 
 
-def _search_explained(plpy: Any, request: _search.Request) -> _search.Answer:
+def _search_explained(plpy: Any, request: Request) -> Answer:
     """Search; of a value that a column's type refuses, say which one it is."""
     try:
         return _search.search(plpy, request)
@@ -384,7 +387,7 @@ def _search_explained(plpy: Any, request: _search.Request) -> _search.Answer:
         raise
 
 
-def _ranked(plpy: Any, answer: _search.Answer) -> tuple[str, str, str | None, str | None]:
+def _ranked(plpy: Any, answer: Answer) -> tuple[str, str, str | None, str | None]:
     """Return keys and distances as arrays, and what :func:`match_line` takes, as text.
 
     PL/Python would write all 17 digits of each float, and make each row by itself.
@@ -470,7 +473,7 @@ def classify_image(
     )
 
 
-def _labels(plpy: Any, answer: _search.Answer, label_column: str) -> list[str | None]:
+def _labels(plpy: Any, answer: Answer, label_column: str) -> list[str | None]:
     """Return the labels of the rows found, in their order."""
     from pg_siamese_server.search import filters
 
@@ -524,14 +527,11 @@ def _distances(plpy: Any, model_id: int, prepared: Any) -> list[float]:
     from pg_siamese_server.encoding import models
 
     metric = models.spec(plpy, model_id).metric
-    return [
-        float(
-            vectors.distances(
-                vectors.squared_distances(prepared[i : i + 1], prepared[j : j + 1]), metric
-            )[0]
-        )
+    squared = [
+        vectors.squared_distances(prepared[i : i + 1], prepared[j : j + 1])[0]
         for i, j in itertools.combinations(range(len(prepared)), 2)
     ]
+    return vectors.to_distances([float(square) for square in squared], metric)
 
 
 def _image_distance(plpy: Any, images: list[bytes | None], model: str | None) -> str:

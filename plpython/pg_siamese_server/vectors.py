@@ -61,14 +61,6 @@ def prepare(vectors: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
     return np.ascontiguousarray(vectors / norms[:, None], dtype=np.float32)
 
 
-def distances(squared: NDArray[Any], metric: str) -> NDArray[Any]:
-    """Turn squared Euclidean distances between prepared vectors into the metric's distance."""
-    if metric == "cosine":
-        return squared * np.float32(0.5)
-    result: NDArray[Any] = np.sqrt(squared)
-    return result
-
-
 def squared_distances(
     matrix: NDArray[np.float32], query: NDArray[np.float32]
 ) -> NDArray[np.float32]:
@@ -76,19 +68,6 @@ def squared_distances(
     difference = matrix - query
     result: NDArray[np.float32] = np.einsum("ij,ij->i", difference, difference)
     return result
-
-
-def in_order(
-    keys: list[Any], distances: list[float], is_mixed: bool = False
-) -> tuple[list[Any], list[float]]:
-    """Sort by distance and then by key.
-
-    FAISS has sorted by distance, unless ``is_mixed``; equal distances are for the keys to order.
-    """
-    if is_mixed or len(set(distances)) < len(distances):
-        order = sorted(range(len(keys)), key=lambda place: (distances[place], keys[place]))
-        return [keys[place] for place in order], [distances[place] for place in order]
-    return keys, distances
 
 
 def to_distances(squared: list[float], metric: str) -> list[float]:

@@ -1,6 +1,6 @@
 """Damaged images and decompression bombs neither crash a backend nor eat its memory.
 
-In full: ``python -m tests.stress images --count 20000``.
+In full: ``python -m tests.scenarios images --count 20000``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.bars.bad_images import BadImages
-from tests.bars.process import private_bytes
 from tests.conftest import Connection
+from tests.scenarios.bad_images import BadImages
+from tests.scenarios.process import private_bytes
 
 
 def test_damaged_files_and_bombs(connect: Callable[[], Connection]) -> None:

@@ -1,6 +1,6 @@
 """Time-outs and cancels stop inserts, backfills, searches and index builds within a second.
 
-In full: ``python -m tests.stress cancel``.
+In full: ``python -m tests.scenarios cancel``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import numpy as np
 import psycopg
 import pytest
 
-from tests.bars.cancel import Cancel
-from tests.bars.gallery import gallery, insert
 from tests.conftest import Connection
+from tests.scenarios.cancel import Cancel
+from tests.scenarios.gallery import gallery, insert
 
 
 def test_long_statements_stop_within_a_second(connect: Callable[[], Connection]) -> None:

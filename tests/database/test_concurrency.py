@@ -1,6 +1,6 @@
 """Sessions side by side: searches are right in every snapshot, whatever others do meanwhile.
 
-In full: ``python -m tests.stress mixed --seconds 120``.
+In full: ``python -m tests.scenarios mixed --seconds 120``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from tests.bars.gallery import (
+from tests.conftest import Connection
+from tests.scenarios.gallery import (
     Content,
     check_files,
     check_tables,
@@ -20,8 +21,7 @@ from tests.bars.gallery import (
     insert,
     prepare,
 )
-from tests.bars.mixed import Mixed
-from tests.conftest import Connection
+from tests.scenarios.mixed import Mixed
 
 Connect = Callable[[], Connection]
 

@@ -1,6 +1,6 @@
 """A session that searches and inserts keeps its memory.
 
-In full: ``python -m tests.stress memory``.
+In full: ``python -m tests.scenarios memory``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.bars.gallery import gallery
-from tests.bars.memory import Memory
-from tests.bars.process import private_bytes
 from tests.conftest import Connection
+from tests.scenarios.gallery import gallery
+from tests.scenarios.memory import Memory
+from tests.scenarios.process import private_bytes
 
 
 def test_memory_of_a_session(connect: Callable[[], Connection]) -> None:

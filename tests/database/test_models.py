@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto
 from PIL import Image
 
-from tests.bars.gallery import DIMENSION
 from tests.conftest import Connection, Pictures, insert_images
+from tests.scenarios.gallery import DIMENSION
 from tests.support import Array, encode, grid, grid_encoder, sql_error
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

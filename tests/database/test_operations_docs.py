@@ -16,8 +16,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import Connection, Pictures, insert_images
 from tests.messages import Message, all_messages
+from tools.project import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 TEXT = (ROOT / "docs" / "operations.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.M | re.S)
 ROLES = ("analyst", "curator", "embedder")

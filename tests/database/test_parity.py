@@ -1,6 +1,6 @@
 """The same file gives the same vector in PostgreSQL, in ONNX Runtime outside, and in PyTorch.
 
-In full: ``python -m tests.stress parity``.
+In full: ``python -m tests.scenarios parity``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from PIL import Image
 
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import InputSpec
-from tests.bars.gallery import MODELS
-from tests.bars.mutations import chunk, png_file
-from tests.bars.parity import Parity, embed_onnxruntime, least_cosine
 from tests.conftest import Connection
+from tests.scenarios.gallery import MODELS
+from tests.scenarios.mutations import chunk, png_file
+from tests.scenarios.parity import Parity, embed_onnxruntime, least_cosine
 
 SPEC = InputSpec(28, 28)
 RAMP = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28) % 256

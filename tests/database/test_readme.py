@@ -19,8 +19,8 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import Connection, Pictures
+from tools.project import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
 ROLES = ("analyst", "curator")
 

@@ -1,15 +1,15 @@
 """Search is exact up to the stated recall right after each step of a collection's life.
 
-In full: ``python -m tests.stress recall``.
+In full: ``python -m tests.scenarios recall``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.bars.gallery import gallery
-from tests.bars.recall import Recall
 from tests.conftest import Connection
+from tests.scenarios.gallery import gallery
+from tests.scenarios.recall import Recall
 
 
 def test_recall_after_each_step(connect: Callable[[], Connection]) -> None:

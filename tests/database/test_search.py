@@ -12,8 +12,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.bars.gallery import filled_up
 from tests.conftest import Connection, Pictures, insert_images
+from tests.scenarios.gallery import filled_up
 from tests.server import path_of
 from tests.support import assert_exact, exact_distances, grid_encoder, sql_error
 

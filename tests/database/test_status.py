@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pg_siamese_server.status import pgvector_line
-from tests.bars.gallery import DIMENSION
 from tests.conftest import Connection, Pictures, insert_images
+from tests.scenarios.gallery import DIMENSION
 from tests.server import path_of
 from tests.support import sql_error
 

@@ -13,8 +13,7 @@ from psycopg import sql
 
 from tests.conftest import Connection, Pictures, insert_images
 from tests.support import sql_error
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tools.project import ROOT
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from psycopg.conninfo import conninfo_to_dict
 from pg_siamese.datasets import DataNotFoundError, open_dataset
 from pg_siamese.training.experiments import experiment_names
 from tests.conftest import Connection, Pictures
+from tools.project import ROOT
 
 pytest.importorskip("torch")
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs/training.md").read_text(), re.M | re.S)
 EACH_CLASS = 40
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bars.gallery import (
+from tests.scenarios.gallery import (
     Connection,
     Content,
     Found,

@@ -13,7 +13,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.bars.gallery import (
+from tests.faults.checks import Connect, check_answers, check_repair, fill
+from tests.faults.cluster import SETTINGS, FaultyCluster
+from tests.scenarios.gallery import (
     MODELS,
     Connection,
     Gallery,
@@ -23,8 +25,6 @@ from tests.bars.gallery import (
     insert,
     prepare,
 )
-from tests.faults.checks import Connect, check_answers, check_repair, fill
-from tests.faults.cluster import SETTINGS, FaultyCluster
 from tests.support import sql_error
 from tools.cluster import create_database
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.bars.gallery import Connection, Gallery, gallery, index_directory
 from tests.faults.checks import (
     Connect,
     check_answers,
@@ -19,6 +18,7 @@ from tests.faults.checks import (
     fill,
 )
 from tests.faults.cluster import FaultyCluster
+from tests.scenarios.gallery import Connection, Gallery, gallery, index_directory
 from tests.support import sql_error
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bars.gallery import (
+from tests.faults.checks import Connect, check_fallback, check_repair, fill, put, with_notices
+from tests.scenarios.gallery import (
     DISTANCE_TOLERANCE,
     TIE_TOLERANCE,
     Connection,
@@ -21,7 +22,6 @@ from tests.bars.gallery import (
     index_directory,
     insert,
 )
-from tests.faults.checks import Connect, check_fallback, check_repair, fill, put, with_notices
 
 SUFFIXES = (".faiss", ".meta")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bars.gallery import gallery
 from tests.faults.cluster import FaultyCluster
-from tests.faults.kills import Kills
+from tests.scenarios.gallery import gallery
+from tests.scenarios.kills import Kills
 
 
 @pytest.mark.timeout(3600)

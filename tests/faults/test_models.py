@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.bars.gallery import Connection, Gallery, gallery
 from tests.faults.checks import Connect, check_answers, check_repair, fill
+from tests.scenarios.gallery import Connection, Gallery, gallery
 from tests.support import sql_error
+from tools.project import ROOT
 
 ERROR = ("XX001", "ONNX file of model", "does not have its SHA-256", "register_model")
 
@@ -64,7 +64,7 @@ def test_another_file_does_not_repair(db: Connection, connect: Connect, images: 
     """Only the file whose SHA-256 is known is the model."""
     fill(db, images, 20)
     db.execute("UPDATE siamese.models SET onnx = ''")
-    other = (Path(__file__).resolve().parents[2] / "models" / "fashion_mnist.onnx").read_bytes()
+    other = (ROOT / "models" / "fashion_mnist.onnx").read_bytes()
     with sql_error("42710", "already exists", "another ONNX file"):
         db.execute("SELECT register_model('medical', %s)", (other,))
     with sql_error(*ERROR):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bars.gallery import Connection, Gallery, gallery
 from tests.faults.checks import (
     Connect,
     check_answers,
@@ -13,6 +12,7 @@ from tests.faults.checks import (
     fill,
 )
 from tests.faults.cluster import FaultyCluster
+from tests.scenarios.gallery import Connection, Gallery, gallery
 from tests.support import sql_error
 
 

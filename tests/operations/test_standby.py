@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 from pg_siamese.cli.main import app
-from tests.bars.gallery import filled_up
 from tests.conftest import Connection, Pictures, insert_images
 from tests.operations.servers import (
     catch_up,
@@ -25,6 +24,7 @@ from tests.operations.servers import (
     remove_files,
     server,
 )
+from tests.scenarios.gallery import filled_up
 from tests.support import assert_exact, exact_distances, sql_error
 from tools.cluster import Cluster
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,10 @@ from pg_siamese_server.index import generations
 from pg_siamese_server.index.generations import Generation
 from pg_siamese_server.search import exact, fast_path
 from pg_siamese_server.search.pending import Changes, Snapshot
+from pg_siamese_server.search.request import Answer, Neighbours, Request
 
 if TYPE_CHECKING:
     from pg_siamese_server.search.filters import Conditions
-    from pg_siamese_server.search.search import Request
 
 # Microseconds of one of the caller's candidates: looked for, and compared.
 CHECK_CANDIDATE, COMPARE_CANDIDATE = 0.1, 0.1
@@ -108,16 +107,14 @@ class FaissSearch:
         """Return what is open, for people."""
         return f"{len(self.index.rows.embedding_ids)} rows"
 
-    def search(
-        self, request: Request, embedding: NDArray[np.float32] | None, conditions: Conditions
-    ) -> tuple[list[Any], list[float], NDArray[np.float32]]:
-        """Find the k nearest rows that qualify; returns keys, distances and the prepared query."""
-        query, entry = self._query(embedding)
+    def search(self, request: Request, conditions: Conditions) -> Answer:
+        """Find the k nearest rows that qualify."""
+        query, entry = self._query(request.embedding(self.plpy, self.collection))
         search = _Search(self, request, conditions, query, entry)
-        keys, squared = search.run()
+        found = search.run()
         if search.way is not None and request.candidates is None and conditions.clauses:
             fast_path.note_way(self.collection, conditions, search.k, *search.way)
-        return keys, vectors.to_distances(squared, self.collection.metric), query
+        return Answer.of(self.collection, found, query)
 
     def _query(
         self, embedding: NDArray[np.float32] | None
@@ -135,14 +132,8 @@ class FaissSearch:
             vector = vectors.stored(self.plpy, self.collection, self.query_id)
         return vector, None
 
-    def pending(
-        self, query: NDArray[np.float32], count: int
-    ) -> tuple[list[Any], list[float], float]:
-        """Find the nearest pending vectors, exactly.
-
-        Returns:
-            Keys and squared distances, in no order, and the distance within which none is missing.
-        """
+    def pending(self, query: NDArray[np.float32], count: int) -> Neighbours:
+        """Find the nearest pending vectors, exactly; in no order."""
         if self.keeps_pending:
             return self.changes.nearest(query, count)
         collection = self.collection
@@ -157,11 +148,11 @@ class FaissSearch:
         )
         rows = list(plan.execute([vectors.to_text(query[0]), count]))
         if not rows:
-            return [], [], math.inf
+            return Neighbours()
         matrix = vectors.from_send(b"".join(row["vector"] for row in rows), len(rows))
         near = vectors.squared_distances(vectors.prepare(matrix, collection.metric), query)
         complete = math.inf if len(rows) < count else float(near.max()) * (1 - 1e-5)
-        return [row["key"] for row in rows], near.tolist(), complete
+        return Neighbours([row["key"] for row in rows], near.tolist(), complete)
 
 
 class _Search:
@@ -211,8 +202,8 @@ class _Search:
         # How the answer was found: whether exactly, and of how many rows.
         self.way: tuple[bool, int] | None = None
 
-    def run(self) -> tuple[list[Any], list[float]]:
-        """Return keys and squared distances of the k nearest rows that qualify."""
+    def run(self) -> Neighbours:
+        """Return the k nearest rows that qualify."""
         if self.is_plain and self.among is None:
             return self._run_plain()
         total = max(1, len(self.index.rows.embedding_ids) + self.changes.addition_count())
@@ -220,7 +211,7 @@ class _Search:
         prior = min(1.0, max(0.5, expected.rows) / total)
         most = 4 * int(expected.rows) + MIN_READ
         if expected.microseconds < LITTLE * exact.CALL:  # less than the quickest look
-            answer = self._exactly(most)
+            answer = self._exact(most)
             if answer is not None:
                 return answer
         # Rows that qualify may be the nearest ones: worth a look, where it costs little.
@@ -231,22 +222,22 @@ class _Search:
             count = look if LITTLE * self._cost(look) <= cost else count
         while True:
             if self._cost(count) > expected.microseconds:
-                answer = self._exactly(most)
+                answer = self._exact(most)
                 if answer is not None:
                     return answer
                 expected = exact.Estimate(total, expected.microseconds * total / most)
                 prior, most = min(1.0, most / total), MAX_READ
                 count = max(count, math.ceil(ENOUGH * (self.k + 1) / prior))
                 continue
-            answer, is_complete = self._nearest(count)
-            if is_complete:
+            answer = self._nearest(count)
+            if self._is_whole(answer):
                 self.way = False, count
                 return answer
             self.poll()
-            share = (len(answer[0]) + 1) / (self.seen + 1 / prior)
+            share = (len(answer.keys) + 1) / (self.seen + 1 / prior)
             count = max(2 * count, math.ceil(ENOUGH * (self.k + 1) / share))
 
-    def _run_plain(self) -> tuple[list[Any], list[float]]:
+    def _run_plain(self) -> Neighbours:
         """Search where all rows qualify, but those that are deleted."""
         count = self.k + (self.own is not None)
         dead = self.changes.dead_count()
@@ -254,8 +245,8 @@ class _Search:
             alive = max(0.1, 1 - dead / max(1, len(self.index.rows.embedding_ids)))
             count = math.ceil(count / alive) + 2
         while True:
-            answer, is_complete = self._nearest(count)
-            if is_complete:
+            answer = self._nearest(count)
+            if self._is_whole(answer):
                 return answer
             self.poll()
             count *= 2
@@ -272,12 +263,12 @@ class _Search:
         check = exact.CHECK_ROW if self.among is None else CHECK_CANDIDATE
         return self.index.microseconds(count) + count * check + exact.CALL
 
-    def _nearest(self, count: int) -> tuple[tuple[list[Any], list[float]], bool]:
-        """Look for the k nearest that qualify among the nearest rows.
+    def _is_whole(self, found: Neighbours) -> bool:
+        """Whether no row that belongs to the answer is missing."""
+        return len(found.keys) == self.k or found.complete >= self.limit
 
-        Returns:
-            Keys and squared distances, and whether these are the whole answer.
-        """
+    def _nearest(self, count: int) -> Neighbours:
+        """Look for the k nearest that qualify among the nearest rows."""
         index = self.index
         complete = math.inf
         keys: list[Any] = []
@@ -302,14 +293,10 @@ class _Search:
                 found = index.rows.keys[rows]
                 taken = np.isin(found, _common(found, self.among))
                 keys, squared = found[taken].tolist(), squared[taken]
-        return self._taken(keys, squared.tolist(), complete, count)
+        return self._taken(Neighbours(keys, squared.tolist(), complete), count)
 
-    def _exactly(self, most: int) -> tuple[list[Any], list[float]] | None:
-        """Compare all rows that qualify.
-
-        Returns:
-            Keys and squared distances of the k nearest, or None where more than ``most`` qualify.
-        """
+    def _exact(self, most: int) -> Neighbours | None:
+        """Compare all rows that qualify; return the k nearest, or None if more than ``most`` do."""
         index = self.index
         if self.among is not None:
             labels = np.unique(self.among)
@@ -337,51 +324,45 @@ class _Search:
                 keys = [index.rows.key(row) for row in near.tolist()]
             if self.among is None:
                 self.checked.update(dict.fromkeys(keys, True))
-            answer, is_complete = self._taken(keys, squared[places].tolist(), complete, count)
-            if is_complete:
+            answer = self._taken(Neighbours(keys, squared[places].tolist(), complete), count)
+            if self._is_whole(answer):
                 return answer
             self.poll()
             count *= 8
 
-    def _taken(
-        self, keys: list[Any], squared: list[float], complete: float, count: int
-    ) -> tuple[tuple[list[Any], list[float]], bool]:
+    def _taken(self, near: Neighbours, count: int) -> Neighbours:
         """Add pending rows; take the k nearest that qualify, as far as the lists are complete."""
         is_mixed = self.changes.has_additions
+        keys, squared, complete = near.keys, near.squared, near.complete
         if is_mixed:
-            more, near, complete_here = self.finder.pending(self.query, count)
+            more = self.finder.pending(self.query, count)
             wanted = self.among if self.qualifying is None else self.qualifying
             if wanted is not None:
-                found = set(_common(np.array(more, dtype=np.int64), wanted).tolist())
-                kept = [place for place, key in enumerate(more) if key in found]
-                more, near = [more[place] for place in kept], [near[place] for place in kept]
+                found = set(_common(np.array(more.keys, dtype=np.int64), wanted).tolist())
+                kept = [place for place, key in enumerate(more.keys) if key in found]
+                more.keys = [more.keys[place] for place in kept]
+                more.squared = [more.squared[place] for place in kept]
             if self.qualifying is not None:
-                self.checked.update(dict.fromkeys(more, True))
-            keys, squared = keys + more, squared + near
-            complete = min(complete, complete_here)
-        keys, squared = vectors.in_order(keys, squared, is_mixed)
-        answer = self._qualifying(keys, squared, min(self.limit, complete))
-        is_whole = len(answer[0]) == self.k or complete >= self.limit or complete == math.inf
-        return answer, is_whole
+                self.checked.update(dict.fromkeys(more.keys, True))
+            keys, squared = keys + more.keys, squared + more.squared
+            complete = min(complete, more.complete)
+        return self._qualifying(Neighbours.in_order(keys, squared, complete, is_mixed=is_mixed))
 
-    def _qualifying(
-        self, keys: list[Any], squared: list[float], near: float
-    ) -> tuple[list[Any], list[float]]:
-        """Return the first k rows within ``near`` that the table says qualify."""
-        end = bisect.bisect_right(squared, near)
-        if self.own is not None and self.own in keys:
-            own = keys.index(self.own)
-            del keys[own], squared[own]
-            end -= own < end
-        taken: tuple[list[Any], list[float]] = ([], [])
+    def _qualifying(self, near: Neighbours) -> Neighbours:
+        """Return the first k rows that the table says qualify, as far as all are known."""
+        near.remove(self.own)
+        end = near.within(min(self.limit, near.complete))
+        taken = Neighbours(complete=near.complete)
         place = 0
-        while place < end and len(taken[0]) < self.k:
-            after = min(end, place + self.k - len(taken[0])) if self.is_plain else end
-            self._check([key for key in keys[place:after] if key not in self.checked])
-            for key, distance in zip(keys[place:after], squared[place:after], strict=True):
-                if self.checked[key] and len(taken[0]) < self.k:
-                    taken[0].append(key)
-                    taken[1].append(distance)
+        while place < end and len(taken.keys) < self.k:
+            after = min(end, place + self.k - len(taken.keys)) if self.is_plain else end
+            self._check([key for key in near.keys[place:after] if key not in self.checked])
+            for key, distance in zip(
+                near.keys[place:after], near.squared[place:after], strict=True
+            ):
+                if self.checked[key] and len(taken.keys) < self.k:
+                    taken.keys.append(key)
+                    taken.squared.append(distance)
             place = after
         return taken
 

@@ -8,7 +8,6 @@ it does so in the way that answered searches with such a filter before.
 
 from __future__ import annotations
 
-import bisect
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +20,12 @@ from pg_siamese_server import interrupts, vectors
 from pg_siamese_server.catalog import MAX_XACT_ID, Collection
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.search import exact, filters
-from pg_siamese_server.vectors import in_order, to_distances
+from pg_siamese_server.search.request import Answer, Neighbours, Request
 
 if TYPE_CHECKING:
     from pg_siamese_server.index.generations import Generation
     from pg_siamese_server.search.filters import Conditions
     from pg_siamese_server.search.pending import Changes
-    from pg_siamese_server.search.search import Request
 
 # Beyond these a search takes so long that an estimate costs little.
 MAX_READ, MAX_NEAREST = 20_000, 1_000
@@ -39,8 +37,6 @@ SHRINK, GROW = 0.99, 1.25
 # The next size of a look, how often it is thought to be enough at first, how quickly that follows
 # what is seen, and after how many searches another is tried; twice as many each time.
 LONGER, HOPE, LEARN, AGAIN = 3, 0.8, 0.05, 100
-
-Found = tuple[list[int], list[float], NDArray[np.float32]]
 
 
 @dataclass
@@ -86,7 +82,51 @@ class Way:
             self.look, self.rate = (LONGER * self.look if is_cheap else 0), HOPE
 
 
-def may_serve(request: Request, changes: Changes) -> bool:
+def search(plpy: Any, collection: Collection, request: Request, changes: Changes) -> Answer | None:
+    """Find the k nearest rows.
+
+    Args:
+        plpy: of PL/Python.
+        collection: as it was when last looked up.
+        request: whose arguments are in range.
+        changes: what this session knows of the collection's pending table.
+
+    Returns:
+        None where anything is not as expected: then the search begins from the start.
+    """
+    if not _may_serve(request, changes):
+        return None
+    index = changes.index
+    entry = None
+    if request.key is None:
+        try:
+            embedding = request.embedding(plpy, collection)
+        except SiameseError:  # which error it is to be, the search from the start knows
+            return None
+        assert embedding is not None
+        query = vectors.prepare(embedding, collection.metric)
+    else:
+        assert isinstance(request.key, int)
+        row = index.row_of_key(request.key)
+        if row is None:
+            return None
+        entry = index.slot_of(row)
+        query = index.vectors[entry : entry + 1]
+    found = _FastSearch(plpy, collection, request, changes, query, entry)
+    try:
+        near = found.all() if request.filter is None else found.filtered(request.filter)
+    except (
+        plpy.spiexceptions.UndefinedTable,
+        plpy.spiexceptions.UndefinedColumn,
+        plpy.spiexceptions.UndefinedFunction,
+        plpy.spiexceptions.UndefinedObject,
+        plpy.spiexceptions.InvalidSchemaName,
+    ):
+        return None
+    return None if near is None else Answer.of(collection, near, query)
+
+
+def _may_serve(request: Request, changes: Changes) -> bool:
     """Whether it is worth a try: a plain search, integer keys, nothing pending when last seen."""
     return (
         changes.is_empty
@@ -99,130 +139,8 @@ def may_serve(request: Request, changes: Changes) -> bool:
     )
 
 
-def search(
-    plpy: Any,
-    collection: Collection,
-    request: Request,
-    changes: Changes,
-    embedding: NDArray[np.float32] | None,
-) -> Found | None:
-    """Find the k nearest rows.
-
-    Args:
-        plpy: of PL/Python.
-        collection: as it was when last looked up.
-        request: for which :func:`may_serve`.
-        changes: what this session knows of the collection's pending table: nothing.
-        embedding: of the image to search for, float32 (1, dimension), or None to search by key.
-
-    Returns:
-        Keys, distances and the prepared query, or None where anything is not as expected: then the
-        ordinary way.
-    """
-    index = changes.index
-    entry = None
-    if embedding is not None:
-        query = vectors.prepare(embedding, collection.metric)
-    else:
-        assert isinstance(request.key, int)
-        row = index.row_of_key(request.key)
-        if row is None:
-            return None
-        entry = index.slot_of(row)
-        query = index.vectors[entry : entry + 1]
-    find = _all if request.filter is None else _filtered
-    try:
-        found = find(plpy, collection, request, changes, query, entry)
-    except (
-        plpy.spiexceptions.UndefinedTable,
-        plpy.spiexceptions.UndefinedColumn,
-        plpy.spiexceptions.UndefinedFunction,
-        plpy.spiexceptions.UndefinedObject,
-        plpy.spiexceptions.InvalidSchemaName,
-    ):
-        return None
-    if found is None:
-        return None
-    keys, squared = found
-    return keys, to_distances(squared, collection.metric), query
-
-
-def _all(
-    plpy: Any,
-    collection: Collection,
-    request: Request,
-    changes: Changes,
-    query: NDArray[np.float32],
-    entry: int | None,
-) -> tuple[list[int], list[float]] | None:
-    assert request.k is not None
-    index = changes.index
-    keys, squared = _nearest(index, query, request.k + (entry is not None), entry)
-    if entry is not None:
-        if request.key not in keys:
-            return None
-        own = keys.index(request.key)
-        del keys[own], squared[own]
-    keys, squared = keys[: request.k], squared[: request.k]
-    if len(keys) < request.k:
-        return None
-    asked = keys if entry is None else [*keys, request.key]
-    plan = collection.plans.get("steady")
-    if plan is None:
-        plan = collection.plans["steady"] = plpy.prepare(
-            # The table comes before the others, so that it is locked first.
-            "SELECT c.generation, (SELECT pg_catalog.count(*)"
-            f" FROM {collection.relation} AS b"
-            f" WHERE b.{collection.key_column} = ANY($3)) AS there, {_changed(collection, '$2')}"
-            f" FROM siamese.collections AS c WHERE {collection.as_it_was(plpy)}",
-            ["text", "xid8", "bigint[]"],
-        )
-    state = plan.execute([collection.name, str(changes.horizon), asked])
-    if not _is_steady(state, changes) or state[0]["there"] < len(asked):
-        return None
-    return keys, squared
-
-
-def _filtered(
-    plpy: Any,
-    collection: Collection,
-    request: Request,
-    changes: Changes,
-    query: NDArray[np.float32],
-    entry: int | None,
-) -> tuple[list[int], list[float]] | None:
-    assert request.k is not None and request.filter is not None
-    try:
-        conditions = filters.parse_remembered(collection, request.filter)
-    except SiameseError:  # which error it is to be, the ordinary way knows
-        return None
-    way = None if conditions is None else collection.ways.get(_shape(conditions, request.k))
-    if conditions is None or way is None or not way.is_sure:
-        return None
-    way.is_sure = False  # until it has answered this search, too
-    limit = math.inf
-    if request.max_distance is not None:
-        limit = vectors.squared_limit(request.max_distance, collection.metric)
-    asking = _Asking(plpy, collection, request, changes, query, entry, conditions, limit)
-    found: tuple[list[int], list[float]] | None = None
-    if way.is_exact:
-        way.plan_look(changes.index, request.k)
-        if way.look:
-            found = asking.among_nearest(way.look)
-            if not asking.is_steady:
-                return None
-            way.rate += LEARN * ((found is not None) - way.rate)
-        if found is None:
-            found = asking.exactly(way)
-    else:
-        found = asking.among_nearest(way.count)
-        way.count = max(request.k + 1, int(way.count * (GROW if found is None else SHRINK)))
-    way.is_sure = found is not None
-    return found
-
-
-class _Asking:
-    """One filtered search, which confirms that all is as expected with each of its statements."""
+class _FastSearch:
+    """One search, which confirms that all is as expected with each of its statements."""
 
     def __init__(
         self,
@@ -232,31 +150,97 @@ class _Asking:
         changes: Changes,
         query: NDArray[np.float32],
         entry: int | None,
-        conditions: Conditions,
-        limit: float,
     ) -> None:
         assert request.k is not None
         self.plpy, self.collection, self.changes = plpy, collection, changes
         self.index = changes.index
-        self.k, self.own = request.k, request.key
+        self.k, self.own, self.max_distance = request.k, request.key, request.max_distance
         self.query, self.entry = query, entry
-        self.conditions = conditions
-        self.limit = limit
         self.is_steady = True
 
-    def among_nearest(self, count: int) -> tuple[list[int], list[float]] | None:
-        """Ask which of the nearest rows qualify; None where these are not enough."""
-        keys, squared = _nearest(self.index, self.query, count, self.entry)
-        found = self._ask(0, keys)
-        complete = squared[-1] if squared else 0.0
-        wanted = set(found or ())
-        taken = [place for place, key in enumerate(keys) if key in wanted]
-        near = [keys[place] for place in taken], [squared[place] for place in taken]
-        return self._cut(*near, complete)
+    def all(self) -> Neighbours | None:
+        """Find the nearest of all rows."""
+        near = self._nearest(self.k + (self.entry is not None))
+        if self.own is not None and self.own not in near.keys:
+            return None
+        near.remove(self.own)
+        near = near.first(self.k)
+        if len(near.keys) < self.k:
+            return None
+        asked = near.keys if self.own is None else [*near.keys, self.own]
+        collection = self.collection
+        plan = collection.plans.get("steady")
+        if plan is None:
+            plan = collection.plans["steady"] = self.plpy.prepare(
+                # The table comes before the others, so that it is locked first.
+                "SELECT c.generation, (SELECT pg_catalog.count(*)"
+                f" FROM {collection.relation} AS b"
+                f" WHERE b.{collection.key_column} = ANY($3)) AS there,"
+                f" {_changed(collection, '$2')}"
+                f" FROM siamese.collections AS c WHERE {collection.as_it_was(self.plpy)}",
+                ["text", "xid8", "bigint[]"],
+            )
+        state = plan.execute([collection.name, str(self.changes.horizon), asked])
+        if not _is_steady(state, self.changes) or state[0]["there"] < len(asked):
+            return None
+        return near
 
-    def exactly(self, way: Way) -> tuple[list[int], list[float]] | None:
+    def filtered(self, text: str) -> Neighbours | None:
+        """Find the nearest of the rows that a filter, as JSON, lets through."""
+        try:
+            conditions = filters.parse_remembered(self.collection, text)
+        except SiameseError:  # which error it is to be, the search from the start knows
+            return None
+        way = None if conditions is None else self.collection.ways.get(_shape(conditions, self.k))
+        if conditions is None or way is None or not way.is_sure:
+            return None
+        way.is_sure = False  # until it has answered this search, too
+        found: Neighbours | None = None
+        if way.is_exact:
+            way.plan_look(self.index, self.k)
+            if way.look:
+                found = self._among_nearest(conditions, way.look)
+                if not self.is_steady:
+                    return None
+                way.rate += LEARN * ((found is not None) - way.rate)
+            if found is None:
+                found = self._exact(conditions, way)
+        else:
+            found = self._among_nearest(conditions, way.count)
+            way.count = max(self.k + 1, int(way.count * (GROW if found is None else SHRINK)))
+        way.is_sure = found is not None
+        return found
+
+    def _nearest(self, count: int) -> Neighbours:
+        index = self.index
+        assert index.keys is not None
+        positions, squared = index.search(self.query, count, self.entry)
+        if index.rows.slot_starts is not None:
+            rows, squared = index.expand(positions, squared)
+            places = rows.tolist()
+        else:
+            places = positions.tolist()
+            if index.by_slot is not None:
+                places = [index.by_slot[place] for place in places]
+        return Neighbours.in_order([index.keys[place] for place in places], squared.tolist())
+
+    def _among_nearest(self, conditions: Conditions, count: int) -> Neighbours | None:
+        """Ask which of the nearest rows qualify; None where these are not enough."""
+        near = self._nearest(count)
+        wanted = set(self._ask(conditions, 0, near.keys) or ())
+        taken = [place for place, key in enumerate(near.keys) if key in wanted]
+        complete = near.squared[-1] if near.squared else 0.0
+        return self._cut(
+            Neighbours(
+                [near.keys[place] for place in taken],
+                [near.squared[place] for place in taken],
+                complete,
+            )
+        )
+
+    def _exact(self, conditions: Conditions, way: Way) -> Neighbours | None:
         """Compare all rows that qualify; None where more do than were read."""
-        found = exact.from_send(self._ask(way.limit, None))
+        found = exact.from_send(self._ask(conditions, way.limit, None))
         if len(found) > way.limit:
             return None
         way.count = max(1, len(found))
@@ -267,45 +251,44 @@ class _Asking:
         )
         places, _ = exact.nearest_places(squared, self.k + 1)
         assert index.rows.keys is not None
-        near = in_order(index.rows.keys[rows[places]].tolist(), squared[places].tolist())
-        return self._cut(*near, math.inf)
+        return self._cut(
+            Neighbours.in_order(index.rows.keys[rows[places]].tolist(), squared[places].tolist())
+        )
 
-    def _cut(
-        self, keys: list[int], squared: list[float], complete: float
-    ) -> tuple[list[int], list[float]] | None:
+    def _cut(self, near: Neighbours) -> Neighbours | None:
         if not self.is_steady:
             return None
-        if self.own in keys:
-            own = keys.index(self.own)
-            del keys[own], squared[own]
-        if len(keys) < self.k and complete < self.limit:
+        limit = math.inf
+        if self.max_distance is not None:
+            limit = vectors.squared_limit(self.max_distance, self.collection.metric)
+        near.remove(self.own)
+        if len(near.keys) < self.k and near.complete < limit:
             return None
-        end = min(self.k, bisect.bisect_right(squared, self.limit))
-        return keys[:end], squared[:end]
+        return near.first(min(self.k, near.within(limit)))
 
-    def _ask(self, limit: int, keys: list[int] | None) -> Any:
+    def _ask(self, conditions: Conditions, limit: int, keys: list[int] | None) -> Any:
         """Ask which of some keys qualify, or for all that do, up to a limit."""
         values = [
-            *self.conditions.values,
+            *conditions.values,
             str(self.changes.horizon),
             self.collection.name,
             *([] if self.own is None else [self.own]),
             *([] if keys is None else [keys]),
         ]
         plans = self.collection.plans
-        purpose = limit, self.own is None, *self.conditions.clauses
+        purpose = limit, self.own is None, *conditions.clauses
         plan = plans.get(purpose)
         if plan is None:
             if len(plans) > MAX_WAYS:
                 plans.clear()
-            plan = plans[purpose] = self._plan(limit)
+            plan = plans[purpose] = self._plan(conditions, limit)
         state = plan.execute(values)
         self.is_steady = _is_steady(state, self.changes) and state[0]["is_there"]
         return state[0]["found"] if self.is_steady else None
 
-    def _plan(self, limit: int) -> Any:
+    def _plan(self, conditions: Conditions, limit: int) -> Any:
         collection = self.collection
-        where = self.conditions.copy()
+        where = conditions.copy()
         changed = _changed(collection, where.parameter("xid8", None))
         same = collection.as_it_was(self.plpy, where.parameter("text", None))
         key = f"b.{collection.key_column}"
@@ -361,20 +344,6 @@ def note_way(
 
 def _shape(conditions: Conditions, k: int) -> tuple[Any, ...]:
     return (k, *conditions.clauses)
-
-
-def _nearest(
-    index: Generation, query: NDArray[np.float32], count: int, entry: int | None
-) -> tuple[list[int], list[float]]:
-    assert index.keys is not None
-    positions, squared = index.search(query, count, entry)
-    if index.rows.slot_starts is not None:
-        rows, squared = index.expand(positions, squared)
-        return in_order([index.keys[row] for row in rows.tolist()], squared.tolist())
-    places = positions.tolist()
-    if index.by_slot is not None:
-        places = [index.by_slot[place] for place in places]
-    return in_order([index.keys[place] for place in places], squared.tolist())
 
 
 def _changed(collection: Collection, horizon: str) -> str:

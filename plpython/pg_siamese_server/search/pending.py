@@ -7,7 +7,6 @@ before the oldest one still running have written is *settled*: it is read once. 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import vectors
 from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.search.request import Neighbours
 
 if TYPE_CHECKING:
     from pg_siamese_server.index.generations import Generation
@@ -227,28 +227,20 @@ class Changes:
         """How many rows of the generation are deleted or replaced, at most."""
         return self._dead_row_count + len(self.open_dead)
 
-    def nearest(
-        self, query: NDArray[np.float32], count: int
-    ) -> tuple[list[Any], list[float], float]:
-        """Find the nearest of the added vectors, exactly.
-
-        Returns:
-            Keys and squared distances, in no order, and the distance within which none is missing.
-        """
-        keys: list[Any] = []
-        distances: list[float] = []
-        complete = math.inf
+    def nearest(self, query: NDArray[np.float32], count: int) -> Neighbours:
+        """Find the nearest of the added vectors, exactly; in no order."""
+        found = Neighbours()
         for added in (self.added, self.open_added):
             if not added.ids:
                 continue
             places, squared = added.nearest(query, count + len(self.open_dead))
             if len(places) < len(added.ids):
-                complete = min(complete, float(squared[-1]))
+                found.complete = min(found.complete, float(squared[-1]))
             for place, distance in zip(places.tolist(), squared.tolist(), strict=True):
                 if added.ids[place] not in self.open_dead:
-                    keys.append(added.keys[place])
-                    distances.append(distance)
-        return keys, distances, complete
+                    found.keys.append(added.keys[place])
+                    found.squared.append(distance)
+        return found
 
     def find(self, embedding_id: int) -> NDArray[np.float32] | None:
         """Return an added vector, float32 (1, dimension), if it is here."""

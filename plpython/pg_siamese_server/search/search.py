@@ -7,13 +7,10 @@ is nearer than anything that FAISS has not been asked for yet.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts, vectors
 from pg_siamese_server.catalog import (
@@ -35,114 +32,57 @@ from pg_siamese_server.errors import (
     SiameseError,
     counted,
 )
-from pg_siamese_server.limits import Limits
+from pg_siamese_server.search import fast_path
 from pg_siamese_server.search.filters import Conditions, parse
+from pg_siamese_server.search.request import Answer, Request
 
-MAX_K = 10_000
 # Changes read at once after which the statement that reads them is planned anew.
 REPLAN_ROWS = 1_000
-ENGINES = ("auto", "faiss", "pgvector")
-
-# By model and limits.
-Embedded = dict[tuple[int, Limits], NDArray[np.float32]]
 
 _collections: dict[str, Collection] = {}
 _changes: dict[int, Any] = {}
 _noticed: set[tuple[int, int, str]] = set()
 
 
-@dataclass
-class Request:
-    """What a search function was called with.
-
-    Attributes:
-        collection_name: which collection.
-        image: an image file, or None to search by ``key``.
-        key: of a stored image, which is left out of the answer; text where keys are no integers.
-        k: how many rows.
-        filter: JSON text, or None.
-        candidates: keys to choose among, or None for all.
-        max_distance: the farthest row, or None.
-        engine: ``auto``, ``faiss`` or ``pgvector``.
-        integer_keys: whether the caller can take integer keys only.
-    """
-
-    collection_name: str | None
-    image: bytes | None
-    key: int | str | None
-    k: int | None
-    filter: str | None
-    candidates: list[Any] | None
-    max_distance: float | None
-    engine: str | None
-    integer_keys: bool = False
-
-    def check(self) -> None:
-        """Refuse arguments out of range."""
-        if self.k is None or not 1 <= self.k <= MAX_K:
-            raise SiameseError(f"k must be between 1 and {MAX_K}")
-        if self.engine not in ENGINES:
-            raise SiameseError(
-                f'unknown engine "{self.engine}"', hint=f"Use one of {', '.join(ENGINES)}."
-            )
-        if self.max_distance is not None and math.isnan(self.max_distance):
-            raise SiameseError("max_distance is not a number")
-
-
-@dataclass
-class Answer:
-    """Keys and distances of the rows found, nearest first.
-
-    ``query`` is the prepared vector that was searched for; None where the model has no use for it.
-    """
-
-    collection: Collection
-    keys: list[Any]
-    distances: list[float]
-    query: NDArray[np.float32] | None
-
-
 def search(plpy: Any, request: Request) -> Answer:
     """Answer a search."""
     request.check()
-    embedded: Embedded = {}
-    answer = _steadily(plpy, request, embedded)
+    answer = _as_before(plpy, request)
     if answer is not None:
         return answer
     try:
-        answer = _ordinarily(plpy, request, embedded)
+        answer = _from_the_start(plpy, request)
     except (plpy.spiexceptions.UndefinedFunction, plpy.spiexceptions.InvalidSchemaName):
         # pgvector may have moved to another schema.
         if _collections.pop(request.collection_name or "", None) is None:
             raise
-        answer = _ordinarily(plpy, request, embedded)
+        answer = _from_the_start(plpy, request)
     if answer.collection.embed == "deferred":
         _tell_of_waiting(plpy, request, answer)
     return answer
 
 
-def _ordinarily(plpy: Any, request: Request, embedded: Embedded) -> Answer:
+def _as_before(plpy: Any, request: Request) -> Answer | None:
+    """Answer the fast way, if this session knows the collection and nothing has changed."""
+    collection = _collections.get(request.collection_name or "")
+    changes = None if collection is None else _changes.get(collection.collection_id)
+    if collection is None or changes is None:
+        return None
+    return fast_path.search(plpy, collection, request, changes)
+
+
+def _from_the_start(plpy: Any, request: Request) -> Answer:
     """Answer after a look at what this snapshot holds."""
     collection, state = _current_state(plpy, request)
     if request.key is not None and state["query_id"] is None:
         return _without_vector(plpy, request, collection)
-    embedding = None
-    if request.key is None:
-        embedding = embedded.get((collection.model_id, collection.limits))
-        if embedding is None:
-            embedding = _embedded(plpy, collection, request)
+    request.embedding(plpy, collection)  # before filters: the first error is the image's
     conditions = parse(plpy, collection, request.filter)
     if request.engine != "pgvector":
-        answer = _with_faiss(plpy, request, collection, state, embedding, conditions)
+        answer = _with_faiss(plpy, request, collection, state, conditions)
         if answer is not None:
             return answer
-    return _with_pgvector(plpy, request, collection, state, embedding, conditions)
-
-
-def _embedded(plpy: Any, collection: Collection, request: Request) -> NDArray[np.float32]:
-    return models.embed(
-        plpy, collection.model_id, [request.image], collection.limits, collection.sha256
-    )
+    return _with_pgvector(plpy, request, collection, state, conditions)
 
 
 def _without_vector(plpy: Any, request: Request, collection: Collection) -> Answer:
@@ -192,28 +132,6 @@ def _tell_of_waiting(plpy: Any, request: Request, answer: Answer) -> None:
             " and were not searched",
             hint="They are found once pg_siamese worker or embed_pending has embedded them.",
         )
-
-
-def _steadily(plpy: Any, request: Request, embedded: Embedded) -> Answer | None:
-    """Answer the quick way, where a session knows the collection and nothing has changed.
-
-    The image's embedding goes into ``embedded``, by model and limits, so that it is made once.
-    """
-    collection = _collections.get(request.collection_name or "")
-    changes = None if collection is None else _changes.get(collection.collection_id)
-    if collection is None or changes is None:
-        return None
-    if not fast_path.may_serve(request, changes):
-        return None
-    embedding = None
-    if request.key is None:
-        try:
-            embedding = _embedded(plpy, collection, request)
-        except SiameseError:  # which error it is to be, the ordinary way knows
-            return None
-        embedded[collection.model_id, collection.limits] = embedding
-    found = fast_path.search(plpy, collection, request, changes, embedding)
-    return None if found is None else Answer(collection, *found)
 
 
 def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
@@ -326,7 +244,6 @@ def _with_faiss(
     request: Request,
     collection: Collection,
     state: Any,
-    embedding: NDArray[np.float32] | None,
     conditions: Conditions,
 ) -> Answer | None:
     """Answer by FAISS, or return None where it can't, with a NOTICE if it should have."""
@@ -354,7 +271,7 @@ def _with_faiss(
         if required:
             raise _no_faiss("Too many vectors wait for an index build.")
         return None
-    return Answer(collection, *finder.search(request, embedding, conditions))
+    return finder.search(request, conditions)
 
 
 def _remedy(plpy: Any, error: IndexFileError | ImportError) -> str:
@@ -379,11 +296,11 @@ def _with_pgvector(
     request: Request,
     collection: Collection,
     state: Any,
-    embedding: NDArray[np.float32] | None,
     conditions: Conditions,
 ) -> Answer:
     """Scan all rows that qualify; exact."""
     where = conditions.copy()
+    embedding = request.embedding(plpy, collection)
     if embedding is not None:
         query = where.parameter(collection.vector_type, vectors.to_text(embedding[0]))
     else:
@@ -431,7 +348,7 @@ def _candidate_type(collection: Collection) -> str:
 
 def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
     """Open a collection's encoder and index in this session; returns what is ready."""
-    request = Request(name, None, None, 1, None, None, None, "auto")
+    request = Request(collection_name=name)
     collection, state = _current_state(plpy, request)
     encoder = models.encoder(plpy, collection.model_id)
     spec = encoder.spec.input

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import shlex
 import time
 from collections.abc import Sequence
@@ -21,7 +19,6 @@ from pg_siamese.cli.terminal import answer_table, notice_bar, output, progress_b
 from pg_siamese.client.connection import CommandError, schema_prefix
 from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
 from pg_siamese.client.loading import LoadReport, find_target, load_part
-from pg_siamese.client.models import register
 from pg_siamese.client.queries import (
     DEFAULT_COLLECTION,
     Answer,
@@ -33,12 +30,9 @@ from pg_siamese.client.queries import (
 )
 from pg_siamese.client.sources import ImageRow, labelled_part
 from pg_siamese.datasets import DataNotFoundError, LabelledImages
-from tools.deps import ensure_fashion_mnist
-from tools.project import ROOT
-from tools.report import SetupError
 
 NEIGHBOURS = 4
-SHEET = Path("build/demo/contact_sheet.png")
+SHEET = Path("contact_sheet.png")
 QUERIES = 4  # in all: one of each data set, or of different classes of the only one
 
 
@@ -60,8 +54,7 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
     started = time.monotonic()
     console = output()
     data = find_data()
-    project = project_folder()
-    collection = prepare_collection(connection, data.model, project / "models")
+    collection = prepare_collection(connection, data.model)
     load_images(connection, collection, data)
     build_if_needed(connection)
     prefix = schema_prefix(connection)
@@ -83,7 +76,7 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
             console.print(f"\n[bold]{test.name}[/] {escape(shows)}")
             console.print(answer_table(collection, answers))
             rows.append(_sheet_row(connection, collection, test, place, query, answers))
-    target = sheet or project / SHEET
+    target = sheet or SHEET
     contact_sheet(
         rows, target, title=f"SELECT * FROM similar_images(image => $1, k => {NEIGHBOURS})"
     )
@@ -139,8 +132,6 @@ def find_data() -> DemoData:
             if stand_in in sets:
                 console.print(f"{stand_in} stands in for {name}, which is not here")
         return DemoData("medical", "medmnist", sets)
-    with contextlib.suppress(SetupError):  # load_fashion_mnist says what is missing
-        ensure_fashion_mnist()
     try:
         fashion = {split: datasets.load_fashion_mnist(split) for split in ("train", "test")}
     except DataNotFoundError as error:
@@ -149,22 +140,18 @@ def find_data() -> DemoData:
     return DemoData("fashion_mnist", "idx", {"fashion_mnist": fashion})
 
 
-def prepare_collection(connection: psycopg.Connection[Any], model: str, models: Path) -> Collection:
-    """Register the shipped encoder and create the collection "images", where they are not there.
+def prepare_collection(connection: psycopg.Connection[Any], model: str) -> Collection:
+    """Register the shipped encoders and create the collection "images", unless they are there.
 
-    A collection that is there keeps its model. Raises CommandError where it has another one than
-    the data needs: its vectors would say nothing about these images.
+    A collection that is there keeps its model. Raises CommandError if that is another one than the
+    data needs: its vectors would say nothing about these images.
     """
-    file = models / f"{model}.onnx"
-    if not file.is_file():
-        raise CommandError(f"{file}: the demo's model is missing")
-    onnx = file.read_bytes()
     there = connection.execute(
         "SELECT model FROM siamese.collection_status WHERE collection = %s", (DEFAULT_COLLECTION,)
     ).fetchone()
     console = output()
     if there is None:
-        register(connection, model, onnx)
+        connection.execute("SELECT FROM siamese.register_shipped_models()")
         connection.execute("SELECT siamese.create_collection(model => %s)", (model,))
         console.print(f'created the collection "{DEFAULT_COLLECTION}" with model "{model}"')
     elif there[0] != model:
@@ -173,15 +160,6 @@ def prepare_collection(connection: psycopg.Connection[Any], model: str, models: 
             f"\"{model}\": drop it (SELECT siamese.drop_collection('{DEFAULT_COLLECTION}')) or "
             "run the demo in another database"
         )
-    else:
-        stored = connection.execute(
-            "SELECT sha256 FROM siamese.models WHERE name = %s", (model,)
-        ).fetchone()
-        if stored is not None and stored[0] != hashlib.sha256(onnx).hexdigest():
-            console.print(
-                f'[yellow]note:[/] the collection keeps its model "{model}", which is not the one '
-                "that ships now"
-            )
     return find_collection(connection, DEFAULT_COLLECTION)
 
 
@@ -253,11 +231,6 @@ def address(connection: psycopg.Connection[Any]) -> str:
     """The connection string of the database, without a password."""
     info = connection.info
     return make_conninfo(host=info.host, port=info.port, user=info.user, dbname=info.dbname)
-
-
-def project_folder() -> Path:
-    """The project's own folder, where this package is run from it; else the current folder."""
-    return ROOT if (ROOT / "models").is_dir() else Path.cwd()
 
 
 def _sheet_row(

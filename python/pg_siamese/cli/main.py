@@ -553,9 +553,7 @@ def _reals(option: str, text: str | None) -> list[float] | None:
 def demo(
     sheet: Annotated[
         Path | None,
-        typer.Option(
-            help="The contact sheet, else build/demo/contact_sheet.png.", show_default=False
-        ),
+        typer.Option(help="Where to write the contact sheet.", show_default=False),
     ] = None,
     dsn: Dsn = None,
 ) -> None:

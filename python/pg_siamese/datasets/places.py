@@ -7,18 +7,16 @@ from pathlib import Path
 
 from pg_siamese.datasets.base import DataNotFoundError
 
-PROJECT = Path(__file__).resolve().parents[3]
-
 
 def data_folders(name: str) -> list[Path]:
     """Return the folders where the files of one data set are looked for, in order.
 
     These are `name` in the folder that the environment variable `PG_SIAMESE_DATA` names, and
-    `../shared/data/name` beside the project.
+    `../shared/data/name`.
     """
     root = os.environ.get("PG_SIAMESE_DATA")
     own = [Path(root).expanduser() / name] if root else []
-    return [*own, PROJECT.parent / "shared" / "data" / name]
+    return [*own, Path.cwd().parent / "shared" / "data" / name]
 
 
 def find_data(name: str, *patterns: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psycopg
 
-from tests.bars.gallery import (
+from tests.scenarios.gallery import (
     FILTERS,
     Connection,
     Content,

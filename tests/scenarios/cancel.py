@@ -15,7 +15,7 @@ import psycopg
 from onnx import TensorProto, helper, numpy_helper
 
 from pg_siamese.client.sources import png
-from tests.bars.gallery import DIMENSION, Connection, Gallery, check_files, index_directory
+from tests.scenarios.gallery import DIMENSION, Connection, Gallery, check_files, index_directory
 
 WITHIN = 1.0
 CANCELLED = psycopg.errors.QueryCanceled

@@ -26,6 +26,7 @@ from pg_siamese.client.sources import png
 from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from tests.server import path_of
+from tools.project import ROOT
 
 
 def _dimension(path: Path) -> int:
@@ -33,7 +34,7 @@ def _dimension(path: Path) -> int:
     return int(embedding.type.tensor_type.shape.dim[1].dim_value)
 
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
+MODELS = ROOT / "models"
 DIMENSION = _dimension(MODELS / "medical.onnx")
 # Float32 rounding differs between one query at a time and a batch, and between summation orders.
 DISTANCE_TOLERANCE = 1e-5

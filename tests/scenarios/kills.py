@@ -21,7 +21,9 @@ from psycopg import sql
 
 from pg_siamese.client.connection import CommandError, NoServerError
 from pg_siamese.worker import Options, Signals, Worker
-from tests.bars.gallery import (
+from tests.faults.checks import check_answers
+from tests.faults.cluster import RESTART_SECONDS, FaultyCluster
+from tests.scenarios.gallery import (
     DISTANCE_TOLERANCE,
     Connection,
     Gallery,
@@ -30,8 +32,6 @@ from tests.bars.gallery import (
     prepare,
     search_in_one_statement,
 )
-from tests.faults.checks import check_answers
-from tests.faults.cluster import RESTART_SECONDS, FaultyCluster
 
 WRITERS = 4
 DEFERRED_FROM = 2  # the writers from this one on write to the deferred collection

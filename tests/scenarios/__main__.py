@@ -1,13 +1,13 @@
 """The bars in full, each by one command on a throw-away cluster of its own.
 
-    build/client/bin/python -m tests.stress recall
-    build/client/bin/python -m tests.stress mixed --seconds 120
-    build/client/bin/python -m tests.stress lifecycle --seconds 120
-    build/client/bin/python -m tests.stress cancel
-    build/client/bin/python -m tests.stress images
-    build/client/bin/python -m tests.stress memory
-    build/client/bin/python -m tests.stress parity
-    build/client/bin/python -m tests.stress all
+    build/client/bin/python -m tests.scenarios recall
+    build/client/bin/python -m tests.scenarios mixed --seconds 120
+    build/client/bin/python -m tests.scenarios lifecycle --seconds 120
+    build/client/bin/python -m tests.scenarios cancel
+    build/client/bin/python -m tests.scenarios images
+    build/client/bin/python -m tests.scenarios memory
+    build/client/bin/python -m tests.scenarios parity
+    build/client/bin/python -m tests.scenarios all
 
 The tests of the same names under tests/database/ run them in short.
 """
@@ -21,14 +21,14 @@ from contextlib import contextmanager
 
 import psycopg
 
-from tests.bars.bad_images import BadImages
-from tests.bars.cancel import Cancel
-from tests.bars.gallery import MODELS, Connection, gallery
-from tests.bars.lifecycle import Lifecycle
-from tests.bars.memory import Memory
-from tests.bars.mixed import Mixed
-from tests.bars.parity import Parity
-from tests.bars.recall import Recall
+from tests.scenarios.bad_images import BadImages
+from tests.scenarios.cancel import Cancel
+from tests.scenarios.gallery import MODELS, Connection, gallery
+from tests.scenarios.lifecycle import Lifecycle
+from tests.scenarios.memory import Memory
+from tests.scenarios.mixed import Mixed
+from tests.scenarios.parity import Parity
+from tests.scenarios.recall import Recall
 from tools.cluster import Cluster, create_database
 
 DATABASE = "stress"

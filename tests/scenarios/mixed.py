@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import psycopg
 
-from tests.bars.gallery import (
+from tests.scenarios.gallery import (
     Connection,
     Content,
     Found,

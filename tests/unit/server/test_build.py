@@ -55,9 +55,10 @@ def test_distances() -> None:
     cosine = 1 - (a @ b.T / np.linalg.norm(a) / np.linalg.norm(b)).item()
     one, other = vectors.prepare(a, "cosine"), vectors.prepare(b, "cosine")
     squared = vectors.squared_distances(one, other)
-    assert vectors.distances(squared, "cosine")[0] == pytest.approx(cosine, abs=1e-6)
+    assert vectors.to_distances(squared.tolist(), "cosine") == [pytest.approx(cosine, abs=1e-6)]
     squared = vectors.squared_distances(vectors.prepare(a, "l2"), b)
-    assert vectors.distances(squared, "l2")[0] == pytest.approx(np.linalg.norm(a - b), rel=1e-6)
+    distance = pytest.approx(np.linalg.norm(a - b), rel=1e-6)
+    assert vectors.to_distances(squared.tolist(), "l2") == [distance]
 
 
 def test_prepared_vectors_have_length_one() -> None:

@@ -13,9 +13,9 @@ import psycopg
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
-from tests.bars.gallery import Connection, embed_outside, image_sets
-from tests.bars.mutations import bombs, mutated, samples
-from tests.bars.process import MEGABYTE, private_bytes, watched
+from tests.scenarios.gallery import Connection, embed_outside, image_sets
+from tests.scenarios.mutations import bombs, mutated, samples
+from tests.scenarios.process import MEGABYTE, private_bytes, watched
 
 LARGEST_GROWTH = 64 * MEGABYTE
 BOMB_SECONDS = 2.0

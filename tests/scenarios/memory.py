@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import psycopg
 
-from tests.bars.gallery import Connection, Gallery, insert
-from tests.bars.process import MEGABYTE, private_bytes
+from tests.scenarios.gallery import Connection, Gallery, insert
+from tests.scenarios.process import MEGABYTE, private_bytes
 
 LARGEST_SESSION = 60 * MEGABYTE
 # Of the second half of a long run: less than a hundred bytes a statement is allocators' noise.

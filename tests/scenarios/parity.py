@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from pg_siamese.client.sources import png
 from pg_siamese.datasets import LabelledImages
-from tests.bars.gallery import MODELS, Connection, image_sets
+from tests.scenarios.gallery import MODELS, Connection, image_sets
 
 LEAST_COSINE = 0.9999
 

@@ -15,7 +15,7 @@ import numpy as np
 import psycopg
 
 from pg_siamese.worker import Options, Worker
-from tests.bars.gallery import Connection, Gallery
+from tests.scenarios.gallery import Connection, Gallery
 
 TABLES = ("a", "b", "c")
 DROPPED_TABLE = "c"  # the one that is itself dropped now and then

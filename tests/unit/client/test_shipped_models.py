@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from pg_siamese.datasets import (
     sha256,
 )
 from pg_siamese.evaluation.retrieval import nearest, retrieval
+from tools.project import ROOT
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
+MODELS = ROOT / "models"
 NAMES = ("medical", "fashion_mnist")
 
 

@@ -1,0 +1,139 @@
+"""What a search is asked and what it answers."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pg_siamese_server import vectors
+from pg_siamese_server.catalog import Collection
+from pg_siamese_server.encoding import models
+from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.limits import Limits
+
+MAX_K = 10_000
+ENGINES = ("auto", "faiss", "pgvector")
+
+
+@dataclass(kw_only=True)
+class Request:
+    """Arguments of a search function.
+
+    Attributes:
+        collection_name: which collection.
+        image: an image file, or None to search by ``key``.
+        key: of a stored image, which is left out of the answer; text unless keys are integers.
+        k: how many rows.
+        filter: JSON text, or None.
+        candidates: keys to choose among, or None for all.
+        max_distance: the farthest row, or None.
+        engine: ``auto``, ``faiss`` or ``pgvector``.
+        integer_keys: whether the caller can take integer keys only.
+    """
+
+    collection_name: str | None
+    image: bytes | None = None
+    key: int | str | None = None
+    k: int | None = 10
+    filter: str | None = None
+    candidates: list[Any] | None = None
+    max_distance: float | None = None
+    engine: str | None = "auto"
+    integer_keys: bool = False
+    _embedded: dict[tuple[int, Limits], NDArray[np.float32]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def check(self) -> None:
+        """Refuse arguments out of range."""
+        if self.k is None or not 1 <= self.k <= MAX_K:
+            raise SiameseError(f"k must be between 1 and {MAX_K}")
+        if self.engine not in ENGINES:
+            raise SiameseError(
+                f'unknown engine "{self.engine}"', hint=f"Use one of {', '.join(ENGINES)}."
+            )
+        if self.max_distance is not None and math.isnan(self.max_distance):
+            raise SiameseError("max_distance is not a number")
+
+    def embedding(self, plpy: Any, collection: Collection) -> NDArray[np.float32] | None:
+        """Return the image's embedding, float32 (1, dimension), or None for a search by key.
+
+        The image is embedded once, however many ways of searching are tried.
+        """
+        if self.key is not None:
+            return None
+        encoder = collection.model_id, collection.limits
+        if encoder not in self._embedded:
+            self._embedded[encoder] = models.embed(
+                plpy, collection.model_id, [self.image], collection.limits, collection.sha256
+            )
+        return self._embedded[encoder]
+
+
+@dataclass(slots=True)
+class Neighbours:
+    """Rows near a query, nearest first, those equally near in the order of their keys.
+
+    Attributes:
+        keys: of the rows: integers or text.
+        squared: squared Euclidean distances of their prepared vectors.
+        complete: squared distance within which no row is missing.
+    """
+
+    keys: list[Any] = field(default_factory=list)
+    squared: list[float] = field(default_factory=list)
+    complete: float = math.inf
+
+    @classmethod
+    def in_order(
+        cls,
+        keys: list[Any],
+        squared: list[float],
+        complete: float = math.inf,
+        *,
+        is_mixed: bool = False,
+    ) -> Neighbours:
+        """Put rows in order: they are, but for ties, in that of distance unless ``is_mixed``."""
+        if is_mixed or len(set(squared)) < len(squared):
+            order = sorted(range(len(keys)), key=lambda place: (squared[place], keys[place]))
+            keys, squared = [keys[place] for place in order], [squared[place] for place in order]
+        return cls(keys, squared, complete)
+
+    def remove(self, key: Any) -> None:
+        """Leave a row out, if it is here."""
+        if key is not None and key in self.keys:
+            place = self.keys.index(key)
+            del self.keys[place], self.squared[place]
+
+    def within(self, limit: float) -> int:
+        """Return how many of the rows are within a squared distance."""
+        return bisect.bisect_right(self.squared, limit)
+
+    def first(self, count: int) -> Neighbours:
+        """Return the nearest ``count`` rows."""
+        return Neighbours(self.keys[:count], self.squared[:count], self.complete)
+
+
+@dataclass(slots=True)
+class Answer:
+    """Keys and distances of the rows found, nearest first.
+
+    ``query`` is the prepared vector that was searched for; None where the model has no use for it.
+    """
+
+    collection: Collection
+    keys: list[Any]
+    distances: list[float]
+    query: NDArray[np.float32] | None
+
+    @classmethod
+    def of(cls, collection: Collection, found: Neighbours, query: NDArray[np.float32]) -> Answer:
+        """Turn squared distances into those of the collection's metric."""
+        return cls(
+            collection, found.keys, vectors.to_distances(found.squared, collection.metric), query
+        )

@@ -1,1 +1,0 @@
-"""The project's bars as programs: the tests run them in short, ``tests.stress`` in full."""
