@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # searches by a stored image need no image library
-    from pg_siamese_server.encoding.specification import InputSpec
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -20,11 +16,6 @@ class Limits:
 
     max_bytes: int | None = None
     max_pixels: int | None = None
-
-    def of(self, spec: InputSpec) -> InputSpec:
-        """Return a model's input with these limits in place of its own."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(spec, **given) if given else spec
 
 
 MODELS_OWN = Limits()

@@ -51,7 +51,7 @@ def embed(
 
     keys: list[Any] = []
     pixels: list[NDArray[np.uint8]] = []
-    spec = limits.of(encoder.spec.input)
+    spec = encoder.spec.input.within(limits)
     for key, image in rows:
         poll()
         try:

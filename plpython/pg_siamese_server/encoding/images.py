@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from pg_siamese_server.encoding.opened import MAX_SIDE, Box, Opened, Poll, check_size, damaged
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import (
     NULL_VALUE_NOT_ALLOWED,
@@ -39,8 +39,6 @@ BACKGROUND = (255, 255, 255, 255)
 
 # A smaller file is decoded in a few milliseconds: not worth a look at interrupts at each read.
 POLL_FROM_BYTES = 16 * 1024
-# Resampling takes memory and time by the length of a side: 1.5 GB for 1 x 25,000,000 pixels.
-MAX_SIDE = 65_535
 # Each scan of a JPEG goes over the whole picture, however few bytes it has; cameras and tools write
 # a dozen at most.
 MAX_JPEG_SCANS = 100
@@ -66,22 +64,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-Poll = Callable[[], None]
-Box = tuple[float, float, float, float]
-
-
-class Opened(NamedTuple):
-    """A picture of 8 bits a channel, with what is still to be done to it.
-
-    Decoded at a part of its size, its last row and column may stand for parts of pixels. The box
-    is what is picture, None is all.
-    """
-
-    image: Image.Image
-    orientation: int
-    profile: object
-    box: Box | None = None
 
 
 class _PolledFile(io.BytesIO):
@@ -228,15 +210,6 @@ def _bad_jpeg(data: bytes, detail: str) -> ImageError:
     return ImageError(f"JPEG image with {coding} is not supported", hint=kinds.CONVERT)
 
 
-def damaged(name: str, detail: str) -> ImageError:
-    """Return the error of a file that is cut off or changed."""
-    return ImageError(
-        f"{name} image cannot be decoded",
-        detail=f"It is damaged or incomplete. {detail}",
-        hint="Store the file anew from where it came.",
-    )
-
-
 def _reason(error: Exception) -> str:
     text = str(error).split("<_io")[0].split("<pg_siamese")[0].strip() or type(error).__name__
     return f"{text[:1].upper()}{text[1:200].rstrip('.')}."
@@ -268,16 +241,6 @@ def _jpeg_scans(data: bytes) -> int:
             hint="Save it as a baseline JPEG.",
         )
     return scans
-
-
-def check_size(width: int, height: int, spec: InputSpec) -> None:
-    """Refuse a size that is over the limits, or none; raises ImageError."""
-    if width < 1 or height < 1:
-        raise ImageError(f"image of {width} x {height} pixels has no content")
-    if width * height > spec.max_pixels or max(width, height) > MAX_SIDE:
-        raise ImageSizeError(
-            f"image of {width} x {height} pixels is too large", spec.max_pixels, MAX_SIDE
-        )
 
 
 @dataclass(frozen=True)

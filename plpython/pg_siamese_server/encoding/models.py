@@ -127,7 +127,7 @@ def embed(
 
     model = encoder(plpy, model_id, sha256)
     poll = partial(interrupts.check, plpy)
-    spec = limits.of(model.spec.input)
+    spec = model.spec.input.within(limits)
     pixels = np.stack([decode_image(image, spec, poll) for image in images])
     result = model.embed(pixels, poll)
     for embedding in result:

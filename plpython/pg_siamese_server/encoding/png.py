@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pg_siamese_server.encoding.images import damaged
+from pg_siamese_server.encoding.opened import damaged
 from pg_siamese_server.encoding.samples import Range, full_range, scale
 from pg_siamese_server.encoding.specification import InputSpec
 

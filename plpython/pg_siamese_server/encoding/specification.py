@@ -6,7 +6,7 @@ Without any image library or ONNX Runtime: searches by a stored image need only 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pg_siamese_server.encoding.domain import Domain
 from pg_siamese_server.errors import ModelError
+from pg_siamese_server.limits import Limits
 
 METRICS = ("cosine", "l2")
 RESIZE_MODES = ("stretch", "crop", "pad")
@@ -48,6 +49,11 @@ class InputSpec:
     max_bytes: int = 32 * 1024 * 1024
     max_pixels: int = 25_000_000
     input_range: tuple[float, float] | None = None
+
+    def within(self, limits: Limits) -> InputSpec:
+        """Return this input with a collection's limits in place of its own."""
+        given = {name: value for name, value in vars(limits).items() if value is not None}
+        return replace(self, **given) if given else self
 
     def __post_init__(self) -> None:
         """Check each field; raises ModelError."""

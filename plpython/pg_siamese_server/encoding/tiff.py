@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pg_siamese_server.encoding.images import MAX_SIDE, Opened, Poll, check_size, damaged
+from pg_siamese_server.encoding.opened import MAX_SIDE, Opened, Poll, check_size, damaged
 from pg_siamese_server.encoding.samples import Range, full_range, scale
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError, ImageSizeError

@@ -620,7 +620,7 @@ def evaluate(
     What is chosen (thresholds, calibrations) is chosen on validation images. The gallery is the
     train split. Several files are seeds of one experiment: the results have mean and spread.
     """
-    from pg_siamese.evaluation.command import evaluate as run
+    from pg_siamese.cli.evaluation import evaluate as run
 
     run(
         models,

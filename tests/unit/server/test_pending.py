@@ -93,7 +93,7 @@ def take(changes: Changes, settled: list[int], opened: list[int], snapshot: str)
 
 
 def keys_near(changes: Changes, query: Array, count: int = 50) -> set[int]:
-    return set(changes.nearest(query[None], count)[0])
+    return set(changes.nearest(query[None], count).keys)
 
 
 def test_settled_additions_are_read_once(generation: Generation, table: Table) -> None:
@@ -161,11 +161,13 @@ def test_nearest_are_exact(generation: Generation, table: Table) -> None:
     truth = {
         number * 100: ((vector - query) ** 2).sum() for number, vector in table.vectors.items()
     }
-    keys, squared, complete = changes.nearest(query[None], 4)
-    assert dict(zip(keys, squared, strict=True)) == pytest.approx({key: truth[key] for key in keys})
+    near = changes.nearest(query[None], 4)
+    assert dict(zip(near.keys, near.squared, strict=True)) == pytest.approx(
+        {key: truth[key] for key in near.keys}
+    )
     # Nothing that is nearer than it says is missing.
-    assert {key for key in truth if truth[key] <= complete} <= set(keys)
-    assert changes.nearest(query[None], 20)[2] == np.inf
+    assert {key for key in truth if truth[key] <= near.complete} <= set(near.keys)
+    assert changes.nearest(query[None], 20).complete == np.inf
 
 
 def test_long_vectors_that_are_close_together(generation: Generation) -> None:
@@ -177,8 +179,8 @@ def test_long_vectors_that_are_close_together(generation: Generation) -> None:
     changes.added.extend(list(range(200)), list(range(200)), matrix)
     truth = ((matrix.astype(np.float64) - query) ** 2).sum(axis=1)
     for count in (1, 5, 50):
-        keys, _, complete = changes.nearest(query, count)
-        assert set(np.flatnonzero(truth <= complete)) <= set(keys)
+        near = changes.nearest(query, count)
+        assert set(np.flatnonzero(truth <= near.complete)) <= set(near.keys)
 
 
 def test_find(generation: Generation, table: Table) -> None:

@@ -13,13 +13,13 @@ import pytest
 from onnx import TensorProto
 from typer.testing import CliRunner
 
+from pg_siamese.cli.evaluation import command_line
 from pg_siamese.cli.main import app
 from pg_siamese.client.connection import CommandError
 from pg_siamese.client.sources import png
 from pg_siamese.datasets import LabelledImages
 from pg_siamese.evaluation import figures as figures_module
 from pg_siamese.evaluation import results
-from pg_siamese.evaluation.command import command_line
 from pg_siamese.evaluation.model import embed_images, open_model
 from pg_siamese.evaluation.results import read_results, summary, write_table
 from pg_siamese_server.encoding.images import decode_image

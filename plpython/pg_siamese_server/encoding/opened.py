@@ -1,0 +1,49 @@
+"""What the decoders of all formats share: an opened picture, its limits and its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from PIL import Image
+
+from pg_siamese_server.encoding.specification import InputSpec
+from pg_siamese_server.errors import ImageError, ImageSizeError
+
+# Resampling takes memory and time by the length of a side: 1.5 GB for 1 x 25,000,000 pixels.
+MAX_SIDE = 65_535
+
+Poll = Callable[[], None]
+Box = tuple[float, float, float, float]
+
+
+class Opened(NamedTuple):
+    """A picture of 8 bits a channel, with what is still to be done to it.
+
+    Decoded at a part of its size, its last row and column may stand for parts of pixels. The box
+    is what is picture, None is all.
+    """
+
+    image: Image.Image
+    orientation: int
+    profile: object
+    box: Box | None = None
+
+
+def check_size(width: int, height: int, spec: InputSpec) -> None:
+    """Refuse a size that is over the limits, or none; raises ImageError."""
+    if width < 1 or height < 1:
+        raise ImageError(f"image of {width} x {height} pixels has no content")
+    if width * height > spec.max_pixels or max(width, height) > MAX_SIDE:
+        raise ImageSizeError(
+            f"image of {width} x {height} pixels is too large", spec.max_pixels, MAX_SIDE
+        )
+
+
+def damaged(name: str, detail: str) -> ImageError:
+    """Return the error of a file that is cut off or changed."""
+    return ImageError(
+        f"{name} image cannot be decoded",
+        detail=f"It is damaged or incomplete. {detail}",
+        hint="Store the file anew from where it came.",
+    )
