@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import psycopg
 from rich.console import Console
 
 from bench import runs
+from bench.compare import compare
 from bench.session import QueryError
 from tools.report import SetupError
 
@@ -23,6 +25,9 @@ def main() -> int:
     parser.add_argument("--large", action="store_true", help="search and build at 1,000,000 x 64")
     parser.add_argument(
         "--deferred", action="store_true", help="inserts into deferred collections, and workers"
+    )
+    parser.add_argument(
+        "--compare", metavar="REVISION", help="this tree beside another revision, in turns"
     )
     parser.add_argument(
         "--quick", action="store_true", help="small, to try the script: figures mean nothing"
@@ -39,11 +44,17 @@ def main() -> int:
     try:
         if chosen.large:
             report = runs.large(runs.LARGE_QUICK if chosen.quick else runs.LARGE, console)
+        elif chosen.compare:
+            size = runs.COMPARE_QUICK if chosen.quick else runs.COMPARE
+            report = compare(chosen.compare, size, console)
         elif chosen.deferred:
             size = runs.DEFERRED_QUICK if chosen.quick else runs.DEFERRED
             report = runs.deferred_embedding(size, console)
         else:
             report = runs.standard(runs.STANDARD_QUICK if chosen.quick else runs.STANDARD, console)
+    except subprocess.CalledProcessError as error:
+        print(f"error: {error}\n{error.stderr or ''}", file=sys.stderr)
+        return 1
     except (SetupError, QueryError, psycopg.Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

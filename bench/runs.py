@@ -51,6 +51,9 @@ LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
 # Rows of an insert, of them timed in so many statements; runs of workers.
 DEFERRED = Size(rows=deferred.ROWS, queries=25, builds=3, worker_rows=20_000)
 DEFERRED_QUICK = Size(rows=1_000, queries=3, builds=1, worker_rows=1_000)
+# Of two revisions; inserts in place of builds.
+COMPARE = Size(rows=70_000, queries=3_000, builds=7, connections=25)
+COMPARE_QUICK = Size(rows=2_000, queries=400, builds=1, connections=2)
 DIMENSION, CLUSTERS = 64, 500
 
 

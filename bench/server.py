@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.session import connect
 from tools.cluster import Cluster, create_database
+from tools.installation import Installation
 
 # The disk is waited for, as in production. Autovacuum would strike in the middle of a
 # measurement: tables are vacuumed and analysed before it, all sides' alike.
@@ -29,10 +30,10 @@ LARGE_SETTINGS = SETTINGS | {"shared_buffers": "3GB", "maintenance_work_mem": "3
 
 
 @contextmanager
-def server(settings: dict[str, str]) -> Iterator[Cluster]:
+def server(settings: dict[str, str], installation: Installation | None = None) -> Iterator[Cluster]:
     """Start a cluster with the extension in its database; nothing of it is left at the end."""
     folder = Path(tempfile.mkdtemp(prefix="pg_siamese-bench-", dir="/tmp"))
-    cluster = Cluster(folder, settings=settings)
+    cluster = Cluster(folder, installation=installation, settings=settings)
     try:
         cluster.start()
         create_database(cluster)

@@ -15,7 +15,6 @@ from psycopg.adapt import PyFormat, Transformer
 
 BIGINT = 20
 BYTEA = 17
-BYTEA_ARRAY = 1001
 _BINARY = pq.Format.BINARY
 
 

@@ -164,7 +164,7 @@ class _FastSearch:
         if self.own is not None and self.own not in near.keys:
             return None
         near.remove(self.own)
-        near = near.first(self.k)
+        near.cut(self.k)
         if len(near.keys) < self.k:
             return None
         asked = near.keys if self.own is None else [*near.keys, self.own]
@@ -264,7 +264,8 @@ class _FastSearch:
         near.remove(self.own)
         if len(near.keys) < self.k and near.complete < limit:
             return None
-        return near.first(min(self.k, near.within(limit)))
+        near.cut(min(self.k, near.within(limit)))
+        return near
 
     def _ask(self, conditions: Conditions, limit: int, keys: list[int] | None) -> Any:
         """Ask which of some keys qualify, or for all that do, up to a limit."""

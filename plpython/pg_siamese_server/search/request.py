@@ -114,9 +114,9 @@ class Neighbours:
         """Return how many of the rows are within a squared distance."""
         return bisect.bisect_right(self.squared, limit)
 
-    def first(self, count: int) -> Neighbours:
-        """Return the nearest ``count`` rows."""
-        return Neighbours(self.keys[:count], self.squared[:count], self.complete)
+    def cut(self, count: int) -> None:
+        """Keep the nearest ``count`` rows."""
+        del self.keys[count:], self.squared[count:]
 
 
 @dataclass(slots=True)
