@@ -96,7 +96,7 @@ def all_messages() -> set[Message]:
     """Return the messages of all sources."""
     states = {sqlstate for sqlstate, _ in errors.FILE_ERRORS.values()} | {errors.IO_ERROR}
     found = {Message(state, 'could not write index file "…": …') for state in states}
-    for path in SERVER.glob("*.py"):
+    for path in SERVER.rglob("*.py"):
         found |= of_python(path.read_text())
     for path in (ROOT / "sql").glob("*.sql"):
         found |= of_sql(path.read_text())

@@ -37,8 +37,10 @@ from pg_siamese_server.catalog import (  # noqa: E402
     prepare,
 )
 from pg_siamese_server.errors import (  # noqa: E402
+    CANCELLED,
     NULL_VALUE_NOT_ALLOWED,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
+    PROGRAM_LIMIT_EXCEEDED,
     UNDEFINED_COLUMN,
     SiameseError,
     file_error,
@@ -50,7 +52,6 @@ with interrupts.signals_blocked():
     from pg_siamese_server.search import search as _search
     from pg_siamese_server.search.request import Answer, Request
 
-CANCELLED = ("57014", "57P01")
 # The largest real, which distances are.
 MAX_REAL = 3.4028234663852886e38
 # The largest bigint, which in SQL stands for no limit.
@@ -562,7 +563,9 @@ def _any_two_match(plpy: Any, images: list[bytes | None], model: str | None) -> 
     if len(images) < 2:
         raise SiameseError("any_two_match needs at least two images")
     if len(images) > MAX_IMAGES:
-        raise SiameseError(f"any_two_match takes at most {MAX_IMAGES} images", sqlstate="54000")
+        raise SiameseError(
+            f"any_two_match takes at most {MAX_IMAGES} images", sqlstate=PROGRAM_LIMIT_EXCEEDED
+        )
     model_id = _model_id(plpy, model)
     spec = models.spec(plpy, model_id)
     if spec.threshold is None:

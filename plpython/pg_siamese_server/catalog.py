@@ -241,7 +241,7 @@ def near_collection_hint(plpy: Any, name: str) -> str:
         close = difflib.get_close_matches(name.casefold(), list(folded), n=3, cutoff=0.6)
         meant = [folded[one] for one in close]
     if not meant:
-        return "Collections are made by create_collection and listed in siamese.collections."
+        return "Create collections with create_collection. siamese.collections lists them."
     names = " or ".join([f'"{one}"' for one in sorted(meant)])
     return f"Perhaps you meant {names}."
 
@@ -254,8 +254,8 @@ def collection_by_id(plpy: Any, collection_id: int) -> Collection:
         raise SiameseError(
             f"collection {collection_id} does not exist",
             sqlstate=UNDEFINED_OBJECT,
-            hint="Drop the trigger that calls for it. create_collection does so, too, for its"
-            " table.",
+            hint="Drop the trigger that refers to it, or call create_collection for its table,"
+            " which drops it.",
         )
     return _checked(Collection(**rows[0]))
 
@@ -294,7 +294,7 @@ def _checked(collection: Collection) -> Collection:
 def no_table(name: str) -> SiameseError:
     """Return the error of a collection whose table was dropped."""
     return SiameseError(
-        f'table of collection "{name}" does not exist any more',
+        f'table of collection "{name}" no longer exists',
         sqlstate=UNDEFINED_OBJECT,
         hint="Drop the collection with drop_collection.",
     )

@@ -80,7 +80,7 @@ def self_check(plpy: Any, full: bool) -> list[Line]:
         subject = f'collection "{row["name"]}"'
         if row["relation"] is None:
             call = f"drop_collection({plpy.quote_literal(row['name'])})"
-            lines.append((subject, False, f"its table does not exist any more; call {call}"))
+            lines.append((subject, False, f"its table no longer exists; call {call}"))
             continue
         lines.extend(
             (f"{subject}: {what}", ok, detail)

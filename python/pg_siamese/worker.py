@@ -376,7 +376,7 @@ class Worker:
             "SELECT onnx FROM siamese.models WHERE model_id = %s", (model_id,), binary=True
         ).fetchone()
         if data is None or hashlib.sha256(data[0]).hexdigest() != sha256:
-            raise SiameseError("the ONNX file of its model does not have its SHA-256")
+            raise SiameseError("the ONNX file of its model does not match its SHA-256")
         found = Encoder(data[0], ModelSpec.from_json(row[0]))
         while len(self._encoders) >= MAX_OPEN_ENCODERS:
             self._encoders.popitem(last=False)

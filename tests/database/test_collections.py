@@ -391,13 +391,13 @@ def test_dropped_table(
         db.execute("DROP TABLE t")
     db.execute("DROP TABLE t CASCADE")
     for session in (db, other):
-        with sql_error("42704", 'table of collection "t" does not exist any more'):
+        with sql_error("42704", 'table of collection "t" no longer exists'):
             session.execute(search, (pictures.files[0],))
     for call in ("build_index('t')", "backfill('t')"):
-        with sql_error("42704", "does not exist any more", "drop_collection"):
+        with sql_error("42704", "no longer exists", "drop_collection"):
             db.execute(f"SELECT {call}")
     checks = db.execute("SELECT ok, detail FROM self_check() WHERE subject ~ '\"t\"'").fetchall()
-    assert checks == [(False, "its table does not exist any more; call drop_collection('t')")]
+    assert checks == [(False, "its table no longer exists; call drop_collection('t')")]
     with sql_error("42710", 'collection "t" already exists', "drop_collection"):
         db.execute("SELECT create_collection('t')")
     assert db.execute("SELECT count(*) FROM collection_status").fetchone() == (2,)

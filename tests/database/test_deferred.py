@@ -580,7 +580,7 @@ def test_types_that_bring_code_are_refused(
         "UPDATE t SET note = 'x'",
         "DELETE FROM t",
     ):
-        with sql_error("55000", 'collection "t" does not match its table any more'):
+        with sql_error("55000", 'collection "t" no longer matches its table'):
             session.execute(statement)
 
 

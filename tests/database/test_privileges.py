@@ -434,7 +434,7 @@ def test_a_table_that_became_a_view(roles: Roles, db: Connection) -> None:
         " SELECT 1 AS id, ''::bytea AS image WHERE public.who()"
     )
     for call in ("backfill('t')", "build_index('t')"):
-        with sql_error("42704", "does not exist any more"):
+        with sql_error("42704", "no longer exists"):
             admin.execute(f"SELECT {call}")
     admin.execute("SELECT * FROM self_check()")
 

@@ -12,7 +12,7 @@ from tests.scenarios.gallery import Connection, Gallery, gallery
 from tests.support import sql_error
 from tools.project import ROOT
 
-ERROR = ("XX001", "ONNX file of model", "does not have its SHA-256", "register_model")
+ERROR = ("XX001", "ONNX file of model", "does not match its SHA-256", "register_model")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_corrupted_onnx(
     session.execute("SELECT build_index()")
     row = session.execute("SELECT ok, detail FROM self_check() WHERE subject ~ ': model$'")
     ok, detail = row.fetchone() or (True, "")
-    assert not ok and "does not have its SHA-256" in detail and "register_model" in detail
+    assert not ok and "does not match its SHA-256" in detail and "register_model" in detail
     # The same file once more, under the same name.
     session.execute("SELECT register_model('medical', %s)", (onnx,))
     check_repair(connect, images)
@@ -100,7 +100,7 @@ def test_a_deferred_collection_waits(
         connect().execute("SELECT embed_pending('t')")
     command = [sys.executable, "-m", "pg_siamese.cli.main", "worker", "--once", "--dsn", dsn]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "does not have its SHA-256" in done.stdout + done.stderr
+    assert "does not match its SHA-256" in done.stdout + done.stderr
     state = "SELECT waiting, failures FROM embedding_queue_status"
     assert db.execute(state).fetchone() == (70, 0)
     db.execute("SELECT register_model('medical', %s)", (onnx,))

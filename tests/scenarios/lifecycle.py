@@ -288,7 +288,7 @@ class Lifecycle:
             owner.execute(CREATE.format(table))
         owner.execute("SELECT embed_pending()")
         bad = owner.execute("SELECT subject, detail FROM self_check(true) WHERE NOT ok").fetchall()
-        bad = [line for line in bad if "does not exist any more" not in line[1]]
+        bad = [line for line in bad if "no longer exists" not in line[1]]
         assert bad == [], bad
         names = owner.execute("SELECT name FROM siamese.collections").fetchall()
         for (name,) in names:

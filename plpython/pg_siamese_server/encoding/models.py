@@ -83,7 +83,7 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
         row = plan.execute([model_id])[0]
         if not row["is_whole"]:
             raise SiameseError(
-                f"ONNX file of model {model_id} does not have its SHA-256",
+                f"ONNX file of model {model_id} does not match its SHA-256",
                 sqlstate=DATA_CORRUPTED,
                 hint="Register the same file under the same name once more with register_model:"
                 " that restores it.",

@@ -17,7 +17,6 @@ MAX_DIMENSION = 16000  # of pgvector's type vector
 MAX_BATCH_EFFECT = 0.02  # relative to the length of the embedding
 # Operator sets that ONNX Runtime brings itself; any other needs code from elsewhere.
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
-INPUT_TYPES = ("tensor(uint8)", "tensor(float)")
 
 
 def inspect_model(data: bytes, given: dict[str, Any]) -> tuple[ModelSpec, int, dict[str, Any]]:

@@ -334,11 +334,6 @@ class Generation:
         return np.concatenate(parts), np.repeat(squared, counts)
 
 
-def is_open(collection_id: int, generation: int) -> bool:
-    """Whether this session has the generation open."""
-    return (collection_id, generation) in _open
-
-
 def get(plpy: Any, collection: Collection, generation: int) -> Generation:
     """Return an opened generation, from this session or from the file.
 

@@ -179,9 +179,9 @@ def build(
         is_quicker = _is_quicker(index, matrix, measured.breadths.new)
         return (index, measured) if is_quicker else (_flat(matrix), None)
     progress.plpy.notice(
-        f'graph index of collection "{progress.name}" reaches a recall of'
-        f" {measured.recall:.3f} only",
-        detail="A flat index takes its place: exact, but the slower the more vectors there are.",
+        f'graph index of collection "{progress.name}" reached a recall of only'
+        f" {measured.recall:.3f}",
+        detail="Built an exact flat index instead. Search time grows with the number of vectors.",
         hint="Build with a larger m and ef_construction, or a lower target_recall.",
     )
     return _flat(matrix), None

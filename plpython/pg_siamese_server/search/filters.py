@@ -12,6 +12,7 @@ from pg_siamese_server.errors import (
     FEATURE_NOT_SUPPORTED,
     NULL_VALUE_NOT_ALLOWED,
     UNDEFINED_COLUMN,
+    UNDEFINED_FUNCTION,
     SiameseError,
 )
 
@@ -45,7 +46,6 @@ MAX_DIGITS = 20
 MAX_REMEMBERED = 1000
 # What PostgreSQL reports of a value that a type does not take: of classes 22 and 23.
 VALUE_ERRORS = ("22", "23")
-UNDEFINED_FUNCTION = "42883"
 
 
 class Number(str):

@@ -128,9 +128,9 @@ def _tell_of_waiting(plpy: Any, request: Request, answer: Answer) -> None:
     if plan.execute([answer.collection.collection_id])[0]["yes"]:
         _noticed.add(told)
         plpy.notice(
-            f'collection "{answer.collection.name}" has rows that wait to be embedded,'
-            " and were not searched",
-            hint="They are found once pg_siamese worker or embed_pending has embedded them.",
+            f'collection "{answer.collection.name}" has queued rows that were not searched',
+            hint="They become searchable once pg_siamese worker or embed_pending has embedded"
+            " them.",
         )
 
 
@@ -212,7 +212,7 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
     assert collection is not None
     _check_there(plpy, collection)
     raise SiameseError(
-        f'collection "{name}" does not match its table any more',
+        f'collection "{name}" no longer matches its table',
         sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
         detail="A column or table may have been renamed.",
         hint="Drop the collection and create it again.",
@@ -269,7 +269,7 @@ def _with_faiss(
         return None
     if finder is None:
         if required:
-            raise _no_faiss("Too many vectors wait for an index build.")
+            raise _no_faiss("Too many vectors are pending.")
         return None
     return finder.search(request, conditions)
 
@@ -369,5 +369,5 @@ def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
     except (IndexFileError, ImportError) as error:
         return [*result, ("pgvector", str(error))]
     if finder is None:
-        return [*result, ("pgvector", "too many vectors wait for an index build")]
+        return [*result, ("pgvector", "too many vectors are pending")]
     return [*result, ("faiss", f"generation {state['generation']}, {finder.describe()}")]
