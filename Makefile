@@ -68,12 +68,14 @@ test-matrix: test ## all tests here, and those of the database on PostgreSQL 17 
 test-faults: deps-test ## kill servers, fill disks and damage files, at length (ARGS='--faults-cycles 100 --faults-seed 7')
 	@$(BIN)/python -m pytest tests/faults --faults-long -s $(ARGS)
 
-lint: deps-test ## ruff, mypy, import-linter and sqlfluff
+lint: deps-test ## ruff, mypy, import-linter, sqlfluff, codespell, and the language of the docs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports --no-cache
 	@$(BIN)/sqlfluff lint --disable-progress-bar sql $(wildcard migrations/*--*--*.sql)
+	@$(BIN)/codespell
+	@$(DEV).prose
 
 bench: python ## measure against pgvector, FAISS and ONNX Runtime at 70,000 images
 	@$(DEV).deps --test --bench
