@@ -13,6 +13,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
+from pg_siamese.datasets.places import data_folders
 from pg_siamese.training.experiments import experiment_names
 from tests.conftest import Connection, Pictures
 from tools.project import ROOT
@@ -30,7 +31,9 @@ def commands(first: str) -> list[str]:
 
 def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
     """Run a command of the docs in a folder, with the data that this project finds by itself."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    data = data_folders("medmnist")[-1].parent  # by the folder of the tests, not of the command
+    environment = {"PG_SIAMESE_DATA": str(data)} | os.environ
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     if dsn:
         known = conninfo_to_dict(dsn)
         environment |= {
