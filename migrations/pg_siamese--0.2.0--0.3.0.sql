@@ -108,6 +108,10 @@ CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 
 CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real);
 
+CREATE TYPE siamese.embedding_result AS (
+    key text, digest bytea, embedding text, sqlstate text, message text, may_retry boolean
+);
+
 ALTER TABLE siamese.collections
 ADD COLUMN max_bytes bigint CHECK (max_bytes > 0),
 ADD COLUMN max_pixels bigint CHECK (max_pixels > 0);
@@ -121,6 +125,9 @@ DROP FUNCTION siamese.create_collection(text, regclass, text, text, text, text, 
 DROP FUNCTION siamese.self_check();
 DROP FUNCTION siamese._create_row_functions(integer, text);
 DROP FUNCTION siamese._check_columns(integer, oid);
+DROP FUNCTION siamese._store_vectors(
+    integer, text, bigint[], text[], text[], bytea[], text[], text[], bytea[], text[], text[], boolean[]
+);
 
 -- This one returns its error now.
 DROP FUNCTION siamese._load();

@@ -463,98 +463,99 @@ $$;
 COMMENT ON FUNCTION siamese._read_images(integer, text[])
 IS 'images of those rows of a deferred collection that are there and have no vector';
 
+CREATE TYPE siamese.embedding_result AS (
+    key text, digest bytea, embedding text, sqlstate text, message text, may_retry boolean
+);
+COMMENT ON TYPE siamese.embedding_result IS 'a row''s vector or failure, and its image''s SHA-256';
+
 CREATE FUNCTION siamese._store_vectors(
     collection_id integer,
     model_sha256 text,
     tickets bigint[],
     seen text[],
-    keys text[],
-    digests bytea[],
-    embeddings text[],
-    failed_keys text[],
-    failed_digests bytea[],
-    sqlstates text[],
-    messages text[],
-    may_retry boolean[]
+    results siamese.embedding_result[]
 ) RETURNS integer
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
-#variable_conflict use_column
 DECLARE
     collection record;
+    keys text[] := ARRAY(SELECT r.key FROM unnest(results) AS r);
     unchanged text[];
     done text[];
     stored integer;
 BEGIN
-    SELECT c.collection_id AS number, c.name, c.key_type, quote_ident(n.nspname) || '.vector' AS vector_type
-    INTO collection
+    SELECT c.key_type, quote_ident(n.nspname) || '.vector' AS vector_type INTO collection
     FROM siamese.collections AS c
     INNER JOIN siamese.models AS m USING (model_id)
     CROSS JOIN pg_extension AS e
     INNER JOIN pg_namespace AS n ON e.extnamespace = n.oid
-    WHERE c.collection_id = $1 AND m.sha256 = $2 AND c.embed = 'deferred' AND e.extname = 'vector';
+    WHERE c.collection_id = _store_vectors.collection_id AND m.sha256 = model_sha256
+        AND c.embed = 'deferred' AND e.extname = 'vector';
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'vectors are not of the model of collection %', $1
+        RAISE EXCEPTION 'vectors are not of the model of collection %', collection_id
         USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    EXECUTE format(
-        'SELECT coalesce(array_agg(r.key::text), ''{}'')
-        FROM siamese._locked_rows_%1$s($1::%2$s[]) AS r
-        INNER JOIN unnest($1::%2$s[], $2) AS g (key, digest) ON r.key = g.key
-        WHERE sha256(r.image) IS NOT DISTINCT FROM g.digest', collection.number, collection.key_type)
-    INTO unchanged USING keys || failed_keys, digests || failed_digests;
-    EXECUTE format(
-        'WITH added AS (
+    EXECUTE format($sql$
+        SELECT coalesce(array_agg(r.key::text), '{}')
+        FROM siamese._locked_rows_%s($1::%s[]) AS r
+        INNER JOIN unnest($2) AS g ON r.key::text = g.key
+        WHERE sha256(r.image) IS NOT DISTINCT FROM g.digest
+        $sql$, collection_id, collection.key_type)
+    INTO unchanged USING keys, results;
+    EXECUTE format($sql$
+        WITH added AS (
             INSERT INTO siamese.embedding_%1$s (key, embedding, image_hash)
-            SELECT g.key, g.embedding::%3$s, substring(g.digest FROM 1 FOR 16)
-            FROM unnest($1::%2$s[], $2, $4) AS g (key, embedding, digest)
-            WHERE g.key = ANY($3::%2$s[]) ORDER BY g.key
+            SELECT g.key::%2$s, g.embedding::%3$s, substring(g.digest FROM 1 FOR 16)
+            FROM unnest($1) AS g
+            WHERE g.embedding IS NOT NULL AND g.key = ANY($2) ORDER BY g.key::%2$s
             ON CONFLICT (key) DO NOTHING RETURNING embedding_id)
-        INSERT INTO siamese.pending_%1$s (embedding_id) SELECT embedding_id FROM added',
-        collection.number, collection.key_type, collection.vector_type)
-    USING keys, embeddings, unchanged, digests;
+        INSERT INTO siamese.pending_%1$s (embedding_id) SELECT embedding_id FROM added
+        $sql$, collection_id, collection.key_type, collection.vector_type)
+    USING results, unchanged;
     GET DIAGNOSTICS stored = ROW_COUNT;
-    DELETE FROM siamese.failures AS f WHERE f.collection_id = collection.number AND f.key = ANY(unchanged);
+    DELETE FROM siamese.failures AS f
+    WHERE f.collection_id = _store_vectors.collection_id AND f.key = ANY(unchanged);
     -- Rows that failed for a reason that may pass come again in tickets of their own, up to five times.
-    EXECUTE format(
-        'WITH failed AS (
+    EXECUTE format($sql$
+        WITH failed AS (
             SELECT g.key, g.sqlstate, g.message, q.queued_at, q.attempts + 1 AS attempts,
-                g.may_retry AND q.attempts < 4 AS is_again
-            FROM unnest($1::%2$s[], $2, $3, $4) AS g (key, sqlstate, message, may_retry)
+                g.may_retry IS TRUE AND q.attempts < 4 AS is_again
+            FROM unnest($1) AS g
             CROSS JOIN LATERAL (
                 SELECT max(q.attempts) AS attempts, min(q.queued_at) AS queued_at FROM siamese.queue_%1$s AS q
-                WHERE q.ticket = ANY($6) AND g.key = ANY(q.keys)) AS q
-            WHERE g.key = ANY($5::%2$s[])
+                WHERE q.ticket = ANY($3) AND g.key::%2$s = ANY(q.keys)) AS q
+            WHERE g.embedding IS NULL AND g.key = ANY($2)
         ), again AS (
             INSERT INTO siamese.queue_%1$s (keys, attempts, not_before, last_error, queued_at)
-            SELECT ARRAY[f.key], f.attempts, clock_timestamp() + interval ''2.5 s'' * 4 ^ f.attempts,
+            SELECT ARRAY[f.key::%2$s], f.attempts, clock_timestamp() + interval '2.5 s' * 4 ^ f.attempts,
                 f.message, f.queued_at
             FROM failed AS f WHERE f.is_again
         )
         INSERT INTO siamese.failures (collection_id, key, sqlstate, message)
-        SELECT %1$s, f.key::text, f.sqlstate, f.message FROM failed AS f WHERE NOT f.is_again ORDER BY f.key
+        SELECT %1$s, f.key, f.sqlstate, f.message FROM failed AS f WHERE NOT f.is_again ORDER BY f.key::%2$s
         -- Another worker may have met the row in another ticket.
         ON CONFLICT (collection_id, key) DO UPDATE
-        SET sqlstate = excluded.sqlstate, message = excluded.message, failed_at = now()',
-        collection.number, collection.key_type)
-    USING failed_keys, sqlstates, messages, may_retry, unchanged, tickets;
+        SET sqlstate = excluded.sqlstate, message = excluded.message, failed_at = now()
+        $sql$, collection_id, collection.key_type)
+    USING results, unchanged, tickets;
     -- Done with are also rows that are gone, and those that have a vector by now. Others had the row locked,
     -- or changed its image: it keeps its ticket.
-    done := unchanged || ARRAY(SELECT unnest(seen) EXCEPT SELECT unnest(keys || failed_keys));
-    EXECUTE format(
-        'DELETE FROM siamese.queue_%s AS q WHERE q.ticket = ANY($1)
-            AND NOT EXISTS (SELECT FROM unnest(q.keys) AS k (key) WHERE k.key <> ALL($2::%s[]))',
-        collection.number, collection.key_type)
+    done := unchanged || ARRAY(SELECT unnest(seen) EXCEPT SELECT unnest(keys));
+    EXECUTE format($sql$
+        DELETE FROM siamese.queue_%s AS q WHERE q.ticket = ANY($1)
+            AND NOT EXISTS (SELECT FROM unnest(q.keys) AS k (key) WHERE k.key <> ALL($2::%s[]))
+        $sql$, collection_id, collection.key_type)
     USING tickets, done;
-    EXECUTE format(
-        'UPDATE siamese.queue_%s AS q
+    EXECUTE format($sql$
+        UPDATE siamese.queue_%s AS q
         SET keys = ARRAY(SELECT unnest(q.keys) EXCEPT SELECT unnest($2::%s[])),
-            not_before = CASE WHEN q.keys::text[] && $3 THEN clock_timestamp() + interval ''1 s'' END
-        WHERE q.ticket = ANY($1)', collection.number, collection.key_type)
-    USING tickets, done, ARRAY(SELECT unnest(keys || failed_keys) EXCEPT SELECT unnest(unchanged));
-    PERFORM siamese._end_tickets(collection.number, tickets);
-    INSERT INTO siamese.embedding_batches (collection_id, rows) VALUES (collection.number, stored);
+            not_before = CASE WHEN q.keys::text[] && $3 THEN clock_timestamp() + interval '1 s' END
+        WHERE q.ticket = ANY($1)
+        $sql$, collection_id, collection.key_type)
+    USING tickets, done, ARRAY(SELECT unnest(keys) EXCEPT SELECT unnest(unchanged));
+    PERFORM siamese._end_tickets(collection_id, tickets);
+    INSERT INTO siamese.embedding_batches (collection_id, rows) VALUES (collection_id, stored);
     IF random() < 0.05 THEN
         DELETE FROM siamese.embedding_batches AS b WHERE b.batch_id = ANY(ARRAY(
             SELECT o.batch_id FROM siamese.embedding_batches AS o
@@ -563,9 +564,8 @@ BEGIN
     RETURN stored;
 END
 $$;
-COMMENT ON FUNCTION siamese._store_vectors(
-    integer, text, bigint[], text[], text[], bytea[], text[], text[], bytea[], text[], text[], boolean[]
-) IS 'store the vectors of taken tickets whose images (by SHA-256) are still the same; returns how many';
+COMMENT ON FUNCTION siamese._store_vectors(integer, text, bigint[], text[], siamese.embedding_result[])
+IS 'store results whose images are still the same; returns vectors stored';
 
 CREATE FUNCTION siamese._build_if_needed(collection_id integer, max_pending bigint, max_dead real)
 RETURNS bigint

@@ -57,7 +57,7 @@ QUERIES: Mapping[str, str] = {
             pg_get_expr(d.adbin, d.adrelid), col_description(o.oid, a.attnum))
         FROM pg_class AS o JOIN pg_attribute AS a ON a.attrelid = o.oid
         LEFT JOIN pg_attrdef AS d ON d.adrelid = o.oid AND d.adnum = a.attnum
-        WHERE relnamespace = 'siamese'::regnamespace AND relkind IN ('r', 'v') AND a.attnum > 0
+        WHERE relnamespace = 'siamese'::regnamespace AND relkind IN ('r', 'v', 'c') AND a.attnum > 0
             AND NOT a.attisdropped AND {_OWN}""",
     "type": f"""
         SELECT concat('type ', o.oid::regtype), concat_ws(' | ', typowner::regrole,

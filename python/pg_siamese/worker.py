@@ -191,10 +191,9 @@ class Database:
     def store(self, collection_id: int, sha256: str, tickets: list[int], results: Results) -> int:
         """Store vectors and failures; return how many vectors."""
         row = self.connection.execute(
-            "SELECT siamese._store_vectors(%s, %s, %s::bigint[], %s::text[], %s::text[],"
-            " %s::bytea[], %s::text[], %s::text[], %s::bytea[], %s::text[], %s::text[],"
-            " %s::boolean[])",
-            (collection_id, sha256, tickets, *vars(results).values()),
+            "SELECT siamese._store_vectors("
+            "%s, %s, %s::bigint[], %s::text[], %s::siamese.embedding_result[])",
+            (collection_id, sha256, tickets, results.seen, results.rows),
         ).fetchone()
         assert row is not None
         return int(row[0])

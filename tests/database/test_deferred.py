@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from pg_siamese_server.writing.deferred import Result
 from tests.conftest import Connection, Pictures, insert_images
 from tests.support import grid_encoder, sql_error
 
@@ -320,9 +321,8 @@ def store(db: Connection, key: str, digest: bytes | None, **given: object) -> in
     tickets = [row[0] for row in db.execute("SELECT ticket FROM siamese._take_tickets(2, 10)")]
     row = db.execute(
         "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), %s::bigint[],"
-        " %s::text[], '{}', '{}', '{}', %s::text[], %s::bytea[], %s::text[], %s::text[],"
-        " %s::boolean[])",
-        (tickets, [key], [key], [digest], ["XX000"], ["graph failed"], [True]),
+        " %s::text[], %s::siamese.embedding_result[])",
+        (tickets, [key], [(key, digest, None, "XX000", "graph failed", True)]),
     ).fetchone()
     assert row is not None
     return int(row[0])
@@ -370,15 +370,15 @@ def test_vectors_of_another_model_or_image_are_refused(table: Deferred) -> None:
     table.insert(20, 21)
     vector = table.value("SELECT embed_image(%s)::text", table.files[20])
     call = (
-        "SELECT siamese._store_vectors(2, %s, %s, '{20,21}', '{20,21}', %s::bytea[], %s,"
-        " '{}', '{}', '{}', '{}', '{}')"
+        "SELECT siamese._store_vectors(2, %s, %s, '{20,21}', %s::siamese.embedding_result[])"
     )
     ticket = table.value("SELECT ticket FROM siamese.queue_2")
     digests = [table.value("SELECT sha256(image) FROM t WHERE id = 20"), b"another"]
+    results = [Result(key, digest, vector) for key, digest in zip(("20", "21"), digests, strict=True)]
     with sql_error("55000", "not of the model"):
-        table.db.execute(call, ("0" * 64, [ticket], digests, [vector, vector]))
+        table.db.execute(call, ("0" * 64, [ticket], results))
     model = table.value("SELECT sha256 FROM siamese.models")
-    assert table.value(call, model, [ticket], digests, [vector, vector]) == 1
+    assert table.value(call, model, [ticket], results) == 1
     assert 20 in table.vectors() and table.queued() == [21]
     table.db.execute("UPDATE siamese.queue_2 SET not_before = NULL")
     table.check()

@@ -260,7 +260,8 @@ def test_drop_while_a_worker_stores_failures(t: Connection, connect: Connect) ->
     assert drop.waits()
     session.execute(
         "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), %s::bigint[],"
-        " '{20}', '{}', '{}', '{}', '{20}', ARRAY[sha256('x')], '{22P03}', '{bad}', '{f}')",
+        " '{20}', ARRAY[('20', sha256('x'), NULL, '22P03', 'bad', false)]"
+        "::siamese.embedding_result[])",
         ([row[0] for row in tickets],),
     )
     assert session.execute("SELECT key FROM siamese.failures").fetchall() == [("20",)]
@@ -402,14 +403,12 @@ def store(session: Connection, is_good: bool = True) -> tuple[int, int]:
     """Take a ticket of one row and store its vector or failure; returns its key, vectors stored."""
     row = session.execute("SELECT ticket, keys[1] FROM siamese._take_tickets(2, 1)").fetchone()
     assert row is not None
-    good = (
-        "ARRAY[%(key)s], ARRAY[sha256(t.image)], ARRAY[siamese.embed_image(t.image)::text],"
-        " '{}', '{}', '{}', '{}', '{}'"
-    )
-    bad = "'{}', '{}', '{}', ARRAY[%(key)s], ARRAY[sha256(t.image)], '{22P03}', '{bad}', '{f}'"
+    good = "siamese.embed_image(t.image)::text, NULL, NULL, NULL"
+    bad = "NULL, '22P03', 'bad', false"
     stored = session.execute(
         "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), ARRAY[%(ticket)s],"
-        f" ARRAY[%(key)s], {good if is_good else bad}) FROM t WHERE t.id = %(key)s::integer",
+        f" ARRAY[%(key)s], ARRAY[(%(key)s, sha256(t.image), {good if is_good else bad})]"
+        "::siamese.embedding_result[]) FROM t WHERE t.id = %(key)s::integer",
         {"ticket": row[0], "key": row[1]},
     ).fetchone()
     assert stored is not None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pg_siamese_server import interrupts, vectors
 from pg_siamese_server.catalog import (
@@ -41,19 +41,26 @@ CANCELLED = ("57014", "57P01")
 Row = tuple[str, bytes | None]
 
 
+class Result(NamedTuple):
+    """A row's vector, or else its failure: a ``siamese.embedding_result``.
+
+    The key is text, the digest the SHA-256 of the image.
+    """
+
+    key: str
+    digest: bytes | None
+    embedding: str | None = None
+    sqlstate: str | None = None
+    message: str | None = None
+    may_retry: bool | None = None
+
+
 @dataclass
 class Results:
-    """What became of the rows of some tickets; keys are text, digests are SHA-256 of images."""
+    """What became of the rows of some tickets; keys that were seen may have no row left."""
 
     seen: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    digests: list[bytes | None] = field(default_factory=list)
-    embeddings: list[str] = field(default_factory=list)
-    failed_keys: list[str] = field(default_factory=list)
-    failed_digests: list[bytes | None] = field(default_factory=list)
-    sqlstates: list[str] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)
-    may_retry: list[bool] = field(default_factory=list)
+    rows: list[Result] = field(default_factory=list)
 
 
 class Database(Protocol):
@@ -117,51 +124,43 @@ def embed_batch(
         place += len(portion)
         rows = database.read(collection_id, portion)
         results.seen += portion
-        _embed(encoder, rows, results, poll, limits)
+        results.rows += _embed(encoder, rows, poll, limits)
         if rows:
             count = next_portion(len(rows), sum(len(image or b"") for _, image in rows))
         if seconds is not None and time.monotonic() - started >= seconds:
             break
     stored = database.store(collection_id, sha256, [ticket for ticket, _ in tickets], results)
-    failed = len(results.failed_keys)
-    return Outcome(stored, failed, len(results.seen) - len(results.keys) - failed)
+    failed = sum(row.embedding is None for row in results.rows)
+    return Outcome(stored, failed, len(results.seen) - len(results.rows))
 
 
 def _embed(
-    encoder: Encoder,
-    rows: list[Row],
-    results: Results,
-    poll: Callable[[], None],
-    limits: Limits,
-) -> None:
+    encoder: Encoder, rows: list[Row], poll: Callable[[], None], limits: Limits
+) -> list[Result]:
     digests = {
         key: None if image is None else hashlib.sha256(image).digest() for key, image in rows
     }
+    failed: list[Result] = []
 
     def fail(key: str, error: SiameseError) -> None:
-        results.failed_keys.append(key)
-        results.failed_digests.append(digests[key])
-        results.sqlstates.append(error.sqlstate)
-        results.messages.append(error.message)
         # The same bytes will not be decoded another time; a run of the graph may well succeed.
-        results.may_retry.append(not isinstance(error, ImageError))
+        may_retry = not isinstance(error, ImageError)
+        failed.append(
+            Result(key, digests[key], None, error.sqlstate, error.message, may_retry=may_retry)
+        )
 
-    failures = len(results.failed_keys)
     try:
         keys, embeddings = batches.embed(encoder, rows, fail, poll, limits)
     except (ModelError, MemoryError) as error:
         if len(rows) == 1:
             fail(rows[0][0], _described(error))
-            return
+            return failed
         # Whichever row it was: the others are not to suffer.
-        for name in ("failed_keys", "failed_digests", "sqlstates", "messages", "may_retry"):
-            del getattr(results, name)[failures:]
-        for row in rows:
-            _embed(encoder, [row], results, poll, limits)
-        return
-    results.keys += keys
-    results.digests += [digests[key] for key in keys]
-    results.embeddings += [vectors.to_text(embedding) for embedding in embeddings]
+        return [result for row in rows for result in _embed(encoder, [row], poll, limits)]
+    return failed + [
+        Result(key, digests[key], vectors.to_text(embedding))
+        for key, embedding in zip(keys, embeddings, strict=True)
+    ]
 
 
 def _described(error: ModelError | MemoryError) -> SiameseError:
@@ -197,26 +196,13 @@ class _Server:
 
     def store(self, collection_id: int, sha256: str, tickets: list[int], results: Results) -> int:
         rows = self._run(
-            "SELECT siamese._store_vectors("
-            "$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) AS stored",
-            (
-                "integer",
-                "text",
-                "bigint[]",
-                "text[]",
-                "text[]",
-                "bytea[]",
-                "text[]",
-                "text[]",
-                "bytea[]",
-                "text[]",
-                "text[]",
-                "boolean[]",
-            ),
+            "SELECT siamese._store_vectors($1, $2, $3, $4, $5) AS stored",
+            ("integer", "text", "bigint[]", "text[]", "siamese.embedding_result[]"),
             collection_id,
             sha256,
             tickets,
-            *vars(results).values(),
+            results.seen,
+            results.rows,
         )
         return int(rows[0]["stored"])
 

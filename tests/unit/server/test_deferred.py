@@ -43,7 +43,7 @@ class Fake:
         assert (collection_id, sha256) == (7, "model")
         assert tickets == list(range(1, len(self.tickets) + 1))
         self.stored = results
-        return len(results.keys)
+        return sum(row.embedding is not None for row in results.rows)
 
 
 class Choosy(Encoder):
@@ -73,14 +73,14 @@ def test_good_bad_and_gone() -> None:
     found = fake.stored
     assert found is not None
     assert found.seen == ["a", "b", "c", "d", "e"]
-    assert found.keys == ["a", "e"]
-    assert found.digests == [hashlib.sha256(rows[key] or b"").digest() for key in ("a", "e")]
-    values = [[float(number) for number in text[1:-1].split(",")] for text in found.embeddings]
+    good = [row for row in found.rows if row.embedding is not None]
+    assert [row.key for row in good] == ["a", "e"]
+    values = [[float(number) for number in str(row.embedding)[1:-1].split(",")] for row in good]
     assert np.allclose(values, [[10 / 255] * 12, [20 / 255] * 12], atol=1e-6)
-    assert found.failed_keys == ["b", "c"]
-    assert found.failed_digests == [hashlib.sha256(b"junk").digest(), None]
-    assert found.sqlstates == ["22P03", "22004"]
-    assert found.may_retry == [False, False]
+    digests = {key: image and hashlib.sha256(image).digest() for key, image in rows.items()}
+    assert {row.key: row.digest for row in found.rows} == digests
+    failed = {row.key: (row.sqlstate, row.may_retry) for row in found.rows if row not in good}
+    assert failed == {"b": ("22P03", False), "c": ("22004", False)}
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,12 @@ def test_one_row_that_fails_is_alone(
     assert run(fake, model) == Outcome(stored=29, failed=2)
     found = fake.stored
     assert found is not None
-    assert sorted([*found.keys, "25", "x"]) == sorted(rows)
-    failed = list(
-        zip(found.failed_keys, found.sqlstates, found.messages, found.may_retry, strict=True)
-    )
+    assert sorted(row.key for row in found.rows) == sorted(rows)
+    failed = [
+        (row.key, row.sqlstate, row.message, row.may_retry)
+        for row in found.rows
+        if row.embedding is None
+    ]
     assert sorted(failed) == [
         ("25", sqlstate, message, True),
         ("x", "22P03", "image cannot be decoded", False),
