@@ -1,5 +1,10 @@
 \echo Use "CREATE EXTENSION pg_siamese CASCADE" to load this file. \quit
 
+-- The schema, and what all other files need: loading the server package, raising its errors, and the role that
+-- calls. In all files, a parameter that has the name of a column is written with the function's name before it, as
+-- in create_collection.name. Public functions are PL/pgSQL or SQL, which raise the errors that PL/Python returns:
+-- raised by PL/Python itself, an error has the name of an exception in its message and a traceback in its CONTEXT.
+
 COMMENT ON SCHEMA siamese IS 'similar-image search: models, collections and search functions';
 
 CREATE FUNCTION siamese._load() RETURNS text[]
@@ -35,6 +40,24 @@ if pg_siamese_server.__version__ != '@VERSION@':
 GD['pg_siamese @VERSION@'] = api
 $python$;
 COMMENT ON FUNCTION siamese._load() IS 'load the server package; returns an error or nothing';
+
+CREATE FUNCTION siamese._raise(failure text[]) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- SQLSTATE, message, DETAIL, HINT; RAISE takes no NULL.
+    IF failure[3] IS NOT NULL AND failure[4] IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3], HINT = failure[4];
+    ELSIF failure[3] IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3];
+    ELSIF failure[4] IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], HINT = failure[4];
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2];
+END
+$$;
+COMMENT ON FUNCTION siamese._raise(text[]) IS 'raise an error that PL/Python returned';
 
 CREATE FUNCTION siamese._caller() RETURNS name
 LANGUAGE sql STABLE PARALLEL SAFE

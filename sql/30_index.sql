@@ -1,17 +1,6 @@
-CREATE FUNCTION siamese._build_index(
-    collection text, m bigint, ef_construction bigint, target_recall double precision, threads bigint
-) RETURNS text[]
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
-return GD['pg_siamese @VERSION@'].build_index(
-    plpy, collection, m, ef_construction, target_recall, threads)
-$python$;
-COMMENT ON FUNCTION siamese._build_index(text, bigint, bigint, double precision, bigint)
-IS 'build a generation; returns its number or an error';
+-- Index files: build them, make a standby's own, and open them early.
+
+-- === Public functions ===
 
 CREATE FUNCTION siamese.build_index(
     collection text DEFAULT 'images',
@@ -35,18 +24,6 @@ $$;
 COMMENT ON FUNCTION siamese.build_index(text, bigint, bigint, double precision, bigint)
 IS 'build and publish a FAISS generation; returns its number';
 
--- STABLE, as the function that calls it: all that it reads must be of one snapshot.
-CREATE FUNCTION siamese._rebuild_file(collection text) RETURNS text[]
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
-return GD['pg_siamese @VERSION@'].rebuild_file(plpy, collection)
-$python$;
-COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'make a standby''s file; returns its number or an error';
-
 CREATE FUNCTION siamese.rebuild_file(collection text DEFAULT 'images') RETURNS bigint
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -62,17 +39,6 @@ END
 $$;
 COMMENT ON FUNCTION siamese.rebuild_file(text)
 IS 'make a standby''s own file of the current generation';
-
-CREATE FUNCTION siamese._warm_up(collection text) RETURNS text[]
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
-return GD['pg_siamese @VERSION@'].warm_up(plpy, collection)
-$python$;
-COMMENT ON FUNCTION siamese._warm_up(text) IS 'open model and index; returns arrays or an error';
 
 CREATE FUNCTION siamese.warm_up(collection text DEFAULT 'images')
 RETURNS TABLE (engine text, detail text)
@@ -90,3 +56,63 @@ END
 $$;
 COMMENT ON FUNCTION siamese.warm_up(text)
 IS 'open a collection''s model and index in this session';
+
+-- === Private functions ===
+
+CREATE FUNCTION siamese._build_index(
+    collection text, m bigint, ef_construction bigint, target_recall double precision, threads bigint
+) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].build_index(
+    plpy, collection, m, ef_construction, target_recall, threads)
+$python$;
+COMMENT ON FUNCTION siamese._build_index(text, bigint, bigint, double precision, bigint)
+IS 'build a generation; returns its number or an error';
+
+-- STABLE, as the function that calls it: all that it reads must be of one snapshot.
+CREATE FUNCTION siamese._rebuild_file(collection text) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].rebuild_file(plpy, collection)
+$python$;
+COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'make a standby''s file; returns its number or an error';
+
+CREATE FUNCTION siamese._warm_up(collection text) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].warm_up(plpy, collection)
+$python$;
+COMMENT ON FUNCTION siamese._warm_up(text) IS 'open model and index; returns arrays or an error';
+
+CREATE FUNCTION siamese._next_generation() RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    sequence regclass := pg_get_serial_sequence('siamese.generations', 'generation');
+    found bigint;
+BEGIN
+    PERFORM siamese._check_local();
+    -- Rows that a subscription brought once have not moved the sequence.
+    LOOP
+        found := nextval(sequence);
+        EXIT WHEN NOT EXISTS (SELECT FROM siamese.generations AS g WHERE g.generation >= found);
+        PERFORM setval(sequence, (SELECT max(g.generation) FROM siamese.generations AS g));
+    END LOOP;
+    RETURN found;
+END
+$$;
+COMMENT ON FUNCTION siamese._next_generation() IS 'draw the number of a new index generation';

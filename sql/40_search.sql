@@ -1,17 +1,8 @@
--- A search, which is STABLE, may not run EXPLAIN. This function is VOLATILE, and has the rights of whoever
--- searches. It explains what the search that calls it has noted in the session's memory, and nothing else.
-CREATE FUNCTION siamese._estimate() RETURNS text
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' in GD:
-    return GD['pg_siamese @VERSION@'].estimate(plpy)
-$python$;
-COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for the search that calls it';
+-- Search. Arguments are as wide as drivers send them: a filter may be jsonb, json or text, a key any type of key.
+-- No function has two forms, so that no call with untyped parameters is ambiguous. similar_images is SQL, so the
+-- private functions that it calls come before it.
 
--- Arguments are as wide as drivers send them: a filter may be jsonb, json or text, a key any type of key.
--- No function has two forms, so that no call with untyped parameters is ambiguous.
--- Public functions are PL/pgSQL or SQL, which raise the errors that PL/Python returns: raised by PL/Python itself,
--- an error has the name of an exception in its message and a traceback in its CONTEXT.
+-- === Type of filters ===
 
 CREATE TYPE siamese.filter;
 
@@ -48,6 +39,8 @@ CREATE CAST (jsonb AS siamese.filter) WITHOUT FUNCTION AS IMPLICIT;
 CREATE CAST (json AS siamese.filter) WITH INOUT AS IMPLICIT;
 CREATE CAST (text AS siamese.filter) WITH INOUT AS IMPLICIT;
 CREATE CAST (varchar AS siamese.filter) WITH INOUT AS IMPLICIT;
+
+-- === Type of keys ===
 
 CREATE TYPE siamese.key;
 
@@ -88,26 +81,7 @@ CREATE CAST (bigint AS siamese.key) WITH INOUT AS IMPLICIT;
 CREATE CAST (numeric AS siamese.key) WITH INOUT AS IMPLICIT;
 CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 
-CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real);
-COMMENT ON TYPE siamese.similar_image IS 'one answer of similar_images';
-
-CREATE FUNCTION siamese._raise(failure text[]) RETURNS void
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    -- SQLSTATE, message, DETAIL, HINT; RAISE takes no NULL.
-    IF failure[3] IS NOT NULL AND failure[4] IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3], HINT = failure[4];
-    ELSIF failure[3] IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3];
-    ELSIF failure[4] IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], HINT = failure[4];
-    END IF;
-    RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2];
-END
-$$;
-COMMENT ON FUNCTION siamese._raise(text[]) IS 'raise an error that PL/Python returned';
+-- === Private functions of similar_images ===
 
 CREATE FUNCTION siamese._similar_images(
     image bytea,
@@ -140,6 +114,11 @@ if 'pg_siamese @VERSION@' in GD:
 $python$;
 COMMENT ON FUNCTION siamese._match_line(text, text)
 IS 'weight and bias of match probabilities of a search''s answer; NULL outside the model''s domain';
+
+-- === Public functions ===
+
+CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real);
+COMMENT ON TYPE siamese.similar_image IS 'one answer of similar_images';
 
 CREATE FUNCTION siamese.similar_images(
     image bytea DEFAULT NULL,
@@ -185,57 +164,6 @@ $$;
 COMMENT ON FUNCTION siamese.similar_images(
     bytea, bigint, text, siamese.filter, bigint[], double precision, text, bigint
 ) IS 'the k images most similar to an image or a stored one';
-
-CREATE FUNCTION siamese._similar_keys(
-    image bytea,
-    key text,
-    k bigint,
-    collection text,
-    filter siamese.filter,
-    candidates text[],
-    max_distance double precision,
-    engine text
-) RETURNS text[]
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
-return GD['pg_siamese @VERSION@'].similar_keys(
-    plpy, image, key, k, collection, filter, candidates, max_distance, engine)
-$python$;
-COMMENT ON FUNCTION siamese._similar_keys(
-    bytea, text, bigint, text, siamese.filter, text[], double precision, text
-) IS 'search with keys of any type; returns arrays or an error';
-
-CREATE FUNCTION siamese._no_collection(relation oid, collection text) RETURNS void
-LANGUAGE plpgsql STABLE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    names text[];
-BEGIN
-    IF collection IS NULL THEN
-        RAISE EXCEPTION 'collection is null' USING ERRCODE = 'null_value_not_allowed';
-    END IF;
-    SELECT pg_catalog.array_agg(pg_catalog.format('"%s"', c.name) ORDER BY c.name) INTO names
-    FROM siamese.collections AS c WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) $1;
-    IF names IS NULL THEN
-        RAISE EXCEPTION 'first argument is not a row of a table with a collection'
-        USING ERRCODE = 'undefined_object',
-            HINT = 'Write NULL::t, with a table t for which create_collection was called.';
-    ELSIF collection OPERATOR(pg_catalog.=) '' THEN
-        RAISE EXCEPTION 'table % has several collections', relation::pg_catalog.regclass
-        USING ERRCODE = 'ambiguous_parameter',
-            HINT = pg_catalog.format('Name one as collection: %s.', pg_catalog.array_to_string(names, ', '));
-    END IF;
-    RAISE EXCEPTION 'collection "%" is not one of table %', collection, relation::pg_catalog.regclass
-    USING ERRCODE = 'undefined_object',
-        HINT = pg_catalog.format('Name one as collection: %s.', pg_catalog.array_to_string(names, ', '));
-END
-$$;
-COMMENT ON FUNCTION siamese._no_collection(oid, text) IS 'say why similar_rows has no collection to search';
 
 CREATE FUNCTION siamese.similar_rows(
     of_table anyelement,
@@ -293,20 +221,6 @@ COMMENT ON FUNCTION siamese.similar_rows(
     anyelement, bytea, bigint, text, siamese.filter, siamese.key[], double precision, text, siamese.key
 ) IS 'the k rows of a table most similar to an image or a stored row';
 
-CREATE FUNCTION siamese._classify_image(
-    image bytea, key text, k bigint, collection text, label_column text
-) RETURNS text[]
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
-return GD['pg_siamese @VERSION@'].classify_image(plpy, image, key, k, collection, label_column)
-$python$;
-COMMENT ON FUNCTION siamese._classify_image(bytea, text, bigint, text, text)
-IS 'classify an image; returns arrays or an error';
-
 CREATE FUNCTION siamese.classify_image(
     image bytea DEFAULT NULL,
     k bigint DEFAULT 10,
@@ -331,3 +245,80 @@ END
 $$;
 COMMENT ON FUNCTION siamese.classify_image(bytea, bigint, text, text, siamese.key)
 IS 'labels of the k most similar images, with their votes';
+
+-- === Private functions ===
+
+CREATE FUNCTION siamese._similar_keys(
+    image bytea,
+    key text,
+    k bigint,
+    collection text,
+    filter siamese.filter,
+    candidates text[],
+    max_distance double precision,
+    engine text
+) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].similar_keys(
+    plpy, image, key, k, collection, filter, candidates, max_distance, engine)
+$python$;
+COMMENT ON FUNCTION siamese._similar_keys(
+    bytea, text, bigint, text, siamese.filter, text[], double precision, text
+) IS 'search with keys of any type; returns arrays or an error';
+
+CREATE FUNCTION siamese._no_collection(relation oid, collection text) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    names text[];
+BEGIN
+    IF collection IS NULL THEN
+        RAISE EXCEPTION 'collection is null' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    SELECT pg_catalog.array_agg(pg_catalog.format('"%s"', c.name) ORDER BY c.name) INTO names
+    FROM siamese.collections AS c WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) $1;
+    IF names IS NULL THEN
+        RAISE EXCEPTION 'first argument is not a row of a table with a collection'
+        USING ERRCODE = 'undefined_object',
+            HINT = 'Write NULL::t, with a table t for which create_collection was called.';
+    ELSIF collection OPERATOR(pg_catalog.=) '' THEN
+        RAISE EXCEPTION 'table % has several collections', relation::pg_catalog.regclass
+        USING ERRCODE = 'ambiguous_parameter',
+            HINT = pg_catalog.format('Name one as collection: %s.', pg_catalog.array_to_string(names, ', '));
+    END IF;
+    RAISE EXCEPTION 'collection "%" is not one of table %', collection, relation::pg_catalog.regclass
+    USING ERRCODE = 'undefined_object',
+        HINT = pg_catalog.format('Name one as collection: %s.', pg_catalog.array_to_string(names, ', '));
+END
+$$;
+COMMENT ON FUNCTION siamese._no_collection(oid, text) IS 'say why similar_rows has no collection to search';
+
+CREATE FUNCTION siamese._classify_image(
+    image bytea, key text, k bigint, collection text, label_column text
+) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].classify_image(plpy, image, key, k, collection, label_column)
+$python$;
+COMMENT ON FUNCTION siamese._classify_image(bytea, text, bigint, text, text)
+IS 'classify an image; returns arrays or an error';
+
+-- A search, which is STABLE, may not run EXPLAIN. This function is VOLATILE, and has the rights of whoever
+-- searches. It explains what the search that calls it has noted in the session's memory, and nothing else.
+CREATE FUNCTION siamese._estimate() RETURNS text
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' in GD:
+    return GD['pg_siamese @VERSION@'].estimate(plpy)
+$python$;
+COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for the search that calls it';

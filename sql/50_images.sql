@@ -1,14 +1,6 @@
-CREATE FUNCTION siamese._compare_images(function text, images bytea[], model text) RETURNS text[]
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
-return GD['pg_siamese @VERSION@'].compare_images(plpy, function, images, model)
-$python$;
-COMMENT ON FUNCTION siamese._compare_images(text, bytea[], text)
-IS 'embed or compare images; returns the result or an error';
+-- Images by themselves, without a collection: embed and compare them.
+
+-- === Public functions ===
 
 CREATE FUNCTION siamese.embed_image(image bytea, model text DEFAULT '') RETURNS vector
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -72,3 +64,17 @@ END
 $$;
 COMMENT ON FUNCTION siamese.any_two_match(bytea[])
 IS 'whether two of the images match, by the default model''s threshold';
+
+-- === Private functions ===
+
+CREATE FUNCTION siamese._compare_images(function text, images bytea[], model text) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].compare_images(plpy, function, images, model)
+$python$;
+COMMENT ON FUNCTION siamese._compare_images(text, bytea[], text)
+IS 'embed or compare images; returns the result or an error';

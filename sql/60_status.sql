@@ -1,3 +1,36 @@
+-- What monitoring reads: self_check and the views. Views need the functions that they name, so these come first.
+
+-- === Public functions ===
+
+CREATE FUNCTION siamese.self_check("full" boolean DEFAULT false) RETURNS TABLE (subject text, ok boolean, detail text)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    answer text[] := siamese._self_check("full");
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN QUERY SELECT u.* FROM unnest(answer[2]::text[], answer[3]::boolean[], answer[4]::text[]) AS u;
+END
+$$;
+COMMENT ON FUNCTION siamese.self_check(boolean)
+IS 'check the installation; full: compare every image with its vector';
+
+-- === Private functions ===
+
+CREATE FUNCTION siamese._self_check("full" boolean) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].self_check(plpy, full)
+$python$;
+COMMENT ON FUNCTION siamese._self_check(boolean) IS 'check the installation; returns arrays or an error';
+
 CREATE FUNCTION siamese._may_see(relation oid) RETURNS boolean
 LANGUAGE sql STABLE PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
@@ -46,33 +79,6 @@ END
 $$;
 COMMENT ON FUNCTION siamese._collection_counts(integer) IS 'counts for the view collection_status';
 
-CREATE FUNCTION siamese._state_of_file(collection_id integer, generation bigint) RETURNS text[]
-LANGUAGE plpython3u STABLE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
-return GD['pg_siamese @VERSION@'].generation_file(plpy, collection_id, generation)
-$python$;
-COMMENT ON FUNCTION siamese._state_of_file(integer, bigint) IS 'state of a generation''s file, or an error';
-
-CREATE FUNCTION siamese._generation_file(collection_id integer, generation bigint) RETURNS text
-LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    answer text[] := siamese._state_of_file(collection_id, generation);
-BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
-    RETURN answer[2];
-END
-$$;
-COMMENT ON FUNCTION siamese._generation_file(integer, bigint)
-IS 'whether a generation''s file is on this node: present, missing or not readable';
-
 CREATE FUNCTION siamese._queue_counts(collection_id integer)
 RETURNS TABLE (waiting bigint, retrying bigint, oldest_at timestamptz, rows_per_second real)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER ROWS 1
@@ -102,6 +108,35 @@ END
 $$;
 COMMENT ON FUNCTION siamese._queue_counts(integer)
 IS 'counts for the views collection_status and embedding_queue_status';
+
+CREATE FUNCTION siamese._generation_file(collection_id integer, generation bigint) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    answer text[] := siamese._state_of_file(collection_id, generation);
+BEGIN
+    IF answer[1] IS NOT NULL THEN
+        PERFORM siamese._raise(answer);
+    END IF;
+    RETURN answer[2];
+END
+$$;
+COMMENT ON FUNCTION siamese._generation_file(integer, bigint)
+IS 'whether a generation''s file is on this node: present, missing or not readable';
+
+CREATE FUNCTION siamese._state_of_file(collection_id integer, generation bigint) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].generation_file(plpy, collection_id, generation)
+$python$;
+COMMENT ON FUNCTION siamese._state_of_file(integer, bigint) IS 'state of a generation''s file, or an error';
+
+-- === Views ===
 
 CREATE VIEW siamese.collection_status AS
 SELECT
@@ -179,116 +214,3 @@ CROSS JOIN LATERAL siamese._queue_counts(c.collection_id) AS q
 WHERE c.embed = 'deferred';
 COMMENT ON VIEW siamese.embedding_queue_status
 IS 'queued rows of deferred collections, and their rate';
-
-CREATE FUNCTION siamese._self_check("full" boolean) RETURNS text[]
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
-AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
-return GD['pg_siamese @VERSION@'].self_check(plpy, full)
-$python$;
-COMMENT ON FUNCTION siamese._self_check(boolean) IS 'check the installation; returns arrays or an error';
-
-CREATE FUNCTION siamese.self_check("full" boolean DEFAULT false) RETURNS TABLE (subject text, ok boolean, detail text)
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    answer text[] := siamese._self_check("full");
-BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
-    RETURN QUERY SELECT u.* FROM unnest(answer[2]::text[], answer[3]::boolean[], answer[4]::text[]) AS u;
-END
-$$;
-COMMENT ON FUNCTION siamese.self_check(boolean)
-IS 'check the installation; full: compare every image with its vector';
-
-CREATE FUNCTION siamese._vectors_view(collection_id integer) RETURNS regclass
-LANGUAGE sql STABLE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-    SELECT v.oid::regclass
-    FROM pg_depend AS d
-    INNER JOIN pg_rewrite AS r ON d.objid = r.oid
-    INNER JOIN pg_class AS v ON r.ev_class = v.oid
-    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
-        AND d.refobjid = to_regclass(format('siamese.embedding_%s', collection_id))
-        AND v.relkind = 'v' AND v.relnamespace = 'siamese'::regnamespace AND v.relname LIKE 'vectors\_%'
-    LIMIT 1
-$$;
-COMMENT ON FUNCTION siamese._vectors_view(integer) IS 'view of a collection''s keys and vectors';
-
-CREATE FUNCTION siamese._vectors_view_name(collection_id integer, name text) RETURNS text
-LANGUAGE plpgsql STABLE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    result text := 'vectors_' || name;
-BEGIN
-    -- Names of collections may be longer than those of views.
-    IF result <> result::name::text OR to_regclass(format('siamese.%I', result)) IS NOT NULL THEN
-        result := format('vectors_%s_%s', collection_id, left(name, 10));
-    END IF;
-    RETURN result;
-END
-$$;
-COMMENT ON FUNCTION siamese._vectors_view_name(integer, text) IS 'name for the view of a collection''s vectors';
-
-CREATE FUNCTION siamese._create_vectors_view(collection_id integer) RETURNS void
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    collection_name text := (
-        SELECT c.name FROM siamese.collections AS c WHERE c.collection_id = _create_vectors_view.collection_id);
-    view_name text := format('siamese.%I', siamese._vectors_view_name(collection_id, collection_name));
-    role text;
-BEGIN
-    -- With the rights of who reads it, so that the policy on the vectors holds.
-    EXECUTE format(
-        'CREATE VIEW %s WITH (security_invoker = true) AS
-            SELECT e.key, e.embedding FROM siamese.embedding_%s AS e', view_name, collection_id);
-    EXECUTE format('COMMENT ON VIEW %s IS %L', view_name, 'keys and vectors of collection ' || collection_name);
-    FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
-        EXECUTE format('GRANT SELECT ON %s TO %s', view_name, role);
-    END LOOP;
-END
-$$;
-COMMENT ON FUNCTION siamese._create_vectors_view(integer) IS 'create the view of a collection''s keys and vectors';
-
-CREATE FUNCTION siamese._drop_vectors_view(collection_id integer) RETURNS void
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    view_name regclass := siamese._vectors_view(collection_id);
-BEGIN
-    IF view_name IS NOT NULL THEN
-        EXECUTE format('DROP VIEW %s', view_name);
-    END IF;
-END
-$$;
-COMMENT ON FUNCTION siamese._drop_vectors_view(integer) IS 'drop the view of a collection''s keys and vectors';
-
-CREATE FUNCTION siamese._on_rename() RETURNS trigger
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off
-AS $$
-DECLARE
-    view_name regclass := siamese._vectors_view(new.collection_id);
-BEGIN
-    IF view_name IS NOT NULL THEN
-        EXECUTE format(
-            'ALTER VIEW %s RENAME TO %I', view_name, siamese._vectors_view_name(new.collection_id, new.name));
-    END IF;
-    RETURN NULL;
-END
-$$;
-COMMENT ON FUNCTION siamese._on_rename() IS 'trigger of collections: the view of vectors follows its name';
-
-CREATE TRIGGER follow_name AFTER UPDATE OF name ON siamese.collections
-FOR EACH ROW WHEN (old.name IS DISTINCT FROM new.name) EXECUTE FUNCTION siamese._on_rename();

@@ -1,71 +1,18 @@
-CREATE FUNCTION siamese._grant(role_name text, admin boolean) RETURNS void
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    target text;
-    signature text;
-    table_name text;
-BEGIN
-    SELECT quote_ident(r.rolname) INTO target FROM pg_roles AS r WHERE r.rolname = role_name;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'role "%" does not exist', role_name USING ERRCODE = 'undefined_object';
-    END IF;
-    EXECUTE format('GRANT USAGE ON SCHEMA siamese TO %s', target);
-    FOR signature IN
-        SELECT p.oid::regprocedure::text FROM pg_proc AS p
-        WHERE p.pronamespace = 'siamese'::regnamespace
-            AND (
-                p.proname IN (
-                    '_load', '_raise', 'similar_images', '_similar_images', '_match_line', 'similar_rows', '_similar_keys',
-                    '_no_collection', 'classify_image', '_classify_image', 'embed_image', 'image_distance',
-                    'same_class', 'any_two_match', '_compare_images', '_model_id', 'warm_up', '_warm_up',
-                    '_is_waiting', '_estimate', '_may_see', '_caller', '_collection_counts', '_generation_file', '_queue_counts',
-                    -- The planner calls these, as the caller, where it folds a constant.
-                    '_key_in', '_key_out', '_filter_in', '_filter_out')
-                OR (admin AND p.proname IN (
-                    'register_model', 'register_shipped_models', 'drop_model', 'create_collection',
-                    'alter_collection', 'drop_collection',
-                    'renew_collections', 'backfill', 'build_index', 'rebuild_file', 'self_check', 'grant_usage',
-                    'grant_admin', 'grant_worker', 'embed_pending'))
-            )
-    LOOP
-        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', signature, target);
-    END LOOP;
-    EXECUTE format('GRANT SELECT ON siamese.models, siamese.collections, siamese.generations TO %s', target);
-    EXECUTE format('GRANT SELECT ON siamese.collection_status TO %s', target);
-    FOR table_name IN
-        SELECT format('siamese.embedding_%1$s, siamese.pending_%1$s', c.collection_id)
-            || coalesce(', ' || siamese._vectors_view(c.collection_id)::text, '')
-        FROM siamese.collections AS c
-    LOOP
-        EXECUTE format('GRANT SELECT ON %s TO %s', table_name, target);
-    END LOOP;
-    IF to_regclass('siamese.images') IS NOT NULL THEN
-        EXECUTE format(
-            'GRANT %s ON siamese.images TO %s',
-            CASE WHEN admin THEN 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE' ELSE 'SELECT' END, target);
-    END IF;
-    IF admin THEN
-        EXECUTE format(
-            'GRANT SELECT ON siamese.failures, siamese.index_generations,
-                siamese.embedding_failures, siamese.embedding_queue_status TO %s', target);
-    END IF;
-END
-$$;
-COMMENT ON FUNCTION siamese._grant(text, boolean) IS 'grant an analyst''s or an administrator''s privileges';
+-- Who may do what. Nothing is granted to everybody.
+
+-- === Public functions ===
 
 CREATE FUNCTION siamese.grant_usage(role text) RETURNS void
-LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-AS $$ SELECT siamese._grant(role, false) $$;
+AS $$ BEGIN PERFORM siamese._grant(role, false); END $$;
 COMMENT ON FUNCTION siamese.grant_usage(text)
 IS 'let a role search; privileges on the tables of collections are granted by their owners';
 
 CREATE FUNCTION siamese.grant_admin(role text) RETURNS void
-LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-AS $$ SELECT siamese._grant(role, true) $$;
+AS $$ BEGIN PERFORM siamese._grant(role, true); END $$;
 COMMENT ON FUNCTION siamese.grant_admin(text)
 IS 'let a role register models, make its own tables collections, and build indexes';
 
@@ -128,6 +75,79 @@ END
 $$;
 COMMENT ON FUNCTION siamese.renew_grants()
 IS 'renew grants and views of vectors after an upgrade';
+
+-- === Private functions ===
+
+CREATE FUNCTION siamese._grant(role_name text, admin boolean) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    target text;
+    signature text;
+    table_name text;
+BEGIN
+    SELECT quote_ident(r.rolname) INTO target FROM pg_roles AS r WHERE r.rolname = role_name;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'role "%" does not exist', role_name USING ERRCODE = 'undefined_object';
+    END IF;
+    EXECUTE format('GRANT USAGE ON SCHEMA siamese TO %s', target);
+    FOR signature IN
+        SELECT p.oid::regprocedure::text FROM pg_proc AS p
+        WHERE p.pronamespace = 'siamese'::regnamespace
+            AND (
+                p.proname IN (
+                    '_load', '_raise', 'similar_images', '_similar_images', '_match_line', 'similar_rows', '_similar_keys',
+                    '_no_collection', 'classify_image', '_classify_image', 'embed_image', 'image_distance',
+                    'same_class', 'any_two_match', '_compare_images', '_model_id', 'warm_up', '_warm_up',
+                    '_is_waiting', '_estimate', '_may_see', '_caller', '_collection_counts', '_generation_file', '_queue_counts',
+                    -- The planner calls these, as the caller, where it folds a constant.
+                    '_key_in', '_key_out', '_filter_in', '_filter_out')
+                OR (admin AND p.proname IN (
+                    'register_model', 'register_shipped_models', 'drop_model', 'create_collection',
+                    'alter_collection', 'drop_collection',
+                    'renew_collections', 'backfill', 'build_index', 'rebuild_file', 'self_check', 'grant_usage',
+                    'grant_admin', 'grant_worker', 'embed_pending'))
+            )
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', signature, target);
+    END LOOP;
+    EXECUTE format('GRANT SELECT ON siamese.models, siamese.collections, siamese.generations TO %s', target);
+    EXECUTE format('GRANT SELECT ON siamese.collection_status TO %s', target);
+    FOR table_name IN
+        SELECT format('siamese.embedding_%1$s, siamese.pending_%1$s', c.collection_id)
+            || coalesce(', ' || siamese._vectors_view(c.collection_id)::text, '')
+        FROM siamese.collections AS c
+    LOOP
+        EXECUTE format('GRANT SELECT ON %s TO %s', table_name, target);
+    END LOOP;
+    IF to_regclass('siamese.images') IS NOT NULL THEN
+        EXECUTE format(
+            'GRANT %s ON siamese.images TO %s',
+            CASE WHEN admin THEN 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE' ELSE 'SELECT' END, target);
+    END IF;
+    IF admin THEN
+        EXECUTE format(
+            'GRANT SELECT ON siamese.failures, siamese.index_generations,
+                siamese.embedding_failures, siamese.embedding_queue_status TO %s', target);
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._grant(text, boolean) IS 'grant an analyst''s or an administrator''s privileges';
+
+CREATE FUNCTION siamese._grantees(function_name regproc) RETURNS SETOF text
+LANGUAGE sql STABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT quote_ident(r.rolname)
+    FROM pg_proc AS p
+    CROSS JOIN LATERAL aclexplode(p.proacl) AS a
+    INNER JOIN pg_roles AS r ON a.grantee = r.oid
+    WHERE p.oid = function_name AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
+$$;
+COMMENT ON FUNCTION siamese._grantees(regproc) IS 'roles that may execute a function of the extension';
+
+-- === Nothing for everybody ===
 
 REVOKE ALL ON ALL TABLES IN SCHEMA siamese FROM public;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA siamese FROM public;
