@@ -125,6 +125,7 @@ DROP FUNCTION siamese.create_collection(text, regclass, text, text, text, text, 
 DROP FUNCTION siamese.self_check();
 DROP FUNCTION siamese._create_row_functions(integer, text);
 DROP FUNCTION siamese._check_columns(integer, oid);
+DROP FUNCTION siamese._grant(text, boolean);
 DROP FUNCTION siamese._store_vectors(
     integer, text, bigint[], text[], text[], bytea[], text[], text[], bytea[], text[], text[], boolean[]
 );

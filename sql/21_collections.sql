@@ -493,10 +493,10 @@ BEGIN
     COMMENT ON COLUMN siamese.images.image IS 'the image file';
     COMMENT ON COLUMN siamese.images.source IS 'where the image came from';
     FOR role IN SELECT siamese._grantees('siamese.build_index') LOOP
-        EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON siamese.images TO %s', role);
+        EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON siamese.images TO %I', role);
     END LOOP;
     FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
-        EXECUTE format('GRANT SELECT ON siamese.images TO %s', role);
+        EXECUTE format('GRANT SELECT ON siamese.images TO %I', role);
     END LOOP;
     RETURN 'siamese.images'::regclass;
 END

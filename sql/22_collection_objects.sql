@@ -111,7 +111,7 @@ BEGIN
     EXECUTE format(
         'COMMENT ON POLICY visible_rows ON %s IS %L', table_name, 'a vector is visible with its row');
     FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
-        EXECUTE format('GRANT SELECT ON %s, %s TO %s', table_name, changes_name, role);
+        EXECUTE format('GRANT SELECT ON %s, %s TO %I', table_name, changes_name, role);
     END LOOP;
     PERFORM siamese._create_vectors_view(collection_id);
 
@@ -235,7 +235,7 @@ BEGIN
             SELECT e.key, e.embedding FROM siamese.embedding_%s AS e', view_name, collection_id);
     EXECUTE format('COMMENT ON VIEW %s IS %L', view_name, 'keys and vectors of collection ' || collection_name);
     FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
-        EXECUTE format('GRANT SELECT ON %s TO %s', view_name, role);
+        EXECUTE format('GRANT SELECT ON %s TO %I', view_name, role);
     END LOOP;
 END
 $$;

@@ -17,6 +17,7 @@ REPLACEABLE = "-- @REPLACEABLE@\n"
 _STATEMENT = re.compile(
     r"(?:\$(?P<tag>\w*)\$.*?\$(?P=tag)\$|'(?:[^']|'')*'|--[^\n]*|[^;])*?;", re.DOTALL
 )
+_BEFORE = re.compile(r"\A(?:\s+|(?:--|\\).*\n)*")
 _REPLACED = re.compile(r"CREATE (?=FUNCTION|VIEW)")
 
 
@@ -33,10 +34,9 @@ def replaceable(script: str) -> str:
 
     Each function's body names the version, so every upgrade replaces every one of them.
     """
-    text = re.sub(r"^\\.*\n|^--.*\n", "", script, flags=re.MULTILINE)
     result = []
-    for found in _STATEMENT.finditer(text):
-        statement = found[0].strip()
+    for found in _STATEMENT.finditer(script):
+        statement = _BEFORE.sub("", found[0]).strip()
         if _REPLACED.match(statement):
             result.append(_REPLACED.sub("CREATE OR REPLACE ", statement, count=1))
         elif statement.startswith("COMMENT ON "):

@@ -94,6 +94,7 @@ def test_earlier_versions_keep_their_own_number() -> None:
     [
         "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$ SELECT ';' $$;",
         "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $x$ SELECT $$;$$; -- it's one\n $x$;",
+        "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$\n-- one;\nSELECT ';'\n$$;",
         "COMMENT ON TABLE t IS 'one; it''s one';",
     ],
 )
