@@ -15,15 +15,15 @@ BEGIN
     -- one must be quick, also for single rows. Vectors of rows that are new are left-overs of changes with
     -- triggers off; numbers beyond the last vector's key have none. Arrays of items of a fixed length are
     -- cut up in no time; of texts, each slice would be looked for from the start.
-    EXECUTE format(
-        'CREATE OR REPLACE FUNCTION siamese._queue_insert_%1$s() RETURNS trigger
+    EXECUTE format($sql$
+        CREATE OR REPLACE FUNCTION siamese._queue_insert_%1$s() RETURNS trigger
         LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
         SET search_path = pg_catalog, pg_temp SET jit = off
         AS $f$
         BEGIN
             PERFORM siamese._check_table(%1$s, TG_RELID);
             IF NOT EXISTS (SELECT FROM siamese.queue_%1$s AS q WHERE q.not_before IS NULL) THEN
-                PERFORM pg_notify(''pg_siamese_queue'', ''%1$s'');
+                PERFORM pg_notify('pg_siamese_queue', '%1$s');
             END IF;
             WITH added AS MATERIALIZED (
                 SELECT array_agg(n.%2$I::%6$s) AS keys, %3$s AS first,
@@ -47,8 +47,8 @@ BEGIN
             END IF;
             RETURN NULL;
         END
-        $f$',
-        collection_id, collection.key_column,
+        $f$
+        $sql$, collection_id, collection.key_column,
         CASE WHEN is_number THEN format('min(n.%I)', collection.key_column) ELSE 'NULL' END,
         CASE WHEN is_number
             THEN format('added.first <= (SELECT max(e.key) FROM siamese.embedding_%s AS e)', collection_id)
@@ -109,9 +109,10 @@ BEGIN
         END IF;
     WHEN 'TRUNCATE' THEN
         PERFORM siamese._forget_all(number);
-        EXECUTE format(
-            'DELETE FROM siamese.queue_%1$s AS q
-            WHERE q.ticket IN (SELECT t.ticket FROM siamese.queue_%1$s AS t FOR UPDATE SKIP LOCKED)', number);
+        EXECUTE format($sql$
+            DELETE FROM siamese.queue_%1$s AS q
+            WHERE q.ticket IN (SELECT t.ticket FROM siamese.queue_%1$s AS t FOR UPDATE SKIP LOCKED)
+            $sql$, number);
     END CASE;
     RETURN NULL;
 END

@@ -22,9 +22,10 @@ BEGIN
         WHERE c.embed = 'deferred' ORDER BY c.collection_id
     LOOP
         BEGIN
-            EXECUTE format(
-                'SELECT EXISTS (SELECT FROM siamese.queue_%s AS q
-                    WHERE q.not_before IS NULL OR q.not_before <= clock_timestamp())', collection_id)
+            EXECUTE format($sql$
+                SELECT EXISTS (SELECT FROM siamese.queue_%s AS q
+                    WHERE q.not_before IS NULL OR q.not_before <= clock_timestamp())
+                $sql$, collection_id)
             INTO has_tickets;
         EXCEPTION WHEN lock_not_available OR undefined_table THEN -- Being dropped, or dropped by now.
             has_tickets := false;
@@ -61,13 +62,14 @@ BEGIN
         wanted := greatest(1, space / largest);
         found := 0;
         largest := 1;
-        FOR ticket, keys, is_suspect IN EXECUTE format(
-            'SELECT q.ticket, q.keys::text[], EXISTS (
+        FOR ticket, keys, is_suspect IN EXECUTE format($sql$
+            SELECT q.ticket, q.keys::text[], EXISTS (
                 SELECT FROM siamese.embedding_attempts AS a
                 WHERE a.collection_id = %1$s AND a.ticket = q.ticket AND a.begun > 1)
             FROM siamese.queue_%1$s AS q
             WHERE q.ticket > $1 AND (q.not_before IS NULL OR q.not_before <= clock_timestamp())
-            ORDER BY q.ticket LIMIT $2 FOR UPDATE OF q SKIP LOCKED', collection_id)
+            ORDER BY q.ticket LIMIT $2 FOR UPDATE OF q SKIP LOCKED
+            $sql$, collection_id)
         USING last, wanted
         LOOP
             IF is_suspect AND last > 0 THEN
@@ -94,7 +96,7 @@ LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 INSERT INTO siamese.embedding_attempts AS a (collection_id, ticket)
-SELECT $1, t.ticket FROM unnest($2) AS t (ticket)
+SELECT _begin_tickets.collection_id, t.ticket FROM unnest(tickets) AS t (ticket)
 ON CONFLICT (collection_id, ticket) DO UPDATE SET begun = a.begun + 1
 $$;
 COMMENT ON FUNCTION siamese._begin_tickets(integer, bigint[])
@@ -104,7 +106,8 @@ CREATE FUNCTION siamese._end_tickets(collection_id integer, tickets bigint[]) RE
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
-DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = $1 AND a.ticket = ANY($2)
+DELETE FROM siamese.embedding_attempts AS a
+WHERE a.collection_id = _end_tickets.collection_id AND a.ticket = ANY(tickets)
 $$;
 COMMENT ON FUNCTION siamese._end_tickets(integer, bigint[])
 IS 'note that a worker came to an end with these tickets, good or bad';
@@ -113,57 +116,64 @@ CREATE FUNCTION siamese._isolate_tickets(collection_id integer) RETURNS integer
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
-#variable_conflict use_column
 DECLARE
     item record;
     given_up text[] := '{}';
+    key_type text := (SELECT c.key_type FROM siamese.collections AS c
+        WHERE c.collection_id = _isolate_tickets.collection_id);
 BEGIN
     IF NOT EXISTS (
-        SELECT FROM siamese.embedding_attempts AS a WHERE a.collection_id = $1 AND a.begun > 1
+        SELECT FROM siamese.embedding_attempts AS a WHERE a.collection_id = _isolate_tickets.collection_id AND a.begun > 1
     ) THEN
         RETURN 0;
     END IF;
-    IF NOT siamese._lock_table($1) THEN
+    IF NOT siamese._lock_table(collection_id) THEN
         RETURN 0;
     END IF;
-    PERFORM siamese._let_owner_read($1, true);
-    EXECUTE format(
-        'DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = %1$s
-            AND NOT EXISTS (SELECT FROM siamese.queue_%1$s AS q WHERE q.ticket = a.ticket)', $1);
-    FOR item IN EXECUTE format(
-        'SELECT q.ticket, q.keys::text[] AS keys, a.begun
+    PERFORM siamese._let_owner_read(collection_id, true);
+    EXECUTE format($sql$
+        DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = %1$s
+            AND NOT EXISTS (SELECT FROM siamese.queue_%1$s AS q WHERE q.ticket = a.ticket)
+        $sql$, collection_id);
+    FOR item IN EXECUTE format($sql$
+        SELECT q.ticket, q.keys::text[] AS keys, a.begun
         FROM siamese.queue_%1$s AS q INNER JOIN siamese.embedding_attempts AS a USING (ticket)
         WHERE a.collection_id = %1$s AND a.begun > 1 AND (cardinality(q.keys) > 1 OR a.begun > 3)
-        FOR UPDATE OF q SKIP LOCKED', $1)
+        FOR UPDATE OF q SKIP LOCKED
+        $sql$, collection_id)
     LOOP
         IF cardinality(item.keys) > 1 THEN
-            EXECUTE format(
-                'WITH single AS (
+            EXECUTE format($sql$
+                WITH single AS (
                     INSERT INTO siamese.queue_%1$s (keys, attempts, not_before, last_error, queued_at)
                     SELECT ARRAY[k.key], q.attempts, q.not_before, q.last_error, q.queued_at
                     FROM siamese.queue_%1$s AS q CROSS JOIN unnest(q.keys) AS k (key) WHERE q.ticket = $1
                     RETURNING ticket)
                 INSERT INTO siamese.embedding_attempts (collection_id, ticket, begun)
-                SELECT %1$s, s.ticket, $2 FROM single AS s', $1)
+                SELECT %1$s, s.ticket, $2 FROM single AS s
+                $sql$, collection_id)
             USING item.ticket, item.begun;
         ELSE
             given_up := given_up || item.keys;
         END IF;
-        EXECUTE format('DELETE FROM siamese.queue_%s AS q WHERE q.ticket = $1', $1) USING item.ticket;
-        PERFORM siamese._end_tickets($1, ARRAY[item.ticket]);
+        EXECUTE format('DELETE FROM siamese.queue_%s AS q WHERE q.ticket = $1', collection_id)
+        USING item.ticket;
+        PERFORM siamese._end_tickets(collection_id, ARRAY[item.ticket]);
     END LOOP;
     -- The row may be in other tickets as well; one that nobody has died with is of an image that came later.
-    EXECUTE format(
-        'DELETE FROM siamese.queue_%1$s AS q USING siamese.embedding_attempts AS a
-        WHERE a.collection_id = %1$s AND a.ticket = q.ticket AND a.begun > 1 AND q.keys::text[] <@ $1', $1)
+    EXECUTE format($sql$
+        DELETE FROM siamese.queue_%1$s AS q USING siamese.embedding_attempts AS a
+        WHERE a.collection_id = %1$s AND a.ticket = q.ticket AND a.begun > 1 AND q.keys::text[] <@ $1
+        $sql$, collection_id)
     USING given_up;
-    DELETE FROM siamese.failures AS f WHERE f.collection_id = $1 AND f.key = ANY(given_up);
-    EXECUTE format(
-        'INSERT INTO siamese.failures (collection_id, key, sqlstate, message)
-        SELECT %1$s, p.key::text, ''58000'', ''workers died each time that they embedded this row''
+    DELETE FROM siamese.failures AS f
+    WHERE f.collection_id = _isolate_tickets.collection_id AND f.key = ANY(given_up);
+    EXECUTE format($sql$
+        INSERT INTO siamese.failures (collection_id, key, sqlstate, message)
+        SELECT %1$s, p.key::text, '58000', 'workers died each time that they embedded this row'
         FROM siamese._present_%1$s($1::%2$s[]) AS p (key) ORDER BY p.key
-        ON CONFLICT (collection_id, key) DO NOTHING',
-        $1, (SELECT c.key_type FROM siamese.collections AS c WHERE c.collection_id = $1))
+        ON CONFLICT (collection_id, key) DO NOTHING
+        $sql$, collection_id, key_type)
     USING given_up;
     RETURN cardinality(given_up);
 END
@@ -183,11 +193,11 @@ DECLARE
 BEGIN
     SELECT c.key_type INTO STRICT key_type FROM siamese.collections AS c
     WHERE c.collection_id = _read_images.collection_id AND c.embed = 'deferred';
-    RETURN QUERY EXECUTE format(
-        'SELECT r.key::text, r.image FROM siamese._rows_%1$s(ARRAY(
+    RETURN QUERY EXECUTE format($sql$
+        SELECT r.key::text, r.image FROM siamese._rows_%1$s(ARRAY(
             SELECT k.key FROM unnest($1::%2$s[]) AS k (key)
-            WHERE NOT EXISTS (SELECT FROM siamese.embedding_%1$s AS e WHERE e.key = k.key))) AS r',
-        collection_id, key_type)
+            WHERE NOT EXISTS (SELECT FROM siamese.embedding_%1$s AS e WHERE e.key = k.key))) AS r
+        $sql$, collection_id, key_type)
     USING keys;
 END
 $$;
@@ -322,9 +332,10 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    EXECUTE format(
-        'SELECT count(*) FILTER (WHERE NOT p.deleted), count(*) FILTER (WHERE p.deleted)
-        FROM siamese.pending_%s AS p', collection_id)
+    EXECUTE format($sql$
+        SELECT count(*) FILTER (WHERE NOT p.deleted), count(*) FILTER (WHERE p.deleted)
+        FROM siamese.pending_%s AS p
+        $sql$, collection_id)
     INTO added, deleted;
     IF added >= max_pending OR (deleted > 0 AND deleted >= max_dead * collection.indexed) THEN
         RETURN siamese.build_index(collection.name);

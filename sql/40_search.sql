@@ -179,22 +179,21 @@ CREATE FUNCTION siamese.similar_rows(
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
 SET jit = off
 AS $$
-#variable_conflict use_variable
 DECLARE
     found siamese.collections;
     known integer;
     answer text[];
-    relation pg_catalog.oid := (SELECT t.typrelid FROM pg_catalog.pg_type AS t
-        WHERE t.oid OPERATOR(pg_catalog.=) pg_catalog.pg_typeof($1)::pg_catalog.oid);
+    searched pg_catalog.oid := (SELECT t.typrelid FROM pg_catalog.pg_type AS t
+        WHERE t.oid OPERATOR(pg_catalog.=) pg_catalog.pg_typeof(of_table)::pg_catalog.oid);
 BEGIN
     SELECT pg_catalog.count(*) INTO known FROM siamese.collections AS c
-    WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) relation
+    WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) searched
         AND (collection OPERATOR(pg_catalog.=) '' OR c.name OPERATOR(pg_catalog.=) collection);
     IF known OPERATOR(pg_catalog.<>) 1 THEN
-        PERFORM siamese._no_collection(relation, collection);
+        PERFORM siamese._no_collection(searched, collection);
     END IF;
     SELECT c.* INTO found FROM siamese.collections AS c
-    WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) relation
+    WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) searched
         AND (collection OPERATOR(pg_catalog.=) '' OR c.name OPERATOR(pg_catalog.=) collection);
     -- First by itself: joined to an empty table, the search would never run, and a bad image go unnoticed.
     answer := siamese._similar_keys(
@@ -207,13 +206,14 @@ BEGIN
     END IF;
     -- Row by row: a join by hash would read the whole table, images and all. The names of the user's columns
     -- can't meet these, since nothing here stands by itself.
-    RETURN QUERY EXECUTE pg_catalog.format(
-        'SELECT b.item, u.distance
+    RETURN QUERY EXECUTE pg_catalog.format($sql$
+        SELECT b.item, u.distance
         FROM unnest($1::%1$s[], $2) WITH ORDINALITY AS u (key, distance, rank)
         CROSS JOIN LATERAL (
             SELECT CAST(t.* AS %2$s) AS item FROM %2$s AS t
             WHERE t.%3$I OPERATOR(pg_catalog.=) u.key OFFSET 0) AS b
-        ORDER BY u.rank', found.key_type, found.relation, found.key_column)
+        ORDER BY u.rank
+        $sql$, found.key_type, found.relation, found.key_column)
     USING answer[2], answer[3]::pg_catalog.float4[];
 END
 $$;
@@ -282,7 +282,7 @@ BEGIN
         RAISE EXCEPTION 'collection is null' USING ERRCODE = 'null_value_not_allowed';
     END IF;
     SELECT pg_catalog.array_agg(pg_catalog.format('"%s"', c.name) ORDER BY c.name) INTO names
-    FROM siamese.collections AS c WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) $1;
+    FROM siamese.collections AS c WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) _no_collection.relation;
     IF names IS NULL THEN
         RAISE EXCEPTION 'first argument is not a row of a table with a collection'
         USING ERRCODE = 'undefined_object',

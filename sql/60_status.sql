@@ -65,14 +65,15 @@ AS $$
 BEGIN
     PERFORM siamese._check_may_see(collection_id);
     -- What is pending first, for the order of locks.
-    RETURN QUERY EXECUTE format(
-        'SELECT c.rows_embedded, c.pending, c.dead FROM (SELECT
+    RETURN QUERY EXECUTE format($sql$
+        SELECT c.rows_embedded, c.pending, c.dead FROM (SELECT
             (SELECT count(*) FROM siamese.pending_%1$s AS p
                 INNER JOIN siamese.embedding_%1$s AS e USING (embedding_id) WHERE NOT p.deleted) AS pending,
             (SELECT count(*) FROM siamese.embedding_%1$s) AS rows_embedded,
             (SELECT count(*) FROM siamese.pending_%1$s AS p WHERE p.deleted
                 AND NOT EXISTS (SELECT FROM siamese.pending_%1$s AS a
-                    WHERE a.embedding_id = p.embedding_id AND NOT a.deleted)) AS dead) AS c', collection_id);
+                    WHERE a.embedding_id = p.embedding_id AND NOT a.deleted)) AS dead) AS c
+        $sql$, collection_id);
 EXCEPTION WHEN undefined_table THEN -- Dropped after this statement began: the others have their counts.
     RETURN NEXT;
 END
@@ -94,14 +95,15 @@ BEGIN
         RETURN NEXT;
         RETURN;
     END IF;
-    RETURN QUERY EXECUTE format(
-        'SELECT coalesce(sum(cardinality(q.keys)), 0)::bigint,
+    RETURN QUERY EXECUTE format($sql$
+        SELECT coalesce(sum(cardinality(q.keys)), 0)::bigint,
             coalesce(sum(cardinality(q.keys)) FILTER (WHERE q.attempts > 0), 0)::bigint,
             min(q.queued_at),
             (SELECT coalesce(sum(b.rows), 0) / 60.0 FROM siamese.embedding_batches AS b
                 WHERE b.collection_id = %1$s
-                    AND b.embedded_at > clock_timestamp() - interval ''1 minute'')::real
-        FROM siamese.queue_%1$s AS q', collection_id);
+                    AND b.embedded_at > clock_timestamp() - interval '1 minute')::real
+        FROM siamese.queue_%1$s AS q
+        $sql$, collection_id);
 EXCEPTION WHEN undefined_table THEN -- Dropped after this statement began.
     RETURN NEXT;
 END
