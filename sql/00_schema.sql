@@ -1,11 +1,12 @@
 \echo Use "CREATE EXTENSION pg_siamese CASCADE" to load this file. \quit
 
--- The schema, and what all other files need: loading the server package, raising its errors, and the role that
--- calls. In all files, a parameter that has the name of a column is written with the function's name before it, as
--- in create_collection.name. Public functions are PL/pgSQL or SQL, which raise the errors that PL/Python returns:
--- raised by PL/Python itself, an error has the name of an exception in its message and a traceback in its CONTEXT.
+-- The schema, and what all other files need: loading the server package, raising its errors, and the role
+-- that calls. In all files, a parameter that has the name of a column is qualified with the function's name,
+-- as in create_collection.name. Public functions are PL/pgSQL or SQL, which raise the errors that PL/Python
+-- returns. If PL/Python raises an error itself, its message names an exception, and its CONTEXT has a
+-- traceback.
 
-COMMENT ON SCHEMA siamese IS 'similar-image search: models, collections and search functions';
+COMMENT ON SCHEMA siamese IS 'similar-image search';
 
 CREATE FUNCTION siamese._load() RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
@@ -46,7 +47,7 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    -- SQLSTATE, message, DETAIL, HINT; RAISE takes no NULL.
+    -- SQLSTATE, message, DETAIL, HINT. RAISE takes no NULL.
     IF failure[3] IS NOT NULL AND failure[4] IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3], HINT = failure[4];
     ELSIF failure[3] IS NOT NULL THEN
@@ -67,12 +68,11 @@ AS $$
         ELSE pg_catalog.current_setting('role')::pg_catalog.name
     END
 $$;
-COMMENT ON FUNCTION siamese._caller()
-IS 'the role that the session acts as, also inside functions that run with their owner''s rights';
+COMMENT ON FUNCTION siamese._caller() IS 'role that the session acts as';
 
 CREATE FUNCTION siamese._xact_id() RETURNS xid8
 LANGUAGE plpgsql IMMUTABLE PARALLEL UNSAFE
+-- IMMUTABLE, since generated columns ask for it: dumps leave these out, and restores draw them anew.
 -- Not in SQL: each statement that calls such a function plans it anew.
 AS $$ BEGIN RETURN pg_catalog.pg_current_xact_id(); END $$;
-COMMENT ON FUNCTION siamese._xact_id()
-IS 'current transaction; declared immutable to serve generated columns, which dumps leave out and restores draw anew';
+COMMENT ON FUNCTION siamese._xact_id() IS 'current transaction ID, immutable for use in generated columns';

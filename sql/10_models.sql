@@ -13,13 +13,12 @@ CREATE TABLE siamese.models (
     registered_at timestamptz NOT NULL DEFAULT pg_catalog.now()
 );
 ALTER TABLE siamese.models ALTER COLUMN onnx SET STORAGE EXTERNAL;
-COMMENT ON TABLE siamese.models IS 'encoders: ONNX files and how to feed them; a row never changes';
+COMMENT ON TABLE siamese.models IS 'encoders: ONNX files and their input specifications; immutable';
 COMMENT ON COLUMN siamese.models.sha256 IS 'SHA-256 of the ONNX file, in hexadecimal';
 COMMENT ON COLUMN siamese.models.onnx IS 'the ONNX file';
-COMMENT ON COLUMN siamese.models.dimension IS 'numbers in an embedding';
-COMMENT ON COLUMN siamese.models.specification
-IS 'input size, normalisation, decoding limits, metric, calibration and threshold';
-COMMENT ON COLUMN siamese.models.metadata IS 'what the ONNX file says of itself';
+COMMENT ON COLUMN siamese.models.dimension IS 'number of dimensions';
+COMMENT ON COLUMN siamese.models.specification IS 'input, limits, metric, calibration and threshold';
+COMMENT ON COLUMN siamese.models.metadata IS 'metadata of the ONNX file';
 
 -- === Public functions ===
 
@@ -56,7 +55,7 @@ $$;
 COMMENT ON FUNCTION siamese.register_model(
     text, bytea, bigint, bigint, double precision[], double precision[], text, text, text, jsonb,
     double precision, bigint, bigint, double precision[]
-) IS 'check an ONNX encoder and store it under a name; returns its model_id';
+) IS 'check and store an ONNX encoder; returns its model_id';
 
 CREATE FUNCTION siamese.register_shipped_models()
 RETURNS TABLE (model text, model_id integer, registered boolean)
@@ -72,8 +71,7 @@ BEGIN
     RETURN QUERY SELECT u.* FROM unnest(answer[2]::text[], answer[3]::integer[], answer[4]::boolean[]) AS u;
 END
 $$;
-COMMENT ON FUNCTION siamese.register_shipped_models()
-IS 'register the encoders that the installation brought';
+COMMENT ON FUNCTION siamese.register_shipped_models() IS 'register the shipped encoders';
 
 CREATE FUNCTION siamese.drop_model(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -98,7 +96,7 @@ BEGIN
     DELETE FROM siamese.models AS m WHERE m.model_id = model;
 END
 $$;
-COMMENT ON FUNCTION siamese.drop_model(text) IS 'remove a model that no collection uses';
+COMMENT ON FUNCTION siamese.drop_model(text) IS 'drop an unused model';
 
 -- === Private functions ===
 
@@ -131,7 +129,7 @@ $python$;
 COMMENT ON FUNCTION siamese._register_model(
     text, bytea, bigint, bigint, double precision[], double precision[], text, text, text, jsonb,
     double precision, bigint, bigint, double precision[]
-) IS 'register a model; returns its model_id or an error';
+) IS 'register a model';
 
 CREATE FUNCTION siamese._register_shipped_models() RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
@@ -142,8 +140,7 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].register_shipped_models(plpy, '@PACKAGES@/@VERSION@/models')
 $python$;
-COMMENT ON FUNCTION siamese._register_shipped_models()
-IS 'register the installation''s encoders; returns arrays or an error';
+COMMENT ON FUNCTION siamese._register_shipped_models() IS 'register the shipped encoders';
 
 CREATE FUNCTION siamese._model_id(model text) RETURNS integer
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -175,5 +172,4 @@ BEGIN
     RETURN found_id;
 END
 $$;
-COMMENT ON FUNCTION siamese._model_id(text)
-IS 'a model by name; without one, that of collection "images", or else the only model';
+COMMENT ON FUNCTION siamese._model_id(text) IS 'ID of a model, by default the only one';

@@ -52,7 +52,7 @@ BEGIN
         RAISE EXCEPTION 'invalid value for "embed": "%"', embed
         USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "sync" or "deferred".';
     END IF;
-    -- Two that create one by the same name come one after the other, also where both make siamese.images.
+    -- Two that create one by the same name come one after the other, even if both make siamese.images.
     PERFORM pg_advisory_xact_lock(hashtext('pg_siamese create'), hashtext(name));
     IF EXISTS (SELECT FROM siamese.collections AS c WHERE c.name = create_collection.name) THEN
         RAISE EXCEPTION 'collection "%" already exists', name
@@ -129,7 +129,7 @@ END
 $$;
 COMMENT ON FUNCTION siamese.create_collection(
     text, regclass, text, text, text, text, boolean, text, bigint, bigint
-) IS 'create a collection on a table; returns rows embedded or queued';
+) IS 'create a collection; returns rows embedded or queued';
 
 CREATE FUNCTION siamese.alter_collection(
     name text,
@@ -161,7 +161,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.alter_collection(text, text, bigint, bigint)
-IS 'change settings: NULL leaves one, -1 takes the model''s limit';
+IS 'change settings; -1 means the model''s limit';
 
 CREATE FUNCTION siamese.drop_collection(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -230,8 +230,7 @@ BEGIN
     RETURN answer[2];
 END
 $$;
-COMMENT ON FUNCTION siamese.backfill(text, bigint)
-IS 'embed rows without their image''s vector; returns how many';
+COMMENT ON FUNCTION siamese.backfill(text, bigint) IS 'embed rows without a vector; returns how many';
 
 CREATE FUNCTION siamese.renew_collections() RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -245,7 +244,7 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION siamese.renew_collections() IS 'bring all collections to this version, after a restore';
+COMMENT ON FUNCTION siamese.renew_collections() IS 'update the objects of all collections';
 
 -- === Private functions: checks ===
 
@@ -279,7 +278,7 @@ DECLARE
     owner oid;
 BEGIN
     SELECT c.relowner INTO owner FROM pg_class AS c WHERE c.oid = relation;
-    -- A table that is gone has no owner to ask; the ready-made one is every administrator's.
+    -- A table that is gone has no owner to ask. The ready-made one is every administrator's.
     IF owner IS NOT NULL AND relation IS DISTINCT FROM to_regclass('siamese.images')
         AND NOT pg_has_role(siamese._caller(), owner, 'USAGE') THEN
         RAISE EXCEPTION 'must be owner of table %', relation USING ERRCODE = 'insufficient_privilege';
@@ -305,7 +304,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION siamese._check_local() IS 'refuse where a subscription brings collections';
+COMMENT ON FUNCTION siamese._check_local() IS 'refuse a subscriber''s database';
 
 CREATE FUNCTION siamese._check_relation(relation regclass, image_column text) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -390,7 +389,7 @@ BEGIN
     END CASE;
 END
 $$;
-COMMENT ON FUNCTION siamese._obstacle(regclass) IS 'why a table can''t be a collection, if it can''t';
+COMMENT ON FUNCTION siamese._obstacle(regclass) IS 'why a table cannot be a collection';
 
 CREATE FUNCTION siamese._key_type(relation regclass, column_name text) RETURNS text
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -512,7 +511,7 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].backfill(plpy, collection, max_rows)
 $python$;
-COMMENT ON FUNCTION siamese._backfill(text, bigint) IS 'embed rows; returns how many or an error';
+COMMENT ON FUNCTION siamese._backfill(text, bigint) IS 'embed rows without a vector';
 
 CREATE FUNCTION siamese._renew_collection(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -537,7 +536,7 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = vectors AND a.attname = 'image_hash') THEN
         EXECUTE format('ALTER TABLE %s ADD COLUMN image_hash bytea', vectors);
     END IF;
-    PERFORM siamese._comment_on_hashes(collection_id);
+    PERFORM siamese._comment_on_tables(collection_id);
     -- A table that is gone has no triggers, and nothing to read.
     IF NOT EXISTS (SELECT FROM pg_class AS t WHERE t.oid = collection.relation::oid) THEN
         RETURN;
@@ -560,7 +559,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION siamese._renew_collection(integer) IS 'bring a collection''s objects to this version';
+COMMENT ON FUNCTION siamese._renew_collection(integer) IS 'update a collection''s objects';
 
 CREATE FUNCTION siamese._unknown_collection(name text) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -579,7 +578,7 @@ BEGIN
         HINT = CASE WHEN answer[1] IS NULL THEN answer[2] ELSE 'Collections are listed in siamese.collections.' END;
 END
 $$;
-COMMENT ON FUNCTION siamese._unknown_collection(text) IS 'say that there is no such collection';
+COMMENT ON FUNCTION siamese._unknown_collection(text) IS 'raise that a collection does not exist';
 
 CREATE FUNCTION siamese._near_collection(name text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
@@ -590,4 +589,4 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].near_collection(plpy, name)
 $python$;
-COMMENT ON FUNCTION siamese._near_collection(text) IS 'hint on a name of no collection, or an error';
+COMMENT ON FUNCTION siamese._near_collection(text) IS 'hint on an unknown collection''s name';

@@ -1,12 +1,13 @@
--- What a collection consists of, all of it private: locks, tables of vectors, the view of them, functions that read
--- the table with its owner's rights, and triggers that keep vectors in step with images.
+-- What a collection consists of, all of it private. There are locks, tables of vectors with a view of them,
+-- functions that read the table with its owner's rights, and triggers.
 
 -- === Locks ===
 
--- Whatever locks several objects of a collection takes them in this order, so that nobody waits for anybody in
--- a circle: the lock of its index builds, the row in siamese.collections (FOR KEY SHARE), the view of vectors, the
--- table, whatever is made for it (pending_N before embedding_N), and at last the row for good. A statement on the
--- table has its lock when our triggers run. All else that goes on to read or write vectors takes it first.
+-- Whatever locks several objects of a collection takes them in one order, so that nobody waits in a circle.
+-- First comes the lock of its index builds, then the row in siamese.collections (FOR KEY SHARE). Then come
+-- the view of vectors, the table, and whatever is made for it (pending_N before embedding_N). The row for
+-- good comes last. A statement on the table has its lock when our triggers run. All else that goes on to read
+-- or write vectors takes it first.
 CREATE FUNCTION siamese._lock_relation(relation regclass, lock_mode text) RETURNS boolean
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
@@ -86,8 +87,6 @@ BEGIN
             embedding %s(%s) NOT NULL,
             image_hash bytea)
         $sql$, table_name, key_type, vector_type, dimension);
-    EXECUTE format('COMMENT ON TABLE %s IS %L', table_name, 'vectors of collection ' || collection.name);
-    PERFORM siamese._comment_on_hashes(collection_id);
     EXECUTE format($sql$
         CREATE TABLE %s (
             embedding_id bigint NOT NULL,
@@ -96,9 +95,6 @@ BEGIN
             PRIMARY KEY (embedding_id, deleted))
         $sql$, changes_name);
     EXECUTE format('CREATE INDEX ON %s (xact_id)', changes_name);
-    EXECUTE format(
-        'COMMENT ON TABLE %s IS %L', changes_name,
-        'vectors added and deleted that no index generation of collection ' || collection.name || ' knows of');
 
     -- What the caller may see of the table decides what it may see of the vectors.
     EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', table_name);
@@ -112,28 +108,38 @@ BEGIN
         EXECUTE format('GRANT SELECT ON %s, %s TO %I', table_name, changes_name, role);
     END LOOP;
     PERFORM siamese._create_vectors_view(collection_id);
-
     PERFORM siamese._create_row_functions(collection_id);
     IF collection.embed = 'deferred' THEN
         PERFORM siamese._create_queue(collection_id);
     END IF;
+    PERFORM siamese._comment_on_tables(collection_id);
     PERFORM siamese._create_triggers(collection_id);
 END
 $$;
-COMMENT ON FUNCTION siamese._create_vector_tables(integer)
-IS 'create the tables, the policy and the triggers of a collection';
+COMMENT ON FUNCTION siamese._create_vector_tables(integer) IS 'create the objects of a collection';
 
-CREATE FUNCTION siamese._comment_on_hashes(collection_id integer) RETURNS void
+CREATE FUNCTION siamese._comment_on_tables(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    collection siamese.collections;
+    item text[];
 BEGIN
-    EXECUTE format(
-        'COMMENT ON COLUMN siamese.embedding_%s.image_hash IS %L', collection_id,
-        'first 16 bytes of the embedded image''s SHA-256');
+    SELECT c.* INTO STRICT collection FROM siamese.collections AS c
+    WHERE c.collection_id = _comment_on_tables.collection_id;
+    FOREACH item SLICE 1 IN ARRAY ARRAY[
+        ['TABLE siamese.pending_%s', format('changes of collection %s that are not indexed', collection.name)],
+        ['TABLE siamese.embedding_%s', format('vectors of collection %s', collection.name)],
+        ['COLUMN siamese.embedding_%s.image_hash', 'first 16 bytes of the image''s SHA-256'],
+        ['TABLE siamese.queue_%s', format('queue of collection %s', collection.name)]]
+    LOOP
+        CONTINUE WHEN item[1] LIKE '%queue%' AND collection.embed <> 'deferred';
+        EXECUTE format('COMMENT ON %s IS %L', format(item[1], collection_id), item[2]);
+    END LOOP;
 END
 $$;
-COMMENT ON FUNCTION siamese._comment_on_hashes(integer) IS 'describe the hashes of a collection';
+COMMENT ON FUNCTION siamese._comment_on_tables(integer) IS 'describe the tables of a collection';
 
 CREATE FUNCTION siamese._forget_vectors(collection_id integer, keys text[]) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -181,8 +187,7 @@ BEGIN
     END;
 END
 $$;
-COMMENT ON FUNCTION siamese._forget_vectors(integer, text[])
-IS 'delete the vectors of rows that are changed or gone, and what is known of their failures';
+COMMENT ON FUNCTION siamese._forget_vectors(integer, text[]) IS 'delete vectors and failures of changed rows';
 
 CREATE FUNCTION siamese._forget_all(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -197,7 +202,7 @@ BEGIN
     DELETE FROM siamese.failures AS f WHERE f.collection_id = _forget_all.collection_id;
 END
 $$;
-COMMENT ON FUNCTION siamese._forget_all(integer) IS 'delete all vectors of a collection, after TRUNCATE';
+COMMENT ON FUNCTION siamese._forget_all(integer) IS 'delete all vectors, after TRUNCATE';
 
 -- === View of vectors ===
 
@@ -222,7 +227,7 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION siamese._create_vectors_view(integer) IS 'create the view of a collection''s keys and vectors';
+COMMENT ON FUNCTION siamese._create_vectors_view(integer) IS 'create the view of keys and vectors';
 
 CREATE FUNCTION siamese._drop_vectors_view(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -236,7 +241,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION siamese._drop_vectors_view(integer) IS 'drop the view of a collection''s keys and vectors';
+COMMENT ON FUNCTION siamese._drop_vectors_view(integer) IS 'drop the view of keys and vectors';
 
 CREATE FUNCTION siamese._vectors_view(collection_id integer) RETURNS regclass
 LANGUAGE sql STABLE PARALLEL UNSAFE
@@ -251,7 +256,7 @@ AS $$
         AND v.relkind = 'v' AND v.relnamespace = 'siamese'::regnamespace AND v.relname LIKE 'vectors\_%'
     LIMIT 1
 $$;
-COMMENT ON FUNCTION siamese._vectors_view(integer) IS 'view of a collection''s keys and vectors';
+COMMENT ON FUNCTION siamese._vectors_view(integer) IS 'view of keys and vectors';
 
 CREATE FUNCTION siamese._vectors_view_name(collection_id integer, name text) RETURNS text
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -267,7 +272,7 @@ BEGIN
     RETURN result;
 END
 $$;
-COMMENT ON FUNCTION siamese._vectors_view_name(integer, text) IS 'name for the view of a collection''s vectors';
+COMMENT ON FUNCTION siamese._vectors_view_name(integer, text) IS 'name for the view of vectors';
 
 CREATE FUNCTION siamese._on_rename() RETURNS trigger
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -283,7 +288,7 @@ BEGIN
     RETURN NULL;
 END
 $$;
-COMMENT ON FUNCTION siamese._on_rename() IS 'trigger of collections: the view of vectors follows its name';
+COMMENT ON FUNCTION siamese._on_rename() IS 'trigger that renames the view of vectors';
 
 CREATE TRIGGER follow_name AFTER UPDATE OF name ON siamese.collections
 FOR EACH ROW WHEN (old.name IS DISTINCT FROM new.name) EXECUTE FUNCTION siamese._on_rename();
@@ -312,28 +317,28 @@ BEGIN
     EXECUTE format(
         'COMMENT ON VIEW siamese.source_%s IS %L', collection_id, 'rows of collection ' || collection.name);
     result := format('TABLE (key %s, image bytea)', collection.key_type);
-    -- Indexes and statistics of the table may hold code of its owner, which planning a query runs. So
-    -- triggers and backfill, which have the rights of a superuser, read the table through functions
-    -- that have those of its owner. An owner may alter a function (its rights, its search path), but not
-    -- what is in it: one that does not run as its owner ends before it looks at the table. Keys from a
-    -- subquery are unknown to the planner: it makes one plan for all, instead of one at each call.
+    -- Indexes and statistics of the table may hold code of its owner, which planning a query runs. Triggers
+    -- and backfill have the rights of a superuser. So they read the table through functions that have those
+    -- of its owner. An owner may alter a function (its rights, its search path), but not what is in it. One
+    -- that does not run as its owner ends before it looks at the table. Keys from a subquery are unknown to
+    -- the planner: it makes one plan for all, instead of one at each call.
     FOREACH item SLICE 1 IN ARRAY ARRAY[
-        ['keys', '', 'SETOF ' || collection.key_type, 'SELECT v.key::%1$s FROM %2$s AS v', 'keys of all rows'],
+        ['keys', '', 'SETOF ' || collection.key_type, 'SELECT v.key::%1$s FROM %2$s AS v', 'keys'],
         ['present', 'keys %s[]', 'SETOF ' || collection.key_type,
-            'SELECT v.key::%1$s FROM %2$s AS v WHERE v.key = ANY(keys)', 'those keys that have a row'],
+            'SELECT v.key::%1$s FROM %2$s AS v WHERE v.key = ANY(keys)', 'keys that have a row'],
         ['rows', 'keys %s[]', result,
-            'SELECT v.key::%1$s, v.image FROM %2$s AS v WHERE v.key = ANY((SELECT keys)::%1$s[])', 'rows of some keys'],
+            'SELECT v.key::%1$s, v.image FROM %2$s AS v WHERE v.key = ANY((SELECT keys)::%1$s[])', 'rows'],
         ['locked_rows', 'keys %s[]', result,
             'SELECT v.key::%1$s, v.image FROM %2$s AS v WHERE v.key = ANY((SELECT keys)::%1$s[])
                 FOR NO KEY UPDATE OF v SKIP LOCKED',
             -- Not FOR SHARE: two that embed the same row would both store it, and wait for each other.
-            'rows of some keys, locked, without those that others have locked'],
+            'rows, locked, skipping locked ones'],
         ['hashes', 'keys %s[], max_bytes bigint', format('TABLE (key %s, image_hash bytea)', collection.key_type),
             'SELECT s.key::%1$s, substring(sha256(s.image) FROM 1 FOR 16) FROM (
                 SELECT v.key, v.image, sum(octet_length(v.image)) OVER (ROWS UNBOUNDED PRECEDING)
                     - octet_length(v.image) AS before
                 FROM %2$s AS v WHERE v.key = ANY(keys)) AS s
-            WHERE s.before < max_bytes', 'hashes of the images of some keys']]
+            WHERE s.before < max_bytes', 'image hashes']]
     LOOP
         EXECUTE format($sql$
             CREATE OR REPLACE FUNCTION siamese._%1$s_%2$s(%3$s) RETURNS %4$s
@@ -359,13 +364,12 @@ BEGIN
         EXECUTE format('REVOKE ALL ON FUNCTION siamese._%s_%s FROM public', item[1], collection_id);
         EXECUTE format(
             'COMMENT ON FUNCTION siamese._%s_%s IS %L', item[1], collection_id,
-            format('%s of collection %s, with the rights of the table''s owner', item[5], collection.name));
+            format('%s of collection %s, read as its owner', item[5], collection.name));
     END LOOP;
     PERFORM siamese._give_to_owner(collection_id);
 END
 $$;
-COMMENT ON FUNCTION siamese._create_row_functions(integer)
-IS 'create what reads a collection''s table as its owner';
+COMMENT ON FUNCTION siamese._create_row_functions(integer) IS 'create what reads the table as its owner';
 
 CREATE FUNCTION siamese._row_function_names(collection_id integer) RETURNS text[]
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
@@ -374,7 +378,7 @@ AS $$
 SELECT array_agg(format('_%s_%s', f.name, collection_id))
 FROM unnest(ARRAY['keys', 'present', 'rows', 'locked_rows', 'hashes']) AS f (name)
 $$;
-COMMENT ON FUNCTION siamese._row_function_names(integer) IS 'functions that read a collection''s table';
+COMMENT ON FUNCTION siamese._row_function_names(integer) IS 'names of the row functions';
 
 CREATE FUNCTION siamese._give_to_owner(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -478,7 +482,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._let_owner_read(integer, boolean)
-IS 'mend the row functions, or say why they can''t read';
+IS 'repair the row functions, or report why they fail';
 
 CREATE FUNCTION siamese._refuse_old(collection_id integer) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -543,8 +547,9 @@ DECLARE
 BEGIN
     -- Transition tables are visible here only.
     IF TG_OP <> 'TRUNCATE' THEN
-        -- A session keeps what TRIGGER_QUERY (catalog.py) found while the versions of all rows that it read are
-        -- the same, and so are privileges and the name of pgvector's type, which is all that the CASE is for.
+        -- A session keeps what TRIGGER_QUERY (catalog.py) found while the versions of all rows that it read
+        -- are the same. Privileges and the name of pgvector's type must be the same, too. The CASE is for
+        -- that name only.
         SELECT
             quote_ident(c.key_column),
             CASE WHEN k.attnum = 1 THEN 1 WHEN k.attnum = 2 AND i.attnum = 1 THEN 2 END,
@@ -576,8 +581,8 @@ BEGIN
                 PERFORM siamese._check_table(number, TG_RELID);
             END IF;
             -- Casts could be code of the owner, too, but not what format calls. A statement that stands here
-            -- keeps its plan, for each trigger. It can't have the key's name, but its place, if that is sure;
-            -- cmin and cmax are names that no other column has.
+            -- keeps its plan, for each trigger. It can't have the key's name, but its place, if that is sure.
+            -- No other column can have the names cmin and cmax.
             IF TG_OP = 'INSERT' AND key_place = 1 THEN
                 SELECT array_agg(format('%s', n.cmin)) INTO keys FROM new_rows AS n (cmin);
             ELSIF TG_OP = 'INSERT' AND key_place = 2 THEN
@@ -586,7 +591,7 @@ BEGIN
                 query := CASE TG_OP
                     WHEN 'INSERT' THEN format($sql$SELECT array_agg(format('%%s', n.%s)) FROM new_rows AS n$sql$, key_column)
                     WHEN 'DELETE' THEN format($sql$SELECT array_agg(format('%%s', o.%s)) FROM old_rows AS o$sql$, key_column)
-                    -- NULL where that is, since no image can have changed.
+                    -- NULL if that is, since no image can have changed.
                     ELSE 'SELECT c.keys::text[] FROM ('
                         || siamese._changed_keys_query(number, TG_RELID) || ') AS c' END;
             END IF;
@@ -605,8 +610,7 @@ BEGIN
     RETURN NULL;
 END
 $$;
-COMMENT ON FUNCTION siamese._on_change()
-IS 'statement trigger of a collection''s table: keeps the vectors in step with the images';
+COMMENT ON FUNCTION siamese._on_change() IS 'statement trigger of sync collections';
 
 CREATE FUNCTION siamese._follow_change(
     event text, collection_id integer, relation oid, keys text[], versions text
@@ -654,7 +658,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._follow_without_packages(text, integer, oid, text[])
-IS 'follow a statement that needs no embedding, if it does';
+IS 'follow a statement that needs no embedding';
 
 CREATE FUNCTION siamese._check_table(collection_id integer, relation oid) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -670,7 +674,7 @@ BEGIN
     IF collection.relation::oid IS DISTINCT FROM relation THEN
         RAISE EXCEPTION 'table % has a trigger of another collection', relation::regclass
         USING ERRCODE = 'object_not_in_prerequisite_state',
-            DETAIL = format('It calls for collection number %s, as after a copy of the table with its triggers.', collection_id),
+            DETAIL = format('It refers to collection number %s, as after a copy of the table with its triggers.', collection_id),
             HINT = 'Call create_collection for this table, which removes such triggers, or drop them.';
     END IF;
     IF source IS NULL THEN
@@ -690,7 +694,7 @@ BEGIN
                     AND d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
                     AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum)
     ) < 2 THEN
-        RAISE EXCEPTION 'collection "%" does not match its table any more', collection.name
+        RAISE EXCEPTION 'collection "%" no longer matches its table', collection.name
         USING ERRCODE = 'object_not_in_prerequisite_state',
             DETAIL = 'A column may have been renamed, or have another type.',
             HINT = 'Drop the collection and create it again.';
@@ -714,7 +718,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION siamese._check_table(integer, oid) IS 'check that a trigger''s table is the collection''s';
+COMMENT ON FUNCTION siamese._check_table(integer, oid) IS 'check that the table still matches the collection';
 
 CREATE FUNCTION siamese._triggers(OUT relation regclass, OUT name name, OUT collection_id integer)
 RETURNS SETOF record
@@ -734,13 +738,13 @@ COMMENT ON FUNCTION siamese._triggers() IS 'triggers of all collections, also co
 
 -- === Which rows an UPDATE changed ===
 
--- A statement trigger with transition tables can't tell which columns were set, and to compare images it
--- would read all of them twice. So a row trigger for the two columns leaves a note for the rest of the
--- transaction. It fires before the statement triggers of its query, and for each part of one that has
--- several (WITH ... UPDATE), where column lists of statement triggers can miss one. Without a note both
--- columns hold what they held, unless a BEFORE trigger for rows has changed them: so where there is one,
--- or the row trigger is not as it was made, or this snapshot may not show which triggers there are, images
--- are compared.
+-- A statement trigger with transition tables can't tell which columns were set. To compare images it would
+-- read all of them twice. So a row trigger for the two columns leaves a note for the rest of the transaction.
+-- It fires before the statement triggers of its query, and for each part of one that has several (WITH ...
+-- UPDATE). Column lists of statement triggers can miss such a part. Without a note both columns hold what
+-- they held, unless a BEFORE trigger for rows has changed them. So images are compared if there is one, or if
+-- the row trigger is not as it was made. They are compared, too, if this snapshot may not show which triggers
+-- there are.
 CREATE FUNCTION siamese._changed_keys_query(collection_id integer, relation oid) RETURNS text
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
@@ -790,7 +794,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._changed_keys_query(integer, oid)
-IS 'query of an UPDATE''s changed keys, NULL for none';
+IS 'query of an UPDATE''s changed keys, or NULL';
 
 CREATE FUNCTION siamese._note_change() RETURNS trigger
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -818,5 +822,4 @@ BEGIN
         $sql$, collection_id, collection.key_column, collection.image_column, collection.relation);
 END
 $$;
-COMMENT ON FUNCTION siamese._create_change_trigger(integer)
-IS 'create the row trigger of key and image';
+COMMENT ON FUNCTION siamese._create_change_trigger(integer) IS 'create the row trigger';

@@ -11,10 +11,10 @@ BEGIN
     SELECT c.* INTO collection FROM siamese.collections AS c
     WHERE c.collection_id = _create_insert_trigger.collection_id;
     is_number := collection.key_type IN ('integer', 'bigint');
-    -- One for each collection, since a session keeps the plans of what stands in a function as it is: this
+    -- One for each collection, since a session keeps the plans of what stands in a function as it is. This
     -- one must be quick, also for single rows. Vectors of rows that are new are left-overs of changes with
-    -- triggers off; numbers beyond the last vector's key have none. Arrays of items of a fixed length are
-    -- cut up in no time; of texts, each slice would be looked for from the start.
+    -- triggers off. Numbers beyond the last vector's key have none. Arrays of items of a fixed length are cut
+    -- up in no time. Of texts, each slice would be looked for from the start.
     EXECUTE format($sql$
         CREATE OR REPLACE FUNCTION siamese._queue_insert_%1$s() RETURNS trigger
         LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -63,11 +63,11 @@ BEGIN
     EXECUTE format('REVOKE ALL ON FUNCTION siamese._queue_insert_%s FROM public', collection_id);
     EXECUTE format(
         'COMMENT ON FUNCTION siamese._queue_insert_%s IS %L', collection_id,
-        'statement trigger of collection ' || collection.name || ': queues rows that are inserted');
+        'insert trigger of collection ' || collection.name);
 END
 $$;
 COMMENT ON FUNCTION siamese._create_insert_trigger(integer)
-IS 'create the function that queues the inserted rows of a collection';
+IS 'create the function that queues inserted rows';
 
 CREATE FUNCTION siamese._queue_change() RETURNS trigger
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -117,5 +117,4 @@ BEGIN
     RETURN NULL;
 END
 $$;
-COMMENT ON FUNCTION siamese._queue_change()
-IS 'statement trigger of a table that is embedded later: forgets old vectors and queues the rows';
+COMMENT ON FUNCTION siamese._queue_change() IS 'statement trigger of deferred collections';

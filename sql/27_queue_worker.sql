@@ -1,7 +1,7 @@
--- What workers and embed_pending call: take tickets, read their images, store results, build the index if needed.
--- An image that kills who embeds it must not do so for ever. What a worker begins with, it notes over another
--- connection, which a crash doesn't roll back; tickets that workers keep dying with are cut up and taken one
--- by one, and at last given up.
+-- What workers and embed_pending call: take tickets, read their images, store results, build the index if
+-- needed. An image that crashes a worker must not do so permanently. A worker records what it begins over
+-- another connection, which a crash doesn't roll back. Tickets that crash workers again and again are split,
+-- taken one by one, and at last given up.
 
 -- === Tickets ===
 
@@ -36,7 +36,7 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION siamese._queued_collections() IS 'collections with something to embed now';
+COMMENT ON FUNCTION siamese._queued_collections() IS 'collections with due tickets';
 
 CREATE FUNCTION siamese._take_tickets(collection_id integer, max_rows integer)
 RETURNS TABLE (ticket bigint, keys text[])
@@ -56,8 +56,8 @@ BEGIN
         RETURN;
     END IF;
     PERFORM siamese._let_owner_read(collection_id, true);
-    -- No more than needed, since others leave out what is locked here: small steps where tickets are large.
-    -- What a worker may have died of comes alone, so that nothing else is suspected with it.
+    -- No more than needed, since others leave out what is locked here. So steps are small if tickets are
+    -- large. What a worker may have died of comes alone, so that nothing else is suspected with it.
     LOOP
         wanted := greatest(1, space / largest);
         found := 0;
@@ -89,7 +89,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._take_tickets(integer, integer)
-IS 'lock tickets of about so many rows, for the rest of the transaction; those that others have are left out';
+IS 'lock tickets of about max_rows rows, skipping locked ones';
 
 CREATE FUNCTION siamese._begin_tickets(collection_id integer, tickets bigint[]) RETURNS void
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -99,8 +99,7 @@ INSERT INTO siamese.embedding_attempts AS a (collection_id, ticket)
 SELECT _begin_tickets.collection_id, t.ticket FROM unnest(tickets) AS t (ticket)
 ON CONFLICT (collection_id, ticket) DO UPDATE SET begun = a.begun + 1
 $$;
-COMMENT ON FUNCTION siamese._begin_tickets(integer, bigint[])
-IS 'note that a worker begins with these tickets; not in the transaction that has locked them';
+COMMENT ON FUNCTION siamese._begin_tickets(integer, bigint[]) IS 'record the start of these tickets';
 
 CREATE FUNCTION siamese._end_tickets(collection_id integer, tickets bigint[]) RETURNS void
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -109,8 +108,7 @@ AS $$
 DELETE FROM siamese.embedding_attempts AS a
 WHERE a.collection_id = _end_tickets.collection_id AND a.ticket = ANY(tickets)
 $$;
-COMMENT ON FUNCTION siamese._end_tickets(integer, bigint[])
-IS 'note that a worker came to an end with these tickets, good or bad';
+COMMENT ON FUNCTION siamese._end_tickets(integer, bigint[]) IS 'clear the start of these tickets';
 
 CREATE FUNCTION siamese._isolate_tickets(collection_id integer) RETURNS integer
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -160,7 +158,7 @@ BEGIN
         USING item.ticket;
         PERFORM siamese._end_tickets(collection_id, ARRAY[item.ticket]);
     END LOOP;
-    -- The row may be in other tickets as well; one that nobody has died with is of an image that came later.
+    -- The row may be in other tickets as well. One that nobody has died with is of an image that came later.
     EXECUTE format($sql$
         DELETE FROM siamese.queue_%1$s AS q USING siamese.embedding_attempts AS a
         WHERE a.collection_id = %1$s AND a.ticket = q.ticket AND a.begun > 1 AND q.keys::text[] <@ $1
@@ -170,7 +168,7 @@ BEGIN
     WHERE f.collection_id = _isolate_tickets.collection_id AND f.key = ANY(given_up);
     EXECUTE format($sql$
         INSERT INTO siamese.failures (collection_id, key, sqlstate, message)
-        SELECT %1$s, p.key::text, '58000', 'workers died each time that they embedded this row'
+        SELECT %1$s, p.key::text, '58000', 'workers crashed each time they embedded this row'
         FROM siamese._present_%1$s($1::%2$s[]) AS p (key) ORDER BY p.key
         ON CONFLICT (collection_id, key) DO NOTHING
         $sql$, collection_id, key_type)
@@ -178,8 +176,7 @@ BEGIN
     RETURN cardinality(given_up);
 END
 $$;
-COMMENT ON FUNCTION siamese._isolate_tickets(integer)
-IS 'cut up the tickets that workers have died with, and give those up that they keep dying with; returns how many';
+COMMENT ON FUNCTION siamese._isolate_tickets(integer) IS 'split or give up tickets that crash workers';
 
 -- === Images and results ===
 
@@ -201,13 +198,12 @@ BEGIN
     USING keys;
 END
 $$;
-COMMENT ON FUNCTION siamese._read_images(integer, text[])
-IS 'images of those rows of a deferred collection that are there and have no vector';
+COMMENT ON FUNCTION siamese._read_images(integer, text[]) IS 'images of queued rows without a vector';
 
 CREATE TYPE siamese.embedding_result AS (
     key text, digest bytea, embedding text, sqlstate text, message text, may_retry boolean
 );
-COMMENT ON TYPE siamese.embedding_result IS 'a row''s vector or failure, and its image''s SHA-256';
+COMMENT ON TYPE siamese.embedding_result IS 'vector or failure of a row';
 
 CREATE FUNCTION siamese._store_vectors(
     collection_id integer,
@@ -306,7 +302,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._store_vectors(integer, text, bigint[], text[], siamese.embedding_result[])
-IS 'store results whose images are still the same; returns vectors stored';
+IS 'store results of unchanged images; returns vectors stored';
 
 -- === Index ===
 
@@ -344,4 +340,4 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._build_if_needed(integer, bigint, real)
-IS 'build a collection''s index where so many vectors are pending, or such a share of it is dead, and nobody else does';
+IS 'build the index if enough vectors are pending or dead';

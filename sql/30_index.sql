@@ -22,7 +22,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.build_index(text, bigint, bigint, double precision, bigint)
-IS 'build and publish a FAISS generation; returns its number';
+IS 'build and publish an index; returns its generation';
 
 CREATE FUNCTION siamese.rebuild_file(collection text DEFAULT 'images') RETURNS bigint
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
@@ -37,8 +37,7 @@ BEGIN
     RETURN answer[2];
 END
 $$;
-COMMENT ON FUNCTION siamese.rebuild_file(text)
-IS 'make a standby''s own file of the current generation';
+COMMENT ON FUNCTION siamese.rebuild_file(text) IS 'rebuild this standby''s index file';
 
 CREATE FUNCTION siamese.warm_up(collection text DEFAULT 'images')
 RETURNS TABLE (engine text, detail text)
@@ -54,8 +53,7 @@ BEGIN
     FROM unnest(answer[2]::pg_catalog.text[], answer[3]::pg_catalog.text[]) AS s (engine, detail);
 END
 $$;
-COMMENT ON FUNCTION siamese.warm_up(text)
-IS 'open a collection''s model and index in this session';
+COMMENT ON FUNCTION siamese.warm_up(text) IS 'preload model and index';
 
 -- === Private functions ===
 
@@ -72,7 +70,7 @@ return GD['pg_siamese @VERSION@'].build_index(
     plpy, collection, m, ef_construction, target_recall, threads)
 $python$;
 COMMENT ON FUNCTION siamese._build_index(text, bigint, bigint, double precision, bigint)
-IS 'build a generation; returns its number or an error';
+IS 'build a generation';
 
 -- STABLE, as the function that calls it: all that it reads must be of one snapshot.
 CREATE FUNCTION siamese._rebuild_file(collection text) RETURNS text[]
@@ -84,7 +82,7 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].rebuild_file(plpy, collection)
 $python$;
-COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'make a standby''s file; returns its number or an error';
+COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'rebuild this standby''s index file';
 
 CREATE FUNCTION siamese._warm_up(collection text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
@@ -95,7 +93,7 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].warm_up(plpy, collection)
 $python$;
-COMMENT ON FUNCTION siamese._warm_up(text) IS 'open model and index; returns arrays or an error';
+COMMENT ON FUNCTION siamese._warm_up(text) IS 'preload model and index';
 
 CREATE FUNCTION siamese._next_generation() RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -115,4 +113,4 @@ BEGIN
     RETURN found;
 END
 $$;
-COMMENT ON FUNCTION siamese._next_generation() IS 'draw the number of a new index generation';
+COMMENT ON FUNCTION siamese._next_generation() IS 'draw the number of a new generation';

@@ -104,7 +104,7 @@ return GD['pg_siamese @VERSION@'].similar_images(
 $python$;
 COMMENT ON FUNCTION siamese._similar_images(
     bytea, bigint, bigint, text, siamese.filter, bigint[], double precision, text
-) IS 'search by image or image_id; returns arrays or an error';
+) IS 'search with keys of type bigint';
 
 CREATE FUNCTION siamese._match_line(model_id text, query text) RETURNS double precision[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
@@ -113,7 +113,7 @@ if 'pg_siamese @VERSION@' in GD:
     return GD['pg_siamese @VERSION@'].match_line(plpy, model_id, query)
 $python$;
 COMMENT ON FUNCTION siamese._match_line(text, text)
-IS 'weight and bias of match probabilities of a search''s answer; NULL outside the model''s domain';
+IS 'weight and bias of match probabilities within the domain';
 
 -- === Public functions ===
 
@@ -151,7 +151,7 @@ AS $$
             max_distance, engine) AS answer
         OFFSET 0
     ) AS a
-    -- Of one row, as an aggregate is, the planner leaves it out where nobody asks for the similarity.
+    -- Of one row, as an aggregate is, the planner leaves it out if nobody asks for the similarity.
     LEFT JOIN LATERAL (
         SELECT pg_catalog.max(l.line) AS line FROM siamese._match_line(a.answer[4], a.answer[5]) AS l (line)
     ) AS m ON true
@@ -163,7 +163,7 @@ AS $$
 $$;
 COMMENT ON FUNCTION siamese.similar_images(
     bytea, bigint, text, siamese.filter, bigint[], double precision, text, bigint
-) IS 'the k images most similar to an image or a stored one';
+) IS 'k nearest images of a collection';
 
 CREATE FUNCTION siamese.similar_rows(
     of_table anyelement,
@@ -219,7 +219,7 @@ END
 $$;
 COMMENT ON FUNCTION siamese.similar_rows(
     anyelement, bytea, bigint, text, siamese.filter, siamese.key[], double precision, text, siamese.key
-) IS 'the k rows of a table most similar to an image or a stored row';
+) IS 'k nearest rows of any collection''s table';
 
 CREATE FUNCTION siamese.classify_image(
     image bytea DEFAULT NULL,
@@ -244,7 +244,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.classify_image(bytea, bigint, text, text, siamese.key)
-IS 'labels of the k most similar images, with their votes';
+IS 'labels of the k nearest images, with votes';
 
 -- === Private functions ===
 
@@ -269,7 +269,7 @@ return GD['pg_siamese @VERSION@'].similar_keys(
 $python$;
 COMMENT ON FUNCTION siamese._similar_keys(
     bytea, text, bigint, text, siamese.filter, text[], double precision, text
-) IS 'search with keys of any type; returns arrays or an error';
+) IS 'search with keys of any type';
 
 CREATE FUNCTION siamese._no_collection(relation oid, collection text) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -297,7 +297,7 @@ BEGIN
         HINT = pg_catalog.format('Name one as collection: %s.', pg_catalog.array_to_string(names, ', '));
 END
 $$;
-COMMENT ON FUNCTION siamese._no_collection(oid, text) IS 'say why similar_rows has no collection to search';
+COMMENT ON FUNCTION siamese._no_collection(oid, text) IS 'raise why similar_rows has no collection';
 
 CREATE FUNCTION siamese._classify_image(
     image bytea, key text, k bigint, collection text, label_column text
@@ -310,8 +310,7 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].classify_image(plpy, image, key, k, collection, label_column)
 $python$;
-COMMENT ON FUNCTION siamese._classify_image(bytea, text, bigint, text, text)
-IS 'classify an image; returns arrays or an error';
+COMMENT ON FUNCTION siamese._classify_image(bytea, text, bigint, text, text) IS 'classify an image';
 
 -- A search, which is STABLE, may not run EXPLAIN. This function is VOLATILE, and has the rights of whoever
 -- searches. It explains what the search that calls it has noted in the session's memory, and nothing else.
@@ -321,4 +320,4 @@ AS $python$
 if 'pg_siamese @VERSION@' in GD:
     return GD['pg_siamese @VERSION@'].estimate(plpy)
 $python$;
-COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for the search that calls it';
+COMMENT ON FUNCTION siamese._estimate() IS 'planner''s estimate for a search';

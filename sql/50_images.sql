@@ -31,7 +31,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.image_distance(bytea, bytea, text)
-IS 'distance of two images in the metric of a model';
+IS 'distance of two images in a model''s metric';
 
 CREATE FUNCTION siamese.same_class(a bytea, b bytea, model text DEFAULT '') RETURNS real
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -46,8 +46,7 @@ BEGIN
     RETURN answer[2];
 END
 $$;
-COMMENT ON FUNCTION siamese.same_class(bytea, bytea, text)
-IS 'probability that two images match, by a model''s Siamese head';
+COMMENT ON FUNCTION siamese.same_class(bytea, bytea, text) IS 'probability that two images match';
 
 CREATE FUNCTION siamese.any_two_match(VARIADIC images bytea[]) RETURNS boolean
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -63,7 +62,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.any_two_match(bytea[])
-IS 'whether two of the images match, by the default model''s threshold';
+IS 'whether two images match at the default model''s threshold';
 
 -- === Private functions ===
 
@@ -76,5 +75,4 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].compare_images(plpy, function, images, model)
 $python$;
-COMMENT ON FUNCTION siamese._compare_images(text, bytea[], text)
-IS 'embed or compare images; returns the result or an error';
+COMMENT ON FUNCTION siamese._compare_images(text, bytea[], text) IS 'embed or compare images';

@@ -15,8 +15,7 @@ BEGIN
     RETURN QUERY SELECT u.* FROM unnest(answer[2]::text[], answer[3]::boolean[], answer[4]::text[]) AS u;
 END
 $$;
-COMMENT ON FUNCTION siamese.self_check(boolean)
-IS 'check the installation; full: compare every image with its vector';
+COMMENT ON FUNCTION siamese.self_check(boolean) IS 'check the installation; full: every vector, too';
 
 -- === Private functions ===
 
@@ -29,7 +28,7 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].self_check(plpy, full)
 $python$;
-COMMENT ON FUNCTION siamese._self_check(boolean) IS 'check the installation; returns arrays or an error';
+COMMENT ON FUNCTION siamese._self_check(boolean) IS 'check the installation';
 
 CREATE FUNCTION siamese._may_see(relation oid) RETURNS boolean
 LANGUAGE sql STABLE PARALLEL SAFE
@@ -39,7 +38,7 @@ AS $$
     SELECT coalesce(has_any_column_privilege(siamese._caller(), relation, 'SELECT'), true)
         OR has_function_privilege(siamese._caller(), 'siamese.drop_model'::regproc::oid, 'EXECUTE')
 $$;
-COMMENT ON FUNCTION siamese._may_see(oid) IS 'whether the caller may read a table, or administers the extension';
+COMMENT ON FUNCTION siamese._may_see(oid) IS 'whether the caller may read a table or administer';
 
 CREATE FUNCTION siamese._check_may_see(collection_id integer) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -55,7 +54,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION siamese._check_may_see(integer) IS 'refuse a caller who may not read a collection''s table';
+COMMENT ON FUNCTION siamese._check_may_see(integer) IS 'refuse a caller who may not read the table';
 
 CREATE FUNCTION siamese._collection_counts(collection_id integer)
 RETURNS TABLE (rows_embedded bigint, pending bigint, dead bigint)
@@ -78,7 +77,7 @@ EXCEPTION WHEN undefined_table THEN -- Dropped after this statement began: the o
     RETURN NEXT;
 END
 $$;
-COMMENT ON FUNCTION siamese._collection_counts(integer) IS 'counts for the view collection_status';
+COMMENT ON FUNCTION siamese._collection_counts(integer) IS 'counts for collection_status';
 
 CREATE FUNCTION siamese._queue_counts(collection_id integer)
 RETURNS TABLE (waiting bigint, retrying bigint, oldest_at timestamptz, rows_per_second real)
@@ -108,8 +107,7 @@ EXCEPTION WHEN undefined_table THEN -- Dropped after this statement began.
     RETURN NEXT;
 END
 $$;
-COMMENT ON FUNCTION siamese._queue_counts(integer)
-IS 'counts for the views collection_status and embedding_queue_status';
+COMMENT ON FUNCTION siamese._queue_counts(integer) IS 'counts for the status views';
 
 CREATE FUNCTION siamese._generation_file(collection_id integer, generation bigint) RETURNS text
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
@@ -125,7 +123,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._generation_file(integer, bigint)
-IS 'whether a generation''s file is on this node: present, missing or not readable';
+IS 'state of a generation''s file on this server';
 
 CREATE FUNCTION siamese._state_of_file(collection_id integer, generation bigint) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
@@ -136,7 +134,7 @@ if 'pg_siamese @VERSION@' not in GD:
         return failure
 return GD['pg_siamese @VERSION@'].generation_file(plpy, collection_id, generation)
 $python$;
-COMMENT ON FUNCTION siamese._state_of_file(integer, bigint) IS 'state of a generation''s file, or an error';
+COMMENT ON FUNCTION siamese._state_of_file(integer, bigint) IS 'state of a generation''s file';
 
 -- === Views ===
 
@@ -168,8 +166,7 @@ LEFT JOIN siamese.generations AS g ON c.generation = g.generation
 CROSS JOIN LATERAL siamese._collection_counts(c.collection_id) AS n
 CROSS JOIN LATERAL siamese._queue_counts(c.collection_id) AS q
 WHERE siamese._may_see(c.relation::pg_catalog.oid);
-COMMENT ON VIEW siamese.collection_status
-IS 'vectors, pending changes and index of each collection';
+COMMENT ON VIEW siamese.collection_status IS 'vectors, pending changes and index per collection';
 
 CREATE VIEW siamese.index_generations AS
 SELECT
@@ -191,14 +188,13 @@ SELECT
     g.ef_search_many
 FROM siamese.generations AS g
 INNER JOIN siamese.collections AS c ON g.collection_id = c.collection_id;
-COMMENT ON VIEW siamese.index_generations IS 'FAISS generations of all collections';
+COMMENT ON VIEW siamese.index_generations IS 'index generations of all collections';
 
 CREATE VIEW siamese.embedding_failures AS
 SELECT c.name AS collection, f.key, f.sqlstate, f.message, f.failed_at
 FROM siamese.failures AS f
 INNER JOIN siamese.collections AS c ON f.collection_id = c.collection_id;
-COMMENT ON VIEW siamese.embedding_failures
-IS 'rows that could not be embedded, and why';
+COMMENT ON VIEW siamese.embedding_failures IS 'rows that could not be embedded';
 
 CREATE VIEW siamese.embedding_queue_status AS
 SELECT
@@ -214,5 +210,4 @@ SELECT
 FROM siamese.collections AS c
 CROSS JOIN LATERAL siamese._queue_counts(c.collection_id) AS q
 WHERE c.embed = 'deferred';
-COMMENT ON VIEW siamese.embedding_queue_status
-IS 'queued rows of deferred collections, and their rate';
+COMMENT ON VIEW siamese.embedding_queue_status IS 'queue length, retries and rate';

@@ -6,20 +6,19 @@ CREATE FUNCTION siamese.grant_usage(role text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$ BEGIN PERFORM siamese._grant(role, 'usage'); END $$;
-COMMENT ON FUNCTION siamese.grant_usage(text) IS 'let a role search; table owners grant their tables';
+COMMENT ON FUNCTION siamese.grant_usage(text) IS 'let a role search';
 
 CREATE FUNCTION siamese.grant_admin(role text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$ BEGIN PERFORM siamese._grant(role, 'admin'); END $$;
-COMMENT ON FUNCTION siamese.grant_admin(text)
-IS 'let a role manage models, indexes and its own tables'' collections';
+COMMENT ON FUNCTION siamese.grant_admin(text) IS 'let a role create collections on its own tables';
 
 CREATE FUNCTION siamese.grant_worker(role text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$ BEGIN PERFORM siamese._grant(role, 'worker'); END $$;
-COMMENT ON FUNCTION siamese.grant_worker(text) IS 'let a role embed the rows of all deferred collections';
+COMMENT ON FUNCTION siamese.grant_worker(text) IS 'let a role run pg_siamese worker';
 
 CREATE FUNCTION siamese.renew_grants() RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -36,7 +35,7 @@ BEGIN
     CROSS JOIN LATERAL siamese._grantees(format('siamese.%s', k.sign)::regproc) AS r (role);
 END
 $$;
-COMMENT ON FUNCTION siamese.renew_grants() IS 'reapply grants and views of vectors after an upgrade';
+COMMENT ON FUNCTION siamese.renew_grants() IS 'reapply grants after an upgrade';
 
 -- === Private functions ===
 
@@ -108,7 +107,7 @@ VALUES
     ('_store_vectors', '{worker}'),
     ('_build_if_needed', '{worker}')
 $$;
-COMMENT ON FUNCTION siamese._privileges() IS 'tables, views and functions that each kind of role may use';
+COMMENT ON FUNCTION siamese._privileges() IS 'what each kind of role may use';
 
 CREATE FUNCTION siamese._grant(role text, kind text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -146,7 +145,7 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION siamese._grant(text, text) IS 'grant what a kind of role may use';
+COMMENT ON FUNCTION siamese._grant(text, text) IS 'grant a kind of role its privileges';
 
 CREATE FUNCTION siamese._grantees(function_name regproc) RETURNS SETOF text
 LANGUAGE sql STABLE PARALLEL SAFE
@@ -158,7 +157,7 @@ AS $$
     INNER JOIN pg_roles AS r ON a.grantee = r.oid
     WHERE p.oid = function_name AND a.privilege_type = 'EXECUTE' AND a.grantee <> p.proowner
 $$;
-COMMENT ON FUNCTION siamese._grantees(regproc) IS 'roles that may execute a function of the extension';
+COMMENT ON FUNCTION siamese._grantees(regproc) IS 'roles that may execute a function';
 
 -- === Nothing for everybody ===
 

@@ -86,7 +86,7 @@ def of_sql(text: str) -> set[Message]:
     ):
         name = "".join(word.capitalize() for word in condition.split("_"))
         state = str(getattr(psycopg.errors, name).sqlstate)
-        found.add(Message(state, message.replace("''", "'").replace("%", "…")))
+        found.add(Message(state, re.sub(r"%\d+\$s|%", "…", message.replace("''", "'"))))
     for body in re.findall(r"AS \$python\$\n(.*?)\$python\$", text, re.S):
         found |= of_python(body)
     return found

@@ -368,7 +368,7 @@ def test_an_image_that_kills_workers_is_given_up(table: Table) -> None:
     assert statuses == [-signal.SIGKILL] * 4 + [0], done.stderr
     assert '1 row of "t" given up' in done.stderr.replace("\n", " ")
     failures = table.db.execute("SELECT key, sqlstate, message FROM embedding_failures").fetchall()
-    assert failures == [("50", "58000", "workers died each time that they embedded this row")]
+    assert failures == [("50", "58000", "workers crashed each time they embedded this row")]
     assert (table.embedded(), table.waiting()) == (100, 0)
     assert table.value("SELECT count(*) FROM siamese.embedding_attempts") == 0
     table.db.execute("UPDATE t SET image = %s WHERE id = 50", (table.files[1],))

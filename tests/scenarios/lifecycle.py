@@ -26,7 +26,7 @@ CLEAN = {
     "42P01": ("does not exist",),
     "42710": ("already exists",),
     "P0002": ("is not in collection",),
-    "55000": ("was truncated or dropped while its index was built", "does not match its table"),
+    "55000": ("was truncated or dropped while its index was built", "no longer matches its table"),
 }
 Body = Callable[[np.random.Generator, Connection], None]
 CREATE = "CREATE TABLE IF NOT EXISTS {0} (id integer PRIMARY KEY, image bytea, label text)"

@@ -1,8 +1,8 @@
 """Deferred embedding: from tickets to vectors, inside the server or in a worker's own process.
 
-One batch is one transaction at least: tickets are taken (locked), their images are read, embedded
-and, where they are still the same, their vectors are stored. Whatever ends the transaction before
-its commit leaves the tickets as they were.
+One batch is one transaction at least. It takes (locks) tickets, and reads and embeds their images.
+It stores the vectors of those that are still the same. Whatever ends the transaction before its
+commit leaves the tickets as they were.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Results:
-    """What became of the rows of some tickets; keys that were seen may have no row left."""
+    """What became of the rows of some tickets. Not every key that was seen has a row."""
 
     seen: list[str] = field(default_factory=list)
     rows: list[Result] = field(default_factory=list)
@@ -73,19 +73,19 @@ class Database(Protocol):
         """Return keys and images of rows without a vector."""
 
     def store(self, collection_id: int, sha256: str, tickets: list[int], results: Results) -> int:
-        """Store vectors and failures; return how many vectors."""
+        """Store vectors and failures, and return the number of vectors."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one batch did: vectors stored, rows failed, rows that needed nothing any more."""
+    """What one batch did: vectors stored, rows failed, rows that needed nothing."""
 
     stored: int = 0
     failed: int = 0
     settled: int = 0
 
     def __bool__(self) -> bool:
-        """Whether it got anywhere; else what is left is being changed by others, or nothing is."""
+        """Return whether it got anywhere. If not, others are changing what is left, if anything."""
         return bool(self.stored or self.failed or self.settled)
 
 
@@ -99,7 +99,7 @@ def embed_batch(
     seconds: float | None = None,
     limits: Limits = MODELS_OWN,
 ) -> Outcome:
-    """Take some tickets and deal with their rows; the caller commits.
+    """Take some tickets and deal with their rows. The caller commits.
 
     Args:
         database: where they are.
@@ -107,7 +107,7 @@ def embed_batch(
         sha256: of the model that ``encoder`` was opened with.
         encoder: the collection's.
         max_rows: about how many.
-        poll: called often; may raise to leave: plpy's errors, or what is no ``Exception``.
+        poll: called often, may raise to leave: plpy's errors, or what is no ``Exception``.
         seconds: after these, the rows that are left stay in their tickets.
         limits: of the collection.
     """
@@ -143,7 +143,7 @@ def _embed(
     failed: list[Result] = []
 
     def fail(key: str, error: SiameseError) -> None:
-        # The same bytes will not be decoded another time; a run of the graph may well succeed.
+        # The same bytes will not be decoded another time, but a run of the graph may well succeed.
         may_retry = not isinstance(error, ImageError)
         failed.append(
             Result(key, digests[key], None, error.sqlstate, error.message, may_retry=may_retry)
@@ -211,9 +211,9 @@ class _Server:
 
 
 def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
-    """Embed waiting rows here, in the server; returns how many vectors were stored.
+    """Embed queued rows here, in the server, and return the number of vectors stored.
 
-    A collection that can't be embedded is an error where it was named; else it is a WARNING, and
+    A collection that can't be embedded is an error if it was named. If not, it is a WARNING, and
     the others have their turn.
     """
     if max_rows is not None and max_rows < 1:
@@ -222,7 +222,7 @@ def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
         collection = locked_collection(plpy, name)
         if collection.embed != "deferred":
             raise SiameseError(
-                f'collection "{collection.name}" is not embedded later',
+                f'collection "{collection.name}" is not deferred',
                 sqlstate=INVALID_PARAMETER_VALUE,
                 hint="Rows of this collection are embedded as they are written; backfill embeds"
                 " those that were not.",
@@ -265,12 +265,12 @@ def _warn(plpy: Any, name: str, reason: str) -> None:
     plpy.warning(
         f'collection "{name}" was not embedded: {reason}',
         sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
-        hint="Its rows keep waiting.",
+        hint="Its rows stay queued.",
     )
 
 
 def embed_collection(plpy: Any, collection: Collection, max_rows: int | None) -> int:
-    """Embed waiting rows of one collection; returns how many vectors were stored."""
+    """Embed queued rows of one collection, and return the number of vectors stored."""
     encoder = models.encoder(plpy, collection.model_id)
     database = _Server(plpy)
     poll = partial(interrupts.check, plpy)
