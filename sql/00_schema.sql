@@ -48,7 +48,9 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     -- SQLSTATE, message, DETAIL, HINT. RAISE takes no NULL.
-    IF failure[3] IS NOT NULL AND failure[4] IS NOT NULL THEN
+    IF failure[1] IS NULL THEN
+        RETURN;
+    ELSIF failure[3] IS NOT NULL AND failure[4] IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3], HINT = failure[4];
     ELSIF failure[3] IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2], DETAIL = failure[3];
@@ -58,7 +60,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = failure[1], MESSAGE = failure[2];
 END
 $$;
-COMMENT ON FUNCTION siamese._raise(text[]) IS 'raise an error that PL/Python returned';
+COMMENT ON FUNCTION siamese._raise(text[]) IS 'raise the error that PL/Python returned, if any';
 
 CREATE FUNCTION siamese._caller() RETURNS name
 LANGUAGE sql STABLE PARALLEL SAFE

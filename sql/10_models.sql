@@ -46,9 +46,7 @@ DECLARE
         name, onnx, image_width, image_height, mean, std, resize, interpolation, metric,
         calibration, threshold, max_bytes, max_pixels, input_range);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;
@@ -65,9 +63,7 @@ AS $$
 DECLARE
     answer text[] := siamese._register_shipped_models();
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN QUERY SELECT u.* FROM unnest(answer[2]::text[], answer[3]::integer[], answer[4]::boolean[]) AS u;
 END
 $$;

@@ -36,9 +36,7 @@ AS $$
 DECLARE
     answer text[] := siamese._embed_pending(collection, max_rows);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;

@@ -15,9 +15,7 @@ AS $$
 DECLARE
     answer text[] := siamese._build_index(collection, m, ef_construction, target_recall, threads);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;
@@ -31,9 +29,7 @@ AS $$
 DECLARE
     answer text[] := siamese._rebuild_file(collection);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;
@@ -46,9 +42,7 @@ AS $$
 DECLARE
     answer text[] := siamese._warm_up(collection);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN QUERY SELECT s.engine, s.detail
     FROM unnest(answer[2]::pg_catalog.text[], answer[3]::pg_catalog.text[]) AS s (engine, detail);
 END

@@ -234,9 +234,7 @@ DECLARE
     answer text[] := siamese._classify_image(
         image, image_id::pg_catalog.text, k, collection, label_column);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN QUERY SELECT s.label, s.votes, s.share
     FROM unnest(
         answer[2]::pg_catalog.text[], answer[3]::pg_catalog.int4[], answer[4]::pg_catalog.float4[]

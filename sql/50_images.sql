@@ -9,9 +9,7 @@ AS $$
 DECLARE
     answer text[] := siamese._compare_images('embed_image', ARRAY[image], model);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;
@@ -24,9 +22,7 @@ AS $$
 DECLARE
     answer text[] := siamese._compare_images('image_distance', ARRAY[a, b], model);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;
@@ -40,9 +36,7 @@ AS $$
 DECLARE
     answer text[] := siamese._compare_images('same_class', ARRAY[a, b], model);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;
@@ -55,9 +49,7 @@ AS $$
 DECLARE
     answer text[] := siamese._compare_images('any_two_match', images, '');
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;

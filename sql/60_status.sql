@@ -9,9 +9,7 @@ AS $$
 DECLARE
     answer text[] := siamese._self_check("full");
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN QUERY SELECT u.* FROM unnest(answer[2]::text[], answer[3]::boolean[], answer[4]::text[]) AS u;
 END
 $$;
@@ -116,9 +114,7 @@ AS $$
 DECLARE
     answer text[] := siamese._state_of_file(collection_id, generation);
 BEGIN
-    IF answer[1] IS NOT NULL THEN
-        PERFORM siamese._raise(answer);
-    END IF;
+    PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;
