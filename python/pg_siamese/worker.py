@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 import psycopg
+from psycopg.types.composite import CompositeInfo, register_composite
 
 import pg_siamese_server
 from pg_siamese.client.connection import CommandError, NoServerError, connect, describe_error
@@ -30,7 +31,7 @@ from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.specification import ModelSpec
 from pg_siamese_server.errors import SiameseError, counted
 from pg_siamese_server.limits import Limits
-from pg_siamese_server.writing.deferred import Results, Row, embed_batch
+from pg_siamese_server.writing.deferred import Result, Results, Row, embed_batch
 
 CHANNEL = "pg_siamese_queue"
 # A batch ends after this, so that its locks go and others see its vectors.
@@ -190,9 +191,13 @@ class Database:
 
     def store(self, collection_id: int, sha256: str, tickets: list[int], results: Results) -> int:
         """Store vectors and failures; return how many vectors."""
+        # In binary: as text, vectors would be escaped twice, for the row and for the array.
+        info = CompositeInfo.fetch(self.connection, "siamese.embedding_result")
+        if info and self.connection.adapters.types.get(info.oid) is None:
+            register_composite(info, self.connection, Result)
         row = self.connection.execute(
             "SELECT siamese._store_vectors("
-            "%s, %s, %s::bigint[], %s::text[], %s::siamese.embedding_result[])",
+            "%s, %s, %s::bigint[], %s::text[], %b::siamese.embedding_result[])",
             (collection_id, sha256, tickets, results.seen, results.rows),
         ).fetchone()
         assert row is not None
