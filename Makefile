@@ -75,7 +75,7 @@ lint: deps-test ## ruff, mypy, import-linter, sqlfluff, codespell, and the langu
 	@PYTHONPATH=. $(BIN)/lint-imports --no-cache
 	@$(BIN)/sqlfluff lint --disable-progress-bar sql $(wildcard migrations/*--*--*.sql)
 	@$(BIN)/codespell
-	@$(DEV).prose
+	@$(DEV).prose --comments
 
 bench: python ## measure against pgvector, FAISS and ONNX Runtime at 70,000 images
 	@$(DEV).deps --test --bench

@@ -472,7 +472,7 @@ def test_names_that_are_nearly_right(db: Connection, ids: list[int]) -> None:
             "42704", f'collection "{name}" does not exist', f"Perhaps you meant {meant}"
         ):
             db.execute("SELECT similar_images(image_id => 1, collection => %s)", (name,))
-    with sql_error("42704", "listed in siamese.collections"):
+    with sql_error("42704", "siamese.collections lists them"):
         db.execute("SELECT similar_images(image_id => 1, collection => 'zzz')")
 
 
@@ -480,7 +480,7 @@ def test_names_that_are_nearly_right(db: Connection, ids: list[int]) -> None:
 def test_nearly_right_names_in_other_calls(shared: Connection, function: str) -> None:
     with sql_error("42704", 'collection "imagse" does not exist', 'Perhaps you meant "images"'):
         shared.execute(f"SELECT siamese.{function}('imagse')")
-    with sql_error("42704", 'collection "zzz" does not exist', "listed in siamese.collections"):
+    with sql_error("42704", 'collection "zzz" does not exist', "siamese.collections lists them"):
         shared.execute(f"SELECT siamese.{function}('zzz')")
 
 
