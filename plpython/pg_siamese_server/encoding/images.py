@@ -197,7 +197,7 @@ def _unreadable(data: bytes, error: Exception) -> ImageError:
     return ImageError(
         "image cannot be decoded",
         detail=f"Its format is unknown. It begins with the bytes {data[:8].hex(' ')}.",
-        hint=f"Formats: {', '.join(FORMATS)}.",
+        hint=f"Formats: {', '.join((*FORMATS, 'DICOM'))}.",
     )
 
 
@@ -267,6 +267,13 @@ class _Decoder:
         return self.finish(opened)
 
     def open(self, data: bytes) -> Opened:
+        if data[128:132] == b"DICM" or data[:1] in (b"\2", b"\x08"):
+            from pg_siamese_server.encoding import kinds
+
+            if kinds.supported(data) == "DICOM":
+                from pg_siamese_server.encoding import dicom
+
+                return dicom.decode(data, self.spec, self.poll, keeps_shape=self.keeps_shape)
         if data[:4] in TIFF_HEADERS:
             from pg_siamese_server.encoding import tiff
 

@@ -21,10 +21,6 @@ _HEIC = Kind("a HEIC image", "Convert it to JPEG first, for example with heif-co
 _AVIF = Kind("an AVIF image", CONVERT)
 _JXL = Kind("a JPEG XL image", "Convert it to PNG or JPEG first, for example with djxl.")
 _JP2 = Kind("a JPEG 2000 image", CONVERT)
-_DICOM = Kind(
-    "a DICOM file",
-    "Render its picture to PNG first, with the window that readers use, for example with dcm2img.",
-)
 _SVG = Kind("an SVG drawing", "Render it to PNG first.")
 _VIDEO = Kind("a video", "Store single frames of it as PNG or JPEG.")
 _OFFICE = "Store the pictures in it as files of their own."
@@ -132,6 +128,8 @@ KNOWN = (
 
 def supported(data: bytes) -> str | None:
     """Return the supported format that a file begins like, or None."""
+    if data[128:132] == b"DICM" or looks_like_dicom(data):
+        return "DICOM"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WebP"
     return next((name for start, name in KNOWN if data.startswith(start)), None)
@@ -143,8 +141,6 @@ def recognise(data: bytes) -> Kind | None:
         return Kind(
             "nothing but zeros", "The file was not written or copied whole. Store the file again."
         )
-    if data[128:132] == b"DICM":
-        return _DICOM
     for start, kind in _PREFIXES:
         if data.startswith(start):
             return kind
@@ -160,17 +156,20 @@ def recognise(data: bytes) -> Kind | None:
         return Kind("a NIfTI volume", "Save its slices as PNG first.")
     if data[257:262] == b"ustar":
         return Kind("a tar archive", f"Unpack it. {_OFFICE}")
-    if _looks_like_dicom(data):
-        return _DICOM
     return _text(data)
 
 
-def _looks_like_dicom(data: bytes) -> bool:
-    """Tell DICOM without its preamble by its first element, of group 2 or 8."""
-    return data[:4] in (b"\2\0\0\0", b"\2\0\1\0", b"\2\0\2\0") or (
-        data[:2] == b"\x08\0"
-        and data[3:4] == b"\0"
-        and (data[4:6].isalpha() or data[6:8] == b"\0\0")
+def looks_like_dicom(data: bytes) -> bool:
+    """Tell a DICOM data set without its preamble by its first element, of group 2 or 8.
+
+    Groups ascend, so that a data set begins with one of these elements and a length that fits.
+    """
+    if data[:2] == b"\2\0" and data[3:4] == b"\0":
+        return data[4:6] in (b"UL", b"OB", b"UI")
+    if data[:2] != b"\x08\0" or data[3:4] != b"\0" or data[2] > 0x18:
+        return False
+    return data[4:6] in (b"UL", b"CS", b"UI", b"SH", b"DA") or (
+        data[6:8] == b"\0\0" and data[4] < 128 and not data[5]
     )
 
 

@@ -1,0 +1,384 @@
+"""One frame of a DICOM file: which, where it lies, and its stored values.
+
+Streams are checked before a codec sees them: a codec allocates by its own header, and can be busy
+for seconds with a damaged stream.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import uid
+
+from pg_siamese_server.encoding.dicom.file import UNDEFINED, File
+from pg_siamese_server.encoding.opened import damaged
+from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError
+
+MAX_FRAGMENTS = 200_000
+_ITEM, _END = 0xE000FFFE, 0xE0DDFFFE  # as little-endian numbers
+_CUT_SHORT = "Its pixels are cut short."
+
+NATIVE = (
+    uid.ImplicitVRLittleEndian,
+    uid.ExplicitVRLittleEndian,
+    uid.ExplicitVRBigEndian,
+    uid.DeflatedExplicitVRLittleEndian,
+)
+
+
+class Stream(NamedTuple):
+    """What the header of a compressed frame says.
+
+    Attributes:
+        width, height, samples: of the picture.
+        precision: bits per sample.
+        is_rgb: whether its components are RGB or not, by markers; None if it does not say.
+    """
+
+    width: int
+    height: int
+    samples: int
+    precision: int
+    is_rgb: bool | None = None
+
+
+class Pixels(NamedTuple):
+    """Stored values of one frame.
+
+    Attributes:
+        values: (rows, columns) or (rows, columns, 3): unsigned numbers of ``bits`` bits, or floats.
+        bits: how many of them count.
+        photometric: what they are, after the codec.
+    """
+
+    values: NDArray[Any]
+    bits: int
+    photometric: str
+
+
+def choose(file: File) -> int:
+    """Return the index of the representative frame (PS3.3 C.7.6.6), else of the middle one."""
+    count = file.frame_count
+    number = file.integer("RepresentativeFrameNumber", 0)
+    return number - 1 if 1 <= number <= count else count // 2
+
+
+def decode(file: File, frame: int) -> Pixels:
+    """Decode the stored values of one frame."""
+    if file.syntax in NATIVE:
+        return _native(file, frame)
+    if file.length != UNDEFINED:
+        raise damaged("DICOM", "Its compressed pixels are not encapsulated.")
+    return _compressed(file, _encapsulated(file, frame))
+
+
+def _native(file: File, frame: int) -> Pixels:
+    """Read a frame that is not compressed (PS3.5 section 8)."""
+    rows, columns, samples = file.rows, file.columns, file.samples
+    order = "<" if file.syntax.is_little_endian else ">"
+    photometric = file.photometric
+    pixels = rows * columns * samples
+    if file.keyword != "PixelData":
+        size = 4 if file.keyword == "FloatPixelData" else 8
+        data = _slice(file, frame * pixels * size, pixels * size)
+        values = np.frombuffer(data, f"{order}f{size}").reshape(rows, columns)
+        return Pixels(values, 8 * size, photometric)
+    allocated, bits = _bits(file)
+    if allocated == 1:
+        first = frame * pixels
+        data = _slice(file, first // 8, (first % 8 + pixels + 7) // 8)
+        unpacked = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+        return Pixels(unpacked[first % 8 :][:pixels].reshape(rows, columns), 1, photometric)
+    size = allocated // 8
+    if photometric == "YBR_FULL_422" and samples == 3:
+        pixels = rows * columns * 2
+    start, length = frame * pixels * size, pixels * size
+    is_swapped = order == ">" and size == 1 and file.data[file.start - 8 : file.start - 6] == b"OW"
+    if is_swapped:  # bytes of words (PS3.5 section 8.1.2)
+        words = _slice(file, start - start % 2, length + start % 2 + (start + length) % 2)
+        data = np.frombuffer(words, np.uint16).byteswap().tobytes()[start % 2 :][:length]
+    else:
+        data = _slice(file, start, length)
+    values = np.frombuffer(data, f"{order}u{size}").astype(f"u{size}", copy=False)
+    if photometric == "YBR_FULL_422" and samples == 3:
+        return Pixels(_full(values).reshape(rows, columns, 3), bits, "YBR_FULL")
+    if samples == 1:
+        return Pixels(values.reshape(rows, columns), bits, photometric)
+    if file.integer("PlanarConfiguration", 0) == 1:
+        return Pixels(values.reshape(3, rows, columns).transpose(1, 2, 0), bits, photometric)
+    return Pixels(values.reshape(rows, columns, 3), bits, photometric)
+
+
+def _slice(file: File, start: int, length: int) -> bytes:
+    end = len(file.data) if file.length == UNDEFINED else file.start + file.length
+    place = file.start + start
+    if place + length > min(end, len(file.data)):
+        raise damaged("DICOM", _CUT_SHORT)
+    return file.data[place : place + length]
+
+
+def _bits(file: File) -> tuple[int, int]:
+    """Return bits allocated and stored; refuse what the standard no longer allows (PS3.5 8.1.1)."""
+    allocated = file.integer("BitsAllocated")
+    bits = file.integer("BitsStored", allocated)
+    if allocated not in (1, 8, 16, 32) or not 1 <= bits <= allocated:
+        raise ImageError(f"DICOM image of {bits} bits in {allocated} is not supported")
+    if file.integer("HighBit", bits - 1) != bits - 1:
+        raise ImageError(
+            "DICOM image whose high bit is not its last stored one is not supported",
+            detail="DICOM retired such images.",
+        )
+    return allocated, bits
+
+
+def _full(values: NDArray[Any]) -> NDArray[Any]:
+    """Give each of two pixels the chroma that they share: Y1 Y2 B R (PS3.3 C.7.6.3.1.2)."""
+    pairs = values.reshape(-1, 4)
+    result = np.empty((len(pairs), 2, 3), values.dtype)
+    result[:, :, 0] = pairs[:, :2]
+    result[:, :, 1:] = pairs[:, None, 2:]
+    return result
+
+
+def _encapsulated(file: File, frame: int) -> bytes:
+    """Return the bytes of a frame out of its fragments (PS3.5 A.4)."""
+    data, place = file.data, file.start
+    items: list[tuple[int, int]] = []
+    while True:
+        if place + 8 > len(data):
+            raise damaged("DICOM", _CUT_SHORT)
+        tag, length = struct.unpack_from("<II", data, place)
+        if tag == _END:
+            break
+        if tag != _ITEM or place + 8 + length > len(data):
+            raise damaged("DICOM", _CUT_SHORT)
+        items.append((place + 8, length))
+        if len(items) > MAX_FRAGMENTS:
+            raise ImageError(
+                "DICOM image has too many fragments",
+                sqlstate=PROGRAM_LIMIT_EXCEEDED,
+                detail=f"The limit is {MAX_FRAGMENTS}.",
+            )
+        place += 8 + length
+    if len(items) < 2:
+        raise damaged("DICOM", "It has no frame.")
+    (table, size), fragments = items[0], items[1:]
+    chosen = _fragments(file, frame, data[table : table + size], fragments)
+    if not chosen:
+        raise damaged("DICOM", f"It has no frame {frame + 1}.")
+    return b"".join(data[start : start + length] for start, length in chosen)
+
+
+def _fragments(
+    file: File, frame: int, table: bytes, fragments: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    count = file.frame_count
+    if count == 1:
+        return fragments
+    offsets: list[int] = []
+    extended = file.value("ExtendedOffsetTable")
+    if isinstance(extended, bytes) and len(extended) >= 8 * count:
+        offsets = list(struct.unpack_from(f"<{count}Q", extended))
+    elif len(table) >= 4 * count:
+        offsets = list(struct.unpack_from(f"<{count}I", table))
+    if offsets:
+        first = fragments[0][0] - 8
+        begin = offsets[frame]
+        end = offsets[frame + 1] if frame + 1 < count else UNDEFINED << 32
+        return [each for each in fragments if begin <= each[0] - 8 - first < end]
+    if len(fragments) == count or file.syntax == uid.RLELossless:
+        return fragments[frame : frame + 1]
+    # Without a table, a frame ends where its stream does.
+    found: list[list[tuple[int, int]]] = [[]]
+    for start, length in fragments:
+        found[-1].append((start, length))
+        if b"\xff\xd9" in file.data[max(start, start + length - 3) : start + length]:
+            found.append([])
+    return found[frame] if frame < len(found) else []
+
+
+def _compressed(file: File, data: bytes) -> Pixels:
+    codec = ENCAPSULATED[file.syntax]
+    stream, decoded = codec(file, data)
+    shape = (file.rows, file.columns, 3)[: 2 if file.samples == 1 else 3]
+    if decoded.shape != shape or decoded.dtype.kind not in "ui":
+        raise damaged("DICOM", "Its compressed frame is of another size than it says.")
+    allocated, bits = _bits(file)
+    values = decoded.view(f"u{decoded.dtype.itemsize}")
+    photometric = file.photometric
+    if file.syntax in _OF_THEIR_OWN_PRECISION:
+        bits = max(bits, min(stream.precision, 8 * values.dtype.itemsize)) if stream else bits
+        if stream and stream.precision < bits:
+            bits = stream.precision
+    if file.syntax in _JPEG2000 and photometric in ("YBR_ICT", "YBR_RCT"):
+        photometric = "RGB"  # the codec undoes the transform that the stream names
+    if file.samples == 3 and stream is not None and stream.is_rgb is not None:
+        photometric = "RGB" if stream.is_rgb else "YBR_FULL"
+    return Pixels(values, min(bits, 8 * values.dtype.itemsize), photometric)
+
+
+def _check_stream(file: File, data: bytes, found: Stream | None) -> Stream:
+    """Refuse a stream that lacks its end, or that is of another size than the file says."""
+    if found is None:
+        raise damaged("DICOM", "Its compressed frame has no valid header.")
+    if (found.height, found.width, found.samples) != (file.rows, file.columns, file.samples):
+        raise damaged(
+            "DICOM",
+            f"Its compressed frame is of {found.width} x {found.height} pixels and"
+            f" {found.samples} samples, not {file.columns} x {file.rows} and {file.samples}.",
+        )
+    if found.precision > 16 or found.precision > max(8, file.integer("BitsAllocated")):
+        raise damaged("DICOM", f"Its compressed frame has {found.precision} bits per sample.")
+    if not data.endswith(b"\xff\xd9"):
+        raise damaged("DICOM", _CUT_SHORT)
+    return found
+
+
+def _jpeg_header(data: bytes) -> Stream | None:
+    """Read a JPEG or JPEG-LS header up to its frame (ITU-T T.81 annex B, T.87 annex C)."""
+    place, is_rgb = 2, None
+    if data[:2] != b"\xff\xd8":
+        return None
+    while place + 4 <= len(data):
+        if data[place] != 0xFF:
+            return None
+        marker = data[place + 1]
+        if marker == 0xFF:
+            place += 1
+            continue
+        length = struct.unpack_from(">H", data, place + 2)[0]
+        segment = data[place + 4 : place + 2 + length]
+        if marker == 0xE0 and segment.startswith(b"JFIF"):
+            is_rgb = False
+        if marker in (0xC0, 0xC1, 0xC2, 0xC3, 0xF7):
+            if len(segment) < 6:
+                return None
+            precision, height, width, samples = struct.unpack_from(">BHHB", segment)
+            if segment[6::3][:3] in (b"RGB", b"rgb"):
+                is_rgb = True
+            return Stream(width, height, samples, precision, is_rgb)
+        if marker == 0xDA:
+            return None
+        place += 2 + length
+    return None
+
+
+def _jpeg2000_header(data: bytes) -> Stream | None:
+    """Read the SIZ marker of a JPEG 2000 code stream (ITU-T T.800 annex A.5.1)."""
+    start = data.find(b"\xff\x4f\xff\x51", 0, 4096)
+    if start < 0 or start + 43 > len(data):
+        return None
+    right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
+    samples, depth = struct.unpack_from(">HB", data, start + 40)
+    return Stream(right - left, bottom - top, samples, (depth & 0x7F) + 1)
+
+
+def _ended(data: bytes) -> bytes:
+    """Strip the byte, whichever it is, that makes a fragment's length even (PS3.5 A.4)."""
+    return data[:-1] if data[-3:-1] == b"\xff\xd9" else data
+
+
+def _decode(file: File, data: bytes, codec: Callable[..., Any], **options: Any) -> NDArray[Any]:
+    try:
+        return np.ascontiguousarray(codec(data, **options))
+    except MemoryError:
+        raise
+    except Exception as error:  # codecs have errors of their own, and raise others
+        text = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise damaged("DICOM", f"Its compressed frame: {text[0][:200].rstrip('.')}.") from None
+
+
+def _jpeg(file: File, data: bytes) -> tuple[Stream, NDArray[Any]]:
+    data = _ended(data)
+    stream = _check_stream(file, data, _jpeg_header(data))
+    # The same space in and out: no conversion in the codec.
+    options = {"colorspace": "YCBCR", "outcolorspace": "YCBCR"} if stream.samples == 3 else {}
+    return stream, _decode(file, data, imagecodecs.jpeg8_decode, **options)
+
+
+def _jpegls(file: File, data: bytes) -> tuple[Stream, NDArray[Any]]:
+    data = _ended(data)
+    stream = _check_stream(file, data, _jpeg_header(data))
+    return stream, _decode(file, data, imagecodecs.jpegls_decode)
+
+
+def _jpeg2000(file: File, data: bytes) -> tuple[Stream, NDArray[Any]]:
+    # Not htj2k_decode: in lossy files it turns white into black.
+    data = _ended(data)
+    stream = _check_stream(file, data, _jpeg2000_header(data))
+    return stream, _decode(file, data, imagecodecs.jpeg2k_decode)
+
+
+def _rle(file: File, data: bytes) -> tuple[None, NDArray[Any]]:
+    """Decode RLE (PS3.5 annex G): one segment per byte of a sample, the highest first."""
+    rows, columns, samples = file.rows, file.columns, file.samples
+    allocated, _ = _bits(file)
+    size, pixels = allocated // 8, rows * columns
+    if allocated == 1 or len(data) < 64:
+        raise damaged("DICOM", "Its RLE frame has no valid header.")
+    count, *offsets = struct.unpack_from("<16I", data)
+    if count != size * samples:
+        raise damaged("DICOM", f"Its RLE frame has {count} segments, not {size * samples}.")
+    planes = np.empty((samples, size, pixels), np.uint8)
+    ends = [*offsets[1:count], len(data)]
+    for number, (start, end) in enumerate(zip(offsets[:count], ends, strict=True)):
+        part = _decode(file, data[start:end], _unpack_bits, most=pixels)
+        if len(part) < pixels:
+            raise damaged("DICOM", _CUT_SHORT)
+        planes[number // size, size - 1 - number % size] = part[:pixels]
+    values = np.ascontiguousarray(planes.transpose(0, 2, 1)).view(f"<u{size}")
+    values = values.reshape(samples, rows, columns)
+    return None, np.ascontiguousarray(values[0] if samples == 1 else values.transpose(1, 2, 0))
+
+
+def _unpack_bits(data: bytes, most: int) -> NDArray[np.uint8]:
+    # Each byte of a segment gives 64 at most, so that this is bounded by the file's size.
+    return np.frombuffer(imagecodecs.packbits_decode(data, out=most + 1024), np.uint8)
+
+
+def _deflated(file: File, data: bytes) -> tuple[None, NDArray[Any]]:
+    """Inflate a frame (PS3.5 A.4.11)."""
+    allocated, _ = _bits(file)
+    size = max(1, allocated // 8)
+    length = file.rows * file.columns * file.samples * size
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        plain = inflater.decompress(data, length)
+    except zlib.error:
+        raise damaged("DICOM", "Its deflated frame cannot be inflated.") from None
+    if len(plain) < length or allocated == 1:
+        raise damaged("DICOM", _CUT_SHORT)
+    values = np.frombuffer(plain, f"<u{size}")
+    if file.samples == 1:
+        return None, values.reshape(file.rows, file.columns)
+    return None, values.reshape(file.rows, file.columns, 3)
+
+
+_JPEG2000 = (
+    uid.JPEG2000Lossless,
+    uid.JPEG2000,
+    uid.HTJ2KLossless,
+    uid.HTJ2KLosslessRPCL,
+    uid.HTJ2K,
+)
+_JPEGLS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
+_OF_THEIR_OWN_PRECISION = (*_JPEG2000, *_JPEGLS)
+# By transfer syntax. Two retired ones, JPEG progressive of 8 and 12 bits, have no name in pydicom.
+ENCAPSULATED: dict[str, Callable[[File, bytes], tuple[Stream | None, NDArray[Any]]]] = {
+    uid.JPEGBaseline8Bit: _jpeg,
+    uid.JPEGExtended12Bit: _jpeg,
+    "1.2.840.10008.1.2.4.53": _jpeg,
+    "1.2.840.10008.1.2.4.55": _jpeg,
+    uid.JPEGLossless: _jpeg,
+    uid.JPEGLosslessSV1: _jpeg,
+    **dict.fromkeys(_JPEGLS, _jpegls),
+    **dict.fromkeys(_JPEG2000, _jpeg2000),
+    uid.RLELossless: _rle,
+    "1.2.840.10008.1.2.8.1": _deflated,
+}
