@@ -18,7 +18,6 @@ from pydicom import dcmread, uid
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
-from pg_siamese_server.encoding.kinds import looks_like_dicom
 from pg_siamese_server.encoding.opened import Poll, check_size, damaged
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError
@@ -38,6 +37,33 @@ _PIXELS = {
     0x7FE00009: "DoubleFloatPixelData",
 }
 UNDEFINED = 0xFFFFFFFF
+
+NATIVE = (
+    uid.ImplicitVRLittleEndian,
+    uid.ExplicitVRLittleEndian,
+    uid.ExplicitVRBigEndian,
+    uid.DeflatedExplicitVRLittleEndian,
+)
+# JPEG progressive of 8 and 12 bits is retired, and has no name in pydicom.
+JPEG = (
+    uid.JPEGBaseline8Bit,
+    uid.JPEGExtended12Bit,
+    uid.UID("1.2.840.10008.1.2.4.53"),
+    uid.UID("1.2.840.10008.1.2.4.55"),
+    uid.JPEGLossless,
+    uid.JPEGLosslessSV1,
+)
+JPEG_LS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
+JPEG_2000 = (
+    uid.JPEG2000Lossless,
+    uid.JPEG2000,
+    uid.HTJ2KLossless,
+    uid.HTJ2KLosslessRPCL,
+    uid.HTJ2K,
+)
+RLE = (uid.RLELossless,)
+DEFLATED_FRAME = (uid.UID("1.2.840.10008.1.2.8.1"),)
+SUPPORTED = frozenset((*NATIVE, *JPEG, *JPEG_LS, *JPEG_2000, *RLE, *DEFLATED_FRAME))
 
 # SOP classes with pixels that are no picture (PS3.4 annex B.5), by what they are.
 _NO_PICTURES = {
@@ -173,127 +199,6 @@ def _is_empty(value: Any) -> bool:
     return hasattr(value, "__len__") and len(value) == 0
 
 
-def read(self, size: int | None = -1, /) -> bytes:
-    self._reads += 1
-    if self._reads % READS_PER_POLL == 0:
-        self._poll()
-        if self._reads > MAX_READS:
-            raise ImageError(
-                "DICOM file has too many elements",
-                sqlstate=PROGRAM_LIMIT_EXCEEDED,
-                detail=f"The limit is about {MAX_READS // 2}.",
-                hint="Store the picture without its private elements.",
-            )
-    return super().read(size)
-
-
-@dataclass(frozen=True)
-class File:
-    """A DICOM file.
-
-    Attributes:
-        data: the whole file, inflated if it was deflated.
-        elements: what comes before the pixels.
-        syntax: transfer syntax of the pixels.
-        start: where the value of the pixels begins.
-        length: bytes of that value, or ``UNDEFINED`` for encapsulated frames.
-        keyword: ``PixelData``, ``FloatPixelData`` or ``DoubleFloatPixelData``.
-    """
-
-    data: bytes
-    elements: Dataset
-    syntax: uid.UID
-    start: int
-    length: int
-    keyword: str
-
-    def value(self, keyword: str, source: Dataset | None = None) -> Any:
-        """Return an element's value. None if it is absent, empty or not readable."""
-        try:
-            value = (self.elements if source is None else source).get(keyword)
-        except (ValueError, TypeError, KeyError, NotImplementedError, struct.error):
-            return None
-        return None if value is None or value in ("", b"") or _is_empty(value) else value
-
-    def numbers(self, keyword: str, source: Dataset | None = None) -> list[float]:
-        """Return an element's numbers, none if it is absent or holds anything else."""
-        value = self.value(keyword, source)
-        values = value if isinstance(value, MultiValue | list | tuple) else [value]
-        try:
-            return [] if value is None else [float(each) for each in values]
-        except (ValueError, TypeError):
-            return []
-
-    def integer(self, keyword: str, default: int | None = None) -> int:
-        """Return a whole number. Raises ImageError if there is none and no default."""
-        found = self.numbers(keyword)
-        if found and found[0] == int(found[0]):
-            return int(found[0])
-        if default is None:
-            raise damaged("DICOM", f"It has no {keyword}.")
-        return default
-
-    def item(self, keyword: str, source: Dataset | None = None, index: int = 0) -> Dataset | None:
-        """Return an item of a sequence, or None."""
-        value = self.value(keyword, source)
-        try:
-            found = value[index] if value is not None and len(value) > index else None
-        except (TypeError, ValueError):
-            return None
-        return found if isinstance(found, Dataset) else None
-
-    def group(self, keyword: str, frame: int) -> Dataset | None:
-        """Return a functional group of a frame, else the shared one (PS3.3 C.7.6.16)."""
-        for sequence, index in (
-            ("PerFrameFunctionalGroupsSequence", frame),
-            ("SharedFunctionalGroupsSequence", 0),
-        ):
-            groups = self.item(sequence, index=index)
-            found = None if groups is None else self.item(keyword, groups)
-            if found is not None:
-                return found
-        return None
-
-    @property
-    def rows(self) -> int:
-        """Height in pixels."""
-        return self.integer("Rows")
-
-    @property
-    def columns(self) -> int:
-        """Width in pixels."""
-        return self.integer("Columns")
-
-    @property
-    def samples(self) -> int:
-        """Samples per pixel."""
-        return self.integer("SamplesPerPixel", 1)
-
-    @property
-    def photometric(self) -> str:
-        """Photometric interpretation, as a defined term (PS3.3 C.7.6.3.1.2)."""
-        return str(self.value("PhotometricInterpretation") or "").strip().upper()
-
-    @property
-    def is_signed(self) -> bool:
-        """Whether stored values are two's complement."""
-        return self.integer("PixelRepresentation", 0) == 1
-
-    @property
-    def frame_count(self) -> int:
-        """Number of frames."""
-        return max(1, self.integer("NumberOfFrames", 1))
-
-
-def _is_empty(value: Any) -> bool:
-    return hasattr(value, "__len__") and len(value) == 0
-
-
-def is_dicom(data: bytes) -> bool:
-    """Tell a DICOM file by its magic bytes, or a bare data set by its first elements."""
-    return data[PREAMBLE : PREAMBLE + 4] == MAGIC or looks_like_dicom(data)
-
-
 def read(data: bytes, spec: InputSpec, poll: Poll) -> File:
     """Read all elements before the pixels, and check what a picture must have."""
     whole = data if data[PREAMBLE : PREAMBLE + 4] == MAGIC else _with_preamble(data)
@@ -360,12 +265,9 @@ def _transfer_syntax(data: bytes) -> tuple[uid.UID, int]:
 
 
 def _check_syntax(syntax: uid.UID) -> None:
-    from pg_siamese_server.encoding.dicom.frames import ENCAPSULATED, NATIVE
-
-    if syntax in NATIVE or syntax in ENCAPSULATED:
+    if syntax in SUPPORTED:
         return
-    known = syntax in uid.UID_dictionary
-    name = re.sub(r" \(.*", "", syntax.name) if known else "unknown"
+    name = re.sub(r" \(.*", "", syntax.name) if syntax.name != syntax else "unknown"
     raise ImageError(
         f"DICOM transfer syntax {syntax} ({name}) is not supported"
         if re.fullmatch(r"[0-9.]{1,64}", syntax)
@@ -416,7 +318,8 @@ def _pixels(data: bytes, place: int, syntax: uid.UID) -> tuple[int, int, str] | 
 def _check_class(elements: Dataset, has_pixels: bool) -> None:
     """Refuse what is no picture, by its SOP class."""
     number = str(elements.get("SOPClassUID") or "").strip("\0 ")
-    name = uid.UID(number).name if number in uid.UID_dictionary else ""
+    name = uid.UID(number).name
+    name = "" if name == number else name
     kind = _NO_PICTURES.get(number)
     if kind is not None:
         raise ImageError(

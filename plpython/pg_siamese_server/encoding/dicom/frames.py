@@ -16,20 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import uid
 
-from pg_siamese_server.encoding.dicom.file import UNDEFINED, File
+from pg_siamese_server.encoding.dicom.file import (
+    DEFLATED_FRAME,
+    JPEG,
+    JPEG_2000,
+    JPEG_LS,
+    NATIVE,
+    RLE,
+    UNDEFINED,
+    File,
+)
 from pg_siamese_server.encoding.opened import damaged
 from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError
 
 MAX_FRAGMENTS = 200_000
 _ITEM, _END = 0xE000FFFE, 0xE0DDFFFE  # as little-endian numbers
 _CUT_SHORT = "Its pixels are cut short."
-
-NATIVE = (
-    uid.ImplicitVRLittleEndian,
-    uid.ExplicitVRLittleEndian,
-    uid.ExplicitVRBigEndian,
-    uid.DeflatedExplicitVRLittleEndian,
-)
 
 
 class Stream(NamedTuple):
@@ -204,19 +206,17 @@ def _fragments(
 
 
 def _compressed(file: File, data: bytes) -> Pixels:
-    codec = ENCAPSULATED[file.syntax]
-    stream, decoded = codec(file, data)
+    stream, decoded = _CODECS[file.syntax](file, data)
     shape = (file.rows, file.columns, 3)[: 2 if file.samples == 1 else 3]
     if decoded.shape != shape or decoded.dtype.kind not in "ui":
         raise damaged("DICOM", "Its compressed frame is of another size than it says.")
-    allocated, bits = _bits(file)
     values = decoded.view(f"u{decoded.dtype.itemsize}")
     photometric = file.photometric
-    if file.syntax in _OF_THEIR_OWN_PRECISION:
-        bits = max(bits, min(stream.precision, 8 * values.dtype.itemsize)) if stream else bits
-        if stream and stream.precision < bits:
-            bits = stream.precision
-    if file.syntax in _JPEG2000 and photometric in ("YBR_ICT", "YBR_RCT"):
+    if stream is not None and file.syntax in JPEG_2000 + JPEG_LS:
+        bits = stream.precision  # some say fewer or more bits than their stream has
+    else:
+        bits = _bits(file)[1]
+    if file.syntax in JPEG_2000 and photometric in ("YBR_ICT", "YBR_RCT"):
         photometric = "RGB"  # the codec undoes the transform that the stream names
     if file.samples == 3 and stream is not None and stream.is_rgb is not None:
         photometric = "RGB" if stream.is_rgb else "YBR_FULL"
@@ -360,25 +360,10 @@ def _deflated(file: File, data: bytes) -> tuple[None, NDArray[Any]]:
     return None, values.reshape(file.rows, file.columns, 3)
 
 
-_JPEG2000 = (
-    uid.JPEG2000Lossless,
-    uid.JPEG2000,
-    uid.HTJ2KLossless,
-    uid.HTJ2KLosslessRPCL,
-    uid.HTJ2K,
-)
-_JPEGLS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
-_OF_THEIR_OWN_PRECISION = (*_JPEG2000, *_JPEGLS)
-# By transfer syntax. Two retired ones, JPEG progressive of 8 and 12 bits, have no name in pydicom.
-ENCAPSULATED: dict[str, Callable[[File, bytes], tuple[Stream | None, NDArray[Any]]]] = {
-    uid.JPEGBaseline8Bit: _jpeg,
-    uid.JPEGExtended12Bit: _jpeg,
-    "1.2.840.10008.1.2.4.53": _jpeg,
-    "1.2.840.10008.1.2.4.55": _jpeg,
-    uid.JPEGLossless: _jpeg,
-    uid.JPEGLosslessSV1: _jpeg,
-    **dict.fromkeys(_JPEGLS, _jpegls),
-    **dict.fromkeys(_JPEG2000, _jpeg2000),
-    uid.RLELossless: _rle,
-    "1.2.840.10008.1.2.8.1": _deflated,
+_CODECS: dict[str, Callable[[File, bytes], tuple[Stream | None, NDArray[Any]]]] = {
+    **dict.fromkeys(JPEG, _jpeg),
+    **dict.fromkeys(JPEG_LS, _jpegls),
+    **dict.fromkeys(JPEG_2000, _jpeg2000),
+    **dict.fromkeys(RLE, _rle),
+    **dict.fromkeys(DEFLATED_FRAME, _deflated),
 }

@@ -1,4 +1,4 @@
-"""From stored values to 8 bits: modality, VOI, padding and presentation (DICOM PS3.3 C.7.6.3, C.11)."""
+"""From stored values to 8 bits: modality, VOI, presentation (DICOM PS3.3 C.7.6.3, C.11)."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def render(file: File, frame: int, pixels: Pixels, spec: InputSpec) -> NDArray[n
     if pixels.values.ndim == 3:
         return _colour(pixels)
     if pixels.photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ImageError(
-            f'DICOM image of photometric interpretation "{pixels.photometric[:40]}" is not supported'
-        )
+        raise _unsupported(pixels)
     return _Grey(file, frame, pixels, spec).render()
 
 
@@ -72,10 +70,13 @@ def _colour(pixels: Pixels) -> NDArray[np.uint8]:
     if pixels.photometric in ("YBR_FULL", "YBR_FULL_422"):
         eight = convert_color_space(eight, "YBR_FULL", "RGB")
     elif pixels.photometric != "RGB":
-        raise ImageError(
-            f'DICOM image of photometric interpretation "{pixels.photometric[:40]}" is not supported'
-        )
+        raise _unsupported(pixels)
     return eight
+
+
+def _unsupported(pixels: Pixels) -> ImageError:
+    name = pixels.photometric[:40]
+    return ImageError(f'DICOM image of photometric interpretation "{name}" is not supported')
 
 
 def _palette(file: File, pixels: Pixels) -> NDArray[np.uint8]:
@@ -116,7 +117,8 @@ def _masked(pixels: Pixels) -> NDArray[Any]:
     """Return the bits that count: overlays and garbage may be above them (PS3.5 8.1.1)."""
     if pixels.values.dtype.kind == "f" or pixels.bits == 8 * pixels.values.dtype.itemsize:
         return pixels.values
-    return pixels.values & pixels.values.dtype.type((1 << pixels.bits) - 1)
+    masked: NDArray[Any] = pixels.values & pixels.values.dtype.type((1 << pixels.bits) - 1)
+    return masked
 
 
 def _signed(values: NDArray[Any], bits: int) -> NDArray[np.int64]:
@@ -204,7 +206,7 @@ class _Grey:
         return count % 65536 or 65536, first, bits
 
     def _table(self, item: Dataset) -> tuple[int, Numbers] | None:
-        """Return the first value of a lookup table, and its entries; None if it has no valid ones."""
+        """Return a table's first value and entries, or None if it has no valid ones."""
         count, first, bits = self._descriptor(item)
         data = self.file.value("LUTData", item)
         if not 1 <= bits <= 16 or data is None:
