@@ -134,7 +134,7 @@ def _decode(data: bytes | None, decoder: _Decoder) -> NDArray[np.uint8]:
         with warnings.catch_warnings(), _pillow_limits(spec):
             warnings.simplefilter("ignore")  # odd metadata; the pixels are what counts
             return decoder.run(data)
-    except ImageError:
+    except (ImageError, ImportError):  # a package that is missing is no fault of the image
         raise
     except Image.DecompressionBombError:
         raise _too_large(data, spec) from None
@@ -258,7 +258,7 @@ class _Decoder:
     def run(self, data: bytes) -> NDArray[np.uint8]:
         try:
             opened = self.open(data)
-        except (ImageError, Image.DecompressionBombError, MemoryError):
+        except (ImageError, ImportError, Image.DecompressionBombError, MemoryError):
             raise
         except Exception as error:
             if _is_database_error(error):

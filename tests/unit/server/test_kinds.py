@@ -47,10 +47,7 @@ def box(brand: bytes, *more: bytes) -> bytes:
 
 
 PNG = picture()
-DICOM_ELEMENT = b"\x08\0\x05\0CS\x0a\0ISO_IR 100"
 KINDS = {
-    "DICOM": (bytes(128) + b"DICM\2\0\0\0UL\4\0\xc4\0\0\0", "a DICOM file", "PNG"),
-    "DICOM without preamble": (DICOM_ELEMENT + bytes(50), "a DICOM file", "PNG"),
     "HEIC": (box(b"heic", b"mif1heic"), "a HEIC image", "JPEG"),
     "HEIF": (box(b"mif1", b"mif1heic"), "a HEIC image", "JPEG"),
     "AVIF": (picture("AVIF"), "an AVIF image", "PNG"),

@@ -65,6 +65,13 @@ RLE = (uid.RLELossless,)
 DEFLATED_FRAME = (uid.UID("1.2.840.10008.1.2.8.1"),)
 SUPPORTED = frozenset((*NATIVE, *JPEG, *JPEG_LS, *JPEG_2000, *RLE, *DEFLATED_FRAME))
 
+# Later than pydicom's dictionary (PS3.6 table A-1).
+_NEWER = {
+    "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
+    "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
+    "1.2.840.10008.1.2.4.112": "JPEG XL",
+}
+
 # SOP classes with pixels that are no picture (PS3.4 annex B.5), by what they are.
 _NO_PICTURES = {
     "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation",
@@ -267,7 +274,8 @@ def _transfer_syntax(data: bytes) -> tuple[uid.UID, int]:
 def _check_syntax(syntax: uid.UID) -> None:
     if syntax in SUPPORTED:
         return
-    name = re.sub(r" \(.*", "", syntax.name) if syntax.name != syntax else "unknown"
+    name = _NEWER.get(syntax, syntax.name)
+    name = re.sub(r" \(.*", "", name) if name != syntax else "unknown"
     raise ImageError(
         f"DICOM transfer syntax {syntax} ({name}) is not supported"
         if re.fullmatch(r"[0-9.]{1,64}", syntax)
