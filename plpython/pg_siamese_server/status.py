@@ -28,7 +28,16 @@ from pg_siamese_server.writing.triggers import abandoned_query, compared, missin
 Line = tuple[str, bool, str]
 # What a look at some images costs at most, without full => true.
 SAMPLE_ROWS, SAMPLE_BYTES = 100, 16 * 1024 * 1024
-PACKAGES = ("numpy", "pillow", "onnxruntime", "faiss-cpu", "onnx", "xxhash")
+PACKAGES = (
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "faiss-cpu",
+    "onnx",
+    "xxhash",
+    "pydicom",
+    "imagecodecs",
+)
 TRIGGERS = ("insert", "update", "change", "delete", "truncate")
 # CVE-2026-3172, in parallel builds of HNSW indexes: from the first of these on, up to the second.
 PGVECTOR_UNSAFE = ((0, 6), (0, 8, 2))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from tests import dicom_files
 from tests.faults.checks import (
     Connect,
     check_answers,
@@ -106,6 +108,25 @@ def test_without_onnx(
         check_answers(connect(), images, "faiss", "without onnx")
         assert failed_checks(session) == ["package onnx"]
     connect().execute("SELECT register_model('another', %s)", (onnx,))
+
+
+@pytest.mark.parametrize("module", ["pydicom", "imagecodecs"])
+def test_without_what_dicom_needs(
+    connect: Connect, cluster: FaultyCluster, images: Gallery, module: str
+) -> None:
+    """No good DICOM file is taken for a bad one, and other formats go on."""
+    dicom = dicom_files.image(np.zeros((8, 8), np.uint8))
+    with cluster.without(module):
+        session = connect()
+        fill(session, images, 20)
+        session.execute("SELECT alter_collection('images', on_error => 'quarantine')")
+        with sql_error("58P01", f'package "{module}"', "cannot be imported", "make install"):
+            session.execute("INSERT INTO siamese.images (image) VALUES (%s)", (dicom,))
+        assert session.execute("SELECT count(*) FROM embedding_failures").fetchone() == (0,)
+        assert failed_checks(session) == [f"package {module}"]
+    session = connect()
+    session.execute("INSERT INTO siamese.images (image) VALUES (%s)", (dicom,))
+    assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (21,)
 
 
 @pytest.mark.parametrize("module", ["numpy", "pg_siamese_server"])
