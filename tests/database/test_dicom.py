@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import psycopg
@@ -13,6 +14,7 @@ from pydicom import uid
 from tests import dicom_files
 from tests.conftest import Connection
 from tests.support import sql_error
+from tools.project import ROOT
 
 SHAPE = (64, 64)
 
@@ -55,6 +57,17 @@ def test_found_by_its_picture(db: Connection) -> None:
         ).fetchone()
         assert found is not None
         assert found[0] == key and found[1] < 1e-5
+
+
+def test_the_documentation(db: Connection) -> None:
+    text = (ROOT / "docs" / "dicom.md").read_text()
+    (block,) = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)
+    file = dicom(pictures(1)[0])
+    lines = re.sub(r" *--.*", "", block).replace("$1", "%s")
+    insertion, search = lines.strip().rstrip(";").split(";\n")
+    db.execute(insertion.encode(), (file,))
+    found = db.execute(search.encode(), (file,)).fetchall()
+    assert [(row[0], row[2]) for row in found] == [(1, pytest.approx(0, abs=1e-6))]
 
 
 def test_a_bad_one_is_refused_by_name(db: Connection) -> None:
