@@ -114,7 +114,10 @@ def search(plpy: Any, collection: Collection, request: Request, changes: Changes
         query = index.vectors[entry : entry + 1]
     found = _FastSearch(plpy, collection, request, changes, query, entry)
     try:
-        near = found.all() if request.filter is None else found.filtered(request.filter)
+        if request.filter is None and request.exclude is None:
+            near = found.all()
+        else:
+            near = found.filtered(request.filter, request.exclude)
     except (
         plpy.spiexceptions.UndefinedTable,
         plpy.spiexceptions.UndefinedColumn,
@@ -134,7 +137,7 @@ def _may_serve(request: Request, changes: Changes) -> bool:
         and changes.index.keys is not None
         and changes.index.index.ntotal > 0
         and request.candidates is None
-        and (request.filter is not None or request.max_distance is None)
+        and (request.filter or request.exclude or request.max_distance is None)
         and request.engine != "pgvector"
     )
 
@@ -185,10 +188,10 @@ class _FastSearch:
             return None
         return near
 
-    def filtered(self, text: str) -> Neighbours | None:
-        """Find the nearest of the rows that a filter, as JSON, lets through."""
+    def filtered(self, text: str | None, excluded: str | None) -> Neighbours | None:
+        """Find the nearest of the rows that a filter and its mirror, as JSON, let through."""
         try:
-            conditions = filters.parse_remembered(self.collection, text)
+            conditions = filters.parse_remembered(self.collection, text, excluded)
         except SiameseError:  # which error it is to be, the search from the start knows
             return None
         way = None if conditions is None else self.collection.ways.get(_shape(conditions, self.k))

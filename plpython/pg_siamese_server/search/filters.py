@@ -102,32 +102,48 @@ def columns(plpy: Any, collection: Collection, names: list[str]) -> dict[str, An
     return found
 
 
-def parse(plpy: Any, collection: Collection, text: str | None) -> Conditions:
-    """Turn a filter into conditions.
+def parse(
+    plpy: Any, collection: Collection, text: str | None, excluded: str | None = None
+) -> Conditions:
+    """Turn a filter, and its mirror, into conditions.
 
     Args:
         plpy: PL/Python's module.
         collection: whose table the columns belong to.
         text: a JSON object: column to value (equal), array (one of), null (is null) or object
             (operator to value, all of them); or None.
+        excluded: the same: rows that meet all of it are left out.
     """
-    wanted = _object(text)
-    return _parsed(wanted, columns(plpy, collection, list(wanted)) if wanted else {})
+    wanted, unwanted = _object(text), _object(excluded)
+    names = list(wanted | unwanted)
+    return _parsed(wanted, unwanted, columns(plpy, collection, names) if names else {})
 
 
-def parse_remembered(collection: Collection, text: str) -> Conditions | None:
-    """Do the same with columns as they were when last looked up; None where one never was."""
-    wanted = _object(text)
-    if not wanted.keys() <= collection.columns.keys():
+def parse_remembered(
+    collection: Collection, text: str | None, excluded: str | None
+) -> Conditions | None:
+    """Do the same with columns as they were when last looked up; None if one never was."""
+    wanted, unwanted = _object(text), _object(excluded)
+    if not wanted.keys() | unwanted.keys() <= collection.columns.keys():
         return None
-    return _parsed(wanted, collection.columns)
+    return _parsed(wanted, unwanted, collection.columns)
 
 
-def _parsed(wanted: dict[str, Any], known: Mapping[str, Any]) -> Conditions:
+def _parsed(
+    wanted: dict[str, Any], unwanted: dict[str, Any], known: Mapping[str, Any]
+) -> Conditions:
     conditions = Conditions()
     for name, value in wanted.items():
-        conditions.columns[name] = known[name]["type_oid"]
         _add(conditions, known[name], value)
+    if unwanted:
+        # A row is left out if all is true of it, so that unknown values leave it in.
+        kept = len(conditions.clauses)
+        for name, value in unwanted.items():
+            _add(conditions, known[name], value)
+        mirror = " AND ".join(conditions.clauses[kept:])
+        conditions.clauses[kept:] = [f"({mirror}) IS NOT TRUE"]
+    for name in (*wanted, *unwanted):
+        conditions.columns[name] = known[name]["type_oid"]
     return conditions
 
 

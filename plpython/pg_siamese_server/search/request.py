@@ -29,10 +29,14 @@ class Request:
         image: an image file, or None to search by ``key``.
         key: of a stored image, which is left out of the answer; text unless keys are integers.
         k: how many rows.
-        filter: JSON text, or None.
+        filter: JSON text, or None: conditions that rows must meet.
+        exclude: the same: conditions that no row may meet.
         candidates: keys to choose among, or None for all.
         max_distance: the farthest row, or None.
         engine: ``auto``, ``faiss`` or ``pgvector``.
+        group_by: column of which each value is a group, or none if it is empty.
+        per_group: how many rows of a group.
+        own_group: whether rows of the stored image's own group count.
         integer_keys: whether the caller can take integer keys only.
     """
 
@@ -41,9 +45,13 @@ class Request:
     key: int | str | None = None
     k: int | None = 10
     filter: str | None = None
+    exclude: str | None = None
     candidates: list[Any] | None = None
     max_distance: float | None = None
     engine: str | None = "auto"
+    group_by: str = ""
+    per_group: int | None = 1
+    own_group: bool = True
     integer_keys: bool = False
     _embedded: dict[tuple[int, Limits], NDArray[np.float32]] = field(
         default_factory=dict, init=False, repr=False
@@ -59,6 +67,10 @@ class Request:
             )
         if self.max_distance is not None and math.isnan(self.max_distance):
             raise SiameseError("max_distance is not a number")
+        if self.per_group is None or self.per_group < 1:
+            raise SiameseError("per_group must be positive")
+        if not self.group_by and (self.per_group > 1 or not self.own_group):
+            raise SiameseError("per_group and own_group need a column in group_by")
 
     def embedding(self, plpy: Any, collection: Collection) -> NDArray[np.float32] | None:
         """Return the image's embedding, float32 (1, dimension), or None for a search by key.

@@ -32,7 +32,7 @@ from pg_siamese_server.errors import (
     SiameseError,
     counted,
 )
-from pg_siamese_server.search import fast_path
+from pg_siamese_server.search import fast_path, groups
 from pg_siamese_server.search.filters import Conditions, parse
 from pg_siamese_server.search.request import Answer, Request
 
@@ -47,6 +47,13 @@ _noticed: set[tuple[int, int, str]] = set()
 def search(plpy: Any, request: Request) -> Answer:
     """Answer a search."""
     request.check()
+    if request.group_by:
+        return groups.search(plpy, request, _search)
+    return _search(plpy, request)
+
+
+def _search(plpy: Any, request: Request) -> Answer:
+    """Answer a search without groups."""
     answer = _as_before(plpy, request)
     if answer is not None:
         return answer
@@ -77,7 +84,7 @@ def _from_the_start(plpy: Any, request: Request) -> Answer:
     if request.key is not None and state["query_id"] is None:
         return _without_vector(plpy, request, collection)
     request.embedding(plpy, collection)  # before filters: the first error is the image's
-    conditions = parse(plpy, collection, request.filter)
+    conditions = parse(plpy, collection, request.filter, request.exclude)
     if request.engine != "pgvector":
         answer = _with_faiss(plpy, request, collection, state, conditions)
         if answer is not None:

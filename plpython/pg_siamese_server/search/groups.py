@@ -1,0 +1,89 @@
+"""The best of each group: as many rows as groups are asked for, and no group too often."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.search import filters
+from pg_siamese_server.search.request import Answer, Request
+
+# Times what is expected to be enough, and the least by which a round is larger than the last.
+ENOUGH, GROW = 1.5, 2
+
+
+def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) -> Answer:
+    """Find the k nearest rows, at most ``per_group`` of each group.
+
+    The nearest rows are asked for, more and more of them, until they hold enough groups or there
+    are no more. As they come nearest first, the first rows of a group are its best.
+
+    Args:
+        plpy: PL/Python's module.
+        request: with a column to group by.
+        find: answers a request without groups.
+    """
+    assert request.k is not None and request.group_by and request.per_group
+    wanted, column = request.k, request.group_by
+    rows = copy.copy(request)  # which shares the image's embedding
+    rows.group_by = ""
+    rows.k = math.ceil(ENOUGH * wanted) + 1
+    groups: dict[Any, str | None] = {}
+    while True:
+        answer = find(plpy, rows)
+        keys = answer.keys
+        new = [key for key in keys if key not in groups]
+        groups.update(labels(plpy, answer.collection, column, new))
+        taken = _chosen(plpy, answer, groups, request)
+        if len(taken) == wanted or len(keys) < rows.k:
+            return Answer(
+                answer.collection,
+                [keys[place] for place in taken],
+                [answer.distances[place] for place in taken],
+                answer.query,
+            )
+        share = max(1, len(taken)) / len(keys)
+        rows.k = max(GROW * rows.k, math.ceil(ENOUGH * wanted / share))
+
+
+def _chosen(
+    plpy: Any, answer: Answer, groups: dict[Any, str | None], request: Request
+) -> list[int]:
+    """Return the places of the first k rows that their groups have room for."""
+    assert request.k is not None and request.per_group is not None
+    full: Counter[str | None] = Counter()
+    if request.key is not None and not request.own_group and answer.keys:
+        own = labels(plpy, answer.collection, request.group_by, [request.key])
+        full.update({group: request.per_group for group in own.values() if group is not None})
+    taken: list[int] = []
+    for place, key in enumerate(answer.keys):
+        if key not in groups:  # a rule hides what it showed before
+            continue
+        group = groups[key]
+        if full[group] < request.per_group:
+            full[group] += 1
+            taken.append(place)
+            if len(taken) == request.k:
+                break
+    return taken
+
+
+def labels(
+    plpy: Any, collection: Collection, column: str, keys: list[Any]
+) -> dict[Any, str | None]:
+    """Return a column's value of each row, as text, as the invoker sees it."""
+    if not keys:
+        return {}
+    quoted = filters.columns(plpy, collection, [column])[column]["quoted"]
+    shown = "b.{0}" if collection.has_integer_keys else "b.{0}::text"
+    plan = prepare(
+        plpy,
+        f"SELECT {shown.format(collection.key_column)} AS key, b.{quoted}::text AS label"
+        f" FROM {collection.relation} AS b WHERE b.{collection.key_column} = ANY($1)",
+        (collection.key_array,),
+    )
+    return {row["key"]: row["label"] for row in plan.execute([keys])}
