@@ -276,20 +276,10 @@ def rebuild_file(plpy: Any, collection: str | None) -> tuple[str | None]:
 
 @_answer
 def similar_images(
-    plpy: Any,
-    image: bytes | None,
-    image_id: int | None,
-    k: int | None,
-    collection: str | None,
-    filter_: str | None,
-    candidates: list[int] | None,
-    max_distance: float | None,
-    engine: str | None,
+    plpy: Any, image: bytes | None, image_id: int | None, *arguments: Any
 ) -> tuple[str, str, str | None, str | None]:
-    """Body of ``similar_images``."""
-    request = _request(
-        plpy, image, image_id, k, collection, filter_, candidates, max_distance, engine
-    )
+    """Body of ``_similar_images``."""
+    request = _request(image, image_id, *arguments)
     request.integer_keys = True
     return _ranked(plpy, _search_explained(plpy, request))
 
@@ -303,25 +293,27 @@ def similar_keys(
     collection: str | None,
     filter_: str | None,
     candidates: list[str | None] | None,
-    max_distance: float | None,
-    engine: str | None,
+    *arguments: Any,
 ) -> tuple[str, str, str | None, str | None]:
     """Body of ``_similar_keys``, which ``similar_rows`` uses."""
     stored, chosen = _keys(plpy, collection, key, candidates)
-    request = _request(plpy, image, stored, k, collection, filter_, chosen, max_distance, engine)
+    request = _request(image, stored, k, collection, filter_, chosen, *arguments)
     return _ranked(plpy, _search_explained(plpy, request))
 
 
 def _request(
-    plpy: Any,
     image: bytes | None,
     key: int | str | None,
     k: int | None,
     collection: str | None,
-    filter_: str | None,
-    candidates: list[Any] | None,
-    max_distance: float | None,
-    engine: str | None,
+    filter_: str | None = "{}",
+    candidates: list[Any] | None = None,
+    max_distance: float | None = math.inf,
+    engine: str | None = "auto",
+    exclude: str | None = "{}",
+    group_by: str | None = "",
+    per_group: int | None = 1,
+    own_group: bool | None = True,
 ) -> Request:
     """Return the request; arguments have the defaults of SQL, and NULL is none of these."""
     if image is None and key is None:
@@ -332,11 +324,19 @@ def _request(
         )
     if image is not None and key is not None:
         raise SiameseError("an image and the key of a stored one are given", hint="Give one.")
-    if None in (k, collection, filter_, max_distance, engine):
-        _check_given(
-            k=k, collection=collection, filter=filter_, max_distance=max_distance, engine=engine
-        )
-    assert max_distance is not None
+    given = {
+        "k": k,
+        "collection": collection,
+        "filter": filter_,
+        "max_distance": max_distance,
+        "engine": engine,
+        "exclude": exclude,
+        "group_by": group_by,
+        "per_group": per_group,
+        "own_group": own_group,
+    }
+    _check_given(**given)
+    assert max_distance is not None and group_by is not None
     while candidates and isinstance(candidates[0], list):  # of several dimensions
         candidates = [one for part in candidates for one in part]
     limit = None
@@ -348,9 +348,13 @@ def _request(
         key=key,
         k=k,
         filter=None if filter_ == "{}" else filter_,
+        exclude=None if exclude == "{}" else exclude,
         candidates=candidates,
         max_distance=limit,
         engine=engine,
+        group_by=group_by,
+        per_group=per_group,
+        own_group=bool(own_group),
     )
 
 
@@ -380,11 +384,13 @@ def _search_explained(plpy: Any, request: Request) -> Answer:
     try:
         return _search.search(plpy, request)
     except plpy.SPIError as error:
-        if request.filter is None or error.sqlstate in CANCELLED:
+        texts = [text for text in (request.filter, request.exclude) if text is not None]
+        if not texts or error.sqlstate in CANCELLED:
             raise
         from pg_siamese_server.search import filters
 
-        filters.explain(plpy, collection_by_name(plpy, request.collection_name), request.filter)
+        for text in texts:
+            filters.explain(plpy, collection_by_name(plpy, request.collection_name), text)
         raise
 
 
@@ -458,7 +464,7 @@ def classify_image(
     """Body of ``classify_image``."""
     _check_given(label_column=label_column)
     stored, _ = _keys(plpy, collection, key, None)
-    request = _request(plpy, image, stored, k, collection, "{}", None, math.inf, "auto")
+    request = _request(image, stored, k, collection)
     labels = _labels(plpy, _search.search(plpy, request), str(label_column))
     if None in labels:  # rows without a label have no vote
         request.filter = json.dumps({label_column: {"<>": None}})
@@ -476,18 +482,10 @@ def classify_image(
 
 def _labels(plpy: Any, answer: Answer, label_column: str) -> list[str | None]:
     """Return the labels of the rows found, in their order."""
-    from pg_siamese_server.search import filters
+    from pg_siamese_server.search import groups
 
-    found = answer.collection
-    column = filters.columns(plpy, found, [label_column])[label_column]["quoted"]
-    plan = prepare(
-        plpy,
-        f"SELECT b.{found.key_column}::text AS key, b.{column}::text AS label"
-        f" FROM {found.relation} AS b WHERE b.{found.key_column} = ANY($1)",
-        (found.key_array,),
-    )
-    labels = {row["key"]: row["label"] for row in plan.execute([answer.keys])}
-    return [labels[str(key)] for key in answer.keys if str(key) in labels]
+    labels = groups.labels(plpy, answer.collection, label_column, answer.keys)
+    return [labels[key] for key in answer.keys if key in labels]
 
 
 @_answer
