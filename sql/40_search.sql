@@ -91,7 +91,11 @@ CREATE FUNCTION siamese._similar_images(
     filter siamese.filter,
     candidates bigint[],
     max_distance double precision,
-    engine text
+    engine text,
+    exclude siamese.filter,
+    group_by text,
+    per_group bigint,
+    own_group boolean
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
@@ -100,10 +104,11 @@ if 'pg_siamese @VERSION@' not in GD:
     if failure:
         return failure
 return GD['pg_siamese @VERSION@'].similar_images(
-    plpy, image, image_id, k, collection, filter, candidates, max_distance, engine)
+    plpy, image, image_id, k, collection, filter, candidates, max_distance, engine, exclude, group_by,
+    per_group, own_group)
 $python$;
 COMMENT ON FUNCTION siamese._similar_images(
-    bytea, bigint, bigint, text, siamese.filter, bigint[], double precision, text
+    bytea, bigint, bigint, text, siamese.filter, bigint[], double precision, text, siamese.filter, text, bigint, boolean
 ) IS 'search with keys of type bigint';
 
 CREATE FUNCTION siamese._match_line(model_id text, query text) RETURNS double precision[]
@@ -129,7 +134,11 @@ CREATE FUNCTION siamese.similar_images(
     candidates bigint[] DEFAULT '{{{{{{NULL}}}}}}',
     max_distance double precision DEFAULT 'Infinity',
     engine text DEFAULT 'auto',
-    image_id bigint DEFAULT NULL
+    image_id bigint DEFAULT NULL,
+    exclude siamese.filter DEFAULT '{}',
+    group_by text DEFAULT '',
+    per_group bigint DEFAULT 1,
+    own_group boolean DEFAULT true
 ) RETURNS SETOF siamese.similar_image
 -- SQL without settings of its own, so that the planner makes it part of the query that calls it: as PL/pgSQL it
 -- would take as long again as the search.
@@ -148,7 +157,7 @@ AS $$
             image, image_id, k, collection, filter,
             CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
                 ELSE coalesce(candidates, '{}') END,
-            max_distance, engine) AS answer
+            max_distance, engine, exclude, group_by, per_group, own_group) AS answer
         OFFSET 0
     ) AS a
     -- Of one row, as an aggregate is, the planner leaves it out if nobody asks for the similarity.
@@ -162,7 +171,7 @@ AS $$
     WHERE a.answer[1] IS NULL OR siamese._raise(a.answer) IS NULL
 $$;
 COMMENT ON FUNCTION siamese.similar_images(
-    bytea, bigint, text, siamese.filter, bigint[], double precision, text, bigint
+    bytea, bigint, text, siamese.filter, bigint[], double precision, text, bigint, siamese.filter, text, bigint, boolean
 ) IS 'k nearest images of a collection';
 
 CREATE FUNCTION siamese.similar_rows(
@@ -174,7 +183,11 @@ CREATE FUNCTION siamese.similar_rows(
     candidates siamese.key[] DEFAULT '{{{{{{NULL}}}}}}',
     max_distance double precision DEFAULT 'Infinity',
     engine text DEFAULT 'auto',
-    key siamese.key DEFAULT NULL
+    key siamese.key DEFAULT NULL,
+    exclude siamese.filter DEFAULT '{}',
+    group_by text DEFAULT '',
+    per_group bigint DEFAULT 1,
+    own_group boolean DEFAULT true
 ) RETURNS TABLE (item anyelement, distance real)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
 SET jit = off
@@ -200,7 +213,7 @@ BEGIN
         image, key::pg_catalog.text, k, found.name, filter,
         CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
             ELSE coalesce(candidates::pg_catalog.text[], '{}') END,
-        max_distance, engine);
+        max_distance, engine, exclude, group_by, per_group, own_group);
     IF answer[1] IS NOT NULL THEN
         PERFORM siamese._raise(answer);
     END IF;
@@ -218,7 +231,8 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.similar_rows(
-    anyelement, bytea, bigint, text, siamese.filter, siamese.key[], double precision, text, siamese.key
+    anyelement, bytea, bigint, text, siamese.filter, siamese.key[], double precision, text, siamese.key,
+    siamese.filter, text, bigint, boolean
 ) IS 'k nearest rows of any collection''s table';
 
 CREATE FUNCTION siamese.classify_image(
@@ -254,7 +268,11 @@ CREATE FUNCTION siamese._similar_keys(
     filter siamese.filter,
     candidates text[],
     max_distance double precision,
-    engine text
+    engine text,
+    exclude siamese.filter,
+    group_by text,
+    per_group bigint,
+    own_group boolean
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
@@ -263,10 +281,11 @@ if 'pg_siamese @VERSION@' not in GD:
     if failure:
         return failure
 return GD['pg_siamese @VERSION@'].similar_keys(
-    plpy, image, key, k, collection, filter, candidates, max_distance, engine)
+    plpy, image, key, k, collection, filter, candidates, max_distance, engine, exclude, group_by,
+    per_group, own_group)
 $python$;
 COMMENT ON FUNCTION siamese._similar_keys(
-    bytea, text, bigint, text, siamese.filter, text[], double precision, text
+    bytea, text, bigint, text, siamese.filter, text[], double precision, text, siamese.filter, text, bigint, boolean
 ) IS 'search with keys of any type';
 
 CREATE FUNCTION siamese._no_collection(relation oid, collection text) RETURNS void

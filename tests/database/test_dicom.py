@@ -61,7 +61,7 @@ def test_found_by_its_picture(db: Connection) -> None:
 
 def test_the_documentation(db: Connection) -> None:
     text = (ROOT / "docs" / "dicom.md").read_text()
-    (block,) = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)
+    block = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)[0]
     file = dicom(pictures(1)[0])
     lines = re.sub(r" *--.*", "", block).replace("$1", "%s")
     insertion, search = lines.strip().rstrip(";").split(";\n")

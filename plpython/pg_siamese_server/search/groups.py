@@ -10,10 +10,13 @@ from typing import Any
 
 from pg_siamese_server.catalog import Collection, prepare
 from pg_siamese_server.search import filters
+from pg_siamese_server.search.filters import Conditions
 from pg_siamese_server.search.request import Answer, Request
 
 # Times what is expected to be enough, and the least by which a round is larger than the last.
 ENOUGH, GROW = 1.5, 2
+# With more rows a round, one scan by pgvector that knows of groups is quicker.
+MAX_ROWS = 20_000
 
 
 def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) -> Answer:
@@ -48,6 +51,10 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
             )
         share = max(1, len(taken)) / len(keys)
         rows.k = max(GROW * rows.k, math.ceil(ENOUGH * wanted / share))
+        if rows.k > MAX_ROWS and request.engine == "auto":
+            scan = copy.copy(request)
+            scan.engine = "pgvector"
+            return find(plpy, scan)
 
 
 def _chosen(
@@ -70,6 +77,21 @@ def _chosen(
             if len(taken) == request.k:
                 break
     return taken
+
+
+def place(
+    plpy: Any, collection: Collection, request: Request, where: Conditions, order: str
+) -> str:
+    """Return SQL of the place of a row in its group; adds the condition on the own group."""
+    label = f"b.{filters.columns(plpy, collection, [request.group_by])[request.group_by]['quoted']}"
+    if request.key is not None and not request.own_group:
+        own = where.parameter(collection.key_array, [request.key])
+        where.clauses.append(
+            f"({label}::text OPERATOR(pg_catalog.=) (SELECT {label.replace('b.', 'o.', 1)}::text"
+            f" FROM {collection.relation} AS o WHERE o.{collection.key_column} = ANY({own})))"
+            " IS NOT TRUE"
+        )
+    return f"pg_catalog.row_number() OVER (PARTITION BY {label}::text ORDER BY {order})"
 
 
 def labels(

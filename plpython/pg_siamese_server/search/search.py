@@ -47,13 +47,13 @@ _noticed: set[tuple[int, int, str]] = set()
 def search(plpy: Any, request: Request) -> Answer:
     """Answer a search."""
     request.check()
-    if request.group_by:
+    if request.group_by and request.engine != "pgvector":
         return groups.search(plpy, request, _search)
     return _search(plpy, request)
 
 
 def _search(plpy: Any, request: Request) -> Answer:
-    """Answer a search without groups."""
+    """Answer a search without groups, or by pgvector."""
     answer = _as_before(plpy, request)
     if answer is not None:
         return answer
@@ -327,17 +327,24 @@ def _with_pgvector(
         # As real, which is what callers see of it.
         limit = where.parameter("real", request.max_distance)
         where.clauses.append(f"{distance}::real <= {limit}")
-    condition = f" WHERE {' AND '.join(where.clauses)}" if where.clauses else ""
     shown, tie = key, key
     if not collection.has_integer_keys:
         shown = f"{key}::text"
         tie = f'{key}::text COLLATE "C"'
-    plan = prepare(
-        plpy,
-        f"SELECT {shown} AS key, {distance} AS distance FROM {collection.relation} AS b"
+    place = "1"
+    if request.group_by:
+        place = groups.place(plpy, collection, request, where, f"{distance}, {tie}")
+    condition = f" WHERE {' AND '.join(where.clauses)}" if where.clauses else ""
+    rows = (
+        f"SELECT {shown} AS key, {distance} AS distance, {tie} AS tie, {place} AS place"
+        f" FROM {collection.relation} AS b"
         f" INNER JOIN {collection.embeddings} AS e ON e.key = {key}{condition}"
-        f" ORDER BY 2, {tie} LIMIT {int(request.k or 0)}",
-        tuple(where.types),
+    )
+    if request.group_by:
+        limit = where.parameter("bigint", request.per_group)
+        rows = f"SELECT r.* FROM ({rows}) AS r WHERE r.place <= {limit}"
+    plan = prepare(
+        plpy, f"{rows} ORDER BY distance, tie LIMIT {int(request.k or 0)}", tuple(where.types)
     )
     rows = plan.execute(where.values)
     keys, distances = [row["key"] for row in rows], [row["distance"] for row in rows]
