@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from pg_siamese.files import open_whole
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -75,16 +77,9 @@ def contact_sheet(
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
     figure = draw_sheet(rows, title)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed, so that a viewer never shows half a picture.
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=dpi)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    with open_whole(path) as file:  # so that a viewer never shows half a picture
+        figure.savefig(file, format="png", dpi=dpi)
+    return Path(path)
 
 
 def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
