@@ -149,7 +149,7 @@ def test_rebuild_file_on_the_command_line(pair: Pair, fresh: Connection, queries
     remove_files(pair.standby)
     result = CliRunner().invoke(app, ["rebuild-file", "--dsn", pair.standby.dsn()])
     assert result.exit_code == 0, result.output
-    assert f"images: generation {generation} is here" in result.stdout
+    assert f"images: generation {generation} is present" in result.stdout
     check(fresh, queries.files[0], "faiss")
 
 
