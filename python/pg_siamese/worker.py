@@ -38,7 +38,7 @@ LOGGER = logging.getLogger(__name__)
 CHANNEL = "pg_siamese_queue"
 # A batch ends after this, so that it releases its locks and others see its vectors.
 BATCH_SECONDS = 2.0
-# A hung worker must not hold its locks for ever, and no table's lock is worth a long wait.
+# A hung worker must release its locks in time, and no table's lock is worth a long wait.
 SETTINGS = {"idle_in_transaction_session_timeout": "5min", "lock_timeout": "5s"}
 FIRST_RECONNECT_SECONDS, LAST_RECONNECT_SECONDS = 0.5, 30.0
 # How long a collection is skipped after a failure that concerns all of its rows.

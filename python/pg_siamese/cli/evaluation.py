@@ -209,11 +209,11 @@ def figure_table(evaluations: Sequence[Evaluation]) -> Table:
         variants = {"": values}
         variants |= {f", by {m}": values[f"by_{m}"] for m in METRICS if f"by_{m}" in values}
         for note, own in variants.items():
-            where = f"{escape(name)}{note}"
+            subject = f"{escape(name)}{note}"
             for key, label in (("map5", "mAP@5"), ("mmv5", "mMV@5"), ("acc1", "ACC@1")):
-                table.add_row(f"{where}: {label}, %", spread(own["retrieval"][key], 1, 2))
-            table.add_row(f"{where}: P@10, %", spread(own["precision_at_10"], 100, 2))
-            table.add_row(f"{where}: 5-NN, %", spread(own["knn_accuracy"]["5"], 100, 2))
+                table.add_row(f"{subject}: {label}, %", spread(own["retrieval"][key], 1, 2))
+            table.add_row(f"{subject}: P@10, %", spread(own["precision_at_10"], 100, 2))
+            table.add_row(f"{subject}: 5-NN, %", spread(own["knn_accuracy"]["5"], 100, 2))
         for engine, stored in values.get("in_database", {}).items():
             label = f"{escape(name)}: greatest difference in the database, {engine}"
             table.add_row(label, f"{stored['greatest_difference']['max']:.3f}")

@@ -36,7 +36,7 @@ def connect(dsn: str | None = None) -> psycopg.Connection[tuple[object, ...]]:
     """
     try:
         settings = psycopg.conninfo.conninfo_to_dict(dsn or "", application_name=EXTENSION)
-        # libpq waits for ever by default. PGCONNECT_TIMEOUT and the string take precedence.
+        # libpq waits without a limit by default. PGCONNECT_TIMEOUT and the string take precedence.
         settings.setdefault("connect_timeout", CONNECT_TIMEOUT_SECONDS)
         connection = psycopg.connect(
             psycopg.conninfo.make_conninfo(**settings),  # type: ignore[arg-type]
