@@ -23,7 +23,12 @@ DROPPED_TABLE = "c"  # the one that is itself dropped now and then
 # The errors that are expected: a collection, table, view or row is gone, a collection is there
 # already, a build was overtaken, a table has another name at the moment.
 CLEAN = {
-    "42704": ("does not exist", "is not one of table", "is not a row of a table"),
+    "42704": (
+        "does not exist",
+        "no longer exists",
+        "is not one of table",
+        "is not a row of a table",
+    ),
     "42P01": ("does not exist",),
     "42710": ("already exists",),
     "P0002": ("is not in collection",),
