@@ -115,7 +115,7 @@ def test_deferred(table: Connection) -> None:
 def test_worker(table: Connection, dsn: str) -> None:
     create(table, embed="deferred")
     insert(table, IMAGES)
-    Worker(Options(dsn, once=True, rebuild_pending=None), say=print).run()
+    Worker(Options(dsn, once=True, rebuild_pending=None)).run()
     assert stored(table) == [1, 3] and failed(table) == FAILURE
 
 

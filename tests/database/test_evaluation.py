@@ -82,7 +82,7 @@ def test_the_collection_can_be_kept(
 ) -> None:
     text = evaluate(dsn, specs[:1], tmp_path / "r.json", "--keep")
     (name,) = set(leftovers(db))
-    assert f"the collection stays: {name}" in text
+    assert f"collection kept: {name}" in text
     row = db.execute(
         "SELECT rows_embedded, pending FROM siamese.collection_status WHERE collection = %s",
         (name,),

@@ -149,7 +149,7 @@ def test_rebuild_file_on_the_command_line(pair: Pair, fresh: Connection, queries
     remove_files(pair.standby)
     result = CliRunner().invoke(app, ["rebuild-file", "--dsn", pair.standby.dsn()])
     assert result.exit_code == 0, result.output
-    assert f"images: generation {generation} is here" in result.stdout
+    assert f"images: generation {generation} is present" in result.stdout
     check(fresh, queries.files[0], "faiss")
 
 
@@ -330,7 +330,7 @@ def test_every_function_that_reads(pair: Pair, pictures: Pictures, queries: Pict
         for function in ("image_distance", "same_class", "any_two_match"):
             query = f"SELECT {function}(%s, %s)"
             assert one(analyst, query, a, b) == one(pair.db, query, a, b)
-        assert [text for text in said if "wait to be embedded" not in text] == []
+        assert [text for text in said if "has queued rows" not in text] == []
         assert len(said) == 1
         with sql_error("42501"):
             analyst.execute("SELECT rebuild_file()")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts
 from pg_siamese_server.catalog import load_json, prepare
+from pg_siamese_server.encoding.open_encoders import OpenEncoders
 from pg_siamese_server.errors import (
     DATA_CORRUPTED,
     DUPLICATE_OBJECT,
@@ -26,12 +26,9 @@ if TYPE_CHECKING:  # imported by who needs them: searches by a stored image do n
     from pg_siamese_server.encoding.encoder import Encoder
     from pg_siamese_server.encoding.specification import ModelSpec
 
-MAX_OPEN_ENCODERS = 4
-
 # With their JSON text, which is quicker to hash.
 _specs: dict[int, tuple[str, ModelSpec]] = {}
-# One ONNX file may serve several models that differ in how it is fed.
-_encoders: OrderedDict[tuple[str, str], Encoder] = OrderedDict()
+_encoders = OpenEncoders()
 
 
 def spec(plpy: Any, model_id: int) -> ModelSpec:
@@ -71,9 +68,8 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
             raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
         sha256 = rows[0]["sha256"]
     text, specification = _specification(plpy, model_id)
-    key = (sha256, text)
-    found = _encoders.get(key)
-    if found is None:
+
+    def read() -> tuple[bytes, ModelSpec]:
         plan = prepare(
             plpy,
             "SELECT onnx, pg_catalog.encode(pg_catalog.sha256(onnx), 'hex')"
@@ -89,15 +85,10 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
                 " that restores it.",
             )
         import pg_siamese_server.encoding.images  # noqa: F401 -- who opens an encoder goes on to decode
-        from pg_siamese_server.encoding.encoder import Encoder
 
-        found = Encoder(row["onnx"], specification)
-        while len(_encoders) >= MAX_OPEN_ENCODERS:
-            _encoders.popitem(last=False)
-        _encoders[key] = found
-    else:
-        _encoders.move_to_end(key)
-    return found
+        return row["onnx"], specification
+
+    return _encoders.get(sha256, text, read)
 
 
 def embed(

@@ -126,7 +126,7 @@ def require_sklearn() -> None:
     except ImportError:
         raise CommandError(
             "evaluation needs scikit-learn, which comes with the extra packages of "
-            "pg_siamese[train] (make deps-test installs them)"
+            "pg_siamese[train]"
         ) from None
 
 
