@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import io
 import os
-import shutil
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any
 from pg_siamese.datasets.base import DataNotFoundError, LabelledImages
 from pg_siamese.datasets.npz import read_npz
 from pg_siamese.datasets.places import data_folders
+from pg_siamese.files import write_whole
 
 MEDICAL_SETS = ("breastmnist", "dermamnist", "pneumoniamnist", "retinamnist")
 STAND_INS = {"dermamnist": "ham10000_28"}
@@ -83,26 +83,16 @@ def download_medmnist(name: str, folder: Path | str | None = None, timeout: floa
         raise DataNotFoundError(f'medmnist knows no data set "{name}"')
     root = folder or os.environ.get("MEDMNIST_ROOT") or Path.home() / ".medmnist"
     target = Path(root).expanduser() / f"{name}.npz"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=target.parent)
     try:
-        with (
-            os.fdopen(handle, "wb") as file,
-            urllib.request.urlopen(info[name]["url"], timeout=timeout) as response,
-        ):
-            shutil.copyfileobj(response, file)
-        with Path(temporary).open("rb") as file_:
-            found = hashlib.file_digest(file_, lambda: hashlib.md5(usedforsecurity=False))
-        if found.hexdigest() != info[name]["MD5"]:
+        with urllib.request.urlopen(info[name]["url"], timeout=timeout) as response:
+            content = response.read()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != info[name]["MD5"]:
             raise DataNotFoundError(f"{name}.npz: the download's MD5 is not that of MedMNIST")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except (urllib.error.URLError, OSError) as error:
+        write_whole(target, content)
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         if isinstance(error, DataNotFoundError):
             raise
         raise DataNotFoundError(f"{name}.npz could not be downloaded: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return target
 
 

@@ -13,6 +13,7 @@ from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import sha256
 from pg_siamese.evaluation.database import ENGINES
 from pg_siamese.evaluation.figures import Evaluation
+from pg_siamese.files import write_whole
 
 FORMAT = 1
 DIGITS = 5
@@ -99,17 +100,7 @@ def rounded(value: Any) -> Any:
 
 def write_result(content: dict[str, Any], path: Path) -> None:
     """Write a results file; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -133,8 +124,7 @@ def write_table(results: Sequence[dict[str, Any]], path: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise CommandError(f"{path}: lacks the marks {BEGIN} and {END}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, f"{before}{BEGIN}\n{tables(results)}{END}{after}")
+    write_whole(path, f"{before}{BEGIN}\n{tables(results)}{END}{after}".encode())
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:

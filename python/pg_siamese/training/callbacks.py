@@ -10,6 +10,7 @@ import lightning
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 
+from pg_siamese.files import write_whole
 from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.learner import embed
 
@@ -61,10 +62,7 @@ class EpochFigures(Callback):
             if validated or not name.startswith("val_")
         }
         self.rows.append({"epoch": epoch, **figures})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, (json.dumps(self.rows, indent=1) + "\n").encode())
 
 
 class Snapshots(Callback):

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.evaluation.pictures.style import PALETTE, new_figure, plain_axes, rendered, write
+from pg_siamese.evaluation.pictures.style import PALETTE, new_figure, plain_axes, rendered
+from pg_siamese.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +126,7 @@ def animate(snapshots: Snapshots, classes: Sequence[str], title: str, path: Path
         loop=0,
         optimize=False,
     )
-    write(path, file.getvalue())
+    write_whole(path, file.getvalue())
     return path
 
 

@@ -17,6 +17,7 @@ from pg_siamese.client.contact_sheet import (
     SAME_COLOUR,
     square,
 )
+from pg_siamese.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,16 +123,5 @@ def save(figure: Figure, path: Path, dpi: int = DPI) -> Path:
         file = io.BytesIO()
         rendered(figure, dpi).quantize(256).save(file, format="png", optimize=True)
         dpi = int(dpi * 0.85)
-    write(path, file.getvalue())
+    write_whole(path, file.getvalue())
     return path
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
