@@ -19,10 +19,12 @@ from pg_siamese.datasets.base import (
     DataFormatError,
     DataNotFoundError,
     DataSplits,
+    JoinedLabels,
     LabelledImages,
     Labels,
     Pixels,
     hold_out,
+    join_labels,
     sha256,
     split_at_random,
 )
@@ -52,6 +54,7 @@ from pg_siamese.datasets.medmnist import (
 from pg_siamese.datasets.names import CLASS_NAMES, LICENCES
 from pg_siamese.datasets.npz import npz_splits, read_npz
 from pg_siamese.datasets.places import data_folders
+from pg_siamese.datasets.resizing import resized
 from pg_siamese.datasets.specs import SPECS, open_dataset
 from pg_siamese.datasets.zipped import list_image_zip
 
@@ -68,6 +71,7 @@ __all__ = [
     "DataNotFoundError",
     "DataSplits",
     "ImageFile",
+    "JoinedLabels",
     "LabelledImages",
     "Labels",
     "LeftOut",
@@ -78,6 +82,7 @@ __all__ = [
     "find_fashion_mnist",
     "find_medmnist",
     "hold_out",
+    "join_labels",
     "list_image_folder",
     "list_image_zip",
     "load_fashion_mnist",
@@ -92,6 +97,7 @@ __all__ = [
     "read_idx_images",
     "read_image_folder",
     "read_npz",
+    "resized",
     "sha256",
     "split_at_random",
 ]

@@ -86,6 +86,34 @@ class LabelledImages:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
 
+@dataclass(frozen=True)
+class JoinedLabels:
+    """The labels of several data sets in a row.
+
+    Attributes:
+        labels: int64 (N,), each an index into ``classes``.
+        sets: int64 (N,), the number of each image's data set.
+        classes: "set: class" for every class of every set.
+        starts: number of each set's first class.
+    """
+
+    labels: Labels
+    sets: Labels
+    classes: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+def join_labels(parts: Sequence[LabelledImages]) -> JoinedLabels:
+    """Number the classes of several data sets through: "which class of which set"."""
+    starts = [sum(len(before.classes) for before in parts[:place]) for place in range(len(parts))]
+    return JoinedLabels(
+        labels=np.concatenate([p.labels + start for p, start in zip(parts, starts, strict=True)]),
+        sets=np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        classes=tuple(f"{part.name}: {name}" for part in parts for name in part.classes),
+        starts=tuple(starts),
+    )
+
+
 def sha256(path: Path | str) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pg_siamese.datasets.base import (
@@ -28,6 +27,7 @@ from pg_siamese.datasets.medmnist import medmnist_file, medmnist_info
 from pg_siamese.datasets.names import CLASS_NAMES
 from pg_siamese.datasets.npz import npz_splits, read_npz
 from pg_siamese.datasets.places import data_folders, find_data
+from pg_siamese.datasets.resizing import resized
 from pg_siamese.datasets.zipped import list_image_zip, open_zip, read_member
 
 if TYPE_CHECKING:
@@ -94,16 +94,10 @@ def _fill(parts: Mapping[str, LabelledImages], seed: int, spec: str) -> DataSpli
 def _resized(images: LabelledImages, spec: InputSpec | None) -> LabelledImages:
     if spec is None or images.images.shape[1:3] == (spec.height, spec.width):
         return images
-    from pg_siamese_server.encoding.images import decode_image
-
-    # By way of a file: that is the one place where the server's way of resizing is written down.
-    pixels = np.empty((len(images), spec.height, spec.width, *images.images.shape[3:]), np.uint8)
-    wanted = replace(spec, channels=1 if images.images.ndim == 3 else 3)
-    for i, image in enumerate(images.images):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, format="BMP")
-        pixels[i] = decode_image(file.getvalue(), wanted).reshape(pixels.shape[1:])
-    return replace(images, images=pixels)
+    grey = images.images.ndim == 3
+    wanted = replace(spec, channels=1 if grey else 3)
+    pixels = resized(images.images, wanted, f"{images.name} ({images.split})")
+    return replace(images, images=pixels[..., 0] if grey else pixels)
 
 
 # --- one opener for each kind -----------------------------------------------------------------

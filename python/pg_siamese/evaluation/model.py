@@ -11,13 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.client.sources import png
-from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
+from pg_siamese.datasets import (
+    DataSplits,
+    LabelledImages,
+    join_labels,
+    open_dataset,
+    resized,
+)
 from pg_siamese.evaluation.retrieval import Embedded
+from pg_siamese.evaluation.runtime import open_session
 from pg_siamese_server.encoding.encoder import Encoder, metadata_of
-from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import ModelSpec
-from pg_siamese_server.errors import ImageError, ModelError
+from pg_siamese_server.errors import ModelError
 
 # Images that are resized and embedded in one go: 150 MB at 224 pixels.
 BATCH_IMAGES = 1024
@@ -60,14 +65,9 @@ class EvaluatedModel:
 
 def open_model(path: Path, threads: int = 1) -> EvaluatedModel:
     """Open an ONNX file of this project; raises CommandError where it is none, naming the file."""
-    import onnxruntime
-
     onnx = path.read_bytes()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        session = open_session(onnx)
     except Exception as error:  # ONNX Runtime has no common base for its errors
         reason = str(error).splitlines()[0][:200]
         raise CommandError(f"{path}: not a model that ONNX Runtime opens: {reason}") from None
@@ -126,15 +126,7 @@ def model_pixels(images: LabelledImages, spec: ModelSpec) -> npt.NDArray[np.uint
     size = (spec.input.height, spec.input.width)
     if images.images.shape[1:3] == size and spec.input.channels == 3:
         return images.rgb()
-    # By way of an image file, so that every step is the server's own.
-    pixels = np.empty((len(images), *size, spec.input.channels), np.uint8)
-    for place, image in enumerate(images.images):
-        try:
-            decoded = decode_image(png(image), spec.input)
-        except ImageError as error:
-            raise CommandError(f"{images.name}, {images.split} image {place}: {error}") from None
-        pixels[place] = decoded if decoded.ndim == 3 else decoded[..., None]
-    return pixels
+    return resized(images.images, spec.input, f"{images.name} ({images.split})")
 
 
 def embed_images(
@@ -159,11 +151,6 @@ def embed_joined(
     model: EvaluatedModel, parts: Sequence[LabelledImages], advance: Advance = lambda count: None
 ) -> Embedded:
     """Embed one split of several data sets in a row; labels are 'which class of which set'."""
-    starts = np.cumsum([0, *(len(part.classes) for part in parts)])
-    return Embedded(
-        vectors=np.concatenate([embed_images(model, part, advance) for part in parts]),
-        labels=np.concatenate(
-            [part.labels + start for part, start in zip(parts, starts[:-1], strict=True)]
-        ),
-        sets=np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
-    )
+    vectors = np.concatenate([embed_images(model, part, advance) for part in parts])
+    joined = join_labels(parts)
+    return Embedded(vectors, joined.labels, joined.sets)

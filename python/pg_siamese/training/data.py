@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pg_siamese.datasets import LabelledImages
+from pg_siamese.datasets import LabelledImages, join_labels
 from pg_siamese.training.experiments import Augmentation
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -31,20 +31,11 @@ class JoinedImages(Dataset[Batch]):
             raise ValueError(f"the data sets have images of different sizes: {sorted(sizes)}")
         self.names = tuple(part.name for part in parts)
         self.pixels = torch.from_numpy(np.concatenate([part.rgb() for part in parts]))
-        self.sets = torch.from_numpy(
-            np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        )
-        if labels == "set":
-            self.classes = self.names
-            self.labels = self.sets.clone()
-            return
-        self.classes = tuple(f"{part.name}: {name}" for part in parts for name in part.classes)
-        starts = np.cumsum([0] + [len(part.classes) for part in parts])
-        self.labels = torch.from_numpy(
-            np.concatenate(
-                [part.labels + start for part, start in zip(parts, starts[:-1], strict=True)]
-            )
-        )
+        joined = join_labels(parts)
+        by_set = labels == "set"
+        self.classes = self.names if by_set else joined.classes
+        self.sets = torch.from_numpy(joined.sets)
+        self.labels = torch.from_numpy(joined.sets if by_set else joined.labels).clone()
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from pg_siamese.evaluation.runtime import open_session
 
 OPSET = 18
 LEAST_HALVED = 1024  # numbers: below, nothing is saved that counts
@@ -93,14 +94,6 @@ def _halve_weights(graph: onnx.GraphProto) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
-    """Open an encoder, a file or its bytes, in ONNX Runtime on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def embed_onnx(
