@@ -26,8 +26,11 @@ from pg_siamese.evaluation.retrieval import (
     Integers,
     distances,
     nearest,
+    nearest_sets,
     precision_at,
     retrieval,
+    retrieval_by_set,
+    right_set,
     votes,
 )
 from pg_siamese.evaluation.triples import triple_distances
@@ -82,9 +85,9 @@ def evaluate_model(
     metric = model.metric
     figures: dict[str, Any] = {}
     try:
-        own = (by_set(validation), by_set(queries)) if model.labels == "set" else None
+        own = (validation.by_set(), queries.by_set()) if model.labels == "set" else None
         chosen, scored = own or (validation, queries)
-        pairs = pair_distances(scored, PAIRS, SCORING_SEED, metric)
+        pairs = draw_pairs(scored, model.labels, metric, SCORING_SEED)
         figures["pairs"] = pair_figures(pairs, _calibration(model, chosen))
         if len(data) > 1:
             figures |= set_figures(gallery, validation, queries, metric)
@@ -130,9 +133,43 @@ def require_sklearn() -> None:
         ) from None
 
 
-def by_set(embedded: Embedded) -> Embedded:
-    """The same embeddings with 'which set' as their label."""
-    return replace(embedded, labels=embedded.sets)
+def draw_pairs(embedded: Embedded, labels: str, metric: str, seed: int) -> tuple[Floats, Flags]:
+    """Draw pairs, half of which match: return their distances and whether they match.
+
+    ``labels`` says what matches: two images of one ``class``, or of one ``set``.
+    """
+    asked = embedded.by_set() if labels == "set" else embedded
+    return pair_distances(asked, PAIRS, seed, metric)
+
+
+def stated_figures(
+    gallery: Embedded,
+    queries: Embedded,
+    calibration: Calibration,
+    *,
+    names: Sequence[str],
+    labels: str,
+    metric: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the figures that a model's file and its card state of one split.
+
+    Args:
+        gallery: embeddings of the train split.
+        queries: embeddings of the split.
+        calibration: what pairs are judged by.
+        names: names of the data sets.
+        labels: what matches, ``class`` or ``set``.
+        metric: ``cosine`` or ``l2``.
+        seed: seed of the experiment.
+    """
+    pairs = score_pairs(*draw_pairs(queries, labels, metric, seed + SCORING_SEED), calibration)
+    retrieved = retrieval_by_set(gallery, queries, names, metric, labels)
+    return {
+        "retrieval": {name: score.as_dict() for name, score in retrieved.items()},
+        "right_set": round(right_set(gallery, queries, metric), 3),
+        "pairs": {key: round(value, 4) for key, value in asdict(pairs).items()},
+    }
 
 
 def normalised(embedded: Embedded) -> bool:
@@ -153,7 +190,7 @@ def _calibration(model: EvaluatedModel, validation: Embedded) -> Calibration:
 
 
 def _fitted(validation: Embedded, metric: str) -> Calibration:
-    return calibrate(*pair_distances(validation, PAIRS, CHOOSING_SEED, metric))
+    return calibrate(*draw_pairs(validation, "class", metric, CHOOSING_SEED))
 
 
 def pair_figures(pairs: tuple[Floats, Flags], calibration: Calibration) -> dict[str, Any]:
@@ -179,15 +216,15 @@ def set_figures(
     Pairs are judged by their distance, with a calibration fitted on validation pairs, and
     (`accuracy_by_neighbour`) by whether the nearest gallery images of the two are of one set.
     """
-    labelled = by_set(queries)
+    labelled = queries.by_set()
     first, second, match = balanced_pairs(labelled.labels, labelled.sets, PAIRS, SCORING_SEED)
     apart = distances(queries.vectors[first], queries.vectors[second], metric)
-    guessed = gallery.sets[nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]]
+    guessed = nearest_sets(gallery, queries, metric)
     agree = (guessed[first] == guessed[second]) == match
     return {
         "right_set": 100 * float((guessed == queries.sets).mean()),
         "set_pairs": {
-            **pair_figures((apart, match), _fitted(by_set(validation), metric)),
+            **pair_figures((apart, match), _fitted(validation.by_set(), metric)),
             "accuracy_by_neighbour": float(agree.mean()),
         },
     }

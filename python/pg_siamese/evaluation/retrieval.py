@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,14 @@ class Embedded:
         """Return the part that belongs to one data set."""
         here = self.sets == number
         return Embedded(self.vectors[here], self.labels[here], self.sets[here])
+
+    def by_set(self) -> Embedded:
+        """Return the same embeddings with "which set" as their label."""
+        return replace(self, labels=self.sets)
+
+    def as_one_set(self) -> Embedded:
+        """Return the same embeddings as those of one data set."""
+        return replace(self, sets=np.zeros_like(self.sets))
 
 
 @dataclass(frozen=True)
@@ -143,9 +151,20 @@ def votes(neighbour_labels: Integers, k: int) -> Integers:
 
 
 def retrieval_by_set(
-    gallery: Embedded, queries: Embedded, names: Sequence[str], metric: str = "cosine"
+    gallery: Embedded,
+    queries: Embedded,
+    names: Sequence[str],
+    metric: str = "cosine",
+    labels: str = "class",
 ) -> dict[str, Retrieval]:
-    """Score retrieval within each data set: its queries against its own gallery."""
+    """Score retrieval within each data set: its queries against its own gallery.
+
+    If ``labels`` is ``set``, score which set an image is of, under the name ``all``: all queries
+    against all galleries.
+    """
+    if labels == "set":
+        gallery, queries = gallery.by_set().as_one_set(), queries.by_set().as_one_set()
+        names = ("all",)
     figures = {}
     for number, name in enumerate(names):
         there, here = gallery.of_set(number), queries.of_set(number)
@@ -155,8 +174,13 @@ def retrieval_by_set(
 
 
 def right_set(gallery: Embedded, queries: Embedded, metric: str = "cosine") -> float:
-    """Return the share of queries, in per cent, whose nearest of the whole joined gallery is of
-    their own data set.
+    """Return the share of queries, in per cent, whose nearest image is of their own data set.
+
+    The nearest image is that of all galleries together.
     """
-    found = nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]
-    return 100 * float((gallery.sets[found] == queries.sets).mean())
+    return 100 * float((nearest_sets(gallery, queries, metric) == queries.sets).mean())
+
+
+def nearest_sets(gallery: Embedded, queries: Embedded, metric: str = "cosine") -> Integers:
+    """Return the data set (Q,) of each query's nearest image of all galleries together."""
+    return gallery.sets[nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]]

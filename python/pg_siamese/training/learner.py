@@ -15,8 +15,7 @@ from torch import Tensor
 from pg_siamese.evaluation.retrieval import Embedded, retrieval_by_set
 from pg_siamese.training.data import Augmenter, Batch
 from pg_siamese.training.experiments import Experiment, parse_experiment
-from pg_siamese.training.networks import build_network
-from pg_siamese.training.objectives import build_objective
+from pg_siamese.training.registry import build_network, build_objective
 from pg_siamese.training.sampling import draw_pairs, draw_triplets
 
 CHECKPOINT_KEY = "pg_siamese"
@@ -48,6 +47,7 @@ class MetricLearner(lightning.LightningModule):
             experiment.metric,
             experiment.objective.options,
             sets_of(names, classes),
+            self.encoder.parts,
         )
         self.augment = Augmenter(names, {name: experiment.augmentation_of(name) for name in names})
         self._seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -85,10 +85,8 @@ class MetricLearner(lightning.LightningModule):
         self._validate_objective()
         gallery, queries = (joined(self._seen[number]) for number in (0, 1))
         self._seen = {}
-        if self.experiment.labels == "set":
-            gallery, queries = (as_one_set(part) for part in (gallery, queries))
-        names = self.names if self.experiment.labels == "class" else ("all",)
-        figures = retrieval_by_set(gallery, queries, names, self.experiment.metric)
+        metric, matching = self.experiment.metric, self.experiment.labels
+        figures = retrieval_by_set(gallery, queries, self.names, metric, matching)
         for name, score in figures.items():
             self.log(f"val_map5/{name}", score.map5)
         mean = float(np.mean([score.map5 for score in figures.values()]))
@@ -227,11 +225,6 @@ def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Embedded:
     """Join batches of (vectors, labels, sets)."""
     vectors, labels, sets = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
     return Embedded(vectors, labels, sets)
-
-
-def as_one_set(embedded: Embedded) -> Embedded:
-    """Return the same embeddings as those of one data set."""
-    return Embedded(embedded.vectors, embedded.labels, np.zeros_like(embedded.sets))
 
 
 @torch.inference_mode()

@@ -11,21 +11,14 @@ import torch
 
 from pg_siamese.datasets import DataFormatError, DataSplits, sha256
 from pg_siamese.evaluation.domain import domain_errors, fit_domain, other_images
-from pg_siamese.evaluation.pairs import (
-    Calibration,
-    Flags,
-    calibrate,
-    pair_distances,
-    score_pairs,
-)
-from pg_siamese.evaluation.retrieval import Embedded, Floats, Vectors, retrieval_by_set, right_set
+from pg_siamese.evaluation.figures import CHOOSING_SEED, draw_pairs, stated_figures
+from pg_siamese.evaluation.pairs import calibrate
+from pg_siamese.evaluation.retrieval import Embedded
 from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.experiments import Experiment
 from pg_siamese.training.export import embed_onnx
-from pg_siamese.training.learner import as_one_set
 from pg_siamese_server.encoding.specification import InputSpec
 
-PAIRS = 20_000
 # Figures are of at most so many images of train: retrieval compares all with all.
 GALLERY = 60_000
 
@@ -62,14 +55,23 @@ def describe(
     gallery = embed_joined(model, train.some(GALLERY, experiment.seed))
     queries = embed_joined(model, joined["val"])
     try:
-        calibration = calibrate(*_pairs(queries, experiment, 0))
+        pairs = draw_pairs(queries, experiment.labels, metric, experiment.seed + CHOOSING_SEED)
+        calibration = calibrate(*pairs)
         if head is not None:
             calibration = dataclasses.replace(calibration, weight=head[0], bias=head[1])
         parts = {"validation": queries}
         if test:
             parts["test"] = embed_joined(model, joined["test"])
         metrics = {
-            part: _figures(gallery, embedded, train.names, experiment, calibration)
+            part: stated_figures(
+                gallery,
+                embedded,
+                calibration,
+                names=train.names,
+                labels=experiment.labels,
+                metric=metric,
+                seed=experiment.seed,
+            )
             for part, embedded in parts.items()
         }
     except ValueError as error:
@@ -83,7 +85,10 @@ def describe(
         name: embed_onnx(model, pixels, threads=torch.get_num_threads())
         for name, pixels in other_images(experiment.outside, size, say)
     }
-    known = {part: _by_set(embedded, train.names) for part, embedded in parts.items()}
+    known = {
+        part: {name: embedded.of_set(place).vectors for place, name in enumerate(train.names)}
+        for part, embedded in parts.items()
+    }
     return {
         "format": 1,
         "name": experiment.name,
@@ -110,38 +115,6 @@ def describe(
             "metrics": metrics,
             "domain": {"command": command, **domain_errors(domain, metric, known, others)},
         },
-    }
-
-
-def _by_set(embedded: Embedded, names: tuple[str, ...]) -> dict[str, Vectors]:
-    return {name: embedded.vectors[embedded.sets == place] for place, name in enumerate(names)}
-
-
-def _pairs(embedded: Embedded, experiment: Experiment, shift: int) -> tuple[Floats, Flags]:
-    # Where the set is what matches, all pairs that don't are of two sets; `pair_distances` would
-    # look for some of one set.
-    if experiment.labels == "set":
-        embedded = as_one_set(embedded)
-    return pair_distances(embedded, PAIRS, experiment.seed + shift, experiment.metric)
-
-
-def _figures(
-    gallery: Embedded,
-    embedded: Embedded,
-    names: tuple[str, ...],
-    experiment: Experiment,
-    calibration: Calibration,
-) -> dict[str, Any]:
-    pairs = score_pairs(*_pairs(embedded, experiment, 1), calibration)
-    known = names if experiment.labels == "class" else ("all",)
-    whole = gallery, embedded
-    if experiment.labels == "set":
-        whole = as_one_set(gallery), as_one_set(embedded)
-    retrieved = retrieval_by_set(*whole, known, experiment.metric)
-    return {
-        "retrieval": {name: score.as_dict() for name, score in retrieved.items()},
-        "right_set": round(right_set(gallery, embedded, experiment.metric), 3),
-        "pairs": {k: round(v, 4) for k, v in dataclasses.asdict(pairs).items()},
     }
 
 

@@ -12,13 +12,19 @@ from typing import Any
 from pg_siamese.training.experiments.settings import Augmentation, Experiment, ExperimentError
 
 FOLDER = Path(__file__).parent
+REPRODUCTIONS = FOLDER.parent / "reproductions"
 # These pass what they don't know themselves to the network or the objective, as its options.
 _OPEN = ("network", "objective")
 
 
 def experiment_names() -> list[str]:
     """Return the names of the experiments that come with the project."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return sorted(_own_files())
+
+
+def _own_files() -> dict[str, Path]:
+    found = (*FOLDER.glob("*.toml"), *REPRODUCTIONS.glob("*/*.toml"))
+    return {path.stem: path for path in found}
 
 
 def load_experiment(name: str) -> Experiment:
@@ -26,8 +32,8 @@ def load_experiment(name: str) -> Experiment:
 
     Raises `ExperimentError` where there is none, or its file isn't right (naming file and key).
     """
-    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    if not path.is_file():
+    path = Path(name) if name.endswith(".toml") else _own_files().get(name)
+    if path is None or not path.is_file():
         raise ExperimentError(
             f'no experiment "{name}"; there are: {", ".join(experiment_names())}, '
             "or the path of a .toml file"

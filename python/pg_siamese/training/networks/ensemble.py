@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.lite_trunk import LiteTrunk
 from pg_siamese.training.networks.residual import ResidualTrunk
 
 
-class Ensemble(nn.Module):
+class Ensemble(Network):
     """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension).
 
     The first `set_dimension` numbers say which data set an image is of: a softmax, which for known
@@ -37,6 +38,11 @@ class Ensemble(nn.Module):
     `set_share` is the part of the squared length that `set_dimension` takes.
     """
 
+    summary = (
+        "first blocks of EfficientNet-lite0, which began with weights learned on ImageNet,"
+        " beside small residual CNNs, and a part of the vector for the data set"
+    )
+
     def __init__(
         self,
         dimension: int = 64,
@@ -54,7 +60,7 @@ class Ensemble(nn.Module):
     ) -> None:
         super().__init__()
         members = residuals + lites
-        own = member_dimension(dimension, set_dimension, members)
+        own = _member_dimension(dimension, set_dimension, members)
         if not 0 < set_share < 1:
             raise ValueError(f"set_share is {set_share}: it must be between 0 and 1")
         shares = _by_set(lite_share, sets, set_dimension)
@@ -74,6 +80,7 @@ class Ensemble(nn.Module):
         self.register_buffer("lite_shares", torch.tensor(shares), persistent=False)
         self.set_share = set_share
         self.own = own
+        self.parts = (set_dimension, *[own] * members)
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed a batch; in training, each member rows of its own."""
@@ -130,7 +137,7 @@ def _by_set(share: float | Mapping[str, float], sets: Sequence[str], count: int)
     return found + [1.0] * (count - len(found))
 
 
-def member_dimension(dimension: int, set_dimension: int, members: int) -> int:
+def _member_dimension(dimension: int, set_dimension: int, members: int) -> int:
     """Return the dimensions of each member; raises `ValueError` where they can't be shared out."""
     own, rest = divmod(dimension - set_dimension, members) if members > 0 else (0, 0)
     if set_dimension < 1 or own < 1 or rest:

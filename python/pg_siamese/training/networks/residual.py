@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.pixels import centred
 
 
@@ -65,8 +66,10 @@ class ResidualTrunk(nn.Module):
         return found.mean(dim=(2, 3))
 
 
-class ResidualEncoder(ResidualTrunk):
+class ResidualEncoder(ResidualTrunk, Network):
     """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension)."""
+
+    summary = "small residual CNN with batch norm, mean over the image, linear layer"
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Objectives on triplets: the anchor is nearer to its positive than to its negative."""
+"""Objectives on triplets: is the anchor nearer to its positive than to its negative?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import Tensor, nn
 
-from pg_siamese.training.objectives.base import Objective, Outcome, distance
+from pg_siamese.training.objectives.base import Objective, Outcome
+from pg_siamese.training.reproductions.pairs import distance
 
 
 class Triplet(Objective):
@@ -18,6 +19,8 @@ class Triplet(Objective):
     `mining` "none" takes the triplets that the sampler drew; "semihard", "hard" and "all" look for
     them in a batch of single images (the library's TripletMarginMiner).
     """
+
+    summary = "Triplet loss"
 
     def __init__(
         self,
@@ -68,6 +71,8 @@ class TripletCrossEntropy(Triplet):
     The layer's inputs are multiplied by `scale`: those of a unit vector are too small for a
     softmax to become sure of anything. `weight` is that of the cross entropy.
     """
+
+    summary = "Triplet loss and categorical cross entropy"
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Objectives on pairs of images: do they match?"""
+"""The contrastive loss of Hadsell, Chopra and LeCun, with directions for the search by cosine."""
 
 from __future__ import annotations
 
@@ -7,64 +7,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from pg_siamese.training.objectives.base import Objective, Outcome, distance, halves
-
-
-class _SiameseHead(Objective):
-    """A linear layer from the distance of a pair to the logit of 'they are different'."""
-
-    takes = "pairs"
-
-    def __init__(self, dimension: int, classes: int, metric: str) -> None:
-        super().__init__(dimension, classes, metric)
-        self.head = nn.Linear(1, 1)
-        # The greater the distance, the likelier they differ; even odds at a middling one.
-        nn.init.constant_(self.head.weight, 4.0 if metric == "cosine" else 1.0)
-        nn.init.constant_(self.head.bias, -2.0 if metric == "cosine" else -1.0)
-
-    def logit(self, embeddings: Tensor) -> Tensor:
-        """Return the logits (N / 2,) of 'different'."""
-        apart = distance(*halves(embeddings), self.metric)
-        logit: Tensor = self.head(apart[:, None])
-        return logit[:, 0]
-
-    def calibration(self) -> tuple[float, float]:
-        """Return the head's weight and bias, turned from 'different' to 'match'."""
-        return -float(self.head.weight.detach()), -float(self.head.bias.detach())
-
-
-class SigmoidContrastive(_SiameseHead):
-    """Contrastive loss on the sigmoid of the logit, as in the Siamese network on MedMNIST.
-
-    mean((1 - y) p² + y max(margin - p, 0)²), p = sigmoid(logit), y = 1 for a pair of different
-    labels.
-    """
-
-    def __init__(self, dimension: int, classes: int, metric: str, margin: float = 1.0) -> None:
-        super().__init__(dimension, classes, metric)
-        self.margin = margin
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge pairs."""
-        first, second = halves(labels)
-        different = first != second
-        p = torch.sigmoid(self.logit(embeddings))
-        loss = torch.where(different, F.relu(self.margin - p).square(), p.square()).mean()
-        return Outcome(loss, ((p > 0.5) == different).float().mean())
-
-
-class PairCrossEntropy(_SiameseHead):
-    """Binary cross entropy of the logit: do the two images have one label?"""
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge pairs."""
-        first, second = halves(labels)
-        different = first != second
-        logit = self.logit(embeddings)
-        loss = F.binary_cross_entropy_with_logits(logit, different.float())
-        return Outcome(loss, ((logit > 0) == different).float().mean())
+from pg_siamese.training.objectives.base import Objective, Outcome
+from pg_siamese.training.reproductions.pairs import distance, halves
 
 
 class HadsellContrastive(Objective):
@@ -83,6 +29,7 @@ class HadsellContrastive(Objective):
     class and half like another lies between them, so classes that look alike should be neighbours.
     """
 
+    summary = "Contrastive loss of Hadsell, Chopra and LeCun"
     takes = "pairs"
 
     def __init__(
