@@ -1,15 +1,15 @@
 """Labelled images from files: npz in MedMNIST's layout, IDX, CIFAR-10, image folders and zips.
 
-Used by the loader, the demo, the training and the evaluation, so nothing here imports torch.
-Everything comes back as `LabelledImages`: one split of one data set, as uint8 pixels with class
-labels; `open_dataset` gives the three splits of what a short text like `medmnist:breastmnist` or
-`folder:photos` names.
+The loader, the demo, the training and the evaluation use them, so nothing here imports torch.
+Everything comes back as ``LabelledImages``: one split of one data set, as uint8 pixels with class
+labels. ``open_dataset`` gives the three splits of a data set, by a short text such as
+``medmnist:breastmnist`` or ``folder:photos``.
 
-MedMNIST is taken from `MEDMNIST_ROOT`, `~/.medmnist` or `../shared/data/medmnist` beside the
-project, and else downloaded. `ham10000_28.npz` (HAM10000, the source of DermaMNIST, at
-28 x 28) stands in for `dermamnist.npz` where only the former is found; it keeps its own name.
-Fashion-MNIST is taken from Debian's package `dataset-fashion-mnist`. The other sets with a name of
-their own are looked for in `PG_SIAMESE_DATA` and in `../shared/data`.
+MedMNIST is taken from ``MEDMNIST_ROOT``, ``~/.medmnist`` or ``../shared/data/medmnist``, and is
+downloaded otherwise. ``ham10000_28.npz`` (HAM10000, the source of DermaMNIST, at 28 x 28) stands in
+for ``dermamnist.npz`` if only the former is found. It keeps its own name. Fashion-MNIST is taken
+from Debian's package ``dataset-fashion-mnist``. The other sets with a name of their own are looked
+for in ``PG_SIAMESE_DATA`` and in ``../shared/data``.
 """
 
 from __future__ import annotations

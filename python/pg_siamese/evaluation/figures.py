@@ -48,8 +48,15 @@ OTHER_METRIC = {"cosine": "l2", "l2": "cosine"}
 class Evaluation:
     """What one model gave: its figures, and what pictures are drawn from.
 
-    `gallery` is the train split, `queries` the evaluated one; `found` (Q, 10) are places in the
-    gallery of the query's own data set, nearest first. `pairs` are distances and matches.
+    Attributes:
+        model: the encoder.
+        data: the data sets.
+        split: the split that was evaluated.
+        gallery: embeddings of the train split.
+        queries: embeddings of the evaluated split.
+        found: by data set, places (Q, 10) in its own gallery, nearest first.
+        pairs: distances and matches.
+        figures: all figures.
     """
 
     model: EvaluatedModel
@@ -70,9 +77,10 @@ def evaluate_model(
 ) -> Evaluation:
     """Embed train, validation and the split to evaluate, and compute every figure.
 
-    Shares are from 0 to 1, but the retrieval protocol and `right_set` are in per cent as
-    published. Raises CommandError where a data set is too small for a figure, or scikit-learn
-    isn't installed.
+    Shares are from 0 to 1. The retrieval protocol and ``right_set`` are in per cent, as published.
+
+    Raises:
+        CommandError: a data set is too small for a figure, or scikit-learn isn't installed.
     """
     require_sklearn()
     gallery = embed_joined(model, [part.train for part in data], advance)
@@ -123,7 +131,11 @@ def evaluate_model(
 
 
 def require_sklearn() -> None:
-    """Raise CommandError, saying what to do, where scikit-learn isn't installed."""
+    """Check that scikit-learn is installed.
+
+    Raises:
+        CommandError: it isn't. The message says what to do.
+    """
     try:
         import sklearn  # noqa: F401
     except ImportError:
@@ -173,13 +185,13 @@ def stated_figures(
 
 
 def normalised(embedded: Embedded) -> bool:
-    """Whether the encoder gives unit vectors."""
+    """Return whether the encoder gives unit vectors."""
     lengths = np.linalg.norm(embedded.vectors, axis=1)
     return bool(np.abs(lengths - 1).max() < 1e-3)
 
 
 def _calibration(model: EvaluatedModel, validation: Embedded) -> Calibration:
-    """The model's own calibration, as the database uses it; what it lacks, from validation."""
+    """Return the model's own calibration, as the database uses it, completed from validation."""
     spec = model.spec
     if spec.weight is not None and spec.bias is not None and spec.threshold is not None:
         return Calibration(spec.weight, spec.bias, spec.threshold)
@@ -194,7 +206,7 @@ def _fitted(validation: Embedded, metric: str) -> Calibration:
 
 
 def pair_figures(pairs: tuple[Floats, Flags], calibration: Calibration) -> dict[str, Any]:
-    """Accuracy, losses, area under the ROC curve, and the report for match and no match."""
+    """Return accuracy, losses, area under the ROC curve, and the report for match and no match."""
     apart, match = pairs
     return {
         "count": len(match),
@@ -211,10 +223,11 @@ def pair_figures(pairs: tuple[Floats, Flags], calibration: Calibration) -> dict[
 def set_figures(
     gallery: Embedded, validation: Embedded, queries: Embedded, metric: str
 ) -> dict[str, Any]:
-    """Which set is an image of? `right_set`, and pairs that match when both are of one set.
+    """Answer which set an image is of: ``right_set``, and pairs that match if both are of one set.
 
-    Pairs are judged by their distance, with a calibration fitted on validation pairs, and
-    (`accuracy_by_neighbour`) by whether the nearest gallery images of the two are of one set.
+    Pairs are judged by their distance, with a calibration fitted on validation pairs. They are also
+    judged (``accuracy_by_neighbour``) by whether the nearest gallery images of the two are of one
+    set.
     """
     labelled = queries.by_set()
     first, second, match = balanced_pairs(labelled.labels, labelled.sets, PAIRS, SCORING_SEED)
@@ -231,7 +244,11 @@ def set_figures(
 
 
 def triple_figures(validation: Embedded, queries: Embedded, metric: str) -> dict[str, Any] | None:
-    """Do at least two of three match? None where there are fewer than three labels."""
+    """Answer whether at least two of three match.
+
+    Returns:
+        The figures, None if there are fewer than three labels.
+    """
     if len(np.unique(validation.labels)) < 3 or len(np.unique(queries.labels)) < 3:
         return None
     threshold = best_threshold(*triple_distances(validation, TRIPLES, CHOOSING_SEED, metric))
@@ -249,7 +266,7 @@ def triple_figures(validation: Embedded, queries: Embedded, metric: str) -> dict
 
 
 def neighbour_figures(neighbours: Integers, wanted: Integers) -> dict[str, Any]:
-    """The figures of neighbours' labels (Q, 10) for queries' labels (Q,)."""
+    """Return the figures of neighbours' labels (Q, 10) for queries' labels (Q,)."""
     return {
         "retrieval": asdict(retrieval(neighbours[:, :5], wanted)),
         "precision_at_10": precision_at(neighbours, wanted, NEIGHBOURS),
@@ -260,7 +277,7 @@ def neighbour_figures(neighbours: Integers, wanted: Integers) -> dict[str, Any]:
 
 
 def class_report(wanted: Integers, given: Integers, classes: Sequence[str]) -> dict[str, Any]:
-    """Precision, recall, F1 and support of each class, their plain means, and the accuracy."""
+    """Return precision, recall, F1 and support of each class, and their plain means."""
     from sklearn.metrics import classification_report
 
     report: dict[str, Any] = classification_report(

@@ -43,17 +43,17 @@ class EvaluatedModel:
 
     @property
     def metric(self) -> str:
-        """How distances are measured: "cosine" or "l2"."""
+        """How distances are measured: ``cosine`` or ``l2``."""
         return self.spec.metric
 
     @property
     def labels(self) -> str:
-        """What makes two images match: the same "class" of the same set, or the same "set"."""
+        """What makes two images match: the same ``class`` of the same set, or the same ``set``."""
         return str(self.metadata.get("labels", "class"))
 
     @property
     def seed(self) -> int:
-        """The seed that it was trained with, and its data split with where they have no splits."""
+        """The seed that it was trained with. Data without splits was split by it."""
         return int(self.metadata.get("training", {}).get("seed") or 0)
 
     @property
@@ -64,7 +64,11 @@ class EvaluatedModel:
 
 
 def open_model(path: Path, threads: int = 1) -> EvaluatedModel:
-    """Open an ONNX file of this project; raises CommandError where it is none, naming the file."""
+    """Open an ONNX file of this project.
+
+    Raises:
+        CommandError: it is none. The message names the file.
+    """
     onnx = path.read_bytes()
     try:
         session = open_session(onnx)
@@ -88,7 +92,11 @@ def open_model(path: Path, threads: int = 1) -> EvaluatedModel:
 
 
 def data_specs(model: EvaluatedModel) -> list[str]:
-    """The data sets that the model was trained on; raises CommandError where it doesn't say."""
+    """Return the data sets that the model was trained on.
+
+    Raises:
+        CommandError: the model names none.
+    """
     items = model.metadata.get("training", {}).get("data", [])
     specs = list(dict.fromkeys(str(item["spec"]) for item in items if "spec" in item))
     if not specs:
@@ -99,7 +107,10 @@ def data_specs(model: EvaluatedModel) -> list[str]:
 def open_data(model: EvaluatedModel, specs: Sequence[str], split: str) -> list[DataSplits]:
     """Open data sets as the model was trained on them, by its seed and its input's size.
 
-    Raises CommandError for an empty split and for two sets of one name, and as open_dataset does.
+    Raises:
+        CommandError: a split is empty, or two sets have one name.
+        DataNotFoundError: as in ``open_dataset``.
+        DataFormatError: as in ``open_dataset``.
     """
     found = []
     for spec in specs:
@@ -119,9 +130,10 @@ def open_data(model: EvaluatedModel, specs: Sequence[str], split: str) -> list[D
 
 
 def model_pixels(images: LabelledImages, spec: ModelSpec) -> npt.NDArray[np.uint8]:
-    """The images as the server would give them to the encoder: uint8 (N, H, W, C).
+    """Return the images as the server would give them to the encoder: uint8 (N, H, W, C).
 
-    Raises CommandError for an image over the model's limits.
+    Raises:
+        DataFormatError: an image is over the model's limits.
     """
     size = (spec.input.height, spec.input.width)
     if images.images.shape[1:3] == size and spec.input.channels == 3:
@@ -132,7 +144,10 @@ def model_pixels(images: LabelledImages, spec: ModelSpec) -> npt.NDArray[np.uint
 def embed_images(
     model: EvaluatedModel, images: LabelledImages, advance: Advance = lambda count: None
 ) -> npt.NDArray[np.float32]:
-    """Embed images in their order: float32 (N, d); `advance` is called with numbers of images."""
+    """Embed images in their order: float32 (N, d).
+
+    ``advance`` is called with numbers of images.
+    """
     parts = []
     for start in range(0, len(images), BATCH_IMAGES):
         part = images.select(slice(start, start + BATCH_IMAGES))
@@ -150,7 +165,10 @@ def embed_images(
 def embed_joined(
     model: EvaluatedModel, parts: Sequence[LabelledImages], advance: Advance = lambda count: None
 ) -> Embedded:
-    """Embed one split of several data sets in a row; labels are 'which class of which set'."""
+    """Embed one split of several data sets in a row.
+
+    Labels are "which class of which set".
+    """
     vectors = np.concatenate([embed_images(model, part, advance) for part in parts])
     joined = join_labels(parts)
     return Embedded(vectors, joined.labels, joined.sets)

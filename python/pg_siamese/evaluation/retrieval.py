@@ -44,7 +44,7 @@ class Retrieval:
     """Retrieval figures in per cent: mAP@5, mMV@5, ACC@1, ACC@3, ACC@5.
 
     Protocol of Mahbod et al., Engineering Applications of Artificial Intelligence 150 (2025)
-    110571: gallery = train split, queries = another split, cosine similarity; a neighbour is
+    110571: gallery = train split, queries = another split, cosine similarity. A neighbour is
     relevant when its class equals the query's.
     """
 
@@ -62,10 +62,15 @@ class Retrieval:
 def nearest(queries: Vectors, gallery: Vectors, k: int, metric: str = "cosine") -> Integers:
     """Return the indices (Q, k) of the nearest gallery vectors, nearest first.
 
-    `queries` (Q, d) and `gallery` (G, d) need not be unit vectors; `metric` is "cosine" or "l2".
     With k > G there are only G columns. Ties go to the lower index.
+
+    Args:
+        queries: vectors (Q, d) of any length.
+        gallery: vectors (G, d) of any length.
+        k: number of neighbours.
+        metric: ``cosine`` or ``l2``.
     """
-    # Doubles: cosines of a few dimensions are so near to one that float32 makes ties of them.
+    # Doubles: cosines of a few dimensions are so close to one that float32 makes ties of them.
     here, there = queries.astype(np.float64), gallery.astype(np.float64)
     if metric == "cosine":
         here, there = unit(here), unit(there)
@@ -88,7 +93,7 @@ def _best(similarity: Floats, k: int) -> Integers:
     values = np.take_along_axis(similarity, chosen, axis=1)
     order = np.lexsort((chosen, -values), axis=1)
     chosen = np.take_along_axis(chosen, order, axis=1)
-    # Where the last place is a tie, the partition may have picked a higher index.
+    # If the last place is a tie, the partition may have picked a higher index.
     least = values.min(axis=1, keepdims=True)
     crowded = (similarity >= least).sum(axis=1) > k
     for row in np.flatnonzero(crowded):
@@ -97,7 +102,7 @@ def _best(similarity: Floats, k: int) -> Integers:
 
 
 def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return vectors (N, d) of length one; a vector of length zero stays as it is."""
+    """Return vectors (N, d) of length one. A vector of length zero stays as it is."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     scaled: npt.NDArray[Any] = vectors / np.where(lengths > 0, lengths, 1)
     return scaled
@@ -117,7 +122,7 @@ def retrieval(neighbour_labels: Integers, query_labels: Integers) -> Retrieval:
     """Score the labels (Q, 5) of each query's five nearest against the queries' labels (Q,).
 
     AP@5 = sum over relevant positions i of precision at i, divided by the number of relevant
-    positions among the five; 0 where there is none. mMV@5 counts a query whose label is among
+    positions among the five. It is 0 if there is none. mMV@5 counts a query whose label is among
     the most frequent of the five.
     """
     relevant = neighbour_labels == query_labels[:, None]

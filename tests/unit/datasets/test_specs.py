@@ -289,7 +289,7 @@ def test_a_pickle_that_runs_code_is_refused(
         ("folder", "needs something after a colon"),
         ("mnist:x", "stands alone"),
         ("medmnist:organmnist3d", "only 2-D sets"),
-        ("medmnist:chestmnist", "one label an image"),
+        ("medmnist:chestmnist", "one label per image"),
     ],
 )
 def test_texts_that_name_nothing(spec: str, message: str) -> None:
