@@ -1,4 +1,4 @@
-"""What a run writes while it goes: lines, the figures of each epoch, snapshots of the embedding."""
+"""What a run writes: lines, the figures of each epoch, snapshots of the embedding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SNAPSHOT_IMAGES = 2000
 
 
 class EpochLines(Callback):
-    """One line an epoch, for logs and other places where a progress bar makes no sense."""
+    """Prints one line per epoch, for logs and terminals in which a progress bar makes no sense."""
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -31,10 +31,10 @@ class EpochLines(Callback):
 
 
 class EpochFigures(Callback):
-    """Keeps `metrics.json`: a list with an object an epoch, {"epoch": 1, "train_loss": …, …}.
+    """Keeps ``metrics.json``: a list with an object per epoch, {"epoch": 1, "train_loss": …, …}.
 
-    Figures of validation stand where the epoch ended with one. The file is always whole; a resumed
-    run goes on with it.
+    Figures of validation are in epochs that ended with one. The file is always whole. A resumed run
+    continues it.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -66,10 +66,10 @@ class EpochFigures(Callback):
 
 
 class Snapshots(Callback):
-    """Keeps `snapshots.npz`: how the embedding of the validation images forms over the training.
+    """Keeps ``snapshots.npz``: how the embedding of the validation images forms over the training.
 
-    `points` float16 (S, N, 2), `labels` int64 (N,), `epochs` float32 (S,), S evenly spaced by
-    steps and N at most 2,000. A resumed run starts anew with them.
+    ``points`` float16 (S, N, 2), ``labels`` int64 (N,), ``epochs`` float32 (S,), S evenly spaced by
+    steps and N at most 2,000. A resumed run begins them again.
     """
 
     def __init__(self, path: Path, images: JoinedImages, count: int, seed: int) -> None:
@@ -93,7 +93,7 @@ class Snapshots(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep the embedding now and then."""
+        """Keep the embedding if a snapshot is due."""
         total = int(trainer.estimated_stepping_batches)
         due = len(self.points) * total / max(self.count - 1, 1)
         if trainer.global_step >= due or trainer.global_step == total:

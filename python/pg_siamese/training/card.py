@@ -16,7 +16,7 @@ from pg_siamese.datasets import LICENCES, DataSplits, sha256
 from pg_siamese.evaluation.domain import ACCEPTED, SPREAD
 from pg_siamese.evaluation.figures import PAIRS
 from pg_siamese.files import write_whole
-from pg_siamese.training.experiments import Augmentation, Experiment
+from pg_siamese.training.experiments.settings import Augmentation, Experiment
 
 _DOMAIN = "## Domain"
 _LIMITS = "## Limits"
@@ -49,7 +49,7 @@ def write_card(
     Returns:
         The card's path.
     """
-    # Here, so that `renew_card` needs no torch.
+    # Here, so that ``renew_card`` needs no torch.
     from pg_siamese.training.registry import NETWORKS, OBJECTIVES
 
     network = NETWORKS[experiment.network.name]

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 
 from pg_siamese.datasets import DataFormatError, DataSplits, sha256
@@ -15,7 +16,7 @@ from pg_siamese.evaluation.figures import CHOOSING_SEED, draw_pairs, stated_figu
 from pg_siamese.evaluation.pairs import calibrate
 from pg_siamese.evaluation.retrieval import Embedded
 from pg_siamese.training.data import JoinedImages
-from pg_siamese.training.experiments import Experiment
+from pg_siamese.training.experiments.settings import Experiment
 from pg_siamese.training.export import embed_onnx
 from pg_siamese_server.encoding.specification import InputSpec
 
@@ -39,13 +40,23 @@ def describe(
     test: bool = True,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Return the metadata of a trained encoder, a JSON object; its figures are those of `model`,
-    the bytes of an ONNX file, as they are found by whoever has it.
+    """Return the metadata of a trained encoder, a JSON object.
 
-    `head` is weight and bias of the Siamese head, which is the calibration where there is one;
-    otherwise a logistic regression is fitted on validation pairs. The threshold is always chosen
-    on these. The domain is fitted to train and validation images. Raises `DataFormatError` where
-    there are no such pairs.
+    Its figures are those of the ONNX file, as anyone who has it finds them. The threshold is chosen
+    on validation pairs. The domain is fitted to train and validation images.
+
+    Args:
+        experiment: what was trained.
+        model: the bytes of the ONNX file.
+        splits: the data sets.
+        command: the command line that made it.
+        head: weight and bias of the Siamese head, which then are the calibration. Otherwise a
+            logistic regression is fitted on validation pairs.
+        test: state figures of the test split, too.
+        say: called with lines of progress.
+
+    Raises:
+        DataFormatError: there are no such pairs.
     """
     joined = {
         part: JoinedImages([getattr(s, part) for s in splits], experiment.labels)
@@ -80,7 +91,7 @@ def describe(
             "images of a class at least"
         ) from error
     domain = fit_domain(gallery.vectors, queries.vectors, metric, experiment.seed)
-    size = InputSpec(**dataclasses.asdict(experiment.input))
+    size = InputSpec(**msgspec.structs.asdict(experiment.input))
     others = {
         name: embed_onnx(model, pixels, threads=torch.get_num_threads())
         for name, pixels in other_images(experiment.outside, size, say)
@@ -119,7 +130,10 @@ def describe(
 
 
 def _sources(splits: DataSplits) -> list[dict[str, str]]:
-    """Name the files of a data set; of a folder of images only how it was named."""
+    """Name the files of a data set.
+
+    Of a folder of images, say only how it was named.
+    """
     same = {"name": splits.name, "spec": splits.spec}
     files = splits.files
     if len(files) > 16:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,25 @@ if TYPE_CHECKING:
     from pg_siamese.training.loop import Trained
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package", autouse=True)
+def _little_work() -> Iterator[None]:
+    """Measure and draw less than for a model that is to be used."""
+    try:
+        from pg_siamese.training import export, learner, loop
+    except ImportError:  # without torch, nothing here trains
+        yield
+        return
+    from pg_siamese.evaluation import domain, figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "PAIRS", 2000)
+        patch.setattr(learner, "VALIDATED", 500)
+        patch.setattr(domain, "GENERATED_IMAGES", 10)
+        patch.setattr(loop, "images_per_second", partial(export.images_per_second, seconds=0.1))
+        yield
+
+
+@pytest.fixture(scope="package")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Two sets of stripes as npz files, by the texts that open them."""
     folder = tmp_path_factory.mktemp("data")
@@ -27,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return tuple(f"npz:{folder / name}.npz" for name in ("grey", "colour"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def trained(
     tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]
 ) -> tuple[Path, Trained]:

@@ -9,7 +9,7 @@ import numpy as np
 from pg_siamese.datasets import LabelledImages
 
 if TYPE_CHECKING:
-    from pg_siamese.training.experiments import Experiment
+    from pg_siamese.training.experiments.settings import Experiment
 
 PARTS = (("train", 96), ("val", 24), ("test", 24))
 
@@ -29,7 +29,7 @@ def striped(name: str, split: str, count: int, seed: int, grey: bool) -> Labelle
 
 def tiny(**changes: object) -> Experiment:
     """Return an experiment of some seconds, with other settings than usual."""
-    from pg_siamese.training.experiments import parse_experiment
+    from pg_siamese.training.experiments.settings import parse_experiment
 
     table = {
         "name": "tiny",

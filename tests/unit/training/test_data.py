@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from pg_siamese.datasets import LabelledImages, open_dataset
 from pg_siamese.training.data import Augmenter, JoinedImages
-from pg_siamese.training.experiments import Augmentation
+from pg_siamese.training.experiments.settings import Augmentation
 from tests.unit.training.stripes import striped
 
 

@@ -28,6 +28,13 @@ def test_a_run_keeps_its_figures(trained: tuple[Path, loop.Trained]) -> None:
     assert list(folder.rglob("events.out.tfevents*"))
 
 
+@pytest.fixture
+def learned_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End a run with what it has learned, without the export and the figures."""
+    monkeypatch.setattr(loop, "finish", lambda learner, *_, **__: learner)
+
+
+@pytest.mark.usefixtures("learned_only")
 def test_one_seed_gives_one_encoder(tmp_path: Path, data: tuple[str, ...]) -> None:
     first, second, other = (
         loop.fit(
@@ -43,6 +50,7 @@ def test_one_seed_gives_one_encoder(tmp_path: Path, data: tuple[str, ...]) -> No
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
+@pytest.mark.usefixtures("learned_only")
 def test_a_resumed_run_ends_where_a_whole_one_does(
     tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +92,7 @@ def test_a_resumed_run_ends_where_a_whole_one_does(
     assert not different
 
 
+@pytest.mark.usefixtures("learned_only")
 def test_training_stops_early(tmp_path: Path, data: tuple[str, ...]) -> None:
     settings = {"patience": 1, "monitor": "train_accuracy", "mode": "min"}
     loop.fit(
@@ -96,6 +105,7 @@ def test_training_stops_early(tmp_path: Path, data: tuple[str, ...]) -> None:
     assert len(json.loads((tmp_path / "metrics.json").read_text())) < 15
 
 
+@pytest.mark.usefixtures("learned_only")
 def test_the_rate_falls_where_validation_gets_no_better(
     tmp_path: Path, data: tuple[str, ...]
 ) -> None:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
 pytest.importorskip("pytorch_metric_learning")
 
-from pg_siamese.evaluation.pairs import calibrate, pair_distances
+from pg_siamese.evaluation.figures import draw_pairs
+from pg_siamese.evaluation.pairs import calibrate
 from pg_siamese.evaluation.retrieval import Embedded
 from pg_siamese.training import export, loop
 from pg_siamese.training.data import JoinedImages
@@ -24,13 +24,13 @@ def test_stated_figures_are_those_of_the_file(trained: tuple[Path, loop.Trained]
     """Also where its weights are rounded, which moves distances."""
     path, result = trained
     learner = load_learner(path.parent / "run" / "last.ckpt")
-    learner.experiment = dataclasses.replace(result.experiment, weights="float16")
+    learner.experiment = result.experiment.changed(weights="float16")
     halved = loop.finish(learner, result.splits, command="", test=False)
     val = JoinedImages([each.val for each in result.splits])
     labels, sets = val.labels.numpy(), val.sets.numpy()
     for each in (result, halved):
         vectors = export.embed_onnx(each.model.SerializeToString(), val.pixels.numpy())
-        pairs = pair_distances(Embedded(vectors, labels, sets), 20_000, 0, "cosine")
+        pairs = draw_pairs(Embedded(vectors, labels, sets), "class", "cosine", 0)
         found = calibrate(*pairs)
         assert each.metadata["calibration"] == {"weight": found.weight, "bias": found.bias}
     assert result.metadata["calibration"] != halved.metadata["calibration"]

@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("pytorch_metric_learning")
 
 from pg_siamese.datasets import DataFormatError
-from pg_siamese.training.experiments import ExperimentError, Sampling
+from pg_siamese.training.experiments import ExperimentError
+from pg_siamese.training.experiments.settings import Sampling
 from pg_siamese.training.sampling import Batches, class_sampler, draw_pairs, draw_triplets
 
 LABELS = np.array([0] * 50 + [1] * 5 + [2])  # the last class has one image

@@ -79,7 +79,7 @@ class EfficientNetLite0(EfficientNetEncoder):
             network.requires_grad_(False)
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
-        """Set the mode; frozen layers stay in evaluation mode, and so do their batch norms."""
+        """Set the mode. Frozen layers, with their batch norms, stay in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.network.eval()

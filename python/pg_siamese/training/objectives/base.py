@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss (a scalar) and the share of right decisions from 0 to 1, where it makes any."""
+    """Loss (a scalar) and the share of right decisions from 0 to 1, if it makes any."""
 
     loss: Tensor
     accuracy: Tensor | None = None

@@ -34,18 +34,18 @@ class CosFace(Objective):
         self.loss = CosFaceLoss(classes, dimension, margin=margin, scale=scale)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge single images; right is the class whose vector is nearest, without the margin."""
+        """Judge single images. Right is the class whose vector is nearest, without the margin."""
         loss: Tensor = self.loss(embeddings, labels)
         right = self.loss.get_logits(embeddings.detach()).argmax(dim=1) == labels
         return Outcome(loss, right.float().mean())
 
 
 class CosFaceParts(Objective):
-    """Cross-entropy on an embedding's first part, the sets; CosFace on the others, the classes.
+    """Cross-entropy on an embedding's first part, the sets, and CosFace on the others, the classes.
 
-    For ``Ensemble``, whose first part is a softmax made a unit vector. That is undone here.
-    ``sets`` gives each class's data set, as a number. ``parts`` are the parts' dimensions. Rows in
-    which all numbers of a member are 0 do not judge it: they belong to other members.
+    For ``Ensemble``, whose first part is a softmax made a unit vector. That is undone here. Rows in
+    which all numbers of a member are 0 do not judge it: they belong to other members. ``sets``
+    gives each class's data set, as a number. ``parts`` are the parts' dimensions.
     """
 
     summary = (
@@ -75,7 +75,7 @@ class CosFaceParts(Objective):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge single images; right is the class that most of the members' logits speak for."""
+        """Judge single images. Right is the class that most of the members' logits speak for."""
         parts = torch.split(embeddings, self.sizes, dim=1)
         sets: Tensor = self.sets  # type: ignore[assignment]
         chances = parts[0] / parts[0].sum(dim=1, keepdim=True)

@@ -32,7 +32,7 @@ class SiameseHead(Objective):
     def __init__(self, dimension: int, classes: int, metric: str) -> None:
         super().__init__(dimension, classes, metric)
         self.head = nn.Linear(1, 1)
-        # The greater the distance, the likelier they differ; even odds at a middling one.
+        # The greater the distance, the likelier they differ, with even odds at a middling one.
         nn.init.constant_(self.head.weight, 4.0 if metric == "cosine" else 1.0)
         nn.init.constant_(self.head.bias, -2.0 if metric == "cosine" else -1.0)
 

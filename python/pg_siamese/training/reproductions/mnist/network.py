@@ -12,7 +12,7 @@ from pg_siamese.training.networks.residual import convolution
 
 
 class Conv5(Network):
-    """Five convolution layers, each followed by a 2 x 2 pooling; the last gives the embedding.
+    """Five convolution layers, each followed by a 2 x 2 pooling. The last gives the embedding.
 
     The network of the many "Siamese MNIST" demonstrations of Hadsell, Chopra and LeCun 2006:
     kernels of 7, 5, 3, 1 and 1 pixels, ReLU between them, none at the end. Five poolings take 28

@@ -16,16 +16,17 @@ from pg_siamese.training.reproductions.pairs import distance, halves
 class HadsellContrastive(Objective):
     """Contrastive loss of Hadsell, Chopra and LeCun 2006: ½ y d² + ½ (1 - y) max(0, margin - d)².
 
-    y = 1 for a pair of one label, d their Euclidean distance. (The library's ContrastiveLoss has
-    a square of the distance, but not of the hinge.)
+    y = 1 for a pair of one label, d their Euclidean distance. (The library's ContrastiveLoss has a
+    square of the distance, but not of the hinge.)
 
-    `angular` adds as much of a cross entropy over the classes' directions in the plane, which are
-    fixed and evenly spaced (hyperspherical prototypes, Mettes et al. 2019): a softmax of `scale`
+    ``angular`` adds as much of a cross entropy over the classes' directions in the plane, which are
+    fixed and evenly spaced (hyperspherical prototypes, Mettes et al. 2019): a softmax of ``scale``
     times the cosine between the embedding and each. The contrastive loss alone only parts the
-    classes in the plane, where one may lie around the origin; a search by cosine needs them parted
-    by their direction from the origin. In more than two dimensions there is room enough without.
+    classes in the plane, in which one may lie around the origin. A search by cosine needs them
+    parted by their direction from the origin. In more than two dimensions there is room enough
+    without.
 
-    `order` is that of the classes around the origin, else 0, 1, 2 …: what looks half like one
+    ``order`` is that of the classes around the origin, else 0, 1, 2 …. What looks half like one
     class and half like another lies between them, so classes that look alike should be neighbours.
     """
 
@@ -50,7 +51,7 @@ class HadsellContrastive(Objective):
         self.margin = margin
         self.angular = angular
         self.scale = scale
-        # The inverse of the order: where each class has its place.
+        # The inverse of the order: each class's place.
         places = torch.argsort(torch.tensor(order)) if order else torch.arange(classes)
         angles = places * (2 * math.pi / classes)
         directions = torch.stack([torch.cos(angles), torch.sin(angles)], dim=1)
