@@ -46,9 +46,9 @@ def read_npz(
     name = name or path.stem
     with _open_npz(path) as file:
         if f"{split}_images" not in file or f"{split}_labels" not in file:
-            there = [s for s in SPLITS if f"{s}_images" in file and f"{s}_labels" in file]
+            splits = [s for s in SPLITS if f"{s}_images" in file and f"{s}_labels" in file]
             raise DataFormatError(
-                f'{path}: no split "{split}"; there are: {", ".join(there) or "none"}'
+                f'{path}: no split "{split}"; there are: {", ".join(splits) or "none"}'
             )
         try:
             images, labels = file[f"{split}_images"], file[f"{split}_labels"]

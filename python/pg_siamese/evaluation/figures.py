@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.datasets import DataSplits
+from pg_siamese.datasets import DataSplits, join_labels
 from pg_siamese.evaluation.model import Advance, EvaluatedModel, embed_joined
 from pg_siamese.evaluation.pairs import (
     Calibration,
@@ -105,17 +105,21 @@ def evaluate_model(
         figures["triples"] = triples
     found: dict[str, Integers] = {}
     figures["sets"] = {}
+    starts = join_labels([part.train for part in data]).starts
     for number, part in enumerate(data):
-        there, here = gallery.of_set(number), queries.of_set(number)
-        if len(there.labels) < NEIGHBOURS:
+        own_gallery, own_queries = gallery.of_set(number), queries.of_set(number)
+        if len(own_gallery.labels) < NEIGHBOURS:
             raise CommandError(
-                f'data set "{part.name}" has {len(there.labels)} train images: at least '
+                f'data set "{part.name}" has {len(own_gallery.labels)} train images: at least '
                 f"{NEIGHBOURS} are needed as a gallery"
             )
-        found[part.name] = nearest(here.vectors, there.vectors, NEIGHBOURS, metric)
-        start = sum(len(other.train.classes) for other in data[:number])
+        found[part.name] = nearest(own_queries.vectors, own_gallery.vectors, NEIGHBOURS, metric)
         # The set's own class numbers.
-        neighbours, wanted = there.labels[found[part.name]] - start, here.labels - start
+        start = starts[number]
+        neighbours, wanted = (
+            own_gallery.labels[found[part.name]] - start,
+            own_queries.labels - start,
+        )
         figures["sets"][part.name] = {
             **neighbour_figures(neighbours, wanted),
             "report": class_report(wanted, votes(neighbours, VOTERS), part.train.classes),
@@ -123,9 +127,9 @@ def evaluate_model(
         if not normalised(gallery):
             # Of vectors that have a length, the two metrics order neighbours differently.
             other = OTHER_METRIC[metric]
-            again = nearest(here.vectors, there.vectors, NEIGHBOURS, other)
+            again = nearest(own_queries.vectors, own_gallery.vectors, NEIGHBOURS, other)
             figures["sets"][part.name][f"by_{other}"] = neighbour_figures(
-                there.labels[again] - start, wanted
+                own_gallery.labels[again] - start, wanted
             )
     return Evaluation(model, list(data), split, gallery, queries, found, pairs, figures)
 

@@ -194,13 +194,17 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             }
             for note, values in variants.items():
                 protocol, knn = values["retrieval"], values["knn_accuracy"]
-                there = values.get("in_database")
+                in_database = values.get("in_database")
                 cells = [_name(item), f"{name}{note}", f"{item['data'][name]['queries']:,}"]
                 cells += [spread(protocol[k], 1, 2) for k in _PROTOCOL]
                 cells += [spread(values["precision_at_10"], 100, 2)]
                 cells += [spread(knn[k], 100, 2) for k in ("5", "10")]
                 for engine in ENGINES:
-                    cells += [f"{there[engine]['greatest_difference']['max']:.3f}" if there else ""]
+                    cells += [
+                        f"{in_database[engine]['greatest_difference']['max']:.3f}"
+                        if in_database
+                        else ""
+                    ]
                 lines.append(_row(cells))
     joined = [item for item in results if "right_set" in item["summary"]]
     if joined:

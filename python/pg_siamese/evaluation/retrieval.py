@@ -27,8 +27,8 @@ class Embedded:
 
     def of_set(self, number: int) -> Embedded:
         """Return the part that belongs to one data set."""
-        here = self.sets == number
-        return Embedded(self.vectors[here], self.labels[here], self.sets[here])
+        own = self.sets == number
+        return Embedded(self.vectors[own], self.labels[own], self.sets[own])
 
     def by_set(self) -> Embedded:
         """Return the same embeddings with "which set" as their label."""
@@ -71,17 +71,17 @@ def nearest(queries: Vectors, gallery: Vectors, k: int, metric: str = "cosine") 
         metric: ``cosine`` or ``l2``.
     """
     # Doubles: cosines of a few dimensions are so close to one that float32 makes ties of them.
-    here, there = queries.astype(np.float64), gallery.astype(np.float64)
+    asked, known = queries.astype(np.float64), gallery.astype(np.float64)
     if metric == "cosine":
-        here, there = unit(here), unit(there)
+        asked, known = unit(asked), unit(known)
         penalty = 0.0
     else:
-        penalty = (there**2).sum(axis=1) / 2  # order by q.g - |g|²/2 is order by |q - g|
-    k = min(k, len(there))
-    step = max(1, BLOCK_NUMBERS // max(1, len(there)))
+        penalty = (known**2).sum(axis=1) / 2  # order by q.g - |g|²/2 is order by |q - g|
+    k = min(k, len(known))
+    step = max(1, BLOCK_NUMBERS // max(1, len(known)))
     parts = [
-        _best(here[start : start + step] @ there.T - penalty, k)
-        for start in range(0, len(here), step)
+        _best(asked[start : start + step] @ known.T - penalty, k)
+        for start in range(0, len(asked), step)
     ]
     return np.concatenate(parts) if parts else np.empty((0, k), np.int64)
 
@@ -110,11 +110,11 @@ def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def distances(first: Vectors, second: Vectors, metric: str = "cosine") -> Floats:
     """Return the distances (N,) of rows: 1 - cosine (0 to 2), or the Euclidean distance."""
-    here, there = first.astype(np.float64), second.astype(np.float64)
+    left, right = first.astype(np.float64), second.astype(np.float64)
     if metric == "cosine":
-        apart: Floats = 1.0 - np.einsum("nd,nd->n", unit(here), unit(there))
+        apart: Floats = 1.0 - np.einsum("nd,nd->n", unit(left), unit(right))
         return apart
-    lengths: Floats = np.linalg.norm(here - there, axis=1)
+    lengths: Floats = np.linalg.norm(left - right, axis=1)
     return lengths
 
 
@@ -172,9 +172,9 @@ def retrieval_by_set(
         names = ("all",)
     figures = {}
     for number, name in enumerate(names):
-        there, here = gallery.of_set(number), queries.of_set(number)
-        found = nearest(here.vectors, there.vectors, 5, metric)
-        figures[name] = retrieval(there.labels[found], here.labels)
+        own_gallery, own_queries = gallery.of_set(number), queries.of_set(number)
+        found = nearest(own_queries.vectors, own_gallery.vectors, 5, metric)
+        figures[name] = retrieval(own_gallery.labels[found], own_queries.labels)
     return figures
 
 

@@ -247,11 +247,11 @@ def export_checkpoint(
     _quiet()
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if checkpoint.is_dir():
-        there = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
-        if not there:
+        found = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
+        if not found:
             raise ExportError(f"{folder}: neither {BEST} nor {LAST} is in this folder")
-        keep = load_learner(there[0]).experiment.validation.keep
-        checkpoint = folder / (BEST if keep == "best" and folder / BEST in there else there[0].name)
+        keep = load_learner(found[0]).experiment.validation.keep
+        checkpoint = folder / (BEST if keep == "best" and folder / BEST in found else found[0].name)
     try:
         learner = load_learner(checkpoint)
     except ValueError as error:

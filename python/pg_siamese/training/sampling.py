@@ -90,9 +90,9 @@ def draw_pairs(labels: Integers, count: int, seed: int) -> tuple[Integers, Integ
     first, second = np.empty(count, np.int64), np.empty(count, np.int64)
     same = random.choice(members.paired, int(match.sum()))
     first[match], second[match] = members.two(same, random)
-    here = random.choice(members.known, count - len(same))
-    first[~match] = members.one(here, random)
-    second[~match] = members.one(members.other(here, random), random)
+    label = random.choice(members.known, count - len(same))
+    first[~match] = members.one(label, random)
+    second[~match] = members.one(members.other(label, random), random)
     return first, second
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pg_siamese.client.contact_sheet import Neighbour, SheetRow, draw_sheet
-from pg_siamese.datasets import LabelledImages
+from pg_siamese.datasets import LabelledImages, join_labels
 from pg_siamese.evaluation.figures import VOTERS, Evaluation
 from pg_siamese.evaluation.pictures.collages import (
     Shown,
@@ -143,8 +143,8 @@ class _Shown:
         rows = []
         near = nearest(queries.vectors[list(places)], gallery.vectors, k, self.metric)
         for place, neighbours in zip(places, near, strict=True):
-            here = np.repeat(queries.vectors[place][None], len(neighbours), axis=0)
-            apart = distances(here, gallery.vectors[neighbours], self.metric)
+            repeated = np.repeat(queries.vectors[place][None], len(neighbours), axis=0)
+            apart = distances(repeated, gallery.vectors[neighbours], self.metric)
             shown = [
                 self.image(self.gallery, int(n), float(d))
                 for n, d in zip(neighbours, apart, strict=True)
@@ -184,8 +184,8 @@ class _Shown:
             label = order[number % len(order)]
             anchor, positive = random.choice(np.flatnonzero(labels == label), 2, replace=False)
             negative = random.choice(np.flatnonzero(labels != label))
-            here = np.repeat(queries.vectors[anchor][None], 2, axis=0)
-            apart = distances(here, queries.vectors[[positive, negative]], self.metric)
+            repeated = np.repeat(queries.vectors[anchor][None], 2, axis=0)
+            apart = distances(repeated, queries.vectors[[positive, negative]], self.metric)
             triplets.append(
                 Triplet(
                     self.image(self.queries, int(anchor)),
@@ -204,12 +204,13 @@ class _Shown:
             given = votes(gallery.sets[near], VOTERS)
             return [confusion("data sets", names, queries.sets, given)]
         parts = []
-        start = 0
-        for number, part in enumerate(self.gallery):
-            there, here = gallery.of_set(number), queries.of_set(number)
-            labels: Integers = there.labels[self.evaluation.found[part.name]] - start
+        for number, start in enumerate(join_labels(self.gallery).starts):
+            part = self.gallery[number]
+            own_gallery, own_queries = gallery.of_set(number), queries.of_set(number)
+            labels: Integers = own_gallery.labels[self.evaluation.found[part.name]] - start
             parts.append(
-                confusion(part.name, _titles(part), here.labels - start, votes(labels, VOTERS))
+                confusion(
+                    part.name, _titles(part), own_queries.labels - start, votes(labels, VOTERS)
+                )
             )
-            start += len(part.classes)
         return parts
