@@ -37,6 +37,8 @@ def open_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with partial.open("xb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ They import torch when they run.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,12 +87,12 @@ def train(
     chosen = load_experiment(experiment)
     command = f"pg_siamese train {experiment}"
     if data:
-        chosen = dataclasses.replace(chosen, data=tuple(data))
+        chosen = chosen.changed(data=tuple(data))
         command += "".join(f" --data {text}" for text in data)
     if epochs is not None:
-        chosen, command = dataclasses.replace(chosen, epochs=epochs), f"{command} --epochs {epochs}"
+        chosen, command = chosen.changed(epochs=epochs), f"{command} --epochs {epochs}"
     if seed is not None:
-        chosen, command = dataclasses.replace(chosen, seed=seed), f"{command} --seed {seed}"
+        chosen, command = chosen.changed(seed=seed), f"{command} --seed {seed}"
     if not chosen.data:
         raise ExperimentError(f"{chosen.name} needs data: --data folder:PATH, for example")
     with _export_failures():
