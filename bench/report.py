@@ -61,7 +61,7 @@ class Bar:
 
     @property
     def met(self) -> bool:
-        """Return whether the figure keeps the promise."""
+        """Whether the figure keeps the promise."""
         return self.value <= self.limit if self.is_most else self.value >= self.limit
 
 

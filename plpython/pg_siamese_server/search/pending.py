@@ -158,7 +158,7 @@ class Changes:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether the generation holds all that the last snapshot saw."""
+        """Whether the generation holds all that the last snapshot saw."""
         return not (
             self.snapshot is None
             or self.has_additions
