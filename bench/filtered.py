@@ -42,8 +42,7 @@ class Case:
         k: how many neighbours.
         own: int64 (queries,), ids of the query images.
         among: for each query, the rows that qualify, as places in the vectors, or None for all.
-        argument, oid: argument of ``similar_images`` besides the query: its SQL and its type, if
-            any.
+        argument, oid: argument of ``similar_images`` besides the query, if any: its SQL and type.
         condition: of pgvector's statement, the same.
         ours, theirs: values of these for each query, in binary.
         rival_oid: the type of the rival's value.

@@ -81,7 +81,6 @@ def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
 
 
 def _has_medmnist(built: Built) -> bool:
-    """Ask the client, which knows its folders."""
     question = (
         "import sys; from pg_siamese import datasets as d;"
         " sys.exit(not any(map(d.find_medmnist, d.MEDICAL_SETS)))"

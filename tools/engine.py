@@ -1,7 +1,6 @@
 """Find a Docker Engine that runs. As root on Debian, install and start one.
 
-One is started only if none runs, by hand and not as a service of the system. Only that one is
-stopped again.
+One is started only if none runs, and not as a system service. Only that one is stopped again.
 """
 
 from __future__ import annotations
@@ -168,8 +167,7 @@ def _start() -> str:
     log = _folder() / "dockerd.log"
     with step("Starting Docker Engine"):
         with log.open("w") as output:
-            # A session of its own, so that it outlives this program, and Ctrl-C here doesn't reach
-            # it.
+            # In its own session, it outlives this program and gets no Ctrl-C from here.
             process = subprocess.Popen(
                 ["dockerd"],
                 env=clean_environment(),

@@ -1,8 +1,8 @@
 """Server side of pg_siamese: what the PL/Python functions of the extension import.
 
 It runs and is tested without PostgreSQL, too. Every function that talks to the database takes
-``plpy`` as its first argument. Nothing heavy is imported here, since the first statement of every
-session pays for it.
+``plpy`` as its first argument. Nothing heavy is imported here, since every session's first
+statement pays for it.
 """
 
 from pg_siamese_server import telemetry

@@ -402,8 +402,7 @@ def _to_columns(plpy: Any, answer: Answer) -> tuple[str, str, str | None, str | 
 def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[float, float] | None:
     """Body of ``_match_line``: weight and bias of matches, for SQL to compute probabilities.
 
-    It is a call of its own, since it takes as long as a part of a search. Not every search needs
-    it.
+    It is a separate call, since it takes as long as a part of a search. Not all need it.
 
     Args:
         plpy: PL/Python's module.

@@ -2,8 +2,7 @@
 
 Since version 1.29 its Linux builds collect usage data. The import alone creates a device ID and an
 upload queue in the user's cache folder. It also starts threads that send them over HTTPS. The
-variable below prevents all of that, but only before the import. The API call after it comes too
-late.
+variable below prevents all of that, but only before the import. The API call comes too late.
 
 The package itself imports this module, so it uses ``os`` and ``sys`` only.
 """

@@ -39,14 +39,14 @@ BACKGROUND = (255, 255, 255, 255)
 
 # A smaller file is decoded in a few milliseconds, which is not worth a check at each read.
 POLL_FROM_BYTES = 16 * 1024
-# Each scan of a JPEG covers the whole picture, however few bytes it has. Cameras and tools write a
-# dozen at most.
+# Each scan of a JPEG covers the whole picture, however few bytes it has. Cameras and tools
+# write a dozen at most.
 MAX_JPEG_SCANS = 100
 MANY_JPEG_SCANS = 16
 MANY_SCANS_BLOCK = 512
 # All text and profiles of a PNG together, unpacked. Pillow's own limit is 64 MB.
 MAX_PNG_TEXT_BYTES = 4 * 1024 * 1024
-# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the encoder's
+# JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the encoder's
 # sides. Resampling from there gives the same pixels to within 1 of 255 on average.
 DRAFT_MARGIN = 3
 EIGHT_BITS = frozenset(

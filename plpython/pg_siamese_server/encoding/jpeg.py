@@ -80,7 +80,6 @@ def unsupported_coding(data: bytes) -> str | None:
 
 
 def _note_bits(segment: bytes, complete: Coefficients) -> None:
-    """Record which bits of which coefficients a scan brings."""
     count = segment[0]
     first, last, low = segment[1 + 2 * count], segment[2 + 2 * count], segment[3 + 2 * count] & 15
     for number in range(count):

@@ -138,8 +138,7 @@ def embed(
 def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, Any]) -> int:
     """Check an ONNX file, store it, and return its model_id.
 
-    The same file under the same name and specification is accepted again, and repairs the stored
-    one.
+    The same file with the same name and specification is accepted, and repairs the stored one.
     """
     import hashlib
 

@@ -1,7 +1,6 @@
 """Specify a model besides its weights: its input and the meaning of its distances.
 
-This needs neither an image library nor ONNX Runtime, since searches by a stored image load only
-this.
+This needs no image library or ONNX Runtime, since searches by a stored image load only this.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class InputSpec:
     Attributes:
         width, height: pixels of the encoder's input.
         channels: 3 (RGB) or 1 (luma).
-        resize: ``stretch`` to the size, ``crop`` (short side to the size, then the centre) or
-            ``pad`` (long side to the size, black borders).
+        resize: ``stretch``, ``crop`` (short side to the size, then the centre) or ``pad`` (long
+            side to the size, black borders).
         interpolation: one of ``nearest``, ``bilinear``, ``bicubic``, ``lanczos`` (Pillow's filters,
             with antialiasing).
         max_bytes: largest file.

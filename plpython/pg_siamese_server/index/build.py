@@ -41,8 +41,7 @@ def build_index(
 ) -> int:
     """Build, publish and make current a new generation, and return its number.
 
-    It runs concurrently with inserts, updates, deletes and searches. Builds of a collection wait
-    for each other.
+    It runs concurrently with writes and searches. Builds of a collection wait for each other.
     """
     started = time.monotonic()
     options = graph.Options(m, ef_construction, target_recall, threads or default_threads(plpy))
@@ -321,7 +320,6 @@ def _long_runs(ids: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def _drop_dead_additions(plpy: Any, collection: Collection) -> None:
-    """Remove additions whose vector was deleted again before any build."""
     plpy.execute(
         f"DELETE FROM {collection.pending} AS p WHERE NOT p.deleted AND NOT EXISTS ("
         f"SELECT FROM {collection.embeddings} AS e WHERE e.embedding_id = p.embedding_id)"

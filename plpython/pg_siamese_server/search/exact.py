@@ -18,8 +18,8 @@ from pg_siamese_server.catalog import Collection, prepare
 if TYPE_CHECKING:
     from pg_siamese_server.search.filters import Conditions
 
-# Microseconds of one of the planner's units (a page read in sequence), and of each row that is
-# read and compared. CALL is the rest of one round of a search.
+# Microseconds of the planner's unit (a page read in sequence), and of each row that is read and
+# compared. CALL is the rest of one round of a search.
 PLANNER_UNIT, READ_ROW, COMPARE_ROW = 0.5, 0.1, 0.03
 CALL = 150
 # To ask the table about a row.

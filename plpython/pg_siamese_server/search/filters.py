@@ -108,8 +108,8 @@ def parse(plpy: Any, collection: Collection, text: str | None) -> Conditions:
     Args:
         plpy: PL/Python's module.
         collection: of the table with the columns.
-        text: a JSON object or None. Each column has a value (equal), an array (one of these),
-            null (is null) or an object (operator to value, all of which apply).
+        text: a JSON object or None. A column's value stands for equal, an array for one of
+            these, null for is null, and an object maps operators to values.
     """
     wanted = _load_object(text)
     return _to_conditions(wanted, columns(plpy, collection, list(wanted)) if wanted else {})

@@ -157,8 +157,7 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
         " pg_catalog.array_agg(x.change) FILTER (WHERE NOT x.is_settled) AS opened"
         " FROM (SELECT CASE WHEN y.deleted THEN -y.embedding_id ELSE y.embedding_id END AS change,"
         " y.xact_id < pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()) AS is_settled"
-        # The upper bound excludes nothing. Planners expect a range to be narrow, so they take the
-        # index.
+        # The upper bound excludes nothing, but planners take ranges for narrow and use the index.
         f" FROM {collection.pending} AS y WHERE y.xact_id >= $2"
         f" AND y.xact_id <= '{MAX_XACT_ID}'::pg_catalog.xid8 LIMIT {MAX_CHANGES + 1}) AS x"
         ") AS p ON c.generation IS NOT NULL"
@@ -171,8 +170,7 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
 def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
     """Return the collection and its state in this snapshot.
 
-    A collection is remembered by name. If it was renamed, dropped or made again, it is looked up
-    again.
+    A collection is remembered by name, and looked up again if renamed, dropped or made again.
     """
     name = request.collection_name
     for _ in range(2):
@@ -201,8 +199,7 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
         if rows:
             state = rows[0]
             if len(state["settled"] or ()) + len(state["opened"] or ()) > REPLAN_ROWS:
-                # This plan was made while next to nothing was pending, so it may scan the whole
-                # table.
+                # Made while next to nothing was pending, the plan may scan the whole table.
                 collection.plans.pop("state", None)
                 collection.plans.pop("state by key", None)
             return collection, state
