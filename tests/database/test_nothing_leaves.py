@@ -72,7 +72,7 @@ class PlainCluster(Cluster):
     def init(self) -> None:
         super().init()
         self.home.mkdir(exist_ok=True)
-        self._own(self.home)
+        self._give_to_user(self.home)
 
     def _environment(self) -> dict[str, str]:
         chosen = super()._environment() | {"HOME": str(self.home)}

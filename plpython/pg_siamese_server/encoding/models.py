@@ -1,4 +1,4 @@
-"""Registering models, and the encoders that this session has opened."""
+"""Register models, and keep the encoders that this session has opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pg_siamese_server.errors import (
 )
 from pg_siamese_server.limits import MODELS_OWN, Limits
 
-if TYPE_CHECKING:  # imported by who needs them: searches by a stored image do not
+if TYPE_CHECKING:  # searches by a stored image need neither
     from pg_siamese_server.encoding.encoder import Encoder
     from pg_siamese_server.encoding.specification import ModelSpec
 
@@ -37,7 +37,7 @@ def spec(plpy: Any, model_id: int) -> ModelSpec:
 
 
 def _specification(plpy: Any, model_id: int) -> tuple[str, ModelSpec]:
-    """Return a model's specification, as text too; models never change, so it is kept."""
+    """Return a model's specification and its text. Models never change, so it is kept."""
     found = _specs.get(model_id)
     if found is None:
         plan = prepare(
@@ -59,7 +59,7 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
     Args:
         plpy: PL/Python's module.
         model_id: of the model.
-        sha256: of its ONNX file, where the caller has read it.
+        sha256: of its ONNX file, if the caller has read it.
     """
     if sha256 is None:
         plan = prepare(plpy, "SELECT sha256 FROM siamese.models WHERE model_id = $1", ("integer",))
@@ -84,7 +84,7 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
                 hint="Register the same file under the same name once more with register_model:"
                 " that restores it.",
             )
-        import pg_siamese_server.encoding.images  # noqa: F401 -- who opens an encoder goes on to decode
+        import pg_siamese_server.encoding.images  # noqa: F401 -- decoding follows
 
         return row["onnx"], specification
 
@@ -105,13 +105,13 @@ def embed(
         model_id: of the model.
         images: image files.
         limits: of the collection.
-        sha256: of the model's ONNX file, where the caller has read it.
+        sha256: of the model's ONNX file, if the caller has read it.
 
     Returns:
         float32 (images, dimension).
 
     Raises:
-        ImageError: one of them is bad.
+        ImageError: an image is bad.
     """
     from pg_siamese_server.encoding.encoder import check_embedding
     from pg_siamese_server.encoding.images import decode_image
@@ -127,14 +127,14 @@ def embed(
 
 
 def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, Any]) -> int:
-    """Check an ONNX file and store it; returns its model_id.
+    """Check an ONNX file, store it, and return its model_id.
 
-    The same file under the same name and specification is accepted again, and mends the stored one.
+    The same file with the same name and specification is accepted, and repairs the stored one.
     """
     import hashlib
 
     from pg_siamese_server.encoding.registration import (
-        inspect_model,  # parsing ONNX is needed only here
+        inspect_model,  # only needed to parse ONNX
     )
 
     if not name:
@@ -170,7 +170,7 @@ def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, A
             detail="It has another ONNX file or specification.",
             hint="Models never change: register this one under a new name.",
         )
-    # Where the stored bytes have been damaged, here are the right ones.
+    # If the stored bytes have been damaged, here are the right ones.
     prepare(
         plpy,
         "UPDATE siamese.models SET onnx = $2 WHERE model_id = $1"

@@ -163,7 +163,7 @@ def test_srgb_changes_nothing_and_is_known(pixels: Array, monkeypatch: pytest.Mo
     data = save(Image.fromarray(pixels), "PNG", icc_profile=SRGB)
     np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
     # Nothing is built or applied the next time.
-    monkeypatch.setattr(colour, "_made", None)
+    monkeypatch.setattr(colour, "_build_transform", None)
     np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
 
 

@@ -239,7 +239,7 @@ def test_refused_by_name(options: dict[str, Any], message: str) -> None:
         (Tiff(samples(8, 3), 8, photometric=2, tags={258: (3, (8, 8, 16))}), "different bits"),
         (Tiff(samples(16), 16, photometric=3), "palette and 16-bit unsigned"),
         (Tiff(samples(8, 4), 8, photometric=5, tags={332: (3, (2,))}), "inks that are not CMYK"),
-        (Tiff(samples(8, 2), 8, photometric=2), "2 samples a pixel"),
+        (Tiff(samples(8, 2), 8, photometric=2), "2 samples per pixel"),
         (Tiff(samples(8), 8, tags={255: (3, (2,)), 330: (4, (8,))}), "SubIFDs"),
         (Tiff(samples(8), 8, tags={259: (3, (9999,))}), r"compression 9999 \(unknown\)"),
     ],
