@@ -16,10 +16,12 @@ from tests.scenarios.cancel import Cancel
 from tests.scenarios.gallery import gallery, insert
 
 
+@pytest.mark.law(5)
 def test_long_statements_stop_within_a_second(connect: Callable[[], Connection]) -> None:
     Cancel(connect, gallery(500), rows=40_000, vectors=30_000, moments=6, layers=40).run()
 
 
+@pytest.mark.law(5)
 def test_a_timeout_never_strikes_the_next_statement(db: Connection) -> None:
     images = gallery(500)
     insert(db, images.files[:300])

@@ -44,6 +44,7 @@ def in_threads(*bodies: Callable[[], object]) -> list[BaseException]:
     return errors
 
 
+@pytest.mark.law(2)
 def test_eight_sessions_beside_index_builds(connect: Connect) -> None:
     Mixed(connect, gallery(3_000), rows=2_000, seconds=25).run()
 

@@ -31,6 +31,7 @@ BAD_IMAGES = {
 }
 
 
+@pytest.mark.law(9)
 @pytest.mark.parametrize(("image", "sqlstate", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
 def test_bad_image_in_a_statement(
     shared: Connection, image: bytes, sqlstate: str, message: str
@@ -144,6 +145,7 @@ def test_bad_argument(shared: Connection, call: str, sqlstate: str, message: str
         shared.execute(f"SELECT siamese.{call}")
 
 
+@pytest.mark.law(14)
 @pytest.mark.parametrize(
     "argument",
     [

@@ -68,6 +68,7 @@ def table(request: pytest.FixtureRequest, db: Connection, pictures: Pictures) ->
     return Checked(db, pictures.files, request.param)
 
 
+@pytest.mark.law(11)
 def test_every_way_in_stores_the_hash(table: Checked) -> None:
     table.db.execute("UPDATE t SET image = %s WHERE id = 1", (table.files[20],))
     table.db.execute("INSERT INTO t VALUES (50, %s)", (table.files[50],))
@@ -77,6 +78,7 @@ def test_every_way_in_stores_the_hash(table: Checked) -> None:
     table.check()
 
 
+@pytest.mark.law(11)
 @pytest.mark.parametrize("off_and_on", [BEHIND, DISABLED], ids=["replica", "disabled"])
 def test_changes_behind_the_triggers_back(table: Checked, off_and_on: tuple[str, str]) -> None:
     """As replication, migration tools and pg_restore --disable-triggers write."""
@@ -101,6 +103,7 @@ def test_changes_behind_the_triggers_back(table: Checked, off_and_on: tuple[str,
     assert table.backfill() == 0
 
 
+@pytest.mark.law(11)
 def test_images_exchanged_behind_the_triggers_back(table: Checked) -> None:
     """Of equal size, too: nothing but their bytes tells."""
     table.db.execute(BEHIND[0])
@@ -113,6 +116,7 @@ def test_images_exchanged_behind_the_triggers_back(table: Checked) -> None:
     table.check()
 
 
+@pytest.mark.law(11)
 def test_changed_behind_the_triggers_back_while_queued(db: Connection, pictures: Pictures) -> None:
     table = Checked(db, pictures.files, ", embed => 'deferred'")
     db.execute("UPDATE t SET image = %s WHERE id IN (1, 2)", (table.files[20],))
@@ -175,6 +179,7 @@ def test_vectors_from_before_there_were_hashes(table: Checked) -> None:
     table.check()
 
 
+@pytest.mark.law(11)
 def test_bad_images_behind_the_triggers_back(db: Connection, pictures: Pictures) -> None:
     table = Checked(db, pictures.files, ", on_error => 'quarantine'")
     db.execute(BEHIND[0])

@@ -29,10 +29,11 @@ def one(db: Connection, sql: str, *values: Any) -> Any:
     return row[0]
 
 
+@pytest.mark.law(8)
 def test_embed_image(
     shared: Connection, pictures: Pictures, outside: Callable[[bytes], Array]
 ) -> None:
-    """Law 8: inside PostgreSQL and outside, the same pixels give the same vector."""
+    """Inside PostgreSQL and outside, the same pixels give the same vector."""
     for image in pictures.files[:20]:
         found = np.array(one(shared, "embed_image(%s)::real[]", image))
         assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)

@@ -147,6 +147,7 @@ def colours(folder: Path, count: int = 12) -> Path:
     return folder
 
 
+@pytest.mark.law(10)
 def test_the_server_keeps_to_itself(plain: PlainCluster, onnx: bytes, pictures: Pictures) -> None:
     """Registering, inserting, building, searching, deferred embedding and checking."""
     with guard.watched(plain.pid() or 0, plain.data) as record:
@@ -179,6 +180,7 @@ def test_the_server_keeps_to_itself(plain: PlainCluster, onnx: bytes, pictures: 
     assert record.strays(*own_places(plain)) == []
 
 
+@pytest.mark.law(10)
 def test_the_client_keeps_to_itself(
     plain: PlainCluster, user: User, onnx: bytes, pictures: Pictures
 ) -> None:
@@ -216,6 +218,7 @@ def test_the_client_keeps_to_itself(
                 )
 
 
+@pytest.mark.law(10)
 def test_training_keeps_to_itself(user: User) -> None:
     """One epoch of two steps, exported and evaluated with pictures."""
     pytest.importorskip("torch")

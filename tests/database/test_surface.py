@@ -24,9 +24,10 @@ def ids(db: Connection, pictures: Pictures) -> list[int]:
     return first + insert_images(db, pictures.files[30:40], pictures.labels[30:40])
 
 
-# Law 14: an argument that is NULL never widens an answer.
+# An argument that is NULL never widens an answer.
 
 
+@pytest.mark.law(14)
 @pytest.mark.parametrize(
     "search",
     [
@@ -55,6 +56,7 @@ def test_no_candidates_are_no_rows(
     assert db.execute(f"SELECT count(*) FROM {call}", values).fetchone() == (0,)
 
 
+@pytest.mark.law(14)
 @pytest.mark.parametrize(
     "call",
     [
@@ -546,6 +548,7 @@ def test_names_of_views_of_vectors(db: Connection, pictures: Pictures) -> None:
         db.execute("SELECT drop_collection(%s)", (name,))
 
 
+@pytest.mark.law(4)
 def test_readers_see_vectors_and_state_of_what_they_may_read(
     db: Connection,
     ids: list[int],

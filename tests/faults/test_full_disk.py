@@ -83,6 +83,7 @@ def size_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
+@pytest.mark.law(6)
 def test_during_builds(db: Connection, connect: Connect, images: Gallery) -> None:
     """At whatever point the disk is full: searches by the old file go on, and nothing is left."""
     fill(db, images, 300)

@@ -57,6 +57,7 @@ def at(directory: Path, level: str) -> Path:
     return (directory, *directory.parents)[LEVELS[level]]
 
 
+@pytest.mark.law(1)
 def test_removed(connect: Connect, images: Gallery, directory: Path, level: str) -> None:
     shutil.rmtree(at(directory, level))
     check_fallback(connect, images, "is missing")
@@ -64,6 +65,7 @@ def test_removed(connect: Connect, images: Gallery, directory: Path, level: str)
     check_repair(connect, images)
 
 
+@pytest.mark.law(1)
 def test_replaced_by_a_file(connect: Connect, images: Gallery, directory: Path, level: str) -> None:
     path = at(directory, level)
     path.rename(path.with_name("aside"))

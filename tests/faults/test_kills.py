@@ -9,6 +9,7 @@ from tests.scenarios.gallery import gallery
 from tests.scenarios.kills import Kills
 
 
+@pytest.mark.law(1)
 @pytest.mark.timeout(3600)
 def test_kills_under_load(cluster: FaultyCluster, dsn: str, cycles: int, seed: int) -> None:
     Kills(cluster, dsn, gallery(300), cycles, seed).run()

@@ -60,6 +60,7 @@ def test_corrupted_onnx(
     session.execute("INSERT INTO siamese.images (image) VALUES (%s)", (images.files[150],))
 
 
+@pytest.mark.law(3)
 def test_another_file_does_not_repair(db: Connection, connect: Connect, images: Gallery) -> None:
     """Only the file whose SHA-256 is known is the model."""
     fill(db, images, 20)
@@ -71,6 +72,7 @@ def test_another_file_does_not_repair(db: Connection, connect: Connect, images: 
         connect().execute("SELECT embed_image(%s)", (images.files[0],))
 
 
+@pytest.mark.law(3)
 def test_another_sha256(db: Connection, connect: Connect, images: Gallery) -> None:
     """The index file is of another model then, too; the row's own digest mends both."""
     fill(db, images, 50)

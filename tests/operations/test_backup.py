@@ -431,6 +431,7 @@ class Copy:
     db: Connection
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize("state", ["whole", "missing", "torn", "empty", "without its sidecar"])
 def test_base_backup(origin: Cluster, state: str, pictures: Pictures, queries: Pictures) -> None:
     """The files come with it. They may be torn: a backup copies them while they are written."""

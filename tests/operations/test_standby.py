@@ -99,6 +99,7 @@ def test_the_file_comes_with_the_copy(
             assert said == []
 
 
+@pytest.mark.law(1)
 def test_a_standby_makes_a_file_of_its_own(
     pair: Pair, fresh: Connection, queries: Pictures
 ) -> None:
@@ -336,6 +337,7 @@ def test_every_function_that_reads(pair: Pair, pictures: Pictures, queries: Pict
             analyst.execute("SELECT rebuild_file()")
 
 
+@pytest.mark.law(2)
 def test_searches_while_it_replays(
     pair: Pair, fresh: Connection, pictures: Pictures, queries: Pictures
 ) -> None:
@@ -406,6 +408,7 @@ def check_with_retries(db: Connection, image: bytes) -> None:
     raise AssertionError("no search came through")
 
 
+@pytest.mark.law(5)
 def test_a_conflict_with_recovery_ends_the_search_cleanly(pair: Pair, queries: Pictures) -> None:
     """It does not hang, is not taken for an answer, and strikes nothing later."""
     with server({"max_standby_streaming_delay": "0"}) as other:

@@ -36,6 +36,7 @@ def save(image: Image.Image, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.law(13)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize(
     ("profile", "colorants", "gamma"),

@@ -80,6 +80,7 @@ def test_grey_jpeg(grey: Array) -> None:
     np.testing.assert_array_equal(found[..., :1], decode_image(data, GREY_SPEC))
 
 
+@pytest.mark.law(13)
 def test_cmyk_jpeg() -> None:
     """Red of full ink, not its negative."""
     red = save(Image.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)), "JPEG", quality=95)
@@ -93,6 +94,7 @@ def test_to_one_channel(colour: Array) -> None:
     assert np.abs(found[..., 0] - luma).max() <= 1
 
 
+@pytest.mark.law(13)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled(kind: str, grey: Array) -> None:
     """Pillow's own conversion would turn all above 255 white."""
@@ -169,6 +171,7 @@ def test_first_frame(kind: str, grey: Array) -> None:
     np.testing.assert_array_equal(decode_image(data, SPEC), three(grey))
 
 
+@pytest.mark.law(13)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(kind: str, orientation: int) -> None:
@@ -316,6 +319,7 @@ def test_webp_size_is_read_before_its_decoder_allocates(data: bytes) -> None:
     refuse(data, "54000", "is too large")
 
 
+@pytest.mark.law(13)
 def test_thirty_two_bits_have_no_range(grey: Array) -> None:
     for values in (grey.astype(np.int32), grey.astype(np.float32)):
         refuse(encode(values, "TIFF"), "22P03", "no defined range")
@@ -335,6 +339,7 @@ def test_damaged_files_never_crash(pictures: Pictures) -> None:
                 assert error.sqlstate in ("22P03", "54000")
 
 
+@pytest.mark.law(5)
 def test_long_decodes_can_be_left() -> None:
     class CancelledError(Exception):
         sqlstate = "57014"
@@ -397,6 +402,7 @@ def eight_bits(samples: Array, high: int) -> Array:
     return three(found[..., 0]) if found.shape[2] < 3 else found[..., :3]
 
 
+@pytest.mark.law(13)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("stored", ["as they are", "filled with zeros", "replicated", "scaled"])
 def test_significant_bits(stored: str, channels: int, twelve_bits: Array) -> None:
