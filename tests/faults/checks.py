@@ -13,19 +13,10 @@ from tests.scenarios.gallery import (
     Gallery,
     check_files,
     check_tables,
-    insert,
-    prepare,
 )
 from tests.support import sql_error
 
 Connect = Callable[[], Connection]
-
-
-def fill(db: Connection, images: Gallery, rows: int) -> None:
-    """Insert images and build an index."""
-    prepare(db, images)
-    insert(db, images.files[:rows])
-    db.execute("SELECT build_index()")
 
 
 def with_notices(session: Connection) -> list[str]:

@@ -15,22 +15,15 @@ from tests.faults.checks import (
     check_answers,
     check_fallback,
     check_repair,
-    fill,
 )
 from tests.faults.cluster import FaultyCluster
-from tests.scenarios.gallery import Connection, Gallery, gallery, index_directory
+from tests.scenarios.gallery import Connection, Gallery, index_directory
 from tests.support import sql_error
 
 
-@pytest.fixture(scope="module")
-def images() -> Gallery:
-    return gallery(200)
-
-
 @pytest.fixture
-def directory(db: Connection, images: Gallery) -> Iterator[Path]:
+def directory(db: Connection) -> Iterator[Path]:
     """The directory of a built index; can be entered again afterwards."""
-    fill(db, images, 150)
     path = index_directory(db)
     yield path
     for part in (path.parents[1], path.parent, path):

@@ -85,20 +85,6 @@ def check(db: Connection, image: bytes, engine: str = "auto") -> None:
     assert_exact(search(db, image, engine), exact_distances(db, image), K)
 
 
-def test_the_file_comes_with_the_copy(
-    pair: Pair, onnx: bytes, pictures: Pictures, queries: Pictures
-) -> None:
-    with server(SETTINGS) as other:
-        other.copy(pair.primary, "-R", "--no-sync")
-        other.start()
-        with connect(other) as db:
-            said = notices_of(db)
-            assert one(db, "SELECT pg_is_in_recovery()")
-            for image in queries.files[:5]:
-                check(db, image, "faiss")
-            assert said == []
-
-
 @pytest.mark.law(1)
 def test_a_standby_makes_a_file_of_its_own(
     pair: Pair, fresh: Connection, queries: Pictures
@@ -445,14 +431,19 @@ def test_a_conflict_with_recovery_ends_the_search_cleanly(pair: Pair, queries: P
 
 
 def test_promotion(pair: Pair, pictures: Pictures, queries: Pictures) -> None:
-    """The standby goes on as a primary, with its own file, and old sessions live through it."""
+    """The file comes with the copy; a standby goes on as a primary, and its sessions with it."""
     pair.build()
     with server() as other:
         other.copy(pair.primary, "-R", "--no-sync")
         other.start()
-        remove_files(other)
         with connect(other) as db:
+            said = notices_of(db)
             catch_up(pair.db, db)
+            assert one(db, "SELECT pg_is_in_recovery()")
+            for image in queries.files[:5]:
+                check(db, image, "faiss")
+            assert said == []
+            remove_files(other)
             insert_images(pair.db, pictures.files[900:910])
             catch_up(pair.db, db)
             generation = one(db, "SELECT rebuild_file()")
