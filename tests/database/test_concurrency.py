@@ -46,7 +46,7 @@ def in_threads(*bodies: Callable[[], object]) -> list[BaseException]:
 
 @pytest.mark.law(2)
 def test_eight_sessions_beside_index_builds(connect: Connect) -> None:
-    Mixed(connect, gallery(3_000), rows=2_000, seconds=25).run()
+    Mixed(connect, gallery(1500), rows=1_000, seconds=12).run()
 
 
 def test_backfills_at_the_same_time(connect: Connect) -> None:
@@ -67,7 +67,7 @@ def test_backfill_beside_changes(connect: Connect) -> None:
     owner, writer, session = connect(), connect(), connect()
     prepare(owner, images)
     owner.execute("SET session_replication_role = replica")
-    ids = insert(owner, images.files[:800])
+    ids = insert(owner, images.files[:500])
     owner.execute("SET session_replication_role = origin")
 
     def change() -> None:
