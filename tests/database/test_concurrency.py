@@ -22,26 +22,9 @@ from tests.scenarios.gallery import (
     prepare,
 )
 from tests.scenarios.mixed import Mixed
+from tests.support import in_threads
 
 Connect = Callable[[], Connection]
-
-
-def in_threads(*bodies: Callable[[], object]) -> list[BaseException]:
-    """Run functions at the same time; returns their errors."""
-    errors: list[BaseException] = []
-
-    def run(body: Callable[[], object]) -> None:
-        try:
-            body()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(body,)) for body in bodies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
 
 
 @pytest.mark.law(2)

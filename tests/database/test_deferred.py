@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import psycopg
 import pytest
@@ -12,7 +13,7 @@ from psycopg import sql
 from pg_siamese_server.writing.deferred import Result
 from tests.conftest import Connection, Pictures, insert_images
 from tests.database.tables import Deferred
-from tests.support import grid_encoder, sql_error
+from tests.support import grid_encoder, in_threads, notices_of, sql_error
 
 
 @pytest.fixture
@@ -181,15 +182,14 @@ def test_old_image_never_answers(table: Deferred, connect: Callable[..., Connect
 def test_searches_say_that_rows_wait(table: Deferred, connect: Callable[..., Connection]) -> None:
     """Once a session, and of every answer that is short."""
     session = connect()
-    notices: list[str] = []
-    session.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
+    notices = notices_of(session)
     search = "SELECT similar_images(%s, k => %s, collection => 't')"
     session.execute(search, (table.files[0], 100))
     assert notices == []
     table.insert(20)
     for _ in range(3):
         session.execute(search, (table.files[0], 5))
-    assert len(notices) == 1 and 'collection "t" has rows that wait' in notices[0]
+    assert len(notices) == 1 and 'collection "t" has queued rows' in notices[0]
     session.execute(search, (table.files[0], 100))
     assert len(notices) == 2
     table.embed()
@@ -389,8 +389,7 @@ def test_a_broken_collection_does_not_block_others(
         db.execute(f"INSERT INTO {name} VALUES (1, %s)", (pictures.files[0],))
     db.execute("UPDATE siamese.models SET onnx = 'x' WHERE name = 'grid'")
     session = connect()
-    notices: list[str] = []
-    session.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
+    notices = notices_of(session)
     assert session.execute("SELECT embed_pending()").fetchone() == (2,)
     assert len(notices) == 1 and 'collection "a" was not embedded' in notices[0]
     with sql_error("XX001", "SHA-256"):
@@ -516,20 +515,6 @@ def test_sync_collection_beside_a_deferred_one(db: Connection, pictures: Picture
 def test_many_sessions(table: Deferred, connect: Callable[..., Connection]) -> None:
     """Writers and embedders at once, on the same rows: in the end all is in step."""
     stop = threading.Event()
-    errors: list[Exception] = []
-
-    def guarded(work: Callable[[Connection], None]) -> threading.Thread:
-        session = connect()
-
-        def run() -> None:
-            try:
-                work(session)
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread
 
     def write(session: Connection) -> None:
         for number in range(60):
@@ -547,14 +532,12 @@ def test_many_sessions(table: Deferred, connect: Callable[..., Connection]) -> N
         while not stop.is_set():
             session.execute("SELECT embed_pending('t')")
 
-    embedders = [guarded(embed) for _ in range(2)]
-    writers = [guarded(write) for _ in range(2)]
-    for thread in writers:
-        thread.join()
-    stop.set()
-    for thread in embedders:
-        thread.join()
-    assert errors == []
+    def write_all() -> None:
+        errors = in_threads(*[partial(write, connect()) for _ in range(2)])
+        stop.set()
+        assert errors == []
+
+    assert in_threads(write_all, *[partial(embed, connect()) for _ in range(2)]) == []
     table.check_vectors()
     table.db.execute("UPDATE siamese.queue_2 SET not_before = NULL")
     table.check()

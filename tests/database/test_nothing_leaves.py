@@ -21,8 +21,9 @@ import psycopg
 import pytest
 from PIL import Image
 
-from tests import guard, server
+from tests import server
 from tests.conftest import MODELS, Connection, Pictures, insert_images
+from tests.database import guard
 from tools.cluster import THROWAWAY, Cluster, create_database
 from tools.packages import OWN_PYTHON, server_folder
 from tools.project import ROOT

@@ -15,7 +15,7 @@ from psycopg import sql
 from tests.conftest import Connection, Pictures, insert_images
 from tests.scenarios.gallery import filled_up
 from tests.server import path_of
-from tests.support import assert_exact, exact_distances, grid_encoder, sql_error
+from tests.support import assert_exact, exact_distances, grid_encoder, notices_of, sql_error
 
 ENGINES = ("faiss", "pgvector", "auto")
 
@@ -45,8 +45,7 @@ def ids(db: Connection, pictures: Pictures) -> list[int]:
 @pytest.fixture
 def notices(db: Connection) -> list[str]:
     """Notices of the first connection."""
-    found: list[str] = []
-    db.add_notice_handler(lambda notice: found.append(notice.message_primary or ""))
+    found = notices_of(db)
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 from psycopg import sql
 
 from tests.conftest import Connection, Pictures, insert_images
-from tests.support import sql_error
+from tests.support import notices_of, sql_error
 from tools.project import ROOT
 
 
@@ -199,8 +199,7 @@ def test_lateral_over_rows_without_a_vector(
         db.execute("SELECT embed_pending()")
         db.execute("INSERT INTO t VALUES (4, %s)", (pictures.files[2],))
     session = connect()
-    told: list[str] = []
-    session.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
+    told = notices_of(session)
     for search in (
         "similar_images(image_id => t.id, k => 1, collection => 't')",
         "similar_rows(NULL::t, key => t.id, k => 1)",
@@ -498,8 +497,7 @@ def test_permission_errors_are_plain(
 
 
 def test_dropping_a_collection_is_quiet(db: Connection, pictures: Pictures) -> None:
-    told: list[str] = []
-    db.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
+    told = notices_of(db)
     for number, embed in enumerate(("sync", "deferred")):
         name = f"t{number}"
         db.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, image bytea)")
@@ -608,8 +606,7 @@ def test_nothing_pays_for_jit(db: Connection, ids: list[int], pictures: Pictures
     db.execute("LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0")
     db.execute("SET auto_explain.log_nested_statements = on; SET auto_explain.log_level = notice")
     db.execute("SET jit = on; SET jit_above_cost = 2; SET jit_inline_above_cost = 2")
-    told: list[str] = []
-    db.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
+    told = notices_of(db)
     outer = len(told)
     for call in (
         "similar_images(image_id => 1)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.conftest import Connection, Pictures, insert_images
 from tests.database.tables import Table
-from tests.support import sql_error
+from tests.support import notices_of, sql_error, wait_until
 
 
 @pytest.fixture
@@ -88,12 +87,11 @@ def test_backfill_leaves_locked_rows_alone(
 ) -> None:
     table.db.execute("SET session_replication_role = replica")
     table.insert(20, 21)
-    other, notices = connect(), []
-    table.db.add_notice_handler(lambda notice: notices.append(notice.message_primary))
+    other, notices = connect(), notices_of(table.db)
     with other.transaction():
         other.execute("UPDATE t SET note = 'busy' WHERE id = 20")
         assert table.db.execute("SELECT backfill('t')").fetchone() == (1,)
-    assert any("1 row " in (notice or "") for notice in notices)
+    assert any("1 row " in notice for notice in notices)
     assert table.db.execute("SELECT backfill('t')").fetchone() == (1,)
     table.db.execute("RESET session_replication_role")
 
@@ -104,7 +102,7 @@ def test_rows_that_change_during_a_backfill(
     """Their trigger has stored the vector by the time that the backfill comes to them."""
     table.db.execute("SET session_replication_role = replica")
     table.db.execute(
-        "INSERT INTO t SELECT i, %s FROM generate_series(100, 2600) AS i", (table.files[0],)
+        "INSERT INTO t SELECT i, %s FROM generate_series(100, 1600) AS i", (table.files[0],)
     )
     table.db.execute("RESET session_replication_role")
     other = connect()
@@ -115,15 +113,16 @@ def test_rows_that_change_during_a_backfill(
 
     thread = threading.Thread(target=backfill)
     thread.start()
-    busy = "SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
-    while thread.is_alive() and not table.db.execute(busy, (other.info.backend_pid,)).rowcount:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    table.db.execute("UPDATE t SET image = %s WHERE id > 2500", (table.files[1],))
+    stores = (
+        "SELECT FROM pg_locks WHERE pid = %s AND relation = 'siamese.embedding_2'::regclass"
+        " AND mode = 'RowExclusiveLock'"
+    )
+    wait_until(lambda: table.db.execute(stores, (other.info.backend_pid,)).rowcount)
+    table.db.execute("UPDATE t SET image = %s WHERE id > 1500", (table.files[1],))
     thread.join()
-    assert counts and 2401 <= counts[0] <= 2501
-    assert len(table.vectors()) == 2511
-    table.db.execute("DELETE FROM t WHERE id BETWEEN 100 AND 2590")
+    assert counts and 1401 <= counts[0] <= 1501
+    assert len(table.vectors()) == 1511
+    table.db.execute("DELETE FROM t WHERE id BETWEEN 100 AND 1590")
 
 
 @pytest.fixture
@@ -213,8 +212,7 @@ def test_quarantine_inside_a_block_with_exceptions(quarantine: Table) -> None:
 def test_progress_of_backfill_is_reported_at_most_now_and_then(
     db: Connection, pictures: Pictures
 ) -> None:
-    notices: list[str | None] = []
-    db.add_notice_handler(lambda notice: notices.append(notice.message_primary))
+    notices = notices_of(db)
     db.execute("SET session_replication_role = replica")
     insert_images(db, pictures.files[:50])
     assert db.execute("SELECT backfill()").fetchone() == (50,)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.faults.checks import Connect, check_fallback, check_repair, put, with_notices
+from tests.faults.checks import Connect, check_fallback, check_repair, put
 from tests.scenarios.gallery import (
     DISTANCE_TOLERANCE,
     TIE_TOLERANCE,
@@ -21,6 +21,7 @@ from tests.scenarios.gallery import (
     index_directory,
     insert,
 )
+from tests.support import notices_of
 
 SUFFIXES = (".faiss", ".meta")
 
@@ -228,7 +229,7 @@ def test_flipped_bits(
             place, bits = int(random.integers(end)), int(random.integers(1, 256))
             put(path, data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :])
         session = connect()
-        notices = with_notices(session)
+        notices = notices_of(session)
         for table in tables:
             table.check(session, images, int(random.integers(len(images))), "auto")
             expected = f'searching collection "{table.name}" without its FAISS index'
@@ -270,7 +271,7 @@ def test_flips_in_a_large_file(
     for place in (0, *places, len(whole) - 1):
         put(path, whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         session = connect()
-        notices = with_notices(session)
+        notices = notices_of(session)
         assert [row[0] for row in session.execute(search, ("auto",))] == expected
         assert len(notices) == 1 and "is damaged" in notices[0], f"flip at {place}: {notices}"
         session.close()

@@ -24,13 +24,11 @@ from tests.operations.servers import (
     connect,
     fill,
     index_files,
-    notices_of,
-    one,
     remove_files,
     server,
     wait_for,
 )
-from tests.support import assert_exact, exact_distances, grid_encoder, sql_error
+from tests.support import assert_exact, exact_distances, grid_encoder, notices_of, one, sql_error
 from tools.cluster import DATABASE, Cluster
 from tools.project import version
 

@@ -19,13 +19,11 @@ from tests.operations.servers import (
     connect,
     fill,
     index_files,
-    notices_of,
-    one,
     remove_files,
     server,
 )
 from tests.scenarios.gallery import filled_up
-from tests.support import assert_exact, exact_distances, sql_error
+from tests.support import assert_exact, exact_distances, notices_of, one, sql_error
 from tools.cluster import Cluster
 
 SETTINGS = {"max_standby_streaming_delay": "-1"}  # no conflict ends what the tests look at

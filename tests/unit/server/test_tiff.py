@@ -14,7 +14,7 @@ from pg_siamese_server.encoding.images import decode_image, render_image
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
 from tests.support import Array
-from tests.tiff_files import CODECS, Tiff, join
+from tests.unit.server.tiff_files import CODECS, Tiff, join
 
 WIDTH, HEIGHT = 21, 10
 SPEC = InputSpec(WIDTH, HEIGHT)
