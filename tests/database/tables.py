@@ -22,9 +22,9 @@ class Table:
         return cls(db, files)
 
     @classmethod
-    def indexed(cls, db: Connection, files: list[bytes]) -> Self:
+    def indexed(cls, db: Connection, files: list[bytes], options: str = "") -> Self:
         """Make the table with rows 0 to 9, all of them in an index."""
-        table = cls.create(db, files)
+        table = cls.create(db, files, options)
         table.insert(*range(10))
         table.embed()
         db.execute("SELECT build_index('t')")
@@ -53,6 +53,10 @@ class Table:
 
     def embed(self) -> int:
         """Embed what is queued; return how many rows."""
+        return 0
+
+    def waiting(self) -> int:
+        """Return the number of queued rows."""
         return 0
 
     def check(self) -> None:

@@ -116,32 +116,6 @@ def test_changes_of_embedded_rows(table: Deferred) -> None:
     assert table.value("SELECT count(*) FROM siamese.pending_2 WHERE deleted") == 4
 
 
-def test_rollback_and_savepoints(table: Deferred) -> None:
-    with table.db.transaction(force_rollback=True):
-        table.insert(20)
-        table.db.execute("UPDATE t SET image = %s WHERE id = 1", (table.files[31],))
-        assert table.queued() == [1, 20] and 1 not in table.vectors()
-    assert table.waiting() == 0 and 1 in table.vectors()
-    with table.db.transaction():
-        table.insert(21)
-        with table.db.transaction(force_rollback=True):
-            table.insert(22)
-            table.db.execute("DELETE FROM t WHERE id = 2")
-            assert table.embed() == 2
-        table.check_vectors()
-    assert table.queued() == [21]
-    table.check()
-
-
-def test_truncate(table: Deferred) -> None:
-    table.insert(20, 21)
-    table.db.execute("SELECT build_index('t')")
-    table.db.execute("TRUNCATE t")
-    assert (table.vectors(), table.waiting()) == ({}, 0)
-    table.insert(1, 2)
-    table.check()
-
-
 def test_search_finds_what_is_embedded(table: Deferred) -> None:
     search = "SELECT image_id FROM similar_images(%s, k => 3, collection => 't')"
     table.insert(20)
@@ -150,13 +124,6 @@ def test_search_finds_what_is_embedded(table: Deferred) -> None:
     assert table.db.execute(by_id).fetchall() == []
     table.embed()
     assert table.db.execute(search, (table.files[20],)).fetchall()[0] == (20,)
-    table.db.execute("SELECT build_index('t')")
-    for engine in ("faiss", "pgvector"):
-        found = table.db.execute(
-            "SELECT image_id FROM similar_images(%s, k => 1, collection => 't', engine => %s)",
-            (table.files[20], engine),
-        ).fetchall()
-        assert found == [(20,)]
 
 
 @pytest.mark.law(2)

@@ -122,8 +122,9 @@ def test_delete(table: Table) -> None:
 
 
 def test_truncate(table: Table) -> None:
+    table.insert(20, 21)
     table.db.execute("TRUNCATE t")
-    assert table.vectors() == {}
+    assert (table.vectors(), table.waiting()) == ({}, 0)
     assert table.db.execute("SELECT count(*) FROM siamese.pending_2").fetchone() == (0,)
     table.insert(1, 2)
     table.check()

@@ -10,15 +10,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.faults.checks import (
-    Connect,
-    check_answers,
-    check_fallback,
-    check_repair,
-)
+from tests.faults.checks import Connect, check_answers, check_fallback, check_repair
 from tests.faults.cluster import FaultyCluster
 from tests.scenarios.gallery import Connection, Gallery, index_directory
-from tests.support import sql_error
+from tests.support import one, sql_error
 
 
 @pytest.fixture
@@ -32,9 +27,7 @@ def directory(db: Connection) -> Iterator[Path]:
 
 
 def status(connect: Connect) -> str:
-    row = connect().execute("SELECT generation_file FROM collection_status").fetchone()
-    assert row is not None
-    return str(row[0])
+    return str(one(connect(), "SELECT generation_file FROM collection_status"))
 
 
 LEVELS = {"collection": 0, "all": 2, "database": 1}

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.checks import (
-    Connect,
-    check_answers,
-    check_fallback,
-    check_repair,
-)
+from tests.faults.checks import Connect, check_answers, check_fallback, check_repair
 from tests.faults.cluster import FaultyCluster
 from tests.scenarios.gallery import Connection, Gallery, insert
 from tests.support import sql_error
