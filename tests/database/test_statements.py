@@ -339,7 +339,7 @@ def test_places_of_columns(
     db.execute(insert, ([5], pictures.files[5:6]))
     with db.transaction(force_rollback=True):
         db.execute("ALTER TABLE t RENAME id TO was; ALTER TABLE t RENAME other TO id")
-        with sql_error("55000", "its table", "create it again"):
+        with sql_error("55000", "no longer matches its table", "create it again"):
             db.execute("INSERT INTO t (was, id, image) VALUES (6, 7, %s)", (pictures.files[6],))
     db.execute(insert, ([6], pictures.files[6:7]))
     db.execute("ALTER TABLE t DROP COLUMN IF EXISTS note")
