@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.checks import (
-    Connect,
-    check_answers,
-    check_fallback,
-    check_repair,
-    fill,
-)
+from tests.faults.checks import Connect, check_answers, check_fallback, check_repair
 from tests.faults.cluster import FaultyCluster
-from tests.scenarios.gallery import Connection, Gallery, gallery
+from tests.scenarios.gallery import Connection, Gallery, insert
 from tests.support import sql_error
-
-
-@pytest.fixture(scope="module")
-def images() -> Gallery:
-    return gallery(200)
 
 
 def failed_checks(session: Connection) -> list[str]:
@@ -35,7 +24,6 @@ def test_without_what_index_files_need(
     package: str,
 ) -> None:
     """Searches and inserts go on; only builds can't."""
-    fill(db, images, 100)
     with cluster.without(module):
         check_fallback(connect, images, f"No module named '{module}'")
         session = connect()
@@ -65,7 +53,6 @@ def test_without_what_encoders_need(
     package: str,
 ) -> None:
     """What needs no encoder works: searches by stored image, deletes, index builds."""
-    fill(db, images, 100)
     error = ("58P01", f'package "{module}"', "cannot be imported", "make install")
     with cluster.without(module):
         session = connect()
@@ -102,7 +89,8 @@ def test_without_onnx(
         session = connect()
         with sql_error("58P01", 'package "onnx"', "cannot be imported", "make install"):
             session.execute("SELECT register_model('another', %s)", (onnx,))
-        fill(session, images, 20)
+        insert(session, images.files[100:120])
+        session.execute("SELECT build_index()")
         check_answers(connect(), images, "faiss", "without onnx")
         assert failed_checks(session) == ["package onnx"]
     connect().execute("SELECT register_model('another', %s)", (onnx,))
@@ -113,7 +101,6 @@ def test_without_what_everything_needs(
     db: Connection, connect: Connect, cluster: FaultyCluster, images: Gallery, module: str
 ) -> None:
     """Every call says so; no row goes in without its vector, and what needs none goes on."""
-    fill(db, images, 20)
     error = ("58P01", "could not load the server package", f"No module named '{module}'")
     with cluster.without(module):
         session = connect()
@@ -122,7 +109,7 @@ def test_without_what_everything_needs(
             "SELECT similar_images(%s)",
         ):
             with sql_error(*error, "Run make install for this server"):
-                session.execute(statement, (images.files[30],))
+                session.execute(statement, (images.files[130],))
         for statement in (
             "UPDATE siamese.images SET image = image || image",
             "SELECT build_index()",
@@ -131,8 +118,8 @@ def test_without_what_everything_needs(
             with sql_error(*error, "Run make install for this server"):
                 session.execute(statement)
         # Not of the extension's functions, and works: what an administrator looks at.
-        assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (20,)
+        assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (100,)
         session.execute("UPDATE siamese.images SET label = 'still'")
         session.execute("DELETE FROM siamese.images WHERE image_id <= 5")
-        assert session.execute("SELECT count(*) FROM siamese.embedding_1").fetchone() == (15,)
+        assert session.execute("SELECT count(*) FROM siamese.embedding_1").fetchone() == (95,)
     check_repair(connect, images)
