@@ -54,6 +54,7 @@ demo: python ## load medical images, search, print the answers and draw them
 	@$(DEV).deps --demo
 	@$(DEV).embedded up
 	@$(BIN)/pg_siamese demo --sheet build/demo/contact_sheet.png --dsn "$$($(DEV).embedded dsn)" $(ARGS)
+	@echo "open the same database: make psql"
 
 test: deps-test ## run the tests, on clusters of their own (ARGS='-k name')
 	@$(BIN)/python -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-"""Building the index: build_index beside pgvector's CREATE INDEX."""
+"""Measure index builds: build_index and pgvector's CREATE INDEX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CREATE = (
 
 
 def build(cluster: Cluster, collection: str, repetitions: int) -> list[Line]:
-    """Build both indexes with their default parameters, in turns; the last ones stay.
+    """Build both indexes with their default parameters, in turns, and keep the last ones.
 
     FAISS gets as many threads as pgvector gets workers. pgvector's graph must fit into
     maintenance_work_mem, else it would be far slower.

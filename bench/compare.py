@@ -1,7 +1,7 @@
-"""Two revisions in one run, in turns: is the working tree as fast as a commit before it?
+"""Compare the working tree with an earlier revision, in turns in one run.
 
 The other revision is unpacked below ``build/compare``, and makes its own environment there. Each
-has a server of its own with the same images; only what both have in SQL is called.
+has a server of its own with the same images. Only what both have in SQL is called.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SECTIONS = (
     "search by stored id",
     "search by new image",
     "first search of a new connection",
-    "insert, 10,000 rows a statement",
+    "insert, 10,000 rows per statement",
 )
 INSERT_ROWS = 10_000
 # Medians of a change that costs nothing stay within this share.
@@ -42,12 +42,12 @@ TOLERANCE = 0.03
 
 
 def compare(revision: str, size: Size, console: Console) -> Report:
-    """Time the working tree beside another revision.
+    """Time the working tree and another revision.
 
     Args:
         revision: any name that git knows.
-        size: images, searches, connections, and inserts of 10,000 rows (or all), of each side.
-        console: where to say what goes on.
+        size: images, searches, connections, and inserts of 10,000 rows (or all), per side.
+        console: for messages about progress.
 
     Raises:
         OSError, subprocess.CalledProcessError: git or make failed.

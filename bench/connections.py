@@ -1,4 +1,4 @@
-"""What a new connection waits for its first answer, and what memory a session has of its own."""
+"""Measure the first answer of a new connection, and the private memory of a session."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BARE = {
     BY_ID: "numpy, FAISS and the index file in a Python process",
     BY_IMAGE: "the same with ONNX Runtime and the model",
 }
-# What a first search can't do without: from the process's start until it is ready.
+# What a first search can't do without, from the start of a process until it is ready.
 _BARE_BY_ID = """
 import sys
 import numpy, faiss
@@ -44,9 +44,9 @@ session = onnxruntime.InferenceSession(sys.argv[2], options, providers=["CPUExec
 def first_searches(
     cluster: Cluster, collection: str, ids: list[int], files: list[bytes], count: int
 ) -> list[Line]:
-    """Open connections and search once, by id and by image in turns; connecting counts.
+    """Open connections and search once, by id and by image in turns. Connecting counts.
 
-    Beside each, a bare Python process of the server's environment does what can't be saved.
+    For comparison, a bare Python process of the server's environment does what can't be saved.
     """
     seconds: dict[str, list[float]] = {}
     for name in (BY_ID, BY_IMAGE):
@@ -90,7 +90,7 @@ def _ready(program: str, *arguments: str) -> float:
 
 
 def memory(cluster: Cluster, collection: str, ids: list[int], files: list[bytes]) -> list[Line]:
-    """Measure sessions that have searched; two at a time, since what two map is shared."""
+    """Measure sessions that have searched, two at a time, since they share what both map."""
     lines = []
     for name in (BY_ID, BY_IMAGE):
         values = [bigint(key) for key in ids] if name == BY_ID else files

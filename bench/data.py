@@ -1,4 +1,4 @@
-"""What is searched: Fashion-MNIST, through the triggers, or a mixture of clusters."""
+"""Make the data to search: Fashion-MNIST, through the triggers, or a mixture of clusters."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tools.project import ROOT
 MODEL = ROOT / "models" / "fashion_mnist.onnx"
 ROWS_A_STATEMENT = 1000
 COPY_ROWS = 50_000
-# The mixture: directions in which clusters lie and spread, their deviation in each (that of the
-# centres is 1), and that of the noise in all dimensions.
+# The mixture: directions in which clusters lie and spread, and their deviation in each, with 1 for
+# the centres. The last is the deviation of noise in all dimensions.
 INNER, SPREAD, NOISE = 16, 0.5, 0.05
 
 
 def fashion_mnist(count: int) -> NDArray[np.uint8]:
-    """Return the pictures of clothes, uint8 (count, 28, 28); all 70,000 at most."""
+    """Return the pictures of clothes, uint8 (count, 28, 28), at most 70,000."""
     parts = [load_fashion_mnist(split).images for split in ("train", "test")]
     return np.concatenate(parts)[:count]
 
 
 def new_pictures(pictures: NDArray[np.uint8], count: int, seed: int) -> list[bytes]:
-    """Return PNG files of pictures that are not stored: turned by up to ten degrees, and moved."""
+    """Return PNG files of pictures that are not stored: moved, and turned by up to ten degrees."""
     generator = np.random.default_rng(seed)
     chosen = generator.choice(len(pictures), count, replace=False)
     return [
@@ -49,7 +49,7 @@ def new_pictures(pictures: NDArray[np.uint8], count: int, seed: int) -> list[byt
 
 
 def register(cluster: Cluster) -> ModelSpec:
-    """Register the shipped encoder for pictures of clothes; returns its specification."""
+    """Register the shipped encoder for pictures of clothes, and return its specification."""
     with connect(cluster.dsn()) as admin:
         admin.execute("SELECT siamese.register_model('fashion_mnist', %s)", (MODEL.read_bytes(),))
         row = admin.execute("SELECT specification FROM siamese.models").fetchone()
@@ -69,7 +69,7 @@ def insert(session: Session, table: str, files: list[bytes]) -> None:
 def copy_vectors(cluster: Cluster, source: str, columns: Sequence[str] = ()) -> None:
     """Make pgvector's table: the same vectors, in the order of their rows.
 
-    ``columns`` are columns of ``bench.large`` that it has, too, with an index on each.
+    ``columns`` are columns of ``bench.large`` to copy, with an index on each.
     """
     more = "".join(f", b.{name}" for name in columns)
     joined = " INNER JOIN bench.large AS b ON b.image_id = e.key" if columns else ""
@@ -98,11 +98,11 @@ def read_vectors(cluster: Cluster) -> Vectors:
 
 
 def mixture(count: int, dimension: int, clusters: int, seed: int = 0) -> Vectors:
-    """Return unit vectors in clusters: float32 (count, dimension).
+    """Return unit vectors in clusters, float32 (count, dimension).
 
-    A mixture of Gaussians that vary in INNER directions only, plus a little noise in all, as the
-    embeddings of trained encoders do. (With noise that fills all dimensions neither engine gets to
-    a recall of 0.99 at any setting that one would use.)
+    The mixture of Gaussians varies in INNER directions only, plus a little noise in all dimensions.
+    So do the embeddings of trained encoders. With noise that fills all dimensions, neither engine
+    reaches a recall of 0.99 at any usual setting.
     """
     generator = np.random.default_rng(seed)
     centres = generator.standard_normal((clusters, INNER), dtype=np.float32)
@@ -120,9 +120,9 @@ def load_mixture(
 ) -> None:
     """Make collection ``large`` with these vectors, and with columns to filter by.
 
-    There are no images behind them: the collection is created while its table is empty, and then
-    triggers are off, as in a restore, while rows, vectors and the notes that no index holds them
-    yet are put in as a trigger would have left them.
+    There are no images behind them. The collection is created while its table is empty. Then, with
+    triggers off as in a restore, rows and vectors are added. The pending table is filled as a
+    trigger would have done.
     """
     with connect(cluster.dsn()) as admin:
         admin.execute(
@@ -140,7 +140,7 @@ def load_mixture(
         names = ", ".join(["image_id", "image", *columns])
         session.copy(f"bench.large ({names})", _rows(vectors.ids, columns))
         for name in columns:
-            # With the key, as the documentation advises: pgvector's index has no use for one.
+            # With the key, as the documentation advises. pgvector's index has no use for a key.
             session.run(f"CREATE INDEX ON bench.large ({name}, image_id)")
         session.copy(f"{table} (key, embedding)", _vector_rows(vectors))
         session.run(f"INSERT INTO {pending} (embedding_id) SELECT embedding_id FROM {table}")

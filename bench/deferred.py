@@ -1,4 +1,4 @@
-"""Deferred embedding: what queueing adds to an insert, and what a second worker adds to one."""
+"""Measure deferred embedding: what queueing adds to an insert, and a second worker to one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEADLINE_SECONDS = 600.0
 
 
 def create(cluster: Cluster) -> None:
-    """Make two tables that are alike but for the triggers of a deferred collection."""
+    """Make two tables that differ only in the triggers of a deferred collection."""
     with connect(cluster.dsn()) as admin:
         for table in ("plain", "deferred"):
             admin.execute(
@@ -41,7 +41,7 @@ def create(cluster: Cluster) -> None:
 
 
 def insert(cluster: Cluster, files: list[bytes], count: int) -> list[Line]:
-    """Insert into both tables in turns; each statement commits."""
+    """Insert into both tables in turns, with a commit per statement."""
     rows = min(ROWS, len(files))
     value = bytea_array(files[:rows])
     with Session(cluster.dsn()) as session:
@@ -55,7 +55,7 @@ def insert(cluster: Cluster, files: list[bytes], count: int) -> list[Line]:
             name: partial(_insert, insertion, value) for name, insertion in insertions.items()
         }
         seconds, _ = round_robin(calls, count, 1, warm_up=2)
-    note = f"{rows:,} rows a statement"
+    note = f"{rows:,} rows per statement"
     return [Line(INSERT, name, Summary.of(seconds[name]), note=note) for name in (PLAIN, QUEUED)]
 
 
@@ -104,7 +104,7 @@ def _await_idle(admin: Any, count: int) -> None:
 
 
 def _await_empty(admin: Any) -> float:
-    """Wait until no row waits; returns how long that took."""
+    """Wait until the queue is empty, and return the seconds that took."""
     began = time.perf_counter()
     number = admin.execute(
         "SELECT collection_id FROM siamese.collections WHERE name = 'deferred'"
@@ -118,7 +118,7 @@ def _await(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("the workers do not come to an end")
+            raise TimeoutError("the workers do not finish")
         time.sleep(0.01)
 
 
@@ -136,7 +136,7 @@ def _worker(cluster: Cluster) -> Iterator[None]:
 
 
 def bars(lines: list[Line]) -> list[Bar]:
-    """What is promised of the two."""
+    """Return the bars of the two."""
     figure = {line.name: line.figure() for line in lines}
     return [
         Bar(

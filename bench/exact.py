@@ -1,4 +1,4 @@
-"""Exact neighbours, and how much of them an answer holds."""
+"""Find exact neighbours, and the recall of an answer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 K = 10
-# Distances this close count as equal: which of two such neighbours comes first is rounding.
+# Distances this close count as equal, since rounding orders two such neighbours.
 TIE = 1e-6
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """A collection's vectors: ids int64 (n,), ascending; matrix float32 (n, d), of length one."""
+    """A collection's vectors: ascending ids int64 (n,), matrix float32 (n, d) of length one."""
 
     ids: NDArray[np.int64]
     matrix: NDArray[np.float32]
@@ -32,7 +32,7 @@ class Truth:
     Attributes:
         vectors: what is searched.
         queries: float32 (queries, d), of length one.
-        own: int64 (queries,), ids that are left out of the answers, or None.
+        own: int64 (queries,), ids that the answers leave out, or None.
         farthest: float64 (queries,), cosine distance of the K-th neighbour.
     """
 

@@ -1,7 +1,7 @@
-"""Filtered and large searches: similar_images beside pgvector at its best.
+"""Measure filtered and large searches: similar_images and pgvector at its best.
 
-pgvector has two ways: its HNSW index with iterative scans, and an exact scan of the rows that an
-index on the filtered column gives. The better one that has a recall of 0.99 is the rival.
+pgvector has two ways. Its HNSW index has iterative scans, and an index on the filtered column gives
+rows for an exact scan. The rival is the better one with a recall of 0.99.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tools.cluster import Cluster
 
 JSONB, BIGINT_ARRAY, INTEGER = 3802, 1016, 23
 PLANNED, EXACT = "pgvector, iterative scan", "pgvector, exact scan"
-# hnsw.ef_search and hnsw.max_scan_tuples, from the quickest on.
+# hnsw.ef_search and hnsw.max_scan_tuples, quickest first.
 SETTINGS = ((40, 20_000), (100, 20_000), (200, 20_000), (400, 100_000), (1_000, 1_000_000))
 SECONDS, LEAST, TRIED = 2.0, 20, 40
 CANDIDATES = (100, 10_000, 100_000)
@@ -41,10 +41,10 @@ class Case:
         name: for the table.
         k: how many neighbours.
         own: int64 (queries,), ids of the query images.
-        among: for each query, the rows that qualify, as places in the vectors; None for all.
-        argument, oid: of ``similar_images``, besides the query: its SQL and its type, if any.
+        among: for each query, the rows that qualify, as places in the vectors, or None for all.
+        argument, oid: argument of ``similar_images`` besides the query, if any: its SQL and type.
         condition: of pgvector's statement, the same.
-        ours, theirs: the value of these for each query, in binary.
+        ours, theirs: values of these for each query, in binary.
         rival_oid: the type of the rival's value.
     """
 
@@ -73,7 +73,7 @@ class Case:
         return float(np.sort(distances)[: self.k][-1])
 
     def count(self, number: int) -> int:
-        """Return how many neighbours a query has to have."""
+        """Return how many neighbours a query must have."""
         return self.k if self.among is None else min(self.k, len(self.among(number)) - 1)
 
 
@@ -153,7 +153,7 @@ def _array(values: NDArray[np.int64]) -> bytes:
 
 
 class Contest:
-    """One case: its contestants, prepared in sessions of their own."""
+    """One case with its contestants, prepared in sessions of their own."""
 
     def __init__(self, cluster: Cluster, collection: str, vectors: Vectors, case: Case) -> None:
         self.vectors, self.case = vectors, case
@@ -205,7 +205,7 @@ class Contest:
         return hits / total
 
     def tune(self, count: int, bounds: list[float]) -> str | None:
-        """Choose the quickest setting of iterative scans that is enough; None where none is."""
+        """Choose the quickest sufficient setting of iterative scans, or None if none suffices."""
         for breadth, tuples in SETTINGS:
             self.sessions[PLANNED].set("hnsw.ef_search", str(breadth))
             self.sessions[PLANNED].set("hnsw.max_scan_tuples", str(tuples))
@@ -215,10 +215,10 @@ class Contest:
         return None
 
     def run(self) -> list[Line]:
-        """Time similar_images and pgvector's better way; one line each.
+        """Time similar_images and pgvector's better way, with one line each.
 
-        Which is better is found out first, with queries of their own: what one way has read, the
-        processor has at hand for the next.
+        Separate queries find out first which way is better. Otherwise the processor would have at
+        hand what the first way has read.
         """
         tried = {name: self._median(name, range(TRIED)) for name in (OURS, EXACT)}
         bounds = [self.case.farthest(self.vectors, number) for number in range(len(self.case.own))]
@@ -246,7 +246,6 @@ class Contest:
         ]
 
     def _median(self, name: str, numbers: range) -> float:
-        """Return the median seconds of some queries."""
         seconds = []
         for number in numbers:
             began = time.perf_counter()

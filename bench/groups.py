@@ -1,4 +1,4 @@
-"""Columns to filter by: groups of equal size, by chance or by place, with an index on each."""
+"""Make columns to filter by: groups of equal size, by chance or by place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RANDOM, PLACE = "random", "place"
 
 
 def column(kind: str, count: int) -> str:
-    """Return the name of the column that has so many groups of a kind."""
+    """Return the name of the column with ``count`` groups of a kind."""
     return f"{kind}_{count}"
 
 
@@ -21,8 +21,8 @@ def draw(vectors: Vectors, seed: int = 5) -> dict[str, NDArray[np.int32]]:
     """Return the columns, int32 (rows,) each.
 
     Groups by chance say nothing of distance. Those by place are cells of the space, each cut into
-    ten along the next principal direction: the rows of a query's own cell are its nearest ones, and
-    those of a cell at the other end are its farthest.
+    ten along the next principal direction. The rows of a query's own cell are its nearest ones.
+    Those of a cell at the other end are its farthest.
     """
     generator = np.random.default_rng(seed)
     rows = len(vectors.ids)
@@ -45,7 +45,7 @@ def draw(vectors: Vectors, seed: int = 5) -> dict[str, NDArray[np.int32]]:
 def farthest(
     vectors: Vectors, groups: NDArray[np.int32], queries: NDArray[np.float32]
 ) -> NDArray[np.int32]:
-    """Return for each query the group whose rows are farthest from it, on average; int32."""
+    """Return for each query the group with the farthest rows on average, int32 (queries,)."""
     order = np.argsort(groups, kind="stable")
     starts = np.searchsorted(groups[order], np.arange(groups.max() + 1))
     sums = np.add.reduceat(vectors.matrix[order].astype(np.float64), starts)

@@ -1,4 +1,4 @@
-"""Inserting: through the trigger, beside decode + ONNX Runtime alone and beside a plain insert."""
+"""Measure inserts: through the trigger, decode and ONNX Runtime alone, and a plain insert."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from tools.cluster import Cluster
 TRIGGER = "INSERT through the trigger"
 PLAIN = "plain INSERT"
 ALONE = "decode + ONNX Runtime alone"
-# Rows a statement, and how often.
+# Rows per statement, and how often.
 STATEMENTS = {1: 200, 100: 40, 10_000: 5}
 
 
 def section(rows: int) -> str:
     """Return the name of a section of the table."""
-    return f"insert, {rows:,} row{'s' if rows > 1 else ''} a statement"
+    return f"insert, {rows:,} row{'s' if rows > 1 else ''} per statement"
 
 
 def insert(cluster: Cluster, spec: ModelSpec, onnx: bytes, files: list[bytes]) -> list[Line]:
-    """Insert images into two tables that are alike but for the trigger; each statement commits."""
+    """Insert images into two tables that differ only in the trigger. Each statement commits."""
     with connect(cluster.dsn()) as admin:
         for table in ("plain", "with_trigger"):
             admin.execute(
@@ -62,7 +62,7 @@ def insert(cluster: Cluster, spec: ModelSpec, onnx: bytes, files: list[bytes]) -
             }
             calls[ALONE] = partial(_embed, alone, starts, rows)
             seconds, answers = round_robin(calls, count, 1, warm_up=1 + count // 20)
-            # The process's own clock: without the way there and back.
+            # The process's own clock, without the time of messages.
             seconds[ALONE] = np.asarray(answers[ALONE])
             lines += [_line(rows, name, seconds[name]) for name in (TRIGGER, ALONE, PLAIN)]
         assert not session.notices, session.notices
@@ -89,26 +89,26 @@ def _line(rows: int, name: str, seconds: NDArray[np.float64]) -> Line:
 def reference(
     spec: ModelSpec, onnx: bytes, files: list[bytes]
 ) -> Iterator[Callable[[int, int], float]]:
-    """Start a process on one core that decodes and embeds; yields a function of start and count.
+    """Start a process on one core that decodes and embeds. Yield a function of start and count.
 
-    It has the server's own decode function and encoder, and takes as many images at a time as a
-    trigger does; it reads no table and writes none.
+    It has the server's own decode function and encoder, and takes images in a trigger's batches.
+    It reads no table and writes none.
     """
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there, spec, onnx, files), daemon=True)
+    parent, child = context.Pipe()
+    process = context.Process(target=_work, args=(child, spec, onnx, files), daemon=True)
     process.start()
-    there.close()
+    child.close()
     try:
 
         def embed(start: int, count: int) -> float:
-            here.send((start, count))
-            return float(here.recv())
+            parent.send((start, count))
+            return float(parent.recv())
 
         embed(0, 1)
         yield embed
     finally:
-        here.close()
+        parent.close()
         process.join()
 
 

@@ -1,4 +1,4 @@
-"""What a run was measured on and with."""
+"""Describe the machine and the software of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIBRARIES = ("faiss-cpu", "numpy", "onnxruntime", "pillow", "psycopg")
 
 
 def facts(cluster: Cluster) -> dict[str, object]:
-    """Return the machine, the versions and the commit; nothing that names a host or a path."""
+    """Return the machine, the versions and the commit, without names of hosts or paths."""
     with connect(cluster.dsn()) as admin:
         extensions = dict(admin.execute("SELECT extname, extversion FROM pg_extension").fetchall())
         row = admin.execute("SELECT current_setting('server_version')").fetchone()
@@ -39,7 +39,7 @@ def facts(cluster: Cluster) -> dict[str, object]:
 
 
 def commit() -> str:
-    """Return the commit that is checked out, with a plus where files differ from it."""
+    """Return the commit that is checked out, with a plus if files differ from it."""
     try:
         name = _git("rev-parse", "--short", "HEAD")
         return name + ("+" if _git("status", "--porcelain", "--", ":!bench/results") else "")

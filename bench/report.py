@@ -1,4 +1,4 @@
-"""One table and one JSON file of a run."""
+"""Write one table and one JSON file of a run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Line:
 
     Attributes:
         section: what was measured.
-        name: of whom.
+        name: of the contestant.
         time: distribution of the times, or None.
-        value, unit: the figure, where it is not the median time.
+        value, unit: the figure, if it is not the median time.
         recall: recall at 10 of the answers that were timed.
         note: settings and the like.
     """
@@ -49,7 +49,7 @@ class Bar:
     Attributes:
         name: what is compared.
         value: as measured.
-        limit: at least that, or at most where ``is_most``.
+        limit: the minimum, or the maximum if ``is_most``.
         unit: of both.
     """
 
@@ -93,7 +93,7 @@ class Report:
         }
 
     def write(self, folder: Path) -> Path:
-        """Write the JSON file; its name is the time, the commit and the kind of run."""
+        """Write the JSON file, named by the time, the commit and the kind of run."""
         folder.mkdir(parents=True, exist_ok=True)
         stamp = str(self.machine["date"]).replace(":", "").replace("-", "")[:13]
         commit = str(self.machine["commit"]).replace("+", "-changed")

@@ -1,4 +1,4 @@
-"""The two runs: 70,000 images with everything, and a million vectors for search and build."""
+"""Run the benchmarks: 70,000 images with everything, and a million vectors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.images import decode_image
 
 PENDING_ROWS = 5_000
-# Queries of each filtered search, whose true neighbours are found one by one.
+# Queries per filtered search. Their true neighbours are found one by one.
 FILTERED = 240
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """The amounts of everything."""
 
     rows: int
     queries: int
@@ -48,10 +48,10 @@ STANDARD = Size(rows=70_000, queries=3_000, builds=3, insert_files=12_000, conne
 STANDARD_QUICK = Size(rows=12_000, queries=400, builds=1, insert_files=1_000, connections=3)
 LARGE = Size(rows=1_000_000, queries=2_000, builds=1)
 LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
-# Rows of an insert, of them timed in so many statements; runs of workers.
+# Rows per insert, timed statements of these, and runs of workers.
 DEFERRED = Size(rows=deferred.ROWS, queries=25, builds=3, worker_rows=20_000)
 DEFERRED_QUICK = Size(rows=1_000, queries=3, builds=1, worker_rows=1_000)
-# Of two revisions; inserts in place of builds.
+# For two revisions, with inserts in place of builds.
 COMPARE = Size(rows=70_000, queries=3_000, builds=7, connections=25)
 COMPARE_QUICK = Size(rows=2_000, queries=400, builds=1, connections=2)
 DIMENSION, CLUSTERS = 64, 500
@@ -63,7 +63,7 @@ def _sample(ids: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
 
 
 def standard(size: Size, console: Console) -> Report:
-    """Measure everything on Fashion-MNIST, which goes in through the triggers."""
+    """Measure everything on Fashion-MNIST, inserted through the triggers."""
     with server(SETTINGS) as cluster:
         facts = machine.facts(cluster)
         console.print(f"Embedding {size.rows:,} images …")
@@ -90,7 +90,7 @@ def standard(size: Size, console: Console) -> Report:
         encoder = Encoder(data.MODEL.read_bytes(), spec)
         embedded = encoder.embed(np.stack([decode_image(file, spec.input) for file in new]))
         report.lines += search.by_image(cluster, "images", Truth.of(vectors, embedded), new)
-        with Session(cluster.dsn()) as session:  # as it was: by_image may have built another
+        with Session(cluster.dsn()) as session:  # as before, since by_image may have built another
             session.run("SELECT siamese.build_index()")
 
         console.print("Opening connections …")

@@ -1,4 +1,4 @@
-"""Searching: similar_images beside pgvector's HNSW, FAISS alone and an empty call."""
+"""Measure searches: similar_images, pgvector's HNSW, FAISS alone and an empty call."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PENDING = "5,000 pending"
 NONE_PENDING = ("none pending", "none pending, after a build")
 
 TARGET = 0.99
-# hnsw.ef_search; below 10 there can't be ten rows.
+# hnsw.ef_search. Below 10 there can't be ten rows.
 BREADTHS = (10, 11, 12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 100, 128, 160, 200, 300, 400, 600, 800)
-# target_recall of build_index, which chooses the breadth; its default is 0.995.
+# target_recall of build_index, which chooses the breadth. Its default is 0.995.
 TARGETS = (0.99, 0.9925, 0.995, 0.997, 0.998, 0.999, 0.9995)
 BLOCK = 20
 WARM_UP = 200
 
-# The same two columns as from similar_images; the query vector is a sub-select, run once a search.
+# The same columns as from similar_images. The query vector's sub-select runs once per search.
 _DISTANCE = "embedding <=> ({query})"
 PGVECTOR_BY_ID = (
     "SELECT image_id, {d} AS distance FROM bench.vectors WHERE image_id <> $1 ORDER BY {d} LIMIT 10"
@@ -53,11 +53,11 @@ PGVECTOR_BY_IMAGE = (
 
 @dataclass(frozen=True)
 class Contestant:
-    """Someone who answers queries by number.
+    """One side that answers queries by number.
 
     Attributes:
         call: what is timed.
-        ids: turns what ``call`` returned into ids; None where that is no answer.
+        ids: converts what ``call`` returned to ids, or None if that is no answer.
         note: settings.
     """
 
@@ -67,7 +67,7 @@ class Contestant:
 
 
 def ours(session: Session, collection: str, by_image: bool) -> Any:
-    """Prepare ``similar_images``, after making sure that FAISS answers."""
+    """Prepare ``similar_images``, after checking that FAISS answers."""
     kind, oid = ("image", BYTEA) if by_image else ("image_id", BIGINT)
     arguments = f"{kind} => $1, k => {K}, collection => '{collection}'"
     statement = f"SELECT image_id, distance FROM siamese.similar_images({arguments})"
@@ -83,7 +83,7 @@ def check_engine(session: Session, collection: str) -> None:
 def tune_ours(
     session: Session, collection: str, search: Any, values: list[bytes], truth: Truth
 ) -> str:
-    """Build with the lowest target_recall that is enough for these very queries; returns a note."""
+    """Build with the lowest target_recall that suffices for these queries, and return a note."""
     for target in TARGETS:
         session.run(f"SELECT siamese.build_index('{collection}', target_recall => {target})")
         if truth.recall([first_bigints(search(value)) for value in values]) >= TARGET:
@@ -94,11 +94,11 @@ def tune_ours(
 
 
 class PgVector:
-    """pgvector's HNSW index on the copy of the vectors, at its fastest setting that will do."""
+    """pgvector's HNSW index on the copy of the vectors, at its fastest sufficient setting."""
 
     def __init__(self, session: Session, by_image: bool) -> None:
         self.session = session
-        # Planned once, as it should be: a generic plan is the faster one here.
+        # Planned once, since a generic plan is the faster one here.
         session.set("plan_cache_mode", "force_generic_plan")
         kind, oid = ("image", BYTEA) if by_image else ("image_id", BIGINT)
         statement = PGVECTOR_BY_IMAGE if by_image else PGVECTOR_BY_ID
@@ -110,7 +110,7 @@ class PgVector:
         self.breadth = 0
 
     def tune(self, values: list[bytes], truth: Truth) -> float:
-        """Choose the smallest ef_search whose recall on these very queries is enough."""
+        """Choose the smallest ef_search whose recall on these queries is sufficient."""
         recall = 0.0
         for breadth in BREADTHS:
             self.session.set("hnsw.ef_search", str(breadth))
@@ -148,13 +148,13 @@ class FaissAlone:
             assert len(self.entries) == len(truth.own)
 
     def call(self, number: int) -> Any:
-        """Search for one of the queries; from itself, where it is in the index."""
+        """Search for one of the queries, from itself if it is in the index."""
         query = self.truth.queries[number : number + 1]
         positions, _ = self.generation.search(query, self.count, self.entries[number])
         return number, positions.copy()
 
     def ids(self, answer: tuple[int, NDArray[np.int64]]) -> list[int]:
-        """Turn positions into ids, and leave out the query's own."""
+        """Convert positions to ids, and leave out the query's own."""
         number, positions = answer
         own = None if self.truth.own is None else self.truth.own[number]
         rows, _ = self.generation.expand(positions, np.zeros(len(positions), np.float32))
@@ -164,12 +164,12 @@ class FaissAlone:
         return [key for key in found if key != own][:K]
 
     def contestant(self, note: str) -> Contestant:
-        """Return what competes."""
+        """Return this as a contestant."""
         return Contestant(self.call, self.ids, f"{self.note}, {note}")
 
 
 def empty_calls(session: Session) -> dict[str, Contestant]:
-    """Make two functions that do nothing, which is the least that a call costs."""
+    """Make two functions that do nothing, as the lower bound of a call's cost."""
     session.run(
         "CREATE FUNCTION bench.empty(value bigint) RETURNS bigint LANGUAGE plpython3u STABLE"
         " AS 'return value'"
@@ -194,7 +194,7 @@ def compete(
     count: int,
     sessions: Sequence[Session],
 ) -> list[Line]:
-    """Time the contestants on the same queries, in turns; one line each."""
+    """Time the contestants on the same queries, in turns, with one line each."""
     calls = {name: contestant.call for name, contestant in contestants.items()}
     with one_core(session.pid for session in sessions):
         seconds, answers = round_robin(calls, count, BLOCK, WARM_UP)
@@ -265,8 +265,8 @@ def pending(
 ) -> list[Line]:
     """Search in one session: with nothing pending, with what ``add`` adds, and after a build.
 
-    The machine may get slower or faster meanwhile, so that there is a measurement without pending
-    rows before and after the one with them.
+    The machine may change its speed meanwhile. So there is a measurement without pending rows
+    before and after the one with them.
     """
     values = [bigint(int(key)) for key in ids]
     lines = []
@@ -291,7 +291,7 @@ def pending(
 
 
 def index_note(cluster: Cluster) -> str:
-    """Say how the current index was built."""
+    """Return a note on how the current index was built."""
     with connect(cluster.dsn()) as admin:
         row = admin.execute(
             "SELECT index_type, m, ef_construction, ef_search_stored, ef_search"

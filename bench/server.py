@@ -1,4 +1,4 @@
-"""The benchmark's own server: a throw-away cluster, set up as for production."""
+"""Start the benchmark's own server: a temporary cluster, set up as for production."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from bench.session import connect
 from tools.cluster import Cluster, create_database
 from tools.installation import Installation
 
-# The disk is waited for, as in production. Autovacuum would strike in the middle of a
-# measurement: tables are vacuumed and analysed before it, all sides' alike.
+# The server waits for the disk, as in production. Autovacuum would disturb a measurement, so tables
+# of all sides are vacuumed and analysed before it.
 SETTINGS = {
     "fsync": "on",
     "synchronous_commit": "on",
@@ -25,13 +25,13 @@ SETTINGS = {
     "jit": "off",
     "autovacuum": "off",
 }
-# At a million vectors: pgvector's table, graph and build all fit into memory.
+# pgvector's table, graph and build at a million vectors all fit into memory.
 LARGE_SETTINGS = SETTINGS | {"shared_buffers": "3GB", "maintenance_work_mem": "3GB"}
 
 
 @contextmanager
 def server(settings: dict[str, str], installation: Installation | None = None) -> Iterator[Cluster]:
-    """Start a cluster with the extension in its database; nothing of it is left at the end."""
+    """Start a cluster with the extension in its database, and remove it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="pg_siamese-bench-", dir="/tmp"))
     cluster = Cluster(folder, installation=installation, settings=settings)
     try:

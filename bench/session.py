@@ -1,4 +1,4 @@
-"""A connection as thin as libpq: what is timed is the server, not the driver."""
+"""Connect as thinly as libpq, to time the server and not the driver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BINARY = pq.Format.BINARY
 
 
 class QueryError(RuntimeError):
-    """The server refused a statement, or warned of something that a benchmark must not overlook."""
+    """The server refused a statement, or sent a warning that a benchmark must not ignore."""
 
 
 class Session:
@@ -42,7 +42,6 @@ class Session:
             self.set(name, value)
 
     def __enter__(self) -> Session:
-        """Return the session itself."""
         return self
 
     def __exit__(
@@ -51,7 +50,6 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the connection."""
         self.close()
 
     def close(self) -> None:
@@ -68,7 +66,7 @@ class Session:
         self.run("SELECT pg_catalog.set_config($1, $2, false)", name.encode(), value.encode())
 
     def run(self, sql: str, *values: bytes) -> list[tuple[str | None, ...]]:
-        """Run one statement with text parameters; return its rows as text."""
+        """Run one statement with text parameters, and return its rows as text."""
         result = self.connection.exec_params(sql.encode(), values)
         self._check(result)
         return [
@@ -90,12 +88,12 @@ class Session:
         return time.perf_counter() - began
 
     def prepare(self, name: str, sql: str, *types: int) -> Prepared:
-        """Prepare a statement; ``types`` are the OIDs of its parameters."""
+        """Prepare a statement. ``types`` are the OIDs of its parameters."""
         self._check(self.connection.prepare(name.encode(), sql.encode(), types))
         return Prepared(self.connection, name.encode(), len(types))
 
     def copy(self, table: str, parts: Iterable[bytes]) -> None:
-        """Load rows in COPY's binary format, which ``parts`` make up together."""
+        """Load rows in COPY's binary format, joined from ``parts``."""
         self._check(self.connection.exec_(f"COPY {table} FROM STDIN (FORMAT binary)".encode()))
         for part in parts:
             self.connection.put_copy_data(part)
@@ -113,7 +111,7 @@ class Session:
 
 
 class Prepared:
-    """A prepared statement; parameters and results are binary."""
+    """A prepared statement with binary parameters and results."""
 
     def __init__(self, connection: Any, name: bytes, parameters: int) -> None:
         self.connection = connection
@@ -121,7 +119,7 @@ class Prepared:
         self.formats = [_BINARY] * parameters
 
     def __call__(self, *values: bytes) -> Any:
-        """Execute; raises QueryError."""
+        """Execute. Raises ``QueryError``."""
         result = self.connection.exec_prepared(self.name, values, self.formats, _BINARY)
         if result.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
             raise QueryError(result.error_message.decode().strip())

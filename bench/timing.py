@@ -1,4 +1,4 @@
-"""Timing several contestants fairly on a machine that may be noisy."""
+"""Time several contestants fairly on a machine that may be noisy."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def no_collector() -> Iterator[None]:
 def one_core(pids: Iterable[int]) -> Iterator[None]:
     """Keep this process and others on one core, so that none waits for an idle core to wake up.
 
-    On virtual machines that takes as long as half a search, and hits now one, now another.
+    On virtual machines that takes as long as half a search, and happens irregularly.
     """
     everyone = {0, *pids}
     before = os.sched_getaffinity(0)
@@ -72,14 +72,14 @@ def round_robin(
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, list[Any]]]:
     """Time ``count`` calls of each contestant, taking turns.
 
-    In each turn a contestant gets the same ``block`` calls as the others, and the order rotates:
-    whatever else the machine does hits all alike, and none is always the one that comes first.
+    In each turn a contestant gets the same ``block`` calls as the others, and the order rotates. So
+    other load affects all alike, and none always comes first.
 
     Args:
         calls: name to a function of the number of the call, 0 to count - 1.
-        count: timed calls of each.
+        count: timed calls per contestant.
         block: calls in a row.
-        warm_up: calls of each beforehand that are not timed.
+        warm_up: calls per contestant beforehand that are not timed.
 
     Returns:
         Seconds, and what the calls returned, by name.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,9 +117,9 @@ def template(cluster: Cluster | ExternalServer, onnx: bytes) -> str:
     return make_template(cluster, onnx)
 
 
-@pytest.fixture
-def dsn(cluster: Cluster | ExternalServer, template: str) -> Iterator[str]:
-    """Connection string of a fresh database made from the template; dropped after the test."""
+@contextmanager
+def copied_database(cluster: Cluster | ExternalServer, template: str) -> Iterator[str]:
+    """Give the connection string of a fresh copy of a database, which is dropped at the end."""
     name = f"test_{next(_numbers)}"
     with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
         statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
@@ -129,6 +130,13 @@ def dsn(cluster: Cluster | ExternalServer, template: str) -> Iterator[str]:
     yield cluster.dsn(name)
     with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def dsn(cluster: Cluster | ExternalServer, template: str) -> Iterator[str]:
+    """Connection string of a fresh database made from the template; dropped after the test."""
+    with copied_database(cluster, template) as found:
+        yield found
 
 
 @pytest.fixture

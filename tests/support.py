@@ -1,10 +1,15 @@
-"""What several test files share: expected errors, exact answers, small ONNX graphs, odd images."""
+"""What many test files share: of databases, of threads, image files, small ONNX graphs.
+
+What belongs to one kind of test lies with it, in ``tests/database/tables.py`` for example.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +22,7 @@ from PIL import Image
 from tests.conftest import Connection
 
 Array = np.ndarray[Any, Any]
+PATIENCE = 60  # seconds
 
 
 @contextmanager
@@ -39,6 +45,48 @@ def assert_plain(error: psycopg.Error) -> None:
     if error.sqlstate != "57014":
         assert message and not re.match(r"\w+\.\w+: ", message), message
         assert "Traceback" not in context and "File" not in context, context
+
+
+def one(db: Connection, query: str, *values: Any) -> Any:
+    """Return the first column of a query's first row."""
+    row = db.execute(query, values or None).fetchone()
+    assert row is not None, query
+    return row[0]
+
+
+def notices_of(db: Connection) -> list[str]:
+    """Return the list that takes the notices of a session from now on, each with its HINT."""
+    found: list[str] = []
+    db.add_notice_handler(
+        lambda notice: found.append(f"{notice.message_primary} {notice.message_hint or ''}".strip())
+    )
+    return found
+
+
+def wait_until(condition: Callable[[], object], what: str = "nothing happens") -> None:
+    """Wait until a condition holds, for a minute at most."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def in_threads(*bodies: Callable[[], object]) -> list[BaseException]:
+    """Run functions at the same time; return their errors."""
+    errors: list[BaseException] = []
+
+    def run(body: Callable[[], object]) -> None:
+        try:
+            body()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
 
 
 def exact_distances(
@@ -66,8 +114,13 @@ def assert_exact(answer: Sequence[Any], truth: dict[int, float], k: int) -> None
 
 def encode(pixels: Array, kind: str = "PNG", **options: Any) -> bytes:
     """Encode pixels (height, width[, channels]) as an image file."""
+    return saved(Image.fromarray(pixels), kind, **options)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """Return an image as a file."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 

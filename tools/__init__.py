@@ -1,3 +1,6 @@
-"""Set-up and the embedded cluster. Standard library only: it runs before anything is installed."""
+"""Set up the project and run its cluster, with the standard library only.
+
+This runs before anything is installed.
+"""
 
 from __future__ import annotations

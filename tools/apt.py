@@ -1,4 +1,4 @@
-"""Debian packages: installing them as root, and fetching some without touching the system."""
+"""Install Debian packages as root, and fetch some without touching the system."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.report import SetupError, clean_environment, run, step
 _LISTS = Path("/var/lib/apt/lists")
 _CREATE_CLUSTER = Path("/etc/postgresql-common/createcluster.conf")
 _RETRIES = ("-o", "Acquire::Retries=3")
-_NETWORK = "check the network (and http_proxy, where there is a proxy), then run it again"
+_NETWORK = "check the network (and http_proxy, if there is a proxy), then run it again"
 
 
 def _environment() -> dict[str, str]:
@@ -24,12 +24,12 @@ def _environment() -> dict[str, str]:
 
 
 def available() -> bool:
-    """Say whether this machine has apt."""
+    """Return whether this machine has apt."""
     return shutil.which("apt-get") is not None
 
 
 def has_lists() -> bool:
-    """Say whether this machine's package lists have been fetched."""
+    """Return whether this machine's package lists have been fetched."""
     return any(_LISTS.glob("*_Packages*"))
 
 
@@ -42,11 +42,11 @@ def os_release() -> dict[str, str]:
 
 
 def update() -> None:
-    """Refresh the system's package lists. Raises `SetupError`."""
+    """Refresh the system's package lists. Raises ``SetupError``."""
     with step("Refreshing the package lists"):
         failure = f"apt-get update failed: {_NETWORK}"
         run(["apt-get", "update", "-qq", *_RETRIES], env=_environment(), failure=failure)
-        # apt only warns of archives that it can't reach; one of several may be dispensable.
+        # apt only warns of unreachable archives, and one of several may be dispensable.
         if not has_lists():
             raise SetupError(failure)
 
@@ -54,7 +54,7 @@ def update() -> None:
 def candidate(package: str) -> str | None:
     """Return the version of a package that apt would install, or None.
 
-    Where the system has no package lists yet and the caller is root, they are fetched first.
+    If the system has no package lists yet and the caller is root, they are fetched first.
     """
     if not available():
         return None
@@ -68,15 +68,15 @@ def candidate(package: str) -> str | None:
 
 
 def settings(name: str) -> list[str]:
-    """Return lines of apt's configuration on this machine, those of `name` and below it."""
+    """Return lines of apt's configuration on this machine, those of ``name`` and below it."""
     text = run(["apt-config", "dump", name], env=_environment(), failure="apt-config dump failed")
     return [line for line in text.splitlines() if line.strip()]
 
 
 def install(packages: Sequence[str], what: str) -> None:
-    """Install packages as root; the lists are refreshed only where it doesn't work without.
+    """Install packages as root. Refresh the lists only if it fails without.
 
-    Raises `SetupError` with one clear line where the caller isn't root or it doesn't work.
+    Raises ``SetupError`` with one line if the caller isn't root or installing fails.
     """
     names = " ".join(packages)
     if not available():
@@ -110,7 +110,7 @@ def install(packages: Sequence[str], what: str) -> None:
 def no_new_cluster() -> Iterator[None]:
     """Keep Debian's packages from creating and starting a system cluster meanwhile.
 
-    postgresql-common must be installed already; its settings are put back as they were.
+    It needs postgresql-common, and restores its settings at the end.
     """
     before = _CREATE_CLUSTER.read_bytes()
     _CREATE_CLUSTER.write_bytes(before + b"\ncreate_main_cluster = false\n")
@@ -125,7 +125,7 @@ def no_new_cluster() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Archive:
-    """One entry of the machine's apt configuration: where packages come from."""
+    """One entry of the machine's apt configuration, which names the source of packages."""
 
     uris: tuple[str, ...]
     suites: tuple[str, ...]
@@ -133,7 +133,7 @@ class Archive:
     options: dict[str, str] = field(default_factory=dict)  # deb822 names: Signed-By, Trusted
 
     def stanza(self, kind: str, suites: Sequence[str]) -> str:
-        """Return it in deb822 format for other suites; `kind` is deb or deb-src."""
+        """Return it in deb822 format for other suites. ``kind`` is deb or deb-src."""
         lines = [
             f"Types: {kind}",
             f"URIs: {' '.join(self.uris)}",
@@ -145,7 +145,7 @@ class Archive:
 
 
 def parse_deb822(text: str) -> list[Archive]:
-    """Return the enabled `deb` entries of a .sources file. Signed-By may hold a whole key."""
+    """Return the enabled ``deb`` entries of a .sources file. Signed-By may hold a whole key."""
     archives = []
     for block in re.split(r"\n[ \t]*\n", text):
         fields: dict[str, str] = {}
@@ -176,7 +176,7 @@ def parse_deb822(text: str) -> list[Archive]:
 
 
 def parse_one_line(text: str) -> list[Archive]:
-    """Return the `deb` entries of a sources.list file."""
+    """Return the ``deb`` entries of a sources.list file."""
     archives = []
     for line in text.splitlines():
         found = re.match(r"deb\s+(?:\[([^]]*)\]\s*)?(\S+)\s+(\S+)\s*([^#]*)", line.strip())
@@ -206,20 +206,20 @@ def archives(etc: Path = Path("/etc/apt")) -> list[Archive]:
 
 
 def main_archive() -> Archive | None:
-    """Return the entry that this machine's own release of the distribution comes from."""
+    """Return the archive of this machine's own release of the distribution."""
     codename = os_release().get("VERSION_CODENAME", "")
     whole = [each for each in archives() if "main" in each.components]
     exact = [each for each in whole if codename in each.suites]
-    # A release may go by its other name (stable); updates and security have archives of their own.
+    # A release may have another name (stable). Updates and security have their own archives.
     plain = [each for each in whole if any(suite.isalpha() for suite in each.suites)]
     return next(iter(exact + plain), None)
 
 
 class PrivateApt:
-    """apt with sources, lists and cache of its own: the system's stay as they are.
+    """apt with its own sources, lists and cache, which leaves the system's unchanged.
 
-    Works for any user. Signatures are checked with the keys that the stanzas name. `folder`
-    must exist; everything is kept in it.
+    It works for any user, and checks signatures with the keys of the stanzas. Everything is kept in
+    ``folder``, which must exist.
     """
 
     def __init__(self, folder: Path, stanzas: Sequence[str]) -> None:
@@ -228,7 +228,7 @@ class PrivateApt:
             (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / "sources.d" / "private.sources").write_text("\n".join(stanzas))
         self._config = folder / "apt.conf"
-        # Hooks of the system's configuration tidy up the system's cache: not here.
+        # Hooks of the system's configuration clean the system's cache, so they are left out here.
         hooks = "Pre-Invoke", "Post-Invoke", "Post-Invoke-Success"
         self._config.write_text(
             f'Dir::State "{folder}/state";\n'
@@ -245,7 +245,7 @@ class PrivateApt:
                     shutil.chown(folder / name, user="_apt")
 
     def get(self, *arguments: str, failure: str) -> list[Path]:
-        """Run apt-get here and return the files in the download folder. Raises `SetupError`."""
+        """Run apt-get and return the files in the download folder. Raises ``SetupError``."""
         run(
             ["apt-get", "-c", self._config, "-qq", *_RETRIES, *arguments],
             cwd=self.folder / "download",
@@ -257,7 +257,7 @@ class PrivateApt:
 
 @contextlib.contextmanager
 def private_apt(stanzas: Sequence[str]) -> Iterator[PrivateApt]:
-    """Make a `PrivateApt` in a temporary folder, and remove it at the end."""
+    """Make a ``PrivateApt`` in a temporary folder, and remove it at the end."""
     with tempfile.TemporaryDirectory(prefix="pg_siamese-apt-") as name:
         Path(name).chmod(0o755)  # for apt's own user
         yield PrivateApt(Path(name), stanzas)

@@ -1,4 +1,4 @@
-"""`make docker-base`: the base image from Debian's archive, where no image registry is reached.
+"""Make the base image from Debian's archive for ``make docker-base``, without a registry.
 
 The archive is the machine's own, as its apt is configured.
 """
@@ -16,7 +16,7 @@ from tools.engine import Engine
 from tools.report import SetupError, clean_environment, run, step
 
 _TESTING = "forky"  # without updates and security fixes in suites of their own
-# As in the official slim image: no manuals, and of the documentation only the licences.
+# As in the official slim image: no manuals, and only the licences of the documentation.
 _LEFT_OUT = (
     "path-exclude=/usr/share/doc/*",
     "path-include=/usr/share/doc/*/copyright",
@@ -33,9 +33,9 @@ def tag(suite: str) -> str:
 
 
 def stanzas(main: Archive, all_of_them: Sequence[Archive], codename: str, suite: str) -> list[str]:
-    """Return sources of a suite, with updates and security where the machine has them.
+    """Return sources of a suite, with updates and security if the machine has them.
 
-    `main` is the archive of the machine's own release, whose name is `codename`.
+    ``main`` is the archive of the machine's own release, whose name is ``codename``.
     """
     plain = [suite]
     same = [each for each in all_of_them if each.uris == main.uris]
@@ -51,9 +51,9 @@ def stanzas(main: Archive, all_of_them: Sequence[Archive], codename: str, suite:
 
 
 def make(engine: Engine, scratch: Path, suite: str) -> str:
-    """Make a base image and return its name. `scratch` is a folder for some hundred MB.
+    """Make a base image and return its name. ``scratch`` is a folder for some hundred MB.
 
-    Raises `SetupError` where this isn't Debian, or the archive can't be reached.
+    Raises ``SetupError`` if this isn't Debian, or the archive can't be reached.
     """
     main = apt.main_archive()
     system = apt.os_release()
@@ -70,7 +70,7 @@ def make(engine: Engine, scratch: Path, suite: str) -> str:
         listed.write_text("\n".join(sources))
         command: list[str | Path] = ["mmdebstrap", "--quiet", "--variant=minbase"]
         command += [f"--dpkgopt={option}" for option in _LEFT_OUT]
-        # Stays in the image: what is said of the machine's mirror holds for the packages to come.
+        # It stays in the image, since packages to come have the same mirror.
         command += [f"--aptopt={line}" for line in apt.settings("Acquire::Check-Valid-Until")]
         if any(uri.startswith("https:") for each in sources for uri in each.split()):
             command.append("--include=ca-certificates")

@@ -1,7 +1,7 @@
-"""Private PostgreSQL clusters: the embedded one (`embedded.py`), and those that the tests start.
+"""Run private PostgreSQL clusters: the project's own (``embedded.py``) and those of tests.
 
-A cluster listens on a Unix socket in a folder of mode 0700 only. Whoever can enter that folder
-(the server's user, and root) is trusted; nobody else can connect, so there is no password to
+A cluster listens only on a Unix socket in a folder of mode 0700. Only the server's user and root
+can enter that folder, and both are trusted. Nobody else can connect, so there is no password to
 keep and no port to find.
 """
 
@@ -31,18 +31,18 @@ SUPERUSER = "postgres"
 _PORT = 5432  # only names the socket file
 _SOCKET_LIMIT = 107  # bytes of a Unix socket's path
 
-# For a server that shares a laptop or a CI machine with its clients. Each can be overridden.
+# For a server that shares a laptop or CI machine with its clients. Each can be overridden.
 SETTINGS: dict[str, str] = {
     "shared_buffers": "256MB",  # the default of 128MB is less than 70,000 images with vectors
-    "maintenance_work_mem": "256MB",  # pgvector's HNSW build is far slower when it spills
-    "max_wal_size": "4GB",  # bulk loads of images would checkpoint all the time at 1GB
+    "maintenance_work_mem": "256MB",  # pgvector's HNSW build is far slower if it spills
+    "max_wal_size": "4GB",  # at 1GB, bulk loads of images would checkpoint all the time
     "jit": "off",  # compiling costs more than it saves in queries of milliseconds
     "max_connections": "50",
     "log_line_prefix": "%m [%p] %u@%d %e ",
     "log_lock_waits": "on",
     "log_temp_files": "0",
 }
-# For clusters that live as long as a test: nothing of them must survive a crash.
+# For clusters that live as long as a test, so nothing must survive a crash.
 THROWAWAY: dict[str, str] = {
     "fsync": "off",
     "synchronous_commit": "off",
@@ -54,9 +54,10 @@ THROWAWAY: dict[str, str] = {
 class Cluster:
     """One PostgreSQL cluster in a folder of its own.
 
-    `folder` holds `data/`, `log` and the socket. `settings` are configuration settings, on top
-    of `SETTINGS` (both are written at each start). Run by root, the server runs as the folder's
-    owner where that is another user, else as "postgres", who must be able to enter its parents.
+    ``folder`` holds ``data/``, ``log`` and the socket. ``settings`` are configuration settings in
+    addition to ``SETTINGS``, and both are written at each start. If root starts it, the server
+    runs as the folder's owner. If that is root, it runs as "postgres", who must be able to enter
+    the folder's parents.
 
     As a context manager it starts the cluster, and stops it at the end.
     """
@@ -76,13 +77,13 @@ class Cluster:
     @classmethod
     @contextlib.contextmanager
     def temporary(cls, settings: Mapping[str, str] | None = None) -> Iterator[Cluster]:
-        """Make and start a throw-away cluster for tests; nothing of it is left at the end.
+        """Make and start a temporary cluster for tests, and remove it at the end.
 
-        It doesn't wait for the disk (`THROWAWAY`), so it wouldn't survive a power cut; it does
-        survive crashes of the server. pytest's `tmp_path` won't do as its folder: the server's
-        user can't enter it where root runs the tests.
+        It doesn't wait for the disk (``THROWAWAY``). So it survives crashes of the server, but no
+        power cut. pytest's ``tmp_path`` can't be its folder. If root runs the tests, the server's
+        user can't enter it.
         """
-        # Short, so that the socket's path fits; not below a folder that is closed to others.
+        # Short, so that the socket's path fits, and not in a folder that is closed to others.
         folder = Path(tempfile.mkdtemp(prefix="pg_siamese-", dir="/tmp"))
         cluster = cls(folder, settings=THROWAWAY | dict(settings or {}))
         try:
@@ -92,24 +93,22 @@ class Cluster:
             cluster.destroy()
 
     def __enter__(self) -> Cluster:
-        """Start, making the data folder first if need be."""
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop."""
         self.stop()
 
     # --- where things are -----------------------------------------------------------------------
 
     @cached_property
     def installation(self) -> Installation:
-        """The PostgreSQL that it runs. Raises `SetupError` where `make deps` hasn't run."""
+        """The PostgreSQL that it runs. Raises ``SetupError`` if ``make deps`` hasn't run."""
         return self._installation or overlay.find(ROOT / "build" / "pg")
 
     @cached_property
     def user(self) -> pwd.struct_passwd | None:
-        """The user that the server runs as, or None where that is the caller."""
+        """The user that the server runs as, or None if that is the caller."""
         if os.geteuid() == 0 and self.folder.exists() and (owner := self.folder.stat().st_uid):
             with contextlib.suppress(KeyError):
                 return pwd.getpwuid(owner)
@@ -127,7 +126,7 @@ class Cluster:
 
     @property
     def socket_folder(self) -> Path:
-        """The folder of the socket: the cluster's own, or a short one under /tmp."""
+        """The folder of the socket: the cluster's own, or a short one in /tmp."""
         name = f".s.PGSQL.{self.port}"
         own = self.folder / "socket"
         if len(os.fsencode(own / name)) <= _SOCKET_LIMIT:
@@ -135,32 +134,36 @@ class Cluster:
         return Path("/tmp") / f"pg_siamese-{hashlib.sha256(bytes(self.folder)).hexdigest()[:12]}"
 
     def dsn(self, database: str = DATABASE, user: str = SUPERUSER) -> str:
-        """Return a connection string (a URI) for libpq and for everything built on it."""
+        """Return a connection URI for libpq and everything built on it."""
         host = quote(str(self.socket_folder), safe="")
         return f"postgresql://{quote(user)}@/{quote(database)}?host={host}&port={self.port}"
 
     # --- its life -------------------------------------------------------------------------------
 
     def init(self) -> None:
-        """Make the data folder unless it is there. Raises `SetupError`."""
+        """Make the data folder if it is missing. Raises ``SetupError``."""
         if (self.data / "PG_VERSION").exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._own(self.folder)
+        self._give_to_user(self.folder)
         command = ["--username", SUPERUSER, "--encoding", "UTF8", "--locale", "C.UTF-8"]
         command += ["--auth-local", "trust", "--auth-host", "reject", "--data-checksums"]
         if self.settings.get("fsync") == "off":
             command.append("--no-sync")
-        # A half-made folder from an interrupted run would stop initdb.
+        # An incomplete folder from an interrupted run would stop initdb.
         temporary = self.folder / "data.new"
         shutil.rmtree(temporary, ignore_errors=True)
         self._run("initdb", "--no-instructions", "-D", temporary, *command)
         temporary.rename(self.data)
 
     def start(self) -> bool:
-        """Start the server; return False where it runs already. Raises `SetupError`.
+        """Start the server and wait until it accepts connections.
 
-        Returns when it takes connections.
+        Returns:
+            False if it runs already.
+
+        Raises:
+            SetupError: it doesn't start.
         """
         self.init()
         if self.running():
@@ -170,16 +173,20 @@ class Cluster:
         self._write_configuration()
         self._check_socket()
         try:
-            # -w waits until it takes connections.
+            # -w waits until it accepts connections.
             self._run("pg_ctl", "start", "-w", "-t", "60", "-D", self.data, "-l", self.log)
         except SetupError as error:
             raise SetupError(f"{error}\n{self._log_tail()}") from None
         return True
 
     def stop(self, mode: str = "fast") -> bool:
-        """Stop the server and return True; False where none runs. Raises `SetupError`.
+        """Stop the server with pg_ctl's mode smart, fast or immediate.
 
-        `mode` is pg_ctl's: smart, fast or immediate.
+        Returns:
+            False if it doesn't run.
+
+        Raises:
+            SetupError: it doesn't stop.
         """
         if not self.running():
             return False
@@ -189,37 +196,34 @@ class Cluster:
         return True
 
     def restart(self) -> None:
-        """Stop and start, taking changed settings."""
+        """Stop and start, with changed settings."""
         self.stop()
         self.start()
 
     def copy(self, source: Cluster, *options: str) -> None:
-        """Make the data folder a copy of a running cluster's, by pg_basebackup with `options`.
-
-        Raises `SetupError`.
-        """
+        """Copy a running cluster's data folder by pg_basebackup. Raises ``SetupError``."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._own(self.folder)
+        self._give_to_user(self.folder)
         where = ["-D", str(self.data), "-d", source.dsn("postgres")]
         self._run("pg_basebackup", *where, "--checkpoint=fast", *options)
 
     def promote(self) -> None:
-        """Make a standby a server of its own, which can be written. Raises `SetupError`."""
+        """Make a standby a server of its own, which accepts writes. Raises ``SetupError``."""
         self._run("pg_ctl", "promote", "-w", "-t", "60", "-D", self.data)
 
     def running(self) -> bool:
-        """Say whether this cluster's server runs. A stale pid file doesn't count."""
+        """Return whether this cluster's server runs. A stale pid file doesn't count."""
         return self.pid() is not None
 
     def pid(self) -> int | None:
-        """Return the postmaster's process id, or None where it doesn't run."""
+        """Return the postmaster's process ID, or None if it doesn't run."""
         try:
             pid = int((self.data / "postmaster.pid").read_text().split(maxsplit=1)[0])
         except PermissionError:
             raise SetupError(f"{self.folder} belongs to another user") from None
         except (OSError, ValueError, IndexError):
             return None
-        # After a crash another program may have got the number.
+        # After a crash another program may have the number.
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
@@ -235,9 +239,9 @@ class Cluster:
     # --- SQL ------------------------------------------------------------------------------------
 
     def sql(self, statements: str, database: str = DATABASE) -> str:
-        """Run statements through psql, each in a transaction of its own; return the output.
+        """Run statements through psql, each in a transaction of its own, and return the output.
 
-        Rows are printed unaligned, without header. Raises `SetupError` at the first error.
+        Rows are printed unaligned, without header. Raises ``SetupError`` at the first error.
         """
         done = subprocess.run(
             [*self.psql_command(database), "-XAtq", "-v", "ON_ERROR_STOP=1", "-f", "-"],
@@ -256,14 +260,13 @@ class Cluster:
     # --- below ----------------------------------------------------------------------------------
 
     def _run(self, program: str, *arguments: str | Path) -> str:
-        """Run one of PostgreSQL's programs as the server's user."""
         user = self.user
         path = self.installation.bin / program
         options: dict[str, object] = {}
         if user is not None:
             options = {"user": user.pw_uid, "group": user.pw_gid}
             options["extra_groups"] = os.getgrouplist(user.pw_name, user.pw_gid)
-        # Output goes to a file, not to a pipe: the server would keep the pipe open.
+        # Output goes to a file, since the server would keep a pipe open.
         output = self.folder / f"{program}.out"
         with output.open("w") as file:
             try:
@@ -287,10 +290,10 @@ class Cluster:
         return text
 
     def _environment(self) -> dict[str, str]:
-        """Return the server's environment: as good as empty, so that it is always the same.
+        """Return the server's environment, nearly empty, so that it is always the same.
 
-        PL/Python would obey PYTHONPATH, and libpq in extensions the PG* variables. What a
-        library keeps in the user's home stays in the cluster's folder.
+        PL/Python would use PYTHONPATH, and libpq in extensions the PG* variables. What a library
+        keeps in the user's home stays in the cluster's folder.
         """
         return {
             "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -300,8 +303,7 @@ class Cluster:
             TELEMETRY_OFF: "1",
         }
 
-    def _own(self, path: Path, mode: int = 0o700) -> None:
-        """Give a file or folder to the server's user."""
+    def _give_to_user(self, path: Path, mode: int = 0o700) -> None:
         path.chmod(mode)
         if self.user is not None:
             os.chown(path, self.user.pw_uid, self.user.pw_gid)
@@ -316,10 +318,10 @@ class Cluster:
             )
 
     def _remove_stale_pid_file(self) -> None:
-        """Remove what a killed server left, once none of its processes is there any more.
+        """Remove the pid file of a killed server, once none of its processes is left.
 
-        PostgreSQL refuses to start where the number in the file belongs to any process of the
-        same user: another program by now, or a zombie in a container without an init.
+        PostgreSQL refuses to start if the number in the file belongs to any process of the same
+        user. That may be another program by now, or a zombie in a container without an init.
         """
         file = self.data / "postmaster.pid"
         deadline = time.monotonic() + 5
@@ -340,7 +342,7 @@ class Cluster:
         lines += [f"{name} = '{_quote(value)}'" for name, value in settings.items()]
         included = self.data / "pg_siamese.conf"
         included.write_text("\n".join(lines) + "\n")
-        self._own(included, 0o600)
+        self._give_to_user(included, 0o600)
         main = self.data / "postgresql.conf"
         text = main.read_text()
         include = "include 'pg_siamese.conf'\n"
@@ -348,20 +350,20 @@ class Cluster:
             main.write_text(f"{text}\n{include}")
 
     def _check_socket(self) -> None:
-        """Make the socket's folder, and refuse to start where another server answers there."""
+        """Make the socket's folder, and refuse to start if another server answers on the socket."""
         folder = self.socket_folder
         folder.mkdir(mode=0o700, exist_ok=True)
         owner = self.user.pw_uid if self.user else os.geteuid()
-        # Anyone can make a folder in /tmp: take no one else's.
+        # Anyone can make a folder in /tmp, so don't use anyone else's.
         if folder.is_symlink() or folder.stat().st_uid not in (owner, os.geteuid()):
             raise SetupError(f"the socket's folder {folder} belongs to someone else: remove it")
-        self._own(folder)
+        self._give_to_user(folder)
         path = folder / f".s.PGSQL.{self.port}"
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(str(path))
             except (ConnectionRefusedError, FileNotFoundError):
-                # Nobody listens: what is there was left by a killed server.
+                # Nobody listens, so a killed server left it.
                 path.unlink(missing_ok=True)
                 path.with_name(path.name + ".lock").unlink(missing_ok=True)
                 return
@@ -375,7 +377,7 @@ class Cluster:
 
 
 def _processes_in(folder: Path) -> list[int]:
-    """Return the processes whose working folder this is: of a server, that is its data folder."""
+    """Return the processes with this working folder, which for a server is its data folder."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone, or another user's
@@ -389,15 +391,15 @@ def _quote(value: str) -> str:
 
 
 def create_database(cluster: Cluster, database: str = DATABASE) -> None:
-    """Make a database with the extension, with schema `siamese` on its search path.
+    """Make a database with the extension, with schema ``siamese`` on its search path.
 
-    An older version of the extension is updated. Raises `SetupError`.
+    An older version of the extension is updated. Raises ``SetupError``.
     """
     name = database.replace('"', '""')
     text = database.replace("'", "''")
     if not cluster.sql(f"SELECT 1 FROM pg_database WHERE datname = '{text}'", "postgres"):
         cluster.sql(f'CREATE DATABASE "{name}"', "postgres")
-    # After public, so that CREATE TABLE without a schema goes where people expect it.
+    # After public, in which people expect what CREATE TABLE makes without a schema.
     cluster.sql(f'ALTER DATABASE "{name}" SET search_path = "$user", public, siamese', "postgres")
     there = cluster.sql(
         "SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'", database

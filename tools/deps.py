@@ -1,7 +1,7 @@
-"""`make deps`: install what is missing. A second run finds nothing to do.
+"""Install what is missing, for ``make deps``. A second run finds nothing to do.
 
-Run with Debian's python3, because PL/Python is linked to it, as
-`PYTHONPATH=. /usr/bin/python3 -m tools.deps`.
+Run it with Debian's python3, because PL/Python is linked to it: ``PYTHONPATH=. /usr/bin/python3 -m
+tools.deps``.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True)
 class Built:
-    """What `ensure` made."""
+    """Paths of what ``ensure`` made."""
 
     build: Path
     postgres: Installation  # the overlay
 
 
 def ensure_fashion_mnist() -> Path:
-    """Return the folder with Fashion-MNIST's four IDX files; as root, install the package.
+    """Return the folder with Fashion-MNIST's four IDX files. As root, install the package.
 
-    Raises `SetupError` with the command to run where the caller isn't root.
+    Raises ``SetupError`` with the command to run if the caller isn't root.
     """
     if not (FASHION_MNIST / "train-images-idx3-ubyte.gz").exists():
         apt.install(["dataset-fashion-mnist"], "Fashion-MNIST")
@@ -51,17 +51,17 @@ def ensure_fashion_mnist() -> Path:
 
 
 def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
-    """Install and build all that is missing, and return where it is. Raises `SetupError`.
+    """Install and build all that is missing, and return its paths. Raises ``SetupError``.
 
-    `small` is that of `environments.ensure_client`.
+    ``small`` is that of ``environments.ensure_client``.
     """
     os.umask(0o022)  # the server's user must be able to read what root builds
-    # First, because the user that the build folder must be open to comes with PostgreSQL.
+    # First, because PostgreSQL brings the user that the build folder must be open to.
     system = postgres.ensure_installed(ROOT / "build")
     build = build_folder()
     if not os.access(build, os.W_OK):
         raise SetupError(f"{build} belongs to another user: work in a clone of your own")
-    with _only_one(build):
+    with _single_run(build):
         vector = pgvector.ensure(system, build)
         python = postgres.python_of(system.lib)
         environments.ensure_server(build / "server", python)
@@ -81,7 +81,6 @@ def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
 
 
 def _has_medmnist(built: Built) -> bool:
-    """Ask the client, which knows where it looks."""
     question = (
         "import sys; from pg_siamese import datasets as d;"
         " sys.exit(not any(map(d.find_medmnist, d.MEDICAL_SETS)))"
@@ -91,8 +90,7 @@ def _has_medmnist(built: Built) -> bool:
 
 
 @contextmanager
-def _only_one(build: Path) -> Iterator[None]:
-    """Hold a lock, so that two runs at a time don't tread on each other."""
+def _single_run(build: Path) -> Iterator[None]:
     with (build / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +101,7 @@ def _only_one(build: Path) -> Iterator[None]:
 
 
 def main(arguments: Collection[str] | None = None) -> int:
-    """Run from the command line; return the exit status."""
+    """Run from the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="make deps", description=__doc__)
     parser.add_argument("--test", action="store_true", help="what the tests and linters need")
     parser.add_argument("--train", action="store_true", help="PyTorch and what training needs")

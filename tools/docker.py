@@ -1,8 +1,8 @@
-"""The images: `make docker-build`, `docker-up`, `docker-down`, `docker-test` and `docker-base`.
+"""Build, run and test the images for ``make docker-build`` and its relatives.
 
-The environment's POSTGRES_MAJOR chooses PostgreSQL's major version: 17, the usual one, or 18.
+The environment's POSTGRES_MAJOR chooses PostgreSQL's major version: 17, the default, or 18.
 
-Run as `PYTHONPATH=. /usr/bin/python3 -m tools.docker build|up|down|test|base`.
+Run it as ``PYTHONPATH=. /usr/bin/python3 -m tools.docker build|up|down|test|base``.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ class Variant:
 
     @property
     def tags(self) -> list[str]:
-        """All names of the image, the one that is used here first."""
+        """All names of the image, the main one first."""
         usual = [f"pg_siamese:{version()}", "pg_siamese:latest"]
         own = f"pg_siamese:{version()}-pg{self.major}"
         return [*usual, own] if self == VARIANTS[0] else [own]
 
     @property
     def image(self) -> str:
-        """The image's name."""
+        """Main name of the image."""
         return self.tags[0]
 
     @property
     def container(self) -> str:
-        """Name of the container of `make docker-up`, and of its volume."""
+        """Name of the container of ``make docker-up``, and of its volume."""
         return "pg_siamese" if self == VARIANTS[0] else f"pg_siamese-pg{self.major}"
 
 
-# The first is the usual one.
+# The first is the default.
 VARIANTS = (
     Variant(17, "trixie", "/var/lib/postgresql/data"),
     Variant(18, "forky", "/var/lib/postgresql"),
@@ -78,7 +78,7 @@ VARIANTS = (
 
 
 def choose_variant(major: str) -> Variant:
-    """Return the variant of a major version, the usual one for "". Raises `SetupError`."""
+    """Return the variant of a major version, by default the usual one. Raises ``SetupError``."""
     for each in VARIANTS:
         if major in ("", str(each.major)):
             return each
@@ -92,8 +92,8 @@ def choose_variant(major: str) -> Variant:
 def choose_base(found: Engine, variant: Variant) -> str:
     """Return the base image: BASE_IMAGE, else Debian's, else one made here.
 
-    Debian's is fetched where it isn't there yet; where that fails, the base image is made, or
-    taken where an earlier run made it.
+    Debian's is fetched if it is missing. If that fails, the base image is made, unless an earlier
+    run made it.
     """
     if chosen := os.environ.get("BASE_IMAGE"):
         return chosen
@@ -113,10 +113,10 @@ def choose_base(found: Engine, variant: Variant) -> str:
 
 
 def certificates(folder: Path = CERTIFICATES, system: Path | None = None) -> str:
-    """Return what the build is to trust, in PEM: "" where that is nothing out of the ordinary.
+    """Return the certificates that the build is to trust, in PEM, or "" if it needs none.
 
-    That is this machine's bundle with the files of `folder`, where there are such files or the
-    administrator has added certificates to the machine.
+    They are this machine's bundle with the files of ``folder``. A build needs them if there are
+    such files, or if the administrator added certificates to the machine.
     """
     own = sorted(file for suffix in ("crt", "pem") for file in folder.glob(f"*.{suffix}"))
     added = any(ADDED.rglob("*.crt"))
@@ -131,7 +131,7 @@ def certificates(folder: Path = CERTIFICATES, system: Path | None = None) -> str
 def pip_settings(environment: Mapping[str, str], files: Sequence[Path]) -> str:
     """Return the machine's settings of pip that reach beyond this machine, as a pip.conf, or "".
 
-    Folders and files of this machine aren't there in a build.
+    A build lacks folders and files of this machine.
     """
     settings: dict[str, str] = {}
     for file in files:
@@ -147,18 +147,18 @@ def pip_settings(environment: Mapping[str, str], files: Sequence[Path]) -> str:
             settings[name] = environment[variable]
     lines = []
     for name in _PIP_SETTINGS:
-        values = [each for each in settings.get(name, "").split() if not _local(each)]
+        values = [each for each in settings.get(name, "").split() if not _is_local(each)]
         if values:
             lines.append(f"{name} = {' '.join(values)}")
     return "\n".join(["[global]", *lines, ""]) if lines else ""
 
 
-def _local(value: str) -> bool:
+def _is_local(value: str) -> bool:
     return value.startswith(("file:", "/", ".", "~"))
 
 
 def _pip_files() -> list[Path]:
-    """Return pip's configuration files, the strongest last."""
+    """Return pip's configuration files, the one with the highest priority last."""
     home = Path.home()
     own = os.environ.get("XDG_CONFIG_HOME", "")
     files = [Path("/etc/xdg/pip/pip.conf"), Path("/etc/pip.conf"), home / ".pip" / "pip.conf"]
@@ -170,9 +170,9 @@ def _pip_files() -> list[Path]:
 
 @contextlib.contextmanager
 def _secrets() -> Iterator[list[str]]:
-    """Write the build's secrets to a private folder; yield the options that pass them on.
+    """Write the build's secrets to a private folder, and yield the options that pass them on.
 
-    Secrets, because nothing of them stays in a layer, nor makes another machine's layers stale.
+    Secrets stay in no layer, and make no other machine's layers stale.
     """
     with tempfile.TemporaryDirectory(prefix="secrets-", dir=_folder()) as name:
         options = []
@@ -194,9 +194,9 @@ def _revision() -> str:
 
 
 def build(found: Engine, variant: Variant) -> None:
-    """Build the image; quick where nothing changed. Raises `SetupError`."""
+    """Build the image, quickly if nothing changed. Raises ``SetupError``."""
     base = choose_base(found, variant)
-    # The machine's own network: its proxies and name servers may be out of reach from another.
+    # The machine's own network, since its proxies and name servers may be unreachable from another.
     options = ["--network", "host", "--build-arg", f"BASE_IMAGE={base}"]
     options += ["--build-arg", f"POSTGRES_MAJOR={variant.major}"]
     options += ["--build-arg", f"VERSION={version()}", "--build-arg", f"REVISION={_revision()}"]
@@ -228,7 +228,7 @@ def _wait_healthy(found: Engine, container: str) -> None:
         if state["Health"]["Status"] == "healthy":
             return
         time.sleep(0.2)
-    # The server's own messages go to stderr: docker repeats them there.
+    # The server's own messages go to stderr, and docker repeats them there.
     done = subprocess.run(
         [found.client, "logs", "--tail", "10", container], capture_output=True, text=True
     )
@@ -245,9 +245,8 @@ def _start(
     port: int | None,
     arguments: Sequence[str] = (),
 ) -> int:
-    """Start a container and wait until it is healthy; return its port on this machine."""
     published = f"127.0.0.1:{port or ''}:{PORT}"
-    # The password goes through the environment: a command line is for everybody to read.
+    # The environment passes the password, since everybody can read a command line.
     command = [found.client, "run", "--detach", "--name", container, "--publish", published]
     command += ["--env", "POSTGRES_PASSWORD", "--env", f"POSTGRES_DB={DATABASE}"]
     run(
@@ -268,7 +267,7 @@ def _dsn(port: int, password: str = "", database: str = DATABASE) -> str:
     return f"postgresql://{SUPERUSER}{secret}@127.0.0.1:{port}/{database}"
 
 
-def _free(port: int) -> bool:
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):
@@ -282,7 +281,7 @@ def _has_volume(found: Engine, volume: str) -> bool:
 
 
 def _password() -> str:
-    """Return the password of `make docker-up`: POSTGRES_PASSWORD, or one drawn once and kept."""
+    """Return the password of ``make docker-up``: POSTGRES_PASSWORD, or one drawn once and kept."""
     if given := os.environ.get("POSTGRES_PASSWORD"):
         return given
     file = _folder() / "password"
@@ -293,7 +292,7 @@ def _password() -> str:
 
 
 def up(found: Engine, variant: Variant) -> None:
-    """Start the image with a volume of its own; do nothing where it runs."""
+    """Start the image with a volume of its own, unless it runs."""
     if not found.has(variant.image):
         build(found, variant)
     name = variant.container
@@ -305,7 +304,7 @@ def up(found: Engine, variant: Variant) -> None:
         if _has_volume(found, name) and not (_folder() / "password").exists():
             say(f"The volume {name} is there already: the password that it was made with holds.")
         chosen = os.environ.get("PORT")
-        wanted = int(chosen) if chosen else PORT if _free(PORT) else None
+        wanted = int(chosen) if chosen else PORT if _is_free(PORT) else None
         with step(f"Starting the container {name}"):
             options = ["--volume", f"{name}:{variant.volume_at}"]
             port = _start(found, variant.image, name, options, _password(), wanted)
@@ -315,7 +314,7 @@ def up(found: Engine, variant: Variant) -> None:
 
 
 def down(found: Engine | None, variant: Variant, volume: bool) -> None:
-    """Stop and remove the container; its data stay in the volume unless that is to go too."""
+    """Stop and remove the container. Its data stay in the volume unless ``volume`` is set."""
     if found is None:
         say("No Docker Engine runs.")
         return
@@ -333,7 +332,7 @@ def down(found: Engine | None, variant: Variant, volume: bool) -> None:
 
 
 def test(found: Engine, variant: Variant, arguments: Sequence[str]) -> int:
-    """Build, and run the image's tests and, over TCP, the database's; return the exit status."""
+    """Build, and run the image's tests and the database's over TCP. Return the exit status."""
     build(found, variant)
     python = build_folder() / "client" / "bin" / "python"
     password = secrets.token_urlsafe(18)
@@ -344,7 +343,7 @@ def test(found: Engine, variant: Variant, arguments: Sequence[str]) -> int:
         with step("Starting a container for the database tests"):
             port = _start(found, variant.image, container, [], password, None, words)
         tests = [*arguments] if arguments else ["tests/docker", "tests/database"]
-        # Those of clusters on this machine have nothing to do with the image.
+        # Tests of clusters on this machine don't concern the image.
         tests += ["--ignore=tests/database/test_cluster.py"]
         done = subprocess.run(
             [python, "-m", "pytest", *tests],
@@ -366,7 +365,7 @@ def test(found: Engine, variant: Variant, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _running() -> Iterator[Engine]:
-    """Have an engine for the length of one command: one started for it is stopped after it."""
+    """Provide an engine for one command, and stop it at the end if it was started for it."""
     before = engine.find() is not None
     found = engine.ensure()
     try:
@@ -377,7 +376,7 @@ def _running() -> Iterator[Engine]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; return the exit status."""
+    """Run from the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="tools.docker", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build", help="build the image")
@@ -388,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     testing = commands.add_parser("test", help="run the tests against the image")
     testing.add_argument(
-        "--if-possible", action="store_true", help="succeed where no engine can be had"
+        "--if-possible", action="store_true", help="succeed if no engine is available"
     )
     chosen, rest = parser.parse_known_args(arguments)
     if rest and chosen.command != "test":

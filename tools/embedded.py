@@ -1,6 +1,6 @@
-"""The embedded cluster, in `build/cluster`: `make up`, `down`, `dsn` and `psql`.
+"""Run the project's own cluster in ``build/cluster``, for ``make up``, ``down`` and others.
 
-Run as `PYTHONPATH=. /usr/bin/python3 -m tools.embedded up|down|dsn|env|psql|status`.
+Run it as ``PYTHONPATH=. /usr/bin/python3 -m tools.embedded up|down|dsn|env|psql|status``.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from tools.report import SetupError, fail, say, step
 
 
 def embedded() -> Cluster:
-    """Return the project's own cluster, in `build/cluster`."""
+    """Return the project's own cluster, in ``build/cluster``."""
     return Cluster(build_folder() / "cluster")
 
 
 def up() -> Cluster:
-    """Start the embedded cluster and make its database; do nothing that is done already.
+    """Start the embedded cluster and make its database, unless that is done.
 
-    Data are never destroyed: an extension whose SQL changed under the same version stays as it
-    is in the database, and a line says so.
+    Data are never destroyed. If the extension's SQL changed under the same version, the database
+    keeps the old one, and a line says so.
     """
     cluster = embedded()
     if not cluster.running():
@@ -37,7 +37,7 @@ def up() -> Cluster:
 
 
 def status(cluster: Cluster) -> str:
-    """Return one line on whether the embedded cluster runs, and where."""
+    """Return one line on whether the embedded cluster runs, with its connection string."""
     if not cluster.running():
         return "The embedded cluster is down: make up starts it."
     return f"The embedded cluster runs (process {cluster.pid()}): {cluster.dsn()}"
@@ -63,7 +63,7 @@ def _psql(cluster: Cluster, arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; return the exit status."""
+    """Run from the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="tools.embedded", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         commands.add_parser(name, help=text)
     commands.add_parser("psql", help="open it with psql; what follows are psql's arguments")
-    # Not argparse.REMAINDER, which doesn't take a first argument with a dash.
+    # Not argparse.REMAINDER, which accepts no first argument with a dash.
     words = list(sys.argv[1:] if arguments is None else arguments)
     chosen = parser.parse_args(words[:1] if words[:1] == ["psql"] else words)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,7 +1,6 @@
-"""Docker Engine: finding one that runs; as root on Debian, installing and starting one.
+"""Find a Docker Engine that runs. As root on Debian, install and start one.
 
-Only where none runs is one started, by hand and not as a service of the system, and only that one
-is stopped again.
+One is started only if none runs, and not as a system service. Only that one is stopped again.
 """
 
 from __future__ import annotations
@@ -21,30 +20,30 @@ from tools import apt
 from tools.project import build_folder
 from tools.report import SetupError, clean_environment, run, step
 
-_PACKAGES = ("docker.io", "docker-cli", "docker-buildx")  # the latter two from Debian 13 on
+_PACKAGES = ("docker.io", "docker-cli", "docker-buildx")  # the last two from Debian 13 on
 _START_SECONDS = 60
 _STOP_SECONDS = 60
-_LAST_WITH_OWN_BUILDKIT = 22  # later clients build with the plug-in buildx only
+_LAST_WITH_OWN_BUILDKIT = 22  # later clients build only with the plug-in buildx
 
 
 class NoEngineError(SetupError):
-    """There is no Docker Engine here, and none can be installed or started."""
+    """No Docker Engine runs, and none can be installed or started."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A running engine. `client` is the docker program, `builder` the one that can build."""
+    """A running engine. ``client`` is the docker program, ``builder`` the one that can build."""
 
     client: str
     builder: str
 
     def run(self, *arguments: str | Path, failure: str = "", lines: int = 12) -> str:
-        """Run `docker ARGUMENTS` and return what it prints. Raises `SetupError`."""
+        """Run ``docker ARGUMENTS`` and return its output. Raises ``SetupError``."""
         what = failure or f"docker {arguments[0]} failed"
         return run([self.client, *arguments], failure=what, lines=lines).strip()
 
     def build(self, *arguments: str | Path) -> None:
-        """Run `docker build ARGUMENTS` with BuildKit. Raises `SetupError`."""
+        """Run ``docker build ARGUMENTS`` with BuildKit. Raises ``SetupError``."""
         run(
             [self.builder, "build", "--progress=plain", *arguments],
             env=clean_environment({"DOCKER_BUILDKIT": "1"}),
@@ -53,15 +52,15 @@ class Engine:
         )
 
     def has(self, image: str) -> bool:
-        """Say whether the engine has an image."""
-        return _works([self.client, "image", "inspect", image])
+        """Return whether the engine has an image."""
+        return _succeeds([self.client, "image", "inspect", image])
 
     def exists(self, container: str) -> bool:
-        """Say whether there is a container of this name, running or not."""
-        return _works([self.client, "container", "inspect", container])
+        """Return whether a container of this name exists, running or not."""
+        return _succeeds([self.client, "container", "inspect", container])
 
 
-def _works(command: Sequence[str], extra: Mapping[str, str] | None = None) -> bool:
+def _succeeds(command: Sequence[str], extra: Mapping[str, str] | None = None) -> bool:
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(
             command,
@@ -80,17 +79,16 @@ def _clients() -> list[str]:
     return list(dict.fromkeys(each for each in found if each and Path(each).exists()))
 
 
-def _answering() -> str | None:
-    """Return a client that reaches a running engine."""
+def _find_client() -> str | None:
     for client in _clients():
-        if _works([client, "version", "--format", "{{.Server.Version}}"]):
+        if _succeeds([client, "version", "--format", "{{.Server.Version}}"]):
             return client
     return None
 
 
 def builds(client: str) -> bool:
-    """Say whether a client can build with BuildKit."""
-    if _works([client, "buildx", "version"]):
+    """Return whether a client can build with BuildKit."""
+    if _succeeds([client, "buildx", "version"]):
         return True
     with contextlib.suppress(SetupError):
         text = run([client, "--version"], failure="docker --version failed")
@@ -104,19 +102,18 @@ def _builder() -> str | None:
 
 
 def find() -> Engine | None:
-    """Return the running engine, or None; nothing is installed or started."""
-    client = _answering()
+    """Return the running engine, or None, without installing or starting anything."""
+    client = _find_client()
     return Engine(client, _builder() or client) if client else None
 
 
 def ensure() -> Engine:
     """Return a running engine with a client that can build.
 
-    Where none runs, Debian's is installed, if it is missing, and started, by root.
-
-    Raises `NoEngineError` where that is not possible; it says why.
+    If none runs, root starts Debian's, and installs it if it is missing. If that is not possible,
+    this raises ``NoEngineError`` with the reason.
     """
-    client = _answering()
+    client = _find_client()
     if client is None:
         if os.environ.get("DOCKER_HOST"):
             raise NoEngineError(f"no engine answers at DOCKER_HOST={os.environ['DOCKER_HOST']}")
@@ -124,8 +121,8 @@ def ensure() -> Engine:
             raise NoEngineError("no Docker Engine runs that you may use, and only root starts one")
         if not shutil.which("dockerd"):
             _install()
-        # Where there is systemd, the package has started it.
-        client = _answering() or _start()
+        # With systemd, the package has started it.
+        client = _find_client() or _start()
     builder = _builder()
     if builder is None:
         if os.geteuid() == 0:
@@ -158,7 +155,7 @@ def _folder() -> Path:
 
 
 def _own_pid() -> int | None:
-    """Return the process id of the engine that an earlier run started and that still runs."""
+    """Return the process ID of the engine that an earlier run started, if it still runs."""
     with contextlib.suppress(OSError, ValueError):
         pid = int((_folder() / "dockerd.pid").read_text())
         if Path(f"/proc/{pid}/comm").read_text().strip() == "dockerd":
@@ -167,11 +164,10 @@ def _own_pid() -> int | None:
 
 
 def _start() -> str:
-    """Start the engine; return a client that reaches it."""
     log = _folder() / "dockerd.log"
     with step("Starting Docker Engine"):
         with log.open("w") as output:
-            # Its own session: it outlives this program, and Ctrl-C here doesn't reach it.
+            # In its own session, it outlives this program and gets no Ctrl-C from here.
             process = subprocess.Popen(
                 ["dockerd"],
                 env=clean_environment(),
@@ -183,32 +179,32 @@ def _start() -> str:
         (_folder() / "dockerd.pid").write_text(f"{process.pid}\n")
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
-            if client := _answering():
+            if client := _find_client():
                 return client
             time.sleep(0.2)
-        _end(process.pid)
+        _terminate(process.pid)
     last = "".join(f"\n  | {line}" for line in log.read_text().splitlines()[-6:])
     raise NoEngineError(f"Docker Engine can't be started here; its log ends with{last}")
 
 
 def stop() -> bool:
-    """Stop the engine, if this project started it; return whether it did."""
+    """Stop the engine, if this project started it. Return whether it did."""
     pid = _own_pid()
     if pid is None:
         return False
     with step("Stopping Docker Engine"):
-        _end(pid)
+        _terminate(pid)
     return True
 
 
-def _end(pid: int) -> None:
+def _terminate(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)  # it may be this process's own
-        if not _alive(pid):
+        if not _is_alive(pid):
             break
         time.sleep(0.1)
     else:
@@ -216,7 +212,7 @@ def _end(pid: int) -> None:
     (_folder() / "dockerd.pid").unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

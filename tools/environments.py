@@ -1,7 +1,7 @@
-"""The two virtual environments: a lean one for the server, one for clients, tests and training.
+"""Make the two virtual environments: one for the server, one for clients, tests and training.
 
-Packages come by hash only, from the locks in requirements/ (`make lock` writes them), and as
-wheels: no code of a package runs while it is installed.
+Packages come by hash only, from the locks in requirements/ that ``make lock`` writes. They come as
+wheels, so that no code of a package runs while it is installed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tools.report import SetupError, clean_environment, run, say, step
 LOCKS = ROOT / "requirements"
 NAMES = ("tool", "server", "client", "test", "train", "torch", "torch-cpu")
 _FAILED = (
-    "pip could not install {what}: check the network (and pip's own settings, where there is "
+    "pip could not install {what}: check the network (and pip's own settings, if there is "
     "a proxy or a mirror), then run it again"
 )
 
 
 def lock(name: str) -> Path:
-    """Return a file of pinned packages with their hashes; `name` is one of NAMES."""
+    """Return a file of pinned packages with their hashes. ``name`` is one of NAMES."""
     return LOCKS / f"{name}.txt"
 
 
 def project(folder: str) -> dict[str, Any]:
-    """Return what the pyproject.toml of a folder says."""
+    """Return the content of a folder's pyproject.toml."""
     return tomllib.loads((ROOT / folder / "pyproject.toml").read_text())
 
 
@@ -55,13 +55,13 @@ def _interpreter(python: str) -> Path | str | None:
 
 
 def _create(venv: Path, python: str = OWN_PYTHON) -> None:
-    """Make an environment, of the Python that runs this where there is no other interpreter."""
+    """Make an environment, of this program's own Python if there is no other interpreter."""
     interpreter = _interpreter(python)
     run(
         [interpreter or sys.executable, "-m", "venv", "--clear", venv],
         failure=f"the virtual environment {venv} could not be made",
     )
-    # For whatever is run in it: the packages' own switch works only once they are imported.
+    # For every program in it, since the packages' own switch works only once they are imported.
     line = f'import os; os.environ["{TELEMETRY_OFF}"] = "1"\n'
     site = site_packages(venv, python if interpreter else OWN_PYTHON)
     (site / "pg_siamese_telemetry_off.pth").write_text(line)
@@ -70,8 +70,8 @@ def _create(venv: Path, python: str = OWN_PYTHON) -> None:
 def _target(venv: Path, python: str) -> list[str | Path]:
     """Return pip's options to install for the Python of a server.
 
-    Where the environment isn't of that Python, since no interpreter of it is there, ready-made
-    wheels for it are unpacked into the folder where it will look.
+    If the environment isn't of that Python, no interpreter of it exists here. Then ready-made
+    wheels are unpacked into the folder that it will use.
     """
     if (venv / "bin" / f"python{python}").exists():
         return []
@@ -80,10 +80,10 @@ def _target(venv: Path, python: str) -> list[str | Path]:
 
 
 def _pip(venv: Path, what: str, *arguments: str | Path, backend: Path | None = None) -> None:
-    """Run pip install; `backend` is a folder with the build backend, if it is in no usual place."""
+    """Run pip install. ``backend`` is a folder with the build backend, if in an unusual place."""
     command: list[str | Path] = [venv / "bin" / "python", "-m", "pip", "install", "--quiet"]
     command += ["--no-input", "--disable-pip-version-check", "--no-warn-script-location"]
-    # Three lines: the last of pip's retries says the cause, and pip's own conclusion follows.
+    # Three lines: the last of pip's retries names the cause, and pip's own conclusion follows.
     more = {"PYTHONPATH": str(backend)} if backend else {}
     run(
         [*command, *arguments],
@@ -94,7 +94,7 @@ def _pip(venv: Path, what: str, *arguments: str | Path, backend: Path | None = N
 
 
 def _install_locked(venv: Path, what: str, name: str, *target: str | Path) -> None:
-    """Install the packages of a lock: exactly those, and only files with the hashes in it."""
+    """Install exactly the packages of a lock, and only files with the hashes in it."""
     options = ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
     try:
         _pip(venv, what, *options, *target, "-r", lock(name))
@@ -110,7 +110,6 @@ def _install_locked(venv: Path, what: str, name: str, *target: str | Path) -> No
 def _install_own(
     venv: Path, what: str, *arguments: str | Path, backend: Path | None = None
 ) -> None:
-    """Install packages of the project itself, with the build backend that is installed."""
     options = ["--no-deps", "--no-index", "--no-build-isolation"]
     _pip(venv, what, *options, *arguments, backend=backend)
 
@@ -126,26 +125,26 @@ def client_key() -> str:
 
 
 def make_server(venv: Path, python: str = OWN_PYTHON) -> None:
-    """Make the server's environment anew, with the server package in it.
+    """Make the server's environment from scratch, with the server package in it.
 
-    `python` is the version of the Python that PL/Python runs.
+    ``python`` is the version of the Python that PL/Python runs.
     """
     _make_server_packages(venv, python)
     _install_server_package(venv, python)
 
 
 def make_client(venv: Path) -> None:
-    """Make an environment with the command `pg_siamese`, which needs nothing of this project."""
+    """Make an environment with the command ``pg_siamese``, which needs nothing of this project."""
     _create(venv)
     _install_locked(venv, "the client's packages", "client")
     _install_own(venv, "the client", ROOT / "plpython", ROOT / "python")
 
 
 def ensure_server(venv: Path, python: str = OWN_PYTHON) -> None:
-    """Make or bring up to date the server's environment in the build folder.
+    """Make or update the server's environment in the build folder.
 
-    Its packages are those of `requirements/server.txt`. The server package itself is a copy,
-    not a link into the project: the server must not run half-edited files.
+    Its packages are those of ``requirements/server.txt``. The server package itself is a copy, not
+    a link, since the server must not run half-edited files.
     """
     packages = Stamp(venv.parent, "server-packages", str(venv), python, sys.version, lock("server"))
     own = Stamp(venv.parent, "server-own", packages.key, ROOT / "plpython")
@@ -176,7 +175,7 @@ def _install_server_package(venv: Path, python: str) -> None:
 
 
 def ensure_tool(venv: Path) -> None:
-    """Make or bring up to date the environment of what writes the locks."""
+    """Make or update the environment that writes the locks."""
     made = Stamp(venv.parent, "lock-tool", str(venv), sys.version, lock("tool"))
     if not made.fresh():
         made.remove()
@@ -186,13 +185,13 @@ def ensure_tool(venv: Path) -> None:
 
 
 def ensure_client(venv: Path, extras: Collection[str], *, small: bool = False) -> None:
-    """Make or bring up to date the clients' environment, with optional dependencies.
+    """Make or update the clients' environment, with optional dependencies.
 
-    `extras` are names of `[project.optional-dependencies]` in `python/pyproject.toml`; those
-    that an earlier run installed stay. With `small`, "train" is left out, with a line that says
-    so, where no CPU build of torch can be had. The project's two packages are installed as links.
+    ``extras`` are names of ``[project.optional-dependencies]`` in ``python/pyproject.toml``. Those
+    of an earlier run stay. With ``small``, and without a CPU build of torch, "train" is left out,
+    and a line says so. The project's two packages are installed as links.
     """
-    # With other locks it is made anew, so that it never has more than they name.
+    # With other locks it is made from scratch, so that it never has more than they name.
     place = [str(venv), sys.version, digest(map(lock, sorted(NAMES)))]
     files = [ROOT / folder / "pyproject.toml" for folder in ("plpython", "python")]
     key = digest([*place, *files])
@@ -232,14 +231,13 @@ def _torch_version() -> str:
 
 
 def _has_torch(venv: Path) -> bool:
-    """Say whether torch is there already, in whatever build."""
     return any(site_packages(venv).glob(f"torch-{_torch_version()}*.dist-info"))
 
 
 def _install_torch(venv: Path, small: bool) -> bool:
-    """Install torch, the CPU build where pip finds it; return whether it was.
+    """Install torch, the CPU build if pip finds it, and return whether it was installed.
 
-    On Linux the package index has the build with CUDA only: several GB, which `small` refuses.
+    On Linux the package index has only the build with CUDA: several GB, which ``small`` refuses.
     """
     if sys.platform == "linux":
         try:
@@ -248,13 +246,13 @@ def _install_torch(venv: Path, small: bool) -> bool:
             return True
         except SetupError:
             say(
-                f"pip finds no CPU build of torch {_torch_version()} with a known hash. To have "
+                f"pip finds no CPU build of torch {_torch_version()} with a known hash. To get "
                 "it, add PyTorch's CPU index to pip's settings (PIP_EXTRA_INDEX_URL)."
             )
             if small:
                 say("Without torch, the tests of training are skipped (make train installs it).")
                 return False
-            say("So the build with CUDA comes: several GB.")
+            say("So pip installs the build with CUDA: several GB.")
     with step("Installing PyTorch"):
         _install_locked(venv, "torch", "torch")
     return True

@@ -1,16 +1,16 @@
-"""`make install`: install the extension into a system's PostgreSQL, for its administrator.
+"""Install the extension into a system's PostgreSQL, for ``make install``.
 
 What it installs, with the default prefix:
 
     /usr/local/lib/pg_siamese/VERSION/pythonX.Y     link: packages for the server's Python
     /usr/local/lib/pg_siamese/VERSION/client        link: environment of the command
     /usr/local/lib/pg_siamese/VERSION/models        the encoders that ship
-    /usr/local/lib/pg_siamese/VERSION/environments  what the links lead to
+    /usr/local/lib/pg_siamese/VERSION/environments  targets of the links
     /usr/local/bin/pg_siamese                       the command
 
-Control file and scripts go where `pg_config` says. An environment is made whole beside the one in
-use and switched to by one rename, so a failure leaves everything as it was. PGXS and a compiler
-aren't needed: nothing is compiled.
+Control file and scripts go to the folders of ``pg_config``. A new environment is completed beside
+the current one, and one rename switches to it. So a failure leaves everything unchanged. PGXS and a
+compiler aren't needed, since nothing is compiled.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COMPLETE = "complete"  # the last file of an environment
 
 @dataclass(frozen=True)
 class Server:
-    """What `pg_config` says of the PostgreSQL to install into."""
+    """The PostgreSQL to install into, as ``pg_config`` describes it."""
 
     pg_config: Path
     major: int
@@ -47,21 +47,21 @@ class Server:
 
     @property
     def of_debian(self) -> bool:
-        """Whether it is where Debian's packages put it."""
+        """Whether it is in the place of Debian's packages."""
         return self.lib == Installation(self.major).lib
 
 
 def ask(pg_config: Path) -> Server:
-    """Ask pg_config. Raises `SetupError`."""
+    """Ask pg_config. Raises ``SetupError``."""
 
-    def say_of(what: str) -> str:
+    def ask_for(what: str) -> str:
         return run([pg_config, what], failure=f"{pg_config} {what} failed").strip()
 
-    found = re.search(r"(\d+)", say_of("--version"))
+    found = re.search(r"(\d+)", ask_for("--version"))
     if not found:
         raise SetupError(f"{pg_config} --version names no version")
-    share = Path(say_of("--sharedir"))
-    return Server(pg_config, int(found[1]), Path(say_of("--pkglibdir")), share / "extension")
+    share = Path(ask_for("--sharedir"))
+    return Server(pg_config, int(found[1]), Path(ask_for("--pkglibdir")), share / "extension")
 
 
 def choose() -> Server | None:
@@ -75,7 +75,7 @@ def choose() -> Server | None:
 
 
 def missing(server: Server | None) -> tuple[list[str], list[str]]:
-    """Return Debian packages to install, and what is missing besides, in words."""
+    """Return Debian packages to install, and in words what else is missing."""
     if server is not None and not server.of_debian:
         return _missing_venv(), _missing_parts(server)
     major = server.major if server else postgres.distribution_major()
@@ -113,7 +113,7 @@ def _missing_venv() -> list[str]:
 
 
 def check(server: Server | None) -> Server:
-    """Raise one `SetupError` that names everything that is missing."""
+    """Raise one ``SetupError`` that names everything that is missing."""
     wanted, besides = missing(server)
     lines = [f"also missing: {text}" for text in besides]
     if wanted:
@@ -125,7 +125,7 @@ def check(server: Server | None) -> Server:
     if besides:
         raise SetupError("\n  ".join(["not everything is there", *lines]))
     if server is None:
-        raise SetupError("no PostgreSQL found: say where it is, with PG_CONFIG=/path/of/pg_config")
+        raise SetupError("no PostgreSQL found: name it with PG_CONFIG=/path/of/pg_config")
     return server
 
 
@@ -134,7 +134,7 @@ def check(server: Server | None) -> Server:
 
 @dataclass(frozen=True)
 class Place:
-    """Where it goes: `destdir` is before every path that is written, and in no file."""
+    """The target folders. ``destdir`` precedes every path that is written, and is in no file."""
 
     prefix: Path
     destdir: str = ""
@@ -145,14 +145,14 @@ class Place:
         return self.prefix / "lib" / "pg_siamese"
 
     def below(self, path: Path) -> Path:
-        """Return where a path is written."""
+        """Return the path to write for an installed path."""
         return Path(self.destdir + str(path)) if self.destdir else path
 
 
 def install(server: Server, place: Place, client: bool = True) -> None:
-    """Install packages, command, encoders and extension. Raises `SetupError`.
+    """Install packages, command, encoders and extension. Raises ``SetupError``.
 
-    What exists is replaced when its successor is whole, and each step can be repeated.
+    What exists is replaced once its successor is complete, and each step can be repeated.
     """
     os.umask(0o022)
     python = postgres.python_of(server.lib)
@@ -160,7 +160,7 @@ def install(server: Server, place: Place, client: bool = True) -> None:
     command = place.below(place.prefix / "bin" / "pg_siamese")
     for folder in (real, extensions, *([command.parent] if client else [])):
         _check_writable(folder)
-    with _only_one(real):
+    with _single_run(real):
         site = _environment(
             real,
             f"server-python{python}",
@@ -189,7 +189,7 @@ def install(server: Server, place: Place, client: bool = True) -> None:
 
 
 def _environment(real: Path, name: str, key: str, what: str, make: Callable[[Path], None]) -> Path:
-    """Return an environment that is whole; make it where there is none of this key."""
+    """Return a complete environment, and make it if none has this key."""
     folder = real / version() / "environments" / f"{name}-{key[:12]}"
     if not (folder / _COMPLETE).exists():
         with step(f"{what} into {folder}"):
@@ -200,28 +200,27 @@ def _environment(real: Path, name: str, key: str, what: str, make: Callable[[Pat
 
 
 def _command(place: Place) -> str:
-    """Return the command: it starts the client in its own environment, whoever calls it."""
     python = place.packages / version() / "client" / "bin" / "python"
     return f'#!/bin/sh\nexec {shlex.quote(str(python))} -I -m pg_siamese "$@"\n'
 
 
 def _remove_unused(real: Path, before: Sequence[Path | None]) -> None:
-    """Remove environments of this version that no link leads to any more.
+    """Remove environments of this version that no link leads to.
 
-    Sessions may still import from the one that was replaced just now: it stays until the next
-    time, as does any that a process has mapped.
+    Sessions may still import from the one that was just replaced. So it stays until the next time,
+    as does any that a process has mapped.
     """
     release = real / version()
     links = [path.resolve() for path in release.iterdir() if path.is_symlink()]
     kept = [path for path in (*links, *before) if path is not None]
     for folder in (release / "environments").iterdir():
         used = any(path == folder or folder in path.parents for path in kept)
-        if not used and not _mapped(folder):
+        if not used and not _is_mapped(folder):
             shutil.rmtree(folder)
 
 
-def _mapped(folder: Path) -> bool:
-    """Say whether a process has a file of this folder mapped, or may have: not all are shown."""
+def _is_mapped(folder: Path) -> bool:
+    """Return whether a process has, or may have, a file of this folder mapped."""
     if os.geteuid() != 0:
         return True
     name = os.fsencode(folder) + b"/"
@@ -233,8 +232,7 @@ def _mapped(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _only_one(real: Path) -> Iterator[None]:
-    """Hold a lock, so that two runs at a time don't tread on each other."""
+def _single_run(real: Path) -> Iterator[None]:
     real.mkdir(parents=True, exist_ok=True)
     with (real / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -249,7 +247,7 @@ def _check_writable(folder: Path) -> None:
         raise SetupError(f"{there} can't be written: run it as root, or set PREFIX or DESTDIR")
 
 
-def _say_what_next(server: Server) -> None:
+def _print_next_steps(server: Server) -> None:
     others = [
         each for each in postgres.installed() if server.of_debian and each.major != server.major
     ]
@@ -263,7 +261,7 @@ def _say_what_next(server: Server) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; return the exit status."""
+    """Run from the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="make install", description=__doc__)
     parser.add_argument("--pg-config", default="", help="of the PostgreSQL to install into")
     parser.add_argument("--prefix", default="", help="/usr/local; lib/ and bin/ are below it")
@@ -274,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server = check(ask(Path(chosen.pg_config)) if chosen.pg_config else choose())
         place = Place(Path(chosen.prefix or "/usr/local").absolute(), chosen.destdir)
         install(server, place, chosen.client != "no")
-        _say_what_next(server)
+        _print_next_steps(server)
     except (SetupError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Where an installed PostgreSQL has its files."""
+"""Know the folders of an installed PostgreSQL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Installation:
-    """One installed major version, in Debian's layout below `prefix`."""
+    """One installed major version, in Debian's layout below ``prefix``."""
 
     major: int
     prefix: Path = Path("/usr")
@@ -25,7 +25,7 @@ class Installation:
 
     @property
     def share(self) -> Path:
-        """The share folder; `extension/` in it holds control files and install scripts."""
+        """The share folder, with control files and install scripts in ``extension/``."""
         return self.prefix / "share" / "postgresql" / str(self.major)
 
     @property

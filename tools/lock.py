@@ -1,8 +1,8 @@
-"""`make lock`: choose every package's version and write it, with its hashes, to requirements/.
+"""Choose every package's version for ``make lock``, and write it with hashes to requirements/.
 
-The hashes are those of all files that the package index has of a version, so the locks hold for
-every Python from 3.11 on and for every kind of machine. What is locked already stays as it is
-where the pyproject.toml files allow it; ARGS=--upgrade chooses anew.
+The hashes are those of all files of a version in the package index. So the locks hold for every
+Python from 3.11 on and every kind of machine. A locked version stays if the pyproject.toml files
+allow it. ARGS=--upgrade chooses again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.report import SetupError, clean_environment, fail, run, step
 
 TOOL = "uv==0.13.9"
 _PINNED = re.compile(r"^([\w.-]+)===?(\S+)(?: ; [^\\\n]+?)?(?= \\?$|$)", re.MULTILINE)
-# Of PyTorch's CUDA build only, and what medmnist declares and doesn't use.
+# Packages of PyTorch's CUDA build only, and what medmnist declares without using it.
 _LARGE = re.compile(r"^(torch|triton|cuda-.*|nvidia-.*)$")
 _OWN = "pg_siamese_server"
 
@@ -31,14 +31,14 @@ def pins(text: str) -> dict[str, str]:
 
 
 class Compiler:
-    """Runs uv, with the package index and the settings that uv finds by itself."""
+    """Runs uv, with the package index and settings that uv finds by itself."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
         self._uv = scratch / "bin" / "uv"
 
     def compile(self, roots: Iterable[str], *options: str | Path, hashes: bool = True) -> str:
-        """Return the lock of `roots` and of all that they need. Raises `SetupError`."""
+        """Return the lock of ``roots`` and their dependencies. Raises ``SetupError``."""
         wanted = self._scratch / "wanted.in"
         wanted.write_text("\n".join(roots) + "\n")
         command: list[str | Path] = [self._uv, "pip", "compile", "--quiet", "--universal"]
@@ -56,7 +56,7 @@ class Compiler:
 
 
 def _requirements() -> dict[str, list[str]]:
-    """Return what the pyproject.toml files ask for, by the lock that holds it."""
+    """Return the requirements of the pyproject.toml files, by lock."""
     server, client = environments.project("plpython"), environments.project("python")
     extras = client["project"]["optional-dependencies"]
     backend = {*server["build-system"]["requires"], *client["build-system"]["requires"]}
@@ -82,7 +82,7 @@ def _check_cpu_build(versions: dict[str, str]) -> None:
 
 
 def write(upgrade: bool = False) -> None:
-    """Write all locks. Raises `SetupError`."""
+    """Write all locks. Raises ``SetupError``."""
     scratch = build_folder() / "lock"
     environments.ensure_tool(scratch)
     uv = Compiler(scratch)
@@ -91,8 +91,8 @@ def write(upgrade: bool = False) -> None:
     for name in NAMES:
         if name != "torch-cpu" and lock(name).exists():
             known |= pins(lock(name).read_text())
-    # One choice for all, so that environments which have several of the locks have no conflict.
-    # What the output file holds is what uv prefers.
+    # One choice for all, so that environments with several locks have no conflict. uv prefers the
+    # versions in the output file.
     every = scratch / "all.txt"
     every.write_text("".join(f"{line}\n" for line in known.values()))
     roots = [each for name in ("server", "client", "test", "train") for each in wanted[name]]
@@ -108,14 +108,14 @@ def write(upgrade: bool = False) -> None:
 
     texts = {"tool": uv.compile(wanted["tool"]), "server": locked(wanted["server"])}
     texts["client"] = locked(wanted["client"])
-    # Installed besides the client's packages: what those have already, on every system, isn't
+    # Installed in addition to the client's packages. What those have on every system isn't
     # repeated.
     base = [name for name, line in pins(texts["client"]).items() if ";" not in line]
     texts["test"] = locked(wanted["test"], base)
     texts["train"] = locked(wanted["train"], [*base, *large])
     small = [name for name in chosen if name not in large]
     torch = [each for each in wanted["train"] if each.startswith("torch==")]
-    # "==" would take 2.13.0+cpu for 2.13.0 as well, and the newer of them is that.
+    # "==" would accept 2.13.0+cpu for 2.13.0, and prefer it as the newer one.
     texts["torch"] = locked(torch, small).replace("torch==", "torch===", 1)
     texts["client"] += uv.compile(wanted["alone"], "--no-deps")
     for name, text in texts.items():
@@ -133,7 +133,7 @@ _ABOUT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; return the exit status."""
+    """Run from the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="make lock", description=__doc__)
     parser.add_argument("--upgrade", action="store_true", help="take the newest that is allowed")
     chosen = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
-"""`make migrate`: show installed and available versions of the extension, and upgrade.
+"""Show installed and available versions of the extension, and upgrade, for ``make migrate``.
 
-Run as `PYTHONPATH=. /usr/bin/python3 -m tools.migrate [--dsn …] [--show]`.
+Run it as ``PYTHONPATH=. /usr/bin/python3 -m tools.migrate [--dsn …] [--show]``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UPGRADE = "BEGIN; ALTER EXTENSION pg_siamese UPDATE; SELECT siamese.renew_grant
 
 
 def psql() -> Path:
-    """Return psql: that of the overlay, or else of the newest PostgreSQL, or the PATH's."""
+    """Return psql: that of the overlay, else of the newest PostgreSQL, else of the PATH."""
     try:
         return overlay.find(ROOT / "build" / "pg").bin / "psql"
     except SetupError:
@@ -44,7 +44,7 @@ def psql() -> Path:
 
 
 def run_sql(dsn: str, statements: str) -> list[list[str]]:
-    """Run statements through psql; return the rows as text. Raises `SetupError`."""
+    """Run statements through psql, and return the rows as text. Raises ``SetupError``."""
     options = ["-XAtq", "-F", "\t", "-v", "ON_ERROR_STOP=1", "-d", dsn, "-f", "-"]
     done = subprocess.run(
         [psql(), *options], input=statements + ";\n", capture_output=True, text=True
@@ -55,7 +55,7 @@ def run_sql(dsn: str, statements: str) -> list[list[str]]:
 
 
 def show(dsn: str) -> tuple[str, str]:
-    """Print installed and available versions; return the installed and the default one."""
+    """Print installed and available versions, and return the installed and the default one."""
     installed = run_sql(dsn, _INSTALLED)
     if not installed:
         raise SetupError(
@@ -67,7 +67,7 @@ def show(dsn: str) -> tuple[str, str]:
     for name, is_default, path in run_sql(dsn, _AVAILABLE):
         if is_default == "t":
             default = name
-        if name != version and (path or is_default == "t"):  # not those to come from
+        if name != version and (path or is_default == "t"):  # not the versions of future releases
             what = f"by {path}" if path else f"no path from {version}"
             say(f"available: {name} ({what}{', the default' if is_default == 't' else ''})")
     if not default:
@@ -76,7 +76,7 @@ def show(dsn: str) -> tuple[str, str]:
 
 
 def migrate(dsn: str, only_show: bool = False) -> None:
-    """Show versions and upgrade a database to the default version. Raises `SetupError`."""
+    """Show versions and upgrade a database to the default version. Raises ``SetupError``."""
     version, default = show(dsn)
     if version == default:
         say("Nothing to upgrade.")
@@ -88,7 +88,7 @@ def migrate(dsn: str, only_show: bool = False) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; return the exit status."""
+    """Run from the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="make migrate", description=__doc__)
     parser.add_argument("--dsn", help="the database; else that of the embedded cluster")
     parser.add_argument("--show", action="store_true", help="show versions, change nothing")

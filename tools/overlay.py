@@ -1,9 +1,9 @@
-"""The private overlay of the installed PostgreSQL, in which the embedded server runs.
+"""Make a private overlay of the installed PostgreSQL, in which the embedded server runs.
 
 PostgreSQL finds its folders relative to its own program file. So a copy of the programs at
-`build/pg/usr/lib/postgresql/NN/bin`, with links to the system's files around it, is a complete
-installation to which extensions can be added without writing to the system's folders and
-without being root.
+``build/pg/usr/lib/postgresql/NN/bin``, with links to the system's files around it, is a complete
+installation. Extensions can be added to it without root and without writing to the system's
+folders.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from tools.installation import Installation
 from tools.report import SetupError, run
 
-# These look for files relative to themselves, after resolving links: they must be copies.
+# These look for files relative to themselves, after resolving links, so they must be copies.
 _COPIED = frozenset(("postgres", "initdb", "pg_ctl", "pg_config"))
 
 
 def find(overlay: Path) -> Installation:
-    """Return the overlay in this folder. Raises `SetupError` where there is none."""
+    """Return the overlay in this folder. Raises ``SetupError`` if there is none."""
     majors = [path.name for path in (overlay / "usr" / "lib" / "postgresql").glob("[0-9]*")]
     if not majors:
         raise SetupError('PostgreSQL isn\'t set up: run "make deps"')
@@ -29,11 +29,11 @@ def find(overlay: Path) -> Installation:
 
 
 def sync(system: Installation, overlay: Path, extras: Iterable[Path]) -> Installation:
-    """Make or bring up to date the overlay; return it as an installation.
+    """Make or update the overlay, and return it as an installation.
 
-    Each folder of `extras` may have `lib/` and `extension/`, whose files are added to the
-    system's and go before them. Files are replaced one by one and atomically, so a running
-    server isn't disturbed. A second run changes nothing and takes milliseconds.
+    Each folder of ``extras`` may have ``lib/`` and ``extension/``, whose files override the
+    system's. Files are replaced one by one and atomically, so a running server isn't disturbed. A
+    second run changes nothing and takes milliseconds.
     """
     private = Installation(system.major, overlay / "usr")
     folders = list(extras)
@@ -53,7 +53,7 @@ def sync(system: Installation, overlay: Path, extras: Iterable[Path]) -> Install
 
 
 def verify(private: Installation) -> None:
-    """Raise `SetupError` unless the overlay's programs use the overlay's folders."""
+    """Raise ``SetupError`` unless the overlay's programs use the overlay's folders."""
     for what, expected in (("--sharedir", private.share), ("--pkglibdir", private.lib)):
         said = run([private.bin / "pg_config", what], failure="pg_config failed").strip()
         if Path(said).resolve() != expected.resolve():
@@ -64,12 +64,11 @@ def verify(private: Installation) -> None:
 
 
 def _entries(*folders: Path) -> dict[str, Path]:
-    """Return name and path of everything in these folders; later folders go before."""
+    """Return name and path of everything in these folders. Later folders override earlier ones."""
     return {path.name: path for folder in folders if folder.is_dir() for path in folder.iterdir()}
 
 
 def _link_all(entries: dict[str, Path], folder: Path, keep: Iterable[str] = ()) -> None:
-    """Make `folder` hold a link to each entry, what `keep` names, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in set(os.listdir(folder)) - entries.keys() - set(keep):
         (folder / name).unlink()

@@ -1,8 +1,8 @@
-"""The folder below which the server finds its Python packages and the encoders that ship.
+"""Keep the server's Python packages and the encoders that ship below one folder.
 
-`PACKAGES/VERSION/pythonX.Y` is, or links to, a site-packages folder for that Python, and
-`PACKAGES/VERSION/models` holds the ONNX files. PACKAGES is a constant in the extension's SQL. So
-several versions, Pythons and PostgreSQL majors live side by side.
+``PACKAGES/VERSION/pythonX.Y`` is, or links to, a site-packages folder for that Python.
+``PACKAGES/VERSION/models`` holds the ONNX files. PACKAGES is a constant in the extension's SQL. So
+several versions, Pythons and PostgreSQL majors can be installed together.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def server_folder(packages: Path, python: str) -> Path:
 
 
 def switch(link: Path, target: Path) -> Path | None:
-    """Make a link lead to `target` by one rename; return where it led before.
+    """Make a link lead to ``target`` by one rename, and return its previous target.
 
-    It is relative: whoever packages may move both.
+    It is relative, so that a packager may move both.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     before = link.resolve() if link.is_symlink() else None
@@ -38,7 +38,7 @@ def switch(link: Path, target: Path) -> Path | None:
 
 
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file whole and atomically, unless it is there with this content."""
+    """Write a file whole and atomically, unless it exists with this content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.is_symlink() or path.read_bytes() != content:
         temporary = path.with_name(f".{path.name}.new")
@@ -48,7 +48,7 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def write_models(packages: Path) -> None:
-    """Put the encoders that ship below `packages`, and take away those that no longer do."""
+    """Write the encoders that ship below ``packages``, and remove those that no longer do."""
     folder = packages / version() / "models"
     shipped = {file.name: file.read_bytes() for file in (ROOT / "models").glob("*.onnx")}
     for name, content in shipped.items():

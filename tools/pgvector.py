@@ -1,4 +1,4 @@
-"""pgvector: the system's, its package, or a private build of Debian's source package."""
+"""Find pgvector: the system's, its package, or a private build of Debian's source package."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tools import apt
 from tools.installation import Installation
 from tools.report import SetupError, run, step
 
-_SUITE = "trixie"  # Debian has it from this release on; older ones build its source package
+_SUITE = "trixie"  # the first with pgvector, whose source package others build
 OLDEST = "0.5"  # the first with HNSW
 
 
 def new_enough(extensions: Path) -> bool:
-    """Say whether a folder of control files has that of a pgvector that is new enough."""
+    """Return whether a folder of control files has a pgvector that is new enough."""
     try:
         control = (extensions / "vector.control").read_text()
     except OSError:
@@ -29,18 +29,18 @@ def new_enough(extensions: Path) -> bool:
 
 
 def installed(system: Installation) -> bool:
-    """Say whether the system has a pgvector that is new enough."""
+    """Return whether the system has a pgvector that is new enough."""
     return new_enough(system.extensions)
 
 
 def package(system: Installation) -> str:
-    """Return the name of its Debian package."""
+    """Return the name of pgvector's Debian package."""
     return f"postgresql-{system.major}-pgvector"
 
 
 def is_packaged(name: str) -> bool:
-    """Say whether apt has the package; where it has no lists yet, whether Debian does."""
-    with contextlib.suppress(SetupError):  # the network is down: what there is, all the same
+    """Return whether apt has the package, or if it has no lists yet, whether Debian does."""
+    with contextlib.suppress(SetupError):  # the network is down, so use what there is
         if apt.candidate(name):
             return True
     return not apt.has_lists() and apt.os_release().get("VERSION_CODENAME") != "bookworm"
@@ -48,7 +48,7 @@ def is_packaged(name: str) -> bool:
 
 def missing_packages(system: Installation, build: Path) -> list[str]:
     """Return the Debian packages to install for pgvector: its own, or what its build needs."""
-    if installed(system) or _built(build, system).exists():
+    if installed(system) or _build_folder(build, system).exists():
         return []
     if apt.candidate(package(system)):
         return [package(system)]
@@ -58,18 +58,18 @@ def missing_packages(system: Installation, build: Path) -> list[str]:
     return missing
 
 
-def _built(build: Path, system: Installation) -> Path:
+def _build_folder(build: Path, system: Installation) -> Path:
     return build / f"pgvector-{system.major}"
 
 
 def ensure(system: Installation, build: Path) -> Path | None:
-    """Return a folder with pgvector for `sync_overlay`, or None where the system has it.
+    """Return a folder with pgvector for ``overlay.sync``, or None if the system has it.
 
-    The packages of `missing_packages` must be there. Raises `SetupError`.
+    It needs the packages of ``missing_packages``. Raises ``SetupError``.
     """
     if installed(system):
         return None
-    built = _built(build, system)
+    built = _build_folder(build, system)
     if not built.exists():
         with step("Building pgvector from Debian's source package"):
             _build(system, built)
@@ -102,7 +102,7 @@ def _build(system: Installation, built: Path) -> None:
         make += [f"PG_CONFIG={_pgxs(system, tree)}", "with_llvm=no"]
         run([*make, f"-j{os.cpu_count() or 1}", "all"], failure="pgvector could not be compiled")
         run([*make, "install"], failure="pgvector could not be installed into the build folder")
-        # The tree's pg_config names the tree's folders, so that is where it went.
+        # The tree's pg_config names the tree's folders, so it was installed there.
         result = Installation(system.major, tree / "usr")
         temporary = built.with_name(built.name + ".new")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -114,10 +114,10 @@ def _build(system: Installation, built: Path) -> None:
 
 
 def _pgxs(system: Installation, tree: Path) -> Path:
-    """Make a tree with pg_config, PGXS and the server's headers; return its pg_config.
+    """Make a tree with pg_config, PGXS and the server's headers, and return its pg_config.
 
     The package with the headers depends on clang and LLVM (hundreds of MB), which this build
-    doesn't need: where it isn't installed, it is only unpacked here.
+    doesn't need. If it isn't installed, it is only unpacked here.
     """
     result = Installation(system.major, tree / "usr")
     headers = Path("include") / "postgresql"

@@ -1,4 +1,4 @@
-"""Finding the installed PostgreSQL, and as root installing what is missing of it."""
+"""Find the installed PostgreSQL, and as root install what it lacks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _OLDEST_PYTHON = (3, 11)
 
 
 def installed() -> list[Installation]:
-    """Return the installed versions of which there is a server, the oldest first."""
+    """Return the installed versions with a server, the oldest first."""
     majors = [int(path.name) for path in _PROGRAMS.glob("[0-9]*") if path.name.isdigit()]
     found = (Installation(major) for major in sorted(majors) if major >= _OLDEST)
     return [each for each in found if (each.bin / "postgres").exists()]
 
 
 def choose(overlay: Path | None = None) -> Installation | None:
-    """Return the version to use: that of `overlay`, so that its data folders keep fitting.
+    """Return the version to use: that of ``overlay``, so that its data folders still fit.
 
-    Without one, the newest with all that is needed, or else the newest. None: nothing there.
+    Without one, it is the newest with all that is needed, else the newest, else None.
     """
     there = installed()
     complete = [each for each in there if not each.missing()]
@@ -38,10 +38,10 @@ def choose(overlay: Path | None = None) -> Installation | None:
 
 
 def ensure_installed(build: Path) -> Installation:
-    """Return the PostgreSQL to use; as root, install what is missing of it and for it.
+    """Return the PostgreSQL to use. As root, install what is missing.
 
-    `build` is the build folder, which needn't exist yet. Raises `SetupError`, naming
-    every missing package, where the caller isn't root.
+    ``build`` is the build folder, which may not exist yet. If the caller isn't root, this raises
+    ``SetupError`` with every missing package.
     """
     chosen = choose(build / "pg") or Installation(distribution_major())
     server = chosen.missing()
@@ -58,7 +58,7 @@ def ensure_installed(build: Path) -> Installation:
 
 
 def distribution_major() -> int:
-    """Return the major version that the distribution's package `postgresql` stands for."""
+    """Return the major version of the distribution's package ``postgresql``."""
     version = apt.candidate("postgresql")
     found = re.match(r"(\d+)", version or "")
     if found:
@@ -76,7 +76,7 @@ def distribution_major() -> int:
 def python_of(lib: Path) -> str:
     """Return the version of the Python that PL/Python runs, as "3.13".
 
-    `lib` is the folder of plpython3.so. Raises `SetupError`.
+    ``lib`` is the folder of plpython3.so. Raises ``SetupError``.
     """
     linked = re.search(rb"libpython(3\.\d+)", (lib / "plpython3.so").read_bytes())
     if linked is None:  # linked statically, as other distributions do

@@ -1,4 +1,4 @@
-"""Where things of this project are, and which user runs its server."""
+"""Know the project's paths, version and server user."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tools.report import SetupError, say
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER_USER = "postgres"
-TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"  # of ONNX Runtime; the server package says why
+TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"  # of ONNX Runtime (see the server package)
 
 
 @cache
 def version() -> str:
-    """Return the project's version, from `pg_siamese.control`.
+    """Return the project's version, from ``pg_siamese.control``.
 
-    Raises `SetupError` where the two Python packages don't carry the same one: a session
-    refuses to run when extension and package differ.
+    Raises ``SetupError`` if a Python package has another one. A session refuses to run if extension
+    and package differ.
     """
     control = (ROOT / "pg_siamese.control").read_text()
     found = re.search(r"^default_version\s*=\s*'([^']+)'", control, re.MULTILINE)
@@ -41,9 +41,9 @@ def version() -> str:
 
 
 def server_user() -> pwd.struct_passwd | None:
-    """Return the unprivileged user that runs the server where the caller is root, else None.
+    """Return the unprivileged user that runs the server if the caller is root, else None.
 
-    PostgreSQL refuses to run as root. The user comes with PostgreSQL's Debian package.
+    PostgreSQL refuses to run as root. PostgreSQL's Debian package creates the user.
     """
     if os.geteuid() != 0:
         return None
@@ -56,7 +56,7 @@ def server_user() -> pwd.struct_passwd | None:
 
 
 def digest(parts: Iterable[str | bytes | Path]) -> str:
-    """Return a hash of texts and of files (name and content; folders with all below them)."""
+    """Return a hash of texts, and of files by name and content. Folders include all below them."""
     result = hashlib.sha256()
 
     def add(data: bytes) -> None:
@@ -75,7 +75,7 @@ def digest(parts: Iterable[str | bytes | Path]) -> str:
 
 
 def can_enter(folder: Path) -> bool:
-    """Say whether the server's user can enter a folder: true for whoever isn't root."""
+    """Return whether the server's user can enter a folder, which is true unless run by root."""
     user = server_user()
     if user is None:
         return True
@@ -90,10 +90,10 @@ def can_enter(folder: Path) -> bool:
 
 
 def build_folder() -> Path:
-    """Return the real path of the build folder, made if need be.
+    """Return the real path of the build folder, and make it if necessary.
 
-    It is `build/` in the project. Where the server's user can't enter the project (a clone
-    under a home folder of mode 700, say), it is a folder under /var/tmp that `build` links to.
+    It is ``build/`` in the project. If the server's user can't enter the project, ``build`` links
+    to a folder under /var/tmp. A clone under a home folder of mode 700 is such a case.
     """
     link = ROOT / "build"
     if not link.is_symlink() and can_enter(ROOT):
@@ -101,7 +101,7 @@ def build_folder() -> Path:
         return link.resolve()
     folder = Path("/var/tmp") / f"pg_siamese-{digest([str(ROOT)])[:12]}"
     folder.mkdir(mode=0o755, exist_ok=True)
-    # Anyone can make a folder in /var/tmp: take no one else's.
+    # Anyone can make a folder in /var/tmp, so don't use anyone else's.
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
         raise SetupError(f"{folder} belongs to someone else: remove it, or move the project")
     if link.is_symlink():
@@ -118,24 +118,24 @@ def build_folder() -> Path:
 
 
 class Stamp:
-    """A file under `build/` that holds the hash of what a step was last done with."""
+    """A file under ``build/`` with the hash of the inputs of a step's last run."""
 
     def __init__(self, build: Path, name: str, *parts: str | bytes | Path) -> None:
         self.path = build / "stamps" / name
         self.key = digest(parts)
 
     def fresh(self) -> bool:
-        """Say whether the step was last done with the same parts."""
+        """Return whether the step was last done with the same parts."""
         try:
             return self.path.read_text() == self.key
         except FileNotFoundError:
             return False
 
     def write(self) -> None:
-        """Note that the step was done."""
+        """Record that the step was done."""
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(self.key)
 
     def remove(self) -> None:
-        """Forget it, before a step that may fail half-way."""
+        """Remove the record, before a step that may fail half-way."""
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the set-up prints, and how it runs other programs."""
+"""Print the set-up's progress, and run other programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SetupError(RuntimeError):
 
 
 def say(text: str) -> None:
-    """Print one line at once, also where the output is a pipe."""
+    """Print one line immediately, even to a pipe."""
     print(text, flush=True)
 
 
@@ -37,7 +37,7 @@ def step(what: str) -> Iterator[None]:
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return this process's environment without what would leak into other programs' Python.
 
-    `PYTHONPATH` in particular: the Makefile sets it for the set-up alone.
+    That includes ``PYTHONPATH``, which the Makefile sets for the set-up alone.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return kept | dict(extra or {})
@@ -51,9 +51,9 @@ def run(
     env: Mapping[str, str] | None = None,
     lines: int = 12,
 ) -> str:
-    """Run a program and return its standard output; say nothing unless it fails.
+    """Run a program and return its standard output, without output of its own unless it fails.
 
-    Raises `SetupError` that starts with `failure` and ends with the program's last `lines`.
+    Raises ``SetupError``, which starts with ``failure`` and ends with the program's last ``lines``.
     """
     words = [str(word) for word in command]
     try:
@@ -76,7 +76,7 @@ def run(
 
 
 def fail(error: SetupError | OSError) -> int:
-    """Print an error as the last thing of a program and return its exit status."""
+    """Print an error as the last output of a program, and return its exit status."""
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 1

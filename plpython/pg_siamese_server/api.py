@@ -1,7 +1,7 @@
-"""Entry points: what the bodies of the extension's PL/Python functions call.
+"""Entry points that the bodies of the extension's PL/Python functions call.
 
-Each reports the package's own errors the way PostgreSQL does, and ends with a look at interrupts,
-so that a late cancel hits this statement and not the next one of the session.
+Each reports the package's own errors as PostgreSQL does, and ends with a look at interrupts. So a
+late cancel hits this statement and not the session's next one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Before NumPy, FAISS and ONNX Runtime are imported: a backend is one process among many, and
-# threads of its own are started for index builds only.
+# Before NumPy, FAISS and ONNX Runtime are imported. A backend is one process among many, so only
+# index builds start threads.
 for _name, _value in (
     ("OMP_NUM_THREADS", "1"),
     ("OPENBLAS_NUM_THREADS", "1"),
-    (
-        "OMP_WAIT_POLICY",
-        "PASSIVE",
-    ),  # waiting threads must not take the processor from other backends
+    ("OMP_WAIT_POLICY", "PASSIVE"),  # waiting threads leave the processor to other backends
 ):
     os.environ.setdefault(_name, _value)
 
@@ -47,19 +44,19 @@ from pg_siamese_server.errors import (  # noqa: E402
     package_error,
 )
 
-# Their threads inherit the mask; PostgreSQL's signal handlers stay in the main thread.
+# Their threads inherit the mask. PostgreSQL's signal handlers stay in the main thread.
 with interrupts.signals_blocked():
     from pg_siamese_server.search import search as _search
     from pg_siamese_server.search.request import Answer, Request
 
-# The largest real, which distances are.
+# The largest real, the type of distances.
 MAX_REAL = 3.4028234663852886e38
 # The largest bigint, which in SQL stands for no limit.
 ALL_ROWS = 2**63 - 1
 
 
 def _failure(plpy: Any, error: Exception) -> SiameseError:
-    """Say what went wrong the way PostgreSQL does; raises what is no matter of ours."""
+    """Return the error to report. Raise ``error`` itself if PostgreSQL is to handle it."""
     if isinstance(error, SiameseError):
         return error
     if isinstance(error, OSError):
@@ -76,16 +73,16 @@ def _failure(plpy: Any, error: Exception) -> SiameseError:
             hint="If a column was renamed: give it its old name back, or drop the collection and"
             " create it again.",
         )
-    # The statement is one of ours: of no use to the caller.
+    # The statement is one of ours, which is of no use to the caller.
     detail, hint = (getattr(error, "spidata", None) or (None, None, None))[1:3]
     return SiameseError(str(error), sqlstate=error.sqlstate, detail=detail, hint=hint)
 
 
-def _answer(function: Callable[..., Any]) -> Callable[..., list[str | None]]:
+def _entry_point(function: Callable[..., Any]) -> Callable[..., list[str | None]]:
     """Return the result of an entry point, or its error, as an array of text for PL/pgSQL.
 
-    Raised by PL/Python, an error would have a prefix in its message and a traceback in its CONTEXT.
-    Errors are SQLSTATE, message, DETAIL and HINT; results are NULL and the values.
+    An error that PL/Python raises has a prefix in its message and a traceback in its CONTEXT.
+    Errors are SQLSTATE, message, DETAIL and HINT. Results are NULL and the values.
     """
 
     @functools.wraps(function)
@@ -106,7 +103,7 @@ def _answer(function: Callable[..., Any]) -> Callable[..., list[str | None]]:
 
 
 def _check_given(**values: Any) -> None:
-    """Refuse arguments that are NULL: whatever they would mean, it must not be a wider answer."""
+    """Refuse arguments that are NULL, so that none widens an answer."""
     for name, value in values.items():
         if value is None:
             raise SiameseError(f"{name} is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
@@ -121,7 +118,7 @@ def _array(values: Iterable[str | None]) -> str:
     return "{" + ",".join(quoted) + "}"
 
 
-@_answer
+@_entry_point
 def register_model(
     plpy: Any,
     name: str | None,
@@ -152,11 +149,11 @@ def register_model(
         "input_range": input_range,
     }
     given = {
-        "mean": _singles(mean),
-        "std": _singles(std),
+        "mean": _to_singles(mean),
+        "std": _to_singles(std),
         "metric": metric,
         "calibration": load_json(calibration),
-        "threshold": _single(threshold),
+        "threshold": _to_single(threshold),
     }
     merged: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     merged["input"] = {key: value for key, value in size.items() if value is not None}
@@ -165,16 +162,16 @@ def register_model(
     return (str(models.register(plpy, name, onnx, merged)),)
 
 
-def _single(value: Any) -> Any:
-    """Round to single precision: encoders count in it, and versions before 0.3.0 stored it."""
+def _to_single(value: Any) -> Any:
+    """Round to single precision, in which encoders calculate and old versions stored."""
     return struct.unpack("f", struct.pack("f", value))[0] if isinstance(value, float) else value
 
 
-def _singles(values: list[Any] | None) -> list[Any] | None:
-    return None if values is None else [_single(value) for value in values]
+def _to_singles(values: list[Any] | None) -> list[Any] | None:
+    return None if values is None else [_to_single(value) for value in values]
 
 
-@_answer
+@_entry_point
 def register_shipped_models(plpy: Any, folder: str) -> tuple[str, str, str]:
     """Body of ``register_shipped_models``."""
     with interrupts.signals_blocked():
@@ -191,13 +188,13 @@ def register_shipped_models(plpy: Any, folder: str) -> tuple[str, str, str]:
 
 @functools.cache
 def _triggers() -> Any:
-    """Import what follows changes; searches by a stored image need no image library."""
+    """Import ``triggers`` late, since searches by a stored image need no image library."""
     from pg_siamese_server.writing import triggers
 
     return triggers
 
 
-@_answer
+@_entry_point
 def on_change(
     plpy: Any,
     event: str,
@@ -211,7 +208,7 @@ def on_change(
     return ()
 
 
-@_answer
+@_entry_point
 def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> tuple[str]:
     """Body of ``backfill``."""
     _check_given(collection=collection, max_rows=max_rows)
@@ -219,15 +216,15 @@ def backfill(plpy: Any, collection: str | None, max_rows: int | None) -> tuple[s
     return (str(_triggers().backfill(plpy, collection, limit)),)
 
 
-@_answer
+@_entry_point
 def near_collection(plpy: Any, name: str) -> tuple[str]:
     """Body of ``_near_collection``."""
     return (near_collection_hint(plpy, name),)
 
 
-@_answer
+@_entry_point
 def embed_pending(plpy: Any, collection: str | None, max_rows: int | None) -> tuple[str]:
-    """Body of ``embed_pending``; an empty name stands for all collections."""
+    """Body of ``embed_pending``. An empty name stands for all collections."""
     from pg_siamese_server.writing import deferred
 
     _check_given(collection=collection, max_rows=max_rows)
@@ -235,7 +232,7 @@ def embed_pending(plpy: Any, collection: str | None, max_rows: int | None) -> tu
     return (str(deferred.embed_pending(plpy, collection or None, limit)),)
 
 
-@_answer
+@_entry_point
 def build_index(
     plpy: Any,
     collection: str | None,
@@ -244,7 +241,7 @@ def build_index(
     target_recall: float | None,
     threads: int | None,
 ) -> tuple[str]:
-    """Body of ``build_index``; no threads are as many as the server's setting allows."""
+    """Body of ``build_index``. Zero threads mean as many as the server's setting allows."""
     with interrupts.signals_blocked():
         from pg_siamese_server.index import build
 
@@ -263,7 +260,7 @@ def build_index(
     )
 
 
-@_answer
+@_entry_point
 def rebuild_file(plpy: Any, collection: str | None) -> tuple[str | None]:
     """Body of ``rebuild_file``."""
     with interrupts.signals_blocked():
@@ -274,17 +271,17 @@ def rebuild_file(plpy: Any, collection: str | None) -> tuple[str | None]:
     return (None if number is None else str(number),)
 
 
-@_answer
+@_entry_point
 def similar_images(
     plpy: Any, image: bytes | None, image_id: int | None, *arguments: Any
 ) -> tuple[str, str, str | None, str | None]:
     """Body of ``_similar_images``."""
     request = _request(image, image_id, *arguments)
     request.integer_keys = True
-    return _ranked(plpy, _search_explained(plpy, request))
+    return _to_columns(plpy, _search_or_explain(plpy, request))
 
 
-@_answer
+@_entry_point
 def similar_keys(
     plpy: Any,
     image: bytes | None,
@@ -296,9 +293,9 @@ def similar_keys(
     *arguments: Any,
 ) -> tuple[str, str, str | None, str | None]:
     """Body of ``_similar_keys``, which ``similar_rows`` uses."""
-    stored, chosen = _keys(plpy, collection, key, candidates)
+    stored, chosen = _cast_keys(plpy, collection, key, candidates)
     request = _request(image, stored, k, collection, filter_, chosen, *arguments)
-    return _ranked(plpy, _search_explained(plpy, request))
+    return _to_columns(plpy, _search_or_explain(plpy, request))
 
 
 def _request(
@@ -315,7 +312,7 @@ def _request(
     per_group: int | None = 1,
     own_group: bool | None = True,
 ) -> Request:
-    """Return the request; arguments have the defaults of SQL, and NULL is none of these."""
+    """Return the request. Arguments have the defaults of SQL, none of which is NULL."""
     if image is None and key is None:
         raise SiameseError(
             "image is null",
@@ -340,7 +337,7 @@ def _request(
     while candidates and isinstance(candidates[0], list):  # of several dimensions
         candidates = [one for part in candidates for one in part]
     limit = None
-    if not max_distance > MAX_REAL:  # as real, which is what callers see of distances
+    if not max_distance > MAX_REAL:  # as real, which is what callers see
         limit = ctypes.c_float(max(max_distance, -MAX_REAL)).value
     return Request(
         collection_name=collection,
@@ -358,16 +355,16 @@ def _request(
     )
 
 
-def _keys(
+def _cast_keys(
     plpy: Any, collection: str | None, key: str | None, candidates: list[str | None] | None
 ) -> tuple[int | str | None, list[Any] | None]:
-    """Return a key and a list of keys, given as text, as the collection has them."""
+    """Convert a key and a list of keys from text to the collection's type."""
     if key is None and candidates is None:
         return None, None
     found = collection_by_name(plpy, collection)
     stored: int | str | None = key
     if key is not None:
-        # As PostgreSQL writes it: a uuid may come in capitals.
+        # As PostgreSQL writes it, since a uuid may have capitals.
         cast = prepare(plpy, f"SELECT CAST($1 AS {found.key_type})::text AS key", ("text",))
         stored = cast.execute([key])[0]["key"]
     if not found.has_integer_keys:
@@ -379,8 +376,8 @@ def _keys(
     return None if stored is None else int(stored), chosen
 
 
-def _search_explained(plpy: Any, request: Request) -> Answer:
-    """Search; of a value that a column's type refuses, say which one it is."""
+def _search_or_explain(plpy: Any, request: Request) -> Answer:
+    """Search. If a column's type refuses a value, raise an error that names it."""
     try:
         return _search.search(plpy, request)
     except plpy.SPIError as error:
@@ -394,10 +391,10 @@ def _search_explained(plpy: Any, request: Request) -> Answer:
         raise
 
 
-def _ranked(plpy: Any, answer: Answer) -> tuple[str, str, str | None, str | None]:
-    """Return keys and distances as arrays, and what :func:`match_line` takes, as text.
+def _to_columns(plpy: Any, answer: Answer) -> tuple[str, str, str | None, str | None]:
+    """Return keys and distances as arrays, and the arguments of ``match_line``, as text.
 
-    PL/Python would write all 17 digits of each float, and make each row by itself.
+    PL/Python would write all 17 digits of each float, and make each row separately.
     """
     distances = _reals(answer.distances)
     if answer.collection.has_integer_keys:
@@ -411,12 +408,12 @@ def _ranked(plpy: Any, answer: Answer) -> tuple[str, str, str | None, str | None
 def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[float, float] | None:
     """Body of ``_match_line``: weight and bias of matches, for SQL to compute probabilities.
 
-    In a call of its own, since it takes as long as a part of a search, and not all ask for it.
+    It is a separate call, since it takes as long as a part of a search. Not all need it.
 
     Args:
         plpy: PL/Python's module.
         model_id: of the collection's model, or None.
-        query: float32 numbers of the prepared query, in hexadecimal; none where the model has no
+        query: float32 numbers of the prepared query, in hexadecimal. Empty if the model has no
             domain to check.
     """
     if model_id is None or query is None:
@@ -428,15 +425,15 @@ def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[floa
     spec = models.spec(plpy, int(model_id))
     if spec.weight is None or spec.bias is None:
         return None
-    # The rows found are not checked: of those nearest to an image inside, one in 10,000 is
-    # outside and claimed to match (medical encoder, a quarter of the rows of other kinds).
+    # The rows found are not checked. Of those nearest to an image inside, one in 10,000 is outside
+    # and claimed to match. That is for the medical encoder, with a quarter of rows of other kinds.
     if query and not spec.is_inside(np.frombuffer(bytes.fromhex(query), np.float32)):
         return None
     return spec.weight, spec.bias
 
 
 def _reals(values: list[float]) -> str:
-    """Return an array of reals as PostgreSQL reads it; nine digits keep each exactly."""
+    """Return an array of reals as PostgreSQL reads it. Nine digits keep each exactly."""
     return _reals_template(len(values)) % tuple(values)
 
 
@@ -452,7 +449,7 @@ def estimate(plpy: Any) -> str | None:
     return exact.explain_asked(plpy)
 
 
-@_answer
+@_entry_point
 def classify_image(
     plpy: Any,
     image: bytes | None,
@@ -463,13 +460,13 @@ def classify_image(
 ) -> tuple[str, str, str]:
     """Body of ``classify_image``."""
     _check_given(label_column=label_column)
-    stored, _ = _keys(plpy, collection, key, None)
+    stored, _ = _cast_keys(plpy, collection, key, None)
     request = _request(image, stored, k, collection)
     labels = _labels(plpy, _search.search(plpy, request), str(label_column))
     if None in labels:  # rows without a label have no vote
         request.filter = json.dumps({label_column: {"<>": None}})
         labels = _labels(plpy, _search.search(plpy, request), str(label_column))
-    # In the order of nearness, so that of equal votes the nearer label comes first.
+    # In order of distance, so that the nearer label comes first if votes are equal.
     votes = Counter(label for label in labels if label is not None)
     total = votes.total()
     found = votes.most_common()
@@ -488,7 +485,7 @@ def _labels(plpy: Any, answer: Answer, label_column: str) -> list[str | None]:
     return [labels[key] for key in answer.keys if key in labels]
 
 
-@_answer
+@_entry_point
 def compare_images(
     plpy: Any, function: str, images: list[bytes | None] | None, model: str | None
 ) -> tuple[str | None]:
@@ -497,7 +494,6 @@ def compare_images(
 
 
 def _model_id(plpy: Any, model: str | None) -> int:
-    """Return a model's number; the default model's where the name is empty."""
     _check_given(model=model)
     return model_id_by_name(plpy, model or None)
 
@@ -509,7 +505,7 @@ def _embed_image(plpy: Any, images: list[bytes | None], model: str | None) -> st
     return vectors.to_text(models.embed(plpy, _model_id(plpy, model), images)[0])
 
 
-def _embedded(plpy: Any, model_id: int, images: list[bytes | None]) -> Any:
+def _embed(plpy: Any, model_id: int, images: list[bytes | None]) -> Any:
     """Return the images' prepared vectors, (images, dimension)."""
     from pg_siamese_server import vectors
     from pg_siamese_server.encoding import models
@@ -519,7 +515,7 @@ def _embedded(plpy: Any, model_id: int, images: list[bytes | None]) -> Any:
 
 
 def _distances(plpy: Any, model_id: int, prepared: Any) -> list[float]:
-    """Return the distances of all pairs of images, in the order of itertools.combinations."""
+    """Return the distances of all pairs of images, in the order of ``itertools.combinations``."""
     import itertools
 
     from pg_siamese_server import vectors
@@ -535,7 +531,7 @@ def _distances(plpy: Any, model_id: int, prepared: Any) -> list[float]:
 
 def _image_distance(plpy: Any, images: list[bytes | None], model: str | None) -> str:
     model_id = _model_id(plpy, model)
-    return f"{_distances(plpy, model_id, _embedded(plpy, model_id, images))[0]:.9g}"
+    return f"{_distances(plpy, model_id, _embed(plpy, model_id, images))[0]:.9g}"
 
 
 def _same_class(plpy: Any, images: list[bytes | None], model: str | None) -> str | None:
@@ -543,7 +539,7 @@ def _same_class(plpy: Any, images: list[bytes | None], model: str | None) -> str
 
     model_id = _model_id(plpy, model)
     spec = models.spec(plpy, model_id)
-    prepared = _embedded(plpy, model_id, images)
+    prepared = _embed(plpy, model_id, images)
     probability = spec.match_probability(_distances(plpy, model_id, prepared)[0])
     if probability is None:
         raise SiameseError(
@@ -572,9 +568,9 @@ def _any_two_match(plpy: Any, images: list[bytes | None], model: str | None) -> 
             sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
             hint="Register it with a threshold.",
         )
-    prepared = _embedded(plpy, model_id, images)
+    prepared = _embed(plpy, model_id, images)
     distances = _distances(plpy, model_id, prepared[spec.is_inside(prepared)])
-    # As bool_or does: of a pair with an image that the encoder doesn't know, nothing is known.
+    # As bool_or does: nothing is known of a pair with an image outside the encoder's domain.
     return str(min(distances) <= spec.threshold).lower() if distances else None
 
 
@@ -587,14 +583,14 @@ COMPARISONS: dict[str, Callable[[Any, list[bytes | None], str | None], str | Non
 }
 
 
-@_answer
+@_entry_point
 def warm_up(plpy: Any, collection: str | None) -> tuple[str, str]:
     """Body of ``warm_up``."""
     ready = _search.warm_up(plpy, collection)
     return _array(engine for engine, _ in ready), _array(detail for _, detail in ready)
 
 
-@_answer
+@_entry_point
 def generation_file(
     plpy: Any, collection_id: int | None, generation: int | None
 ) -> tuple[str | None]:
@@ -604,7 +600,7 @@ def generation_file(
     return (status.generation_file(plpy, collection_id, generation),)
 
 
-@_answer
+@_entry_point
 def self_check(plpy: Any, full: bool | None) -> tuple[str, str, str]:
     """Body of ``self_check``."""
     from pg_siamese_server import status

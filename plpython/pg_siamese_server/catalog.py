@@ -14,15 +14,15 @@ from pg_siamese_server.limits import Limits
 # Prepared plans outlive transactions and follow changes of their tables by themselves.
 _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
 MAX_PLANS = 200
-# Collections that triggers found in order, with the versions of the rows that say so.
+# Collections that triggers found in order, with the versions of the catalog's rows.
 _kept: dict[int, tuple[str, Collection]] = {}
-# Pending changes that a session reads; with more, pgvector scans the table.
+# Pending changes that a session reads. With more, pgvector scans the table.
 MAX_CHANGES = 300_000
 MAX_XACT_ID = 2**64 - 1
 OPERATORS = {"cosine": "<=>", "l2": "<->"}
 
-# Run with the caller's search_path. Casts to the very types that PostgreSQL's own functions and
-# operators take leave no better match for those of somebody else, in another schema of that path.
+# Runs with the caller's search_path. Casts give PostgreSQL's own functions and operators their very
+# types, so that nothing in another schema matches better.
 COLLECTION_QUERY = """
 SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
     quote_ident(n.nspname::text) || '.' || quote_ident(r.relname::text) AS relation,
@@ -39,8 +39,8 @@ INNER JOIN siamese.models AS m USING (model_id)
 LEFT JOIN pg_catalog.pg_class AS r ON r.oid = c.relation::oid AND r.relkind = 'r'
 LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid = r.relnamespace
 """
-# The same for a trigger of table $2, and whether all is as it was made, by one look: else functions
-# look closer, mend what they can, and say what they can't.
+# The same for a trigger of table $2, with one check that nothing has changed since creation. If
+# something has, functions check closely, repair what they can, and report what they can't.
 TRIGGER_QUERY = COLLECTION_QUERY.replace(
     "\nFROM siamese.collections AS c",
     """, EXISTS (
@@ -80,12 +80,14 @@ ORDER BY c.name
 
 @dataclass(frozen=True)
 class Collection:
-    """A row of ``siamese.collections``; names are quoted, ready for SQL text.
+    """A row of ``siamese.collections``, with names quoted for SQL text.
 
-    ``plans`` holds the plans of its searches, by purpose: to build their SQL anew, only to look
-    them up by it, would take a good part of a search's time. ``columns`` are those that filters
-    named, as last looked up, and ``ways`` is how filtered searches went. ``is_ready`` means that a
-    trigger has seen that the table's owner can read it.
+    Attributes:
+        plans: of its searches, by purpose. To build their SQL, only to look them up by it, would
+            take a good part of a search's time.
+        columns: those that filters named, as last looked up.
+        ways: how filtered searches were answered.
+        is_ready: whether a trigger has seen that the table's owner can read it.
     """
 
     collection_id: int
@@ -116,16 +118,16 @@ class Collection:
 
     @property
     def pending(self) -> str:
-        """The table of changes that no index generation knows of."""
+        """The table of changes that no index generation has."""
         return f"siamese.pending_{self.collection_id}"
 
     @property
     def queue(self) -> str:
-        """The table of tickets, where rows are embedded later."""
+        """The table of tickets of a deferred collection."""
         return f"siamese.queue_{self.collection_id}"
 
     def row_function(self, name: str) -> str:
-        """Return the function of that name that reads the table with its owner's rights."""
+        """Return the name of a function that reads the table with its owner's rights."""
         return f"siamese._{name}_{self.collection_id}"
 
     @cached_property
@@ -135,7 +137,7 @@ class Collection:
 
     @cached_property
     def keeps_failures(self) -> bool:
-        """Whether a bad image goes to ``embedding_failures`` rather than reject its statement."""
+        """Whether a bad image is recorded in ``embedding_failures`` and its statement goes on."""
         return self.on_error == "quarantine" or self.embed == "deferred"
 
     @property
@@ -145,11 +147,11 @@ class Collection:
 
     @property
     def key_array(self) -> str:
-        """Type of an array of keys."""
+        """The type of an array of keys."""
         return f"{self.key_type}[]"
 
     def as_it_was(self, plpy: Any, name: str = "$1") -> str:
-        """Return a condition on ``siamese.collections AS c``: still this one, of that name."""
+        """Return a condition on ``siamese.collections AS c``: unchanged, and with this name."""
         relation = plpy.quote_literal(self.relation)
         limits = " AND ".join(
             f"c.{name} {'IS NULL' if value is None else f'= {value}'}"
@@ -163,12 +165,12 @@ class Collection:
 
     @property
     def vector_type(self) -> str:
-        """The type vector, with the schema that pgvector is installed in."""
+        """The type vector, with pgvector's schema."""
         return f"{self.vector_schema}.vector"
 
     @property
     def distance_operator(self) -> str:
-        """pgvector's operator of the metric."""
+        """The operator of the metric, with pgvector's schema."""
         return f"OPERATOR({self.vector_schema}.{OPERATORS[self.metric]})"
 
 
@@ -183,17 +185,17 @@ def prepare(plpy: Any, sql: str, types: tuple[str, ...] = ()) -> Any:
 
 
 def is_standby(plpy: Any) -> bool:
-    """Whether this server replays another one's changes, and so can't write."""
+    """Return whether this server replays another one's changes, and so can't write."""
     return bool(plpy.execute("SELECT pg_catalog.pg_is_in_recovery() AS yes")[0]["yes"])
 
 
 def collection_by_name(plpy: Any, name: str | None) -> Collection:
-    """Look a collection up; raises SiameseError 42704 where there is none."""
+    """Look up a collection. Raises ``SiameseError`` 42704 if there is none."""
     if name is not None:
         plan = prepare(plpy, COLLECTION_QUERY + "WHERE c.name = $1", ("text",))
         rows = plan.execute([name])
         if rows:
-            return _checked(Collection(**rows[0]))
+            return _check_relation(Collection(**rows[0]))
     if name is None:
         raise SiameseError("collection is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
     raise SiameseError(
@@ -206,30 +208,30 @@ def collection_by_name(plpy: Any, name: str | None) -> Collection:
 def locked_collection(
     plpy: Any, name: str | None, lock: Callable[[Any, int], object] | None = None
 ) -> Collection:
-    """Look a collection up and lock it, so that it stays until the transaction ends.
+    """Look up a collection and lock it until the transaction ends.
 
     Args:
         plpy: PL/Python's module.
         name: of the collection.
-        lock: what to lock of the collection of a number; its table, unless said otherwise. Whoever
-            reads or writes vectors takes that lock before any other: see ``_lock_relation``.
+        lock: locks something of a collection by its number, by default its table. Whoever reads or
+            writes vectors takes that lock first (see ``_lock_relation``).
     """
     while True:
         collection = collection_by_name(plpy, name)
         (lock or lock_table)(plpy, collection.collection_id)
-        found = collection_by_name(plpy, name)  # while this waited, it may have been dropped
+        found = collection_by_name(plpy, name)  # it may have been dropped while this waited
         if found.collection_id == collection.collection_id:
             return found
 
 
 def lock_table(plpy: Any, collection_id: int) -> bool:
-    """Lock a collection's table against DDL; returns whether both exist."""
+    """Lock a collection's table against DDL. Return whether both exist."""
     plan = prepare(plpy, "SELECT siamese._lock_table($1) AS found", ("integer",))
     return bool(plan.execute([collection_id])[0]["found"])
 
 
 def near_collection_hint(plpy: Any, name: str) -> str:
-    """Say which collection may be meant: of a table of this name, or of nearly this one."""
+    """Return a hint at collections of a table of this name, or of a similar name."""
     import difflib
 
     known: dict[str, list[str | None]] = {}
@@ -247,7 +249,7 @@ def near_collection_hint(plpy: Any, name: str) -> str:
 
 
 def collection_by_id(plpy: Any, collection_id: int) -> Collection:
-    """Look a collection up by its number."""
+    """Look up a collection by its number."""
     plan = prepare(plpy, COLLECTION_QUERY + "WHERE c.collection_id = $1", ("integer",))
     rows = plan.execute([collection_id])
     if not rows:
@@ -257,17 +259,17 @@ def collection_by_id(plpy: Any, collection_id: int) -> Collection:
             hint="Drop the trigger that refers to it, or call create_collection for its table,"
             " which drops it.",
         )
-    return _checked(Collection(**rows[0]))
+    return _check_relation(Collection(**rows[0]))
 
 
 def collection_of_trigger(
     plpy: Any, collection_id: int, relation_oid: int, versions: str | None
 ) -> Collection:
-    """Look a collection up for a trigger of a table, and see that it is that table's.
+    """Look up a collection for a trigger, and check that it belongs to the trigger's table.
 
-    A copy of another table may have brought the trigger along, the table may have a new owner. A
-    collection that was in order still is, if ``versions``, which ``_on_change`` reads, are the
-    same. To look at everything again would take a good part of a short insert's time.
+    A copy of another table may have brought the trigger along. The table may have a new owner.
+    ``_on_change`` reads ``versions``. If these are unchanged, a collection that was in order still
+    is. To check everything again would take a good part of a short insert's time.
     """
     kept = _kept.get(collection_id)
     if kept is not None and kept[0] == versions:
@@ -285,7 +287,7 @@ def collection_of_trigger(
     return collection
 
 
-def _checked(collection: Collection) -> Collection:
+def _check_relation(collection: Collection) -> Collection:
     if collection.relation is None:
         raise no_table(collection.name)
     return collection
@@ -301,7 +303,7 @@ def no_table(name: str) -> SiameseError:
 
 
 def model_id_by_name(plpy: Any, name: str | None) -> int:
-    """Return a model's number; without a name, that of the default model."""
+    """Return a model's number, or that of the default model if ``name`` is None."""
     plan = prepare(plpy, "SELECT siamese._model_id($1) AS model_id", ("text",))
     return int(plan.execute([name])[0]["model_id"])
 

@@ -53,7 +53,7 @@ class SiameseError(Exception):
 
 
 class ImageError(SiameseError):
-    """One image can't be decoded or embedded; other rows are not concerned."""
+    """One image can't be decoded or embedded. Other rows are not affected."""
 
     sqlstate = INVALID_BINARY_REPRESENTATION
 
@@ -76,7 +76,7 @@ class ModelError(SiameseError):
 
 
 class IndexFileError(SiameseError):
-    """A FAISS generation that is missing, torn, or not the one that the catalog names."""
+    """An index file that is missing, damaged, or not the one that the catalog names."""
 
     sqlstate = OBJECT_NOT_IN_PREREQUISITE_STATE
 
@@ -99,12 +99,12 @@ FILE_ERRORS = {
 
 
 def counted(number: int, thing: str) -> str:
-    """Return a number with what it counts: 1 row, 2,000 rows."""
+    """Return a number with what it counts, such as "1 row" or "2,000 rows"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def file_error(error: OSError) -> SiameseError:
-    """Say what went wrong with an index file, and what to do; nothing else writes files."""
+    """Return the error of an index file that can't be written. Nothing else writes files."""
     sqlstate, hint = FILE_ERRORS.get(error.errno or 0, (IO_ERROR, None))
     return SiameseError(
         f'could not write index file "{error.filename or ""}": {error.strerror}',
@@ -115,7 +115,7 @@ def file_error(error: OSError) -> SiameseError:
 
 
 def package_error(error: ImportError) -> SiameseError:
-    """Say which package of the server's environment is missing or broken."""
+    """Return the error of a package that is missing or broken in the server's environment."""
     return SiameseError(
         f'Python package "{error.name or "unknown"}" cannot be imported by the server',
         sqlstate=UNDEFINED_FILE,

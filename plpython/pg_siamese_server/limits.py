@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What a collection allows.
+    """Limits of a collection.
 
     Attributes:
         max_bytes: largest file, or None for the model's limit.

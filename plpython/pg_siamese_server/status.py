@@ -1,4 +1,4 @@
-"""What administrators look at: index files on this node, and the health of everything."""
+"""Index files on this node and the health of everything, for administrators."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pg_siamese_server.writing.deferred import CANCELLED
 from pg_siamese_server.writing.triggers import abandoned_query, compared, missing_query, stale_keys
 
 Line = tuple[str, bool, str]
-# What a look at some images costs at most, without full => true.
+# Most rows and bytes that a check of some images reads, without full => true.
 SAMPLE_ROWS, SAMPLE_BYTES = 100, 16 * 1024 * 1024
 PACKAGES = (
     "numpy",
@@ -39,12 +39,12 @@ PACKAGES = (
     "imagecodecs",
 )
 TRIGGERS = ("insert", "update", "change", "delete", "truncate")
-# CVE-2026-3172, in parallel builds of HNSW indexes: from the first of these on, up to the second.
+# CVE-2026-3172, in parallel builds of HNSW indexes: the first unsafe and the first safe version.
 PGVECTOR_UNSAFE = ((0, 6), (0, 8, 2))
 
 
 def generation_file(plpy: Any, collection_id: int | None, generation: int | None) -> str | None:
-    """Tell whether a generation's file is on this node: present, missing or not readable."""
+    """Return whether a generation's file is on this node: present, missing or not readable."""
     if generation is None or collection_id is None:
         return None
     try:
@@ -58,14 +58,14 @@ def generation_file(plpy: Any, collection_id: int | None, generation: int | None
         return "present" if all(os.access(path, os.R_OK) for path in paths) else "not readable"
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
-    except OSError:  # the directory is closed to the server
+    except OSError:  # the server may not read the directory
         return "not readable"
 
 
 def self_check(plpy: Any, full: bool) -> list[Line]:
     """Check installation and collections.
 
-    Whatever fails is a line of its own, and the rest is checked all the same.
+    Each failure is a line of its own, and the other checks still run.
 
     Args:
         plpy: PL/Python's module.
@@ -78,9 +78,9 @@ def self_check(plpy: Any, full: bool) -> list[Line]:
         ("server package", True, f"version {__version__}, Python {sys.version.split()[0]}"),
         *map(_package, PACKAGES),
         ("telemetry", *telemetry.check()),
-        _guarded(plpy, "pgvector", partial(_pgvector, plpy)),
-        _guarded(plpy, "index directory", _directory),
-        _guarded(plpy, "triggers", partial(_strays, plpy)),
+        _run_check(plpy, "pgvector", partial(_pgvector, plpy)),
+        _run_check(plpy, "index directory", _directory),
+        _run_check(plpy, "triggers", partial(_stray_triggers, plpy)),
     ]
     found: dict[str, list[Line]] = {}
     # In the order in which renew_collections locks their tables.
@@ -98,8 +98,8 @@ def self_check(plpy: Any, full: bool) -> list[Line]:
     return result + [line for name in sorted(found) for line in found[name]]
 
 
-def _guarded(plpy: Any, what: str, check: Callable[[], Line]) -> Line:
-    """Make a check; where it fails itself, that is a bad line, and no other check is concerned."""
+def _run_check(plpy: Any, what: str, check: Callable[[], Line]) -> Line:
+    """Run a check. If the check itself fails, return a bad line, so that the others still run."""
     try:
         with plpy.subtransaction():
             return check()
@@ -125,8 +125,7 @@ def _directory() -> Line:
     return ("index directory", True, "in the data directory")
 
 
-def _strays(plpy: Any) -> Line:
-    """Look for triggers that a copy of a collection's table has brought along."""
+def _stray_triggers(plpy: Any) -> Line:
     rows = plpy.execute(
         "SELECT t.relation::text AS relation, pg_catalog.string_agg(t.name::text, ', ') AS names"
         " FROM siamese._triggers() AS t WHERE NOT EXISTS (SELECT FROM siamese.collections AS c"
@@ -151,9 +150,9 @@ def _package(name: str) -> Line:
 
 
 def _pgvector(plpy: Any) -> Line:
-    """Name what is unsafe in old versions: builds of HNSW indexes, which users may have made.
+    """Check for a pgvector that is unsafe in builds of HNSW indexes, which users may have.
 
-    The files on disk decide, not the version that ALTER EXTENSION has noted.
+    The files on disk decide, not the version that ALTER EXTENSION has recorded.
     """
     files = plpy.execute(
         "SELECT x.default_version AS version FROM pg_catalog.pg_available_extensions AS x"
@@ -171,10 +170,10 @@ def _pgvector(plpy: Any) -> Line:
 def pgvector_line(found: str, index: str | None) -> Line:
     """Return self_check's line on a version of pgvector, and an HNSW index if there is one."""
     numbers = tuple(map(int, re.findall(r"\d+", found)))
-    first, mended = PGVECTOR_UNSAFE
-    if index is None or not first <= numbers < mended:
+    first, fixed = PGVECTOR_UNSAFE
+    if index is None or not first <= numbers < fixed:
         return ("pgvector", True, f"version {found}" if found else "its files are missing")
-    floor = ".".join(map(str, mended))
+    floor = ".".join(map(str, fixed))
     return (
         "pgvector",
         False,
@@ -184,7 +183,7 @@ def pgvector_line(found: str, index: str | None) -> Line:
 
 
 def _collection(plpy: Any, collection: Collection, full: bool) -> list[Line]:
-    columns = _guarded(plpy, "columns", partial(_columns, plpy, collection))
+    columns = _run_check(plpy, "columns", partial(_columns, plpy, collection))
     if not columns[1]:
         known = f"SELECT FROM siamese.collections WHERE collection_id = {collection.collection_id}"
         return [columns] if plpy.execute(known).nrows() else []  # dropped meanwhile
@@ -202,11 +201,10 @@ def _collection(plpy: Any, collection: Collection, full: bool) -> list[Line]:
         "model": partial(_model, plpy, collection),
         "index": partial(_index, plpy, collection),
     }
-    return [_guarded(plpy, what, check) for what, check in checks.items()]
+    return [_run_check(plpy, what, check) for what, check in checks.items()]
 
 
 def _table(plpy: Any, collection: Collection) -> Line:
-    """Tell of what a table has become since the collection was created."""
     plan = prepare(
         plpy,
         "SELECT o.kind, o.hint FROM siamese._obstacle($1) AS o WHERE o.kind IS NOT NULL"
@@ -230,7 +228,6 @@ def _owner(plpy: Any, collection: Collection) -> Line:
 
 
 def _hashes(plpy: Any, collection: Collection, full: bool) -> Line:
-    """Compare images with the hashes beside their vectors: all, or some that chance draws."""
     what = "vectors of other images"
     unknown = f"SELECT count(*) AS n FROM {collection.embeddings} AS e WHERE e.image_hash IS NULL"
     unhashed = int(plpy.execute(unknown)[0]["n"])
@@ -249,7 +246,7 @@ def _hashes(plpy: Any, collection: Collection, full: bool) -> Line:
 
 
 def _sample(plpy: Any, collection: Collection) -> list[Any]:
-    """Return some keys with a hash: all of a small collection, else some that chance draws."""
+    """Return keys with a hash: all of a small collection, else a random sample."""
     first = plpy.execute(
         f"SELECT array_agg(s.key) AS keys FROM (SELECT e.key FROM {collection.embeddings} AS e"
         f" WHERE e.image_hash IS NOT NULL LIMIT {SAMPLE_ROWS + 1}) AS s"

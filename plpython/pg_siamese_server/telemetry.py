@@ -1,10 +1,10 @@
-"""Nothing leaves the server: ONNX Runtime's telemetry, off before it is imported.
+"""Switch ONNX Runtime's telemetry off before it is imported, so that nothing leaves the server.
 
-Since version 1.29 its Linux builds collect usage data. The import alone makes a device id and an
-upload queue in the user's cache folder and starts threads that send it over HTTPS. The variable
-below prevents all of that, but only before the import: the API call after it comes too late.
+Since version 1.29 its Linux builds collect usage data. The import alone creates a device ID and an
+upload queue in the user's cache folder. It also starts threads that send them over HTTPS. The
+variable below prevents all of that, but only before the import. The API call comes too late.
 
-Imported by the package itself, so the standard library's ``os`` and ``sys`` are all it needs.
+The package itself imports this module, so it uses ``os`` and ``sys`` only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 
 VARIABLE = "ORT_DISABLE_TELEMETRY"
-# Of the values that ONNX Runtime 1.31 was tried with, these switch it off. "0" and "2" don't.
+# ONNX Runtime 1.31 accepts these values, of those that were tried. "0" and "2" don't work.
 _OFF = ("1", "true", "yes")
 _FOLDER = ("Microsoft", "DeveloperTools", ".onnxruntime")
 
@@ -23,7 +23,7 @@ _started = False
 def switch_off() -> None:
     """Switch telemetry off, for this process and those that it starts.
 
-    An inherited value is overwritten: there is no reason to let data out of a database server.
+    An inherited value is overwritten. There is no reason to let data out of a database server.
     """
     global _started
     off = os.environ.get(VARIABLE, "").lower() in _OFF
@@ -32,13 +32,13 @@ def switch_off() -> None:
 
 
 def queue_folder() -> str:
-    """Return the folder in which ONNX Runtime's telemetry keeps its device id and its queue."""
+    """Return the folder of ONNX Runtime's telemetry, with its device ID and queue."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(cache, *_FOLDER)
 
 
 def check() -> tuple[bool, str]:
-    """Tell whether telemetry is off, and what to do where it is not, or was not once."""
+    """Return whether telemetry is off, with what to do if it is not, or if it once was on."""
     if _started:
         return False, (
             "ONNX Runtime was imported before pg_siamese in this session, with its telemetry on;"

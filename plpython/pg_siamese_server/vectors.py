@@ -1,4 +1,4 @@
-"""Vectors between SQL, NumPy and FAISS."""
+"""Convert vectors between SQL, NumPy and FAISS."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def from_send(data: bytes, count: int) -> NDArray[np.float32]:
 
 
 def stored(plpy: Any, collection: Collection, embedding_id: int) -> NDArray[np.float32]:
-    """Read a stored vector, prepared; float32 (1, dimension)."""
+    """Read a stored vector, prepared, float32 (1, dimension)."""
     plan = prepare_statement(
         plpy,
         f"SELECT {collection.vector_schema}.vector_send(e.embedding) AS vector"
@@ -40,7 +40,7 @@ def stored(plpy: Any, collection: Collection, embedding_id: int) -> NDArray[np.f
 
 
 def to_text(vector: NDArray[np.float32]) -> str:
-    """Return pgvector's text form; nine digits keep every float32 exactly."""
+    """Return pgvector's text form. Nine digits keep every float32 exactly."""
     return _text_template(len(vector)) % tuple(vector.tolist())
 
 
@@ -50,10 +50,10 @@ def _text_template(dimension: int) -> str:
 
 
 def prepare(vectors: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
-    """Bring vectors to the form that is indexed: of length one for ``cosine``, else as they are.
+    """Bring vectors to the form that is indexed: of length one for ``cosine``, else unchanged.
 
-    On vectors of length one, squared Euclidean distance is twice the cosine distance, and FAISS
-    builds better graphs with it than with inner products.
+    For vectors of length one, squared Euclidean distance is twice the cosine distance. FAISS builds
+    better graphs with it than with inner products.
     """
     if metric != "cosine":
         return np.ascontiguousarray(vectors, dtype=np.float32)
@@ -64,21 +64,21 @@ def prepare(vectors: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
 def squared_distances(
     matrix: NDArray[np.float32], query: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Return squared Euclidean distances of rows to one query (1, dimension); float32 (rows,)."""
+    """Return squared Euclidean distances of rows to one query (1, dimension), float32 (rows,)."""
     difference = matrix - query
     result: NDArray[np.float32] = np.einsum("ij,ij->i", difference, difference)
     return result
 
 
 def to_distances(squared: list[float], metric: str) -> list[float]:
-    """Turn squared Euclidean distances of prepared vectors into those that callers see."""
+    """Convert squared Euclidean distances of prepared vectors to those that callers see."""
     if metric == "cosine":
         return [0.5 * square for square in squared]
     return [math.sqrt(square) for square in squared]
 
 
 def squared_limit(max_distance: float, metric: str) -> float:
-    """Return the squared Euclidean distance between prepared vectors that a distance means."""
+    """Return the largest squared Euclidean distance of prepared vectors within ``max_distance``."""
     if max_distance < 0:
         return -1.0
     if metric == "cosine":

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+# It switches ONNX Runtime's telemetry off. That must come before the first import of ONNX Runtime.
+import pg_siamese_server as _  # noqa: F401
 
 __version__ = "0.3.0"
-
-# It switches ONNX Runtime's telemetry off, which must come before the first import of that. The
-# set-up (tools) runs before there are any packages.
-with contextlib.suppress(ModuleNotFoundError):
-    import pg_siamese_server as _  # noqa: F401

@@ -1,21 +1,21 @@
 """Deferred embedding in a process of its own: `pg_siamese worker`.
 
-Several may run at once, on several machines: each takes tickets that no other has (FOR UPDATE SKIP
-LOCKED), embeds their images with the server package's own code, and stores the vectors, all in one
-transaction. A worker that dies rolls back, and its tickets are free again. Over a second connection
-it notes beforehand what it begins with: a ticket that workers died with is cut up, its rows are
-taken one by one, and a row that kills each worker is given up in the end.
+Several workers may run at once, on several machines. Each takes tickets that no other worker holds
+(FOR UPDATE SKIP LOCKED), embeds their images with the server package's code, and stores the
+vectors, all in one transaction. If a worker dies, its transaction is rolled back and its tickets
+are free again. Over a second connection it records beforehand what it starts. So a ticket that
+crashed workers is split into single rows, and a row that crashes every worker is given up.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import select
 import signal
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,29 +28,30 @@ from psycopg.types.composite import CompositeInfo, register_composite
 import pg_siamese_server
 from pg_siamese.client.connection import CommandError, NoServerError, connect, describe_error
 from pg_siamese_server.encoding.encoder import Encoder
+from pg_siamese_server.encoding.open_encoders import OpenEncoders
 from pg_siamese_server.encoding.specification import ModelSpec
 from pg_siamese_server.errors import SiameseError, counted
 from pg_siamese_server.limits import Limits
 from pg_siamese_server.writing.deferred import Result, Results, Row, embed_batch
 
+LOGGER = logging.getLogger(__name__)
 CHANNEL = "pg_siamese_queue"
-# A batch ends after this, so that its locks go and others see its vectors.
+# A batch ends after this, so that it releases its locks and others see its vectors.
 BATCH_SECONDS = 2.0
-# What a hung worker holds must not be held for ever; a table's lock is not worth a long wait.
+# A hung worker must release its locks in time, and no table's lock is worth a long wait.
 SETTINGS = {"idle_in_transaction_session_timeout": "5min", "lock_timeout": "5s"}
 FIRST_RECONNECT_SECONDS, LAST_RECONNECT_SECONDS = 0.5, 30.0
-# How long a collection is left alone after a failure that concerns all of its rows.
+# How long a collection is skipped after a failure that concerns all of its rows.
 BUSY_SECONDS, BROKEN_SECONDS = 2.0, 60.0
 REBUILD_SECONDS = 10.0
-MAX_OPEN_ENCODERS = 4
 
-# What passes.
+# Errors that pass.
 BUSY = (
     psycopg.errors.LockNotAvailable,
     psycopg.errors.DeadlockDetected,
     psycopg.errors.SerializationFailure,
 )
-# What comes of a collection that was dropped meanwhile: it is not in the next list.
+# Errors of a collection that was dropped meanwhile. It is not in the next list.
 GONE = (
     psycopg.errors.UndefinedFunction,
     psycopg.errors.UndefinedTable,
@@ -58,26 +59,25 @@ GONE = (
 )
 
 Connection = psycopg.Connection[Any]
-Say = Callable[[str], None]
 
 
 class Stopped(BaseException):
-    """A signal asked the worker to end; no error, that a bad image could be taken for."""
+    """A signal asked the worker to end. It is no ``Exception``, which is a bad image's."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a worker is told.
+    """What a worker does.
 
     Attributes:
         dsn: libpq connection string, or None for the PG* variables.
         collections: names, or none for all that are deferred.
-        batch: rows taken at once.
-        once: end when nothing waits.
-        idle_timeout: seconds without work after which to end, or None.
-        poll: seconds after which to look, where no notification comes.
-        rebuild_pending: pending vectors from which on to build the index, or None for never.
-        rebuild_dead: share of dead vectors from which on to build it.
+        batch: rows per batch.
+        once: end when the queue is empty.
+        idle_timeout: end after this many idle seconds, or None.
+        poll: polling interval in seconds, if no notification comes.
+        rebuild_pending: build the index at this many pending vectors, or None for never.
+        rebuild_dead: build it at this fraction of dead vectors.
     """
 
     dsn: str | None = None
@@ -100,7 +100,7 @@ class Totals:
 
 
 class Signals:
-    """SIGTERM and SIGINT as a flag that also ends a wait; the first asks, the second insists."""
+    """SIGTERM and SIGINT as a flag that also ends a wait. A second SIGINT interrupts."""
 
     def __init__(self) -> None:
         self._stopping = False
@@ -110,7 +110,7 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle them for as long as the body runs; in the main thread only."""
+        """Handle the signals while the body runs, in the main thread only."""
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
@@ -132,22 +132,22 @@ class Signals:
             self.on_stop()
 
     def stopping(self) -> bool:
-        """Whether a signal came."""
+        """Return whether a signal came."""
         return self._stopping
 
     def check(self) -> None:
-        """Leave where a signal came."""
+        """Raise :class:`Stopped` if a signal came."""
         if self._stopping:
             raise Stopped
 
     def wait(self, seconds: float, *files: int) -> None:
-        """Wait for a signal, for something to read from ``files``, or for so long."""
+        """Wait for a signal, for something to read from ``files``, or for ``seconds``."""
         if not self._stopping:
             select.select([self._reader.fileno(), *files], [], [], seconds)
 
 
 class Database:
-    """The functions of a batch, over a connection; another one keeps what this one rolls back."""
+    """The functions of a batch over one connection. Another one keeps what this one rolls back."""
 
     def __init__(self, connection: Connection, notes: Connection) -> None:
         self.connection = connection
@@ -155,7 +155,7 @@ class Database:
 
     @contextmanager
     def batch(self, collection_id: int) -> Iterator[None]:
-        """One transaction; where it fails, its tickets are not taken for those of a dead worker."""
+        """Run one transaction. If it fails, its tickets do not count as those of a dead worker."""
         taken: list[int] = []
         self._taken = taken
         try:
@@ -170,7 +170,7 @@ class Database:
             raise
 
     def take(self, collection_id: int, max_rows: int) -> list[tuple[int, list[str]]]:
-        """Return tickets that were free, with their keys, after a note that they are begun with."""
+        """Return tickets that were free, with their keys, and record their start."""
         rows = self.connection.execute(
             "SELECT ticket, keys FROM siamese._take_tickets(%s, %s)", (collection_id, max_rows)
         ).fetchall()
@@ -206,28 +206,33 @@ class Database:
 
 @dataclass
 class Worker:
-    """One worker; :meth:`run` returns when it is done or told to end.
+    """One worker. :meth:`run` returns when it is done or a signal came.
 
     Attributes:
-        options: what it is told.
-        say: called with a line on something that happened.
+        options: what it does.
         progress: called after each batch, with the totals.
+        signals: those that end it.
+        totals: what it has done.
+        failures: why the collections that it skips can't be embedded, by name.
     """
 
     options: Options
-    say: Say
     progress: Callable[[Totals], None] = lambda totals: None
     signals: Signals = field(default_factory=Signals)
     totals: Totals = field(default_factory=Totals)
     failures: dict[str, str] = field(default_factory=dict)
     _held: dict[int, float] = field(default_factory=dict)
-    _encoders: OrderedDict[str, Encoder] = field(default_factory=OrderedDict)
+    _encoders: OpenEncoders = field(default_factory=OpenEncoders)
     _notified: bool = False
     _rebuilt_at: float = 0.0
     _busy_at: float = 0.0
 
     def run(self) -> Totals:
-        """Work until there is a reason to end; raises CommandError."""
+        """Work until there is a reason to end.
+
+        Raises:
+            CommandError: the worker can't go on.
+        """
         attempt = 0
         connected = False
         while not self.signals.stopping():
@@ -248,7 +253,7 @@ class Worker:
                 delay *= random.uniform(0.8, 1.2)  # workers must not come back all at once
                 attempt += 1
                 reason = describe_error(error) if isinstance(error, psycopg.Error) else str(error)
-                self.say(f"no connection: {reason}; next try in {delay:.1f} s")
+                LOGGER.warning("no connection: %s; next try in %.1f s", reason, delay)
                 self.signals.wait(delay)
         return self.totals
 
@@ -275,7 +280,7 @@ class Worker:
                 _check_version(connection)  # it may be gone
                 if not isinstance(error, BUSY):
                     raise
-                self.say(f"paused for {BUSY_SECONDS:.0f} s: {describe_error(error)}")
+                LOGGER.warning("paused for %.0f s: %s", BUSY_SECONDS, describe_error(error))
                 self.signals.wait(BUSY_SECONDS)
                 continue
             if is_any:
@@ -294,7 +299,7 @@ class Worker:
         self._notified = True
 
     def _round(self, connection: Connection, notes: Connection) -> bool:
-        """Do one batch of each collection that has tickets; say whether anything was done."""
+        """Do one batch of each collection that has tickets. Return whether anything was done."""
         _check_version(connection)  # each time: it may be upgraded meanwhile
         queued = connection.execute(
             "SELECT q.collection_id, q.name, q.model_id, q.sha256, c.max_bytes, c.max_pixels"
@@ -339,19 +344,21 @@ class Worker:
         return is_any
 
     def _isolate(self, connection: Connection, collection_id: int, name: str) -> int:
-        """Cut up tickets that workers died with; returns how many rows were given up."""
+        """Split tickets that crashed workers. Return how many rows were given up."""
         row = connection.execute("SELECT siamese._isolate_tickets(%s)", (collection_id,)).fetchone()
         given_up = int(row[0]) if row else 0
         if given_up:
             self.totals.failed += given_up
-            self.say(f'{counted(given_up, "row")} of "{name}" given up: workers died each time')
+            LOGGER.error(
+                'gave up on %s of "%s": each crashed its worker', counted(given_up, "row"), name
+            )
         return given_up
 
     def _judge(self, collection_id: int, name: str, error: psycopg.Error) -> None:
-        """Decide what an error of a batch means; the batch is rolled back."""
+        """Decide what an error of a batch means. The batch is rolled back."""
         if isinstance(error, psycopg.errors.InsufficientPrivilege):
             raise CommandError(
-                f"{describe_error(error)}; let the role embed with siamese.grant_worker"
+                f"{describe_error(error)}; grant the role siamese.grant_worker"
             ) from error
         if isinstance(error, BUSY + GONE):
             self._held[collection_id] = time.monotonic() + BUSY_SECONDS
@@ -361,34 +368,30 @@ class Worker:
     def _hold(self, collection_id: int, name: str, reason: str, seconds: float) -> None:
         self._held[collection_id] = time.monotonic() + seconds
         self.failures[name] = reason
-        self.say(f'collection "{name}" is left alone for {seconds:.0f} s: {reason}')
+        LOGGER.error('collection "%s" skipped for %.0f s: %s', name, seconds, reason)
 
     def _encoder(self, connection: Connection, model_id: int, sha256: str) -> Encoder:
-        """Return a model's encoder; raises SiameseError where it is not what it should be."""
+        """Return a model's encoder. Raise SiameseError if it is not what it should be."""
         row = connection.execute(
             "SELECT specification FROM siamese.models WHERE model_id = %s AND sha256 = %s",
             (model_id, sha256),
         ).fetchone()
         if row is None:
-            raise SiameseError("its model is gone")
-        key = f"{sha256} {row[0]}"
-        found = self._encoders.get(key)
-        if found is not None:
-            self._encoders.move_to_end(key)
-            return found
-        data = connection.execute(
-            "SELECT onnx FROM siamese.models WHERE model_id = %s", (model_id,), binary=True
-        ).fetchone()
-        if data is None or hashlib.sha256(data[0]).hexdigest() != sha256:
-            raise SiameseError("the ONNX file of its model does not match its SHA-256")
-        found = Encoder(data[0], ModelSpec.from_json(row[0]))
-        while len(self._encoders) >= MAX_OPEN_ENCODERS:
-            self._encoders.popitem(last=False)
-        self._encoders[key] = found
-        return found
+            raise SiameseError("its model no longer exists")
+        specification = row[0]
+
+        def read() -> tuple[bytes, ModelSpec]:
+            data = connection.execute(
+                "SELECT onnx FROM siamese.models WHERE model_id = %s", (model_id,), binary=True
+            ).fetchone()
+            if data is None or hashlib.sha256(data[0]).hexdigest() != sha256:
+                raise SiameseError("the ONNX file of its model does not match its SHA-256")
+            return data[0], ModelSpec.from_json(specification)
+
+        return self._encoders.get(sha256, str(specification), read)
 
     def _rebuild(self, connection: Connection, at_end: bool = False) -> None:
-        """Build indexes that have fallen behind, now and then; one worker at a time does."""
+        """Build indexes that have fallen behind, now and then. One worker at a time does."""
         pending = self.options.rebuild_pending
         now = time.monotonic()
         if pending is None or (now - self._rebuilt_at < REBUILD_SECONDS and not at_end):
@@ -417,14 +420,14 @@ class Worker:
             except psycopg.Error as error:
                 if connection.closed or connection.broken:
                     raise
-                self.say(f'the index of "{name}" was not built: {describe_error(error)}')
+                LOGGER.error('index of "%s" was not built: %s', name, describe_error(error))
                 self._rebuilt_at = now + BROKEN_SECONDS
                 continue
             finally:
                 self.signals.on_stop = None
             if row is not None and row[0] is not None:
                 self.totals.builds += 1
-                self.say(f'index of "{name}" built: generation {row[0]}')
+                LOGGER.info('index of "%s" built: generation %s', name, row[0])
 
 
 def _check_version(connection: Connection) -> None:
@@ -432,11 +435,11 @@ def _check_version(connection: Connection) -> None:
         "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'pg_siamese'"
     ).fetchone()
     if row is None:
-        raise CommandError("the database has no extension pg_siamese any more")
+        raise CommandError("the database no longer has the extension pg_siamese")
     installed = row[0]
     if installed != pg_siamese_server.__version__:
         raise CommandError(
-            f"this worker is of version {pg_siamese_server.__version__}, but the database has "
+            f"this worker has version {pg_siamese_server.__version__}, but the database has "
             f"version {installed} of the extension: use a worker of the same version"
         )
 
@@ -446,10 +449,10 @@ def _check_collections(connection: Connection, names: Sequence[str]) -> None:
         known = dict(connection.execute("SELECT name, embed FROM siamese.collections").fetchall())
     except psycopg.errors.InsufficientPrivilege as error:
         raise CommandError(
-            f"{describe_error(error)}; let the role embed with siamese.grant_worker"
+            f"{describe_error(error)}; grant the role siamese.grant_worker"
         ) from error
     for name in names:
         if name not in known:
-            raise CommandError(f'there is no collection "{name}"')
+            raise CommandError(f'collection "{name}" does not exist')
         if known[name] != "deferred":
-            raise CommandError(f'collection "{name}" is embedded by its own statements')
+            raise CommandError(f'collection "{name}" is not deferred')

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
-from psycopg import sql
 
-from tests.conftest import Connection
+from tests.conftest import Connection, copied_database
 from tests.server import ExternalServer, login_role
 from tools.cluster import Cluster
 
@@ -19,14 +18,11 @@ _numbers = itertools.count(1)
 @pytest.fixture(scope="module")
 def shared(cluster: Cluster | ExternalServer, template: str) -> Iterator[Connection]:
     """A connection to one database for all tests of a file that change nothing."""
-    name = sql.Identifier(f"shared_{next(_numbers)}")
-    with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
-        statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
-        admin.execute(statement.format(name, sql.Identifier(template)))
-        with psycopg.connect(cluster.dsn(name.as_string()[1:-1]), autocommit=True) as connection:
-            connection.execute("SET search_path = public, siamese")
-            yield connection
-        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+    with (
+        copied_database(cluster, template) as dsn,
+        psycopg.connect(dsn, autocommit=True) as connection,
+    ):
+        yield connection
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ def failed(db: Connection) -> list[Any]:
 FAILURE = [("2", "22P03", "encoder gave an embedding that is not finite")]
 
 
+@pytest.mark.law(9)
 def test_trigger_refuses(table: Connection) -> None:
     create(table)
     with sql_error("22P03", "not finite", TEXT, "quarantine"):
@@ -80,6 +81,7 @@ def test_trigger_refuses(table: Connection) -> None:
         table.execute("UPDATE t SET image = %s WHERE id = 2", (BLACK,))
 
 
+@pytest.mark.law(9)
 def test_trigger_quarantines(table: Connection) -> None:
     create(table, on_error="quarantine")
     insert(table, IMAGES)
@@ -105,6 +107,7 @@ def test_backfill(table: Connection) -> None:
     assert stored(table) == [1, 3] and failed(table) == FAILURE
 
 
+@pytest.mark.law(9)
 def test_deferred(table: Connection) -> None:
     create(table, embed="deferred")
     insert(table, IMAGES)
@@ -115,7 +118,7 @@ def test_deferred(table: Connection) -> None:
 def test_worker(table: Connection, dsn: str) -> None:
     create(table, embed="deferred")
     insert(table, IMAGES)
-    Worker(Options(dsn, once=True, rebuild_pending=None), say=print).run()
+    Worker(Options(dsn, once=True, rebuild_pending=None)).run()
     assert stored(table) == [1, 3] and failed(table) == FAILURE
 
 

@@ -19,4 +19,4 @@ def test_damaged_files_and_bombs(connect: Callable[[], Connection]) -> None:
         private_bytes(connect().info.backend_pid)
     except OSError as error:
         pytest.skip(f"memory of the server can't be read here: {error}")
-    BadImages(connect, count=2000).run()
+    BadImages(connect, count=1000).run()

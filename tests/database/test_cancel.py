@@ -16,17 +16,19 @@ from tests.scenarios.cancel import Cancel
 from tests.scenarios.gallery import gallery, insert
 
 
+@pytest.mark.law(5)
 def test_long_statements_stop_within_a_second(connect: Callable[[], Connection]) -> None:
-    Cancel(connect, gallery(500), rows=40_000, vectors=30_000, moments=6, layers=40).run()
+    Cancel(connect, gallery(500), rows=15_000, vectors=12_000, moments=4, layers=15).run()
 
 
+@pytest.mark.law(5)
 def test_a_timeout_never_strikes_the_next_statement(db: Connection) -> None:
     images = gallery(500)
     insert(db, images.files[:300])
     db.execute("SELECT build_index()")
     random = np.random.default_rng(0)
     struck = 0
-    for number in range(300):
+    for number in range(150):
         file = images.files[300 + number % 200]
         # From before the search begins until after it has ended.
         db.execute(

@@ -254,6 +254,7 @@ def test_columns_that_are_no_keys(shared: Connection, definition: str) -> None:
             shared.execute("SELECT create_collection('t', 't', 'id')")
 
 
+@pytest.mark.law(3)
 def test_two_collections_on_one_table(db: Connection, pictures: Pictures) -> None:
     """Each with its own model, kept in step by the same statements."""
     model = grid_encoder(("n", 3, 28, 28), pool=7)

@@ -22,30 +22,14 @@ from tests.scenarios.gallery import (
     prepare,
 )
 from tests.scenarios.mixed import Mixed
+from tests.support import in_threads
 
 Connect = Callable[[], Connection]
 
 
-def in_threads(*bodies: Callable[[], object]) -> list[BaseException]:
-    """Run functions at the same time; returns their errors."""
-    errors: list[BaseException] = []
-
-    def run(body: Callable[[], object]) -> None:
-        try:
-            body()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(body,)) for body in bodies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
-
-
+@pytest.mark.law(2)
 def test_eight_sessions_beside_index_builds(connect: Connect) -> None:
-    Mixed(connect, gallery(3_000), rows=2_000, seconds=25).run()
+    Mixed(connect, gallery(1500), rows=1_000, seconds=12).run()
 
 
 def test_backfills_at_the_same_time(connect: Connect) -> None:
@@ -66,7 +50,7 @@ def test_backfill_beside_changes(connect: Connect) -> None:
     owner, writer, session = connect(), connect(), connect()
     prepare(owner, images)
     owner.execute("SET session_replication_role = replica")
-    ids = insert(owner, images.files[:800])
+    ids = insert(owner, images.files[:500])
     owner.execute("SET session_replication_role = origin")
 
     def change() -> None:

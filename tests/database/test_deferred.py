@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import psycopg
 import pytest
@@ -12,85 +12,27 @@ from psycopg import sql
 
 from pg_siamese_server.writing.deferred import Result
 from tests.conftest import Connection, Pictures, insert_images
-from tests.support import grid_encoder, sql_error
-
-
-class Deferred:
-    """Table ``t (id, image, note)`` with a deferred collection of number 2."""
-
-    def __init__(self, db: Connection, files: list[bytes]) -> None:
-        self.db = db
-        self.files = files
-
-    def insert(self, *places: int) -> None:
-        """Insert pictures under their place as key, in one statement."""
-        self.db.execute(
-            "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])",
-            (list(places), [self.files[place] for place in places]),
-        )
-
-    def value(self, statement: str, *values: object) -> Any:
-        """The first value of an answer."""
-        row = self.db.execute(statement, values or None).fetchone()
-        return row[0] if row else None
-
-    def embed(self) -> int:
-        return int(self.value("SELECT embed_pending('t')"))
-
-    def vectors(self) -> dict[int, int]:
-        """Key to embedding_id."""
-        return dict(self.db.execute("SELECT key, embedding_id FROM siamese.embedding_2").fetchall())
-
-    def waiting(self) -> int:
-        return int(self.value("SELECT waiting FROM embedding_queue_status WHERE collection = 't'"))
-
-    def queued(self) -> list[int]:
-        rows = self.db.execute("SELECT DISTINCT unnest(keys) FROM siamese.queue_2 ORDER BY 1")
-        return [row[0] for row in rows]
-
-    def check_vectors(self) -> None:
-        """Each vector is that of its row's image; each row without one is queued or failed."""
-        wrong = self.db.execute(
-            "SELECT t.id, e.key FROM t FULL JOIN siamese.embedding_2 AS e ON t.id = e.key"
-            " WHERE t.id IS NULL OR e.embedding <=> embed_image(t.image) > 1e-5"
-        ).fetchall()
-        assert wrong == []
-        lost = self.db.execute(
-            "SELECT id FROM t WHERE id NOT IN (SELECT key FROM siamese.embedding_2)"
-            " AND id NOT IN (SELECT unnest(keys) FROM siamese.queue_2)"
-            " AND id::text NOT IN (SELECT key FROM embedding_failures)"
-        ).fetchall()
-        assert lost == []
-
-    def check(self) -> None:
-        """As above, and once all is embedded every row has its vector, and nothing waits."""
-        self.check_vectors()
-        self.embed()
-        self.check_vectors()
-        assert set(self.vectors()) == {row[0] for row in self.db.execute("SELECT id FROM t")}
-        assert self.waiting() == 0
-        assert self.value("SELECT bool_and(ok) FROM self_check()")
+from tests.database.tables import Deferred
+from tests.support import grid_encoder, in_threads, notices_of, sql_error
 
 
 @pytest.fixture
 def table(db: Connection, pictures: Pictures) -> Deferred:
     """Rows 0 to 9 are embedded."""
-    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, note text)")
-    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
-    table = Deferred(db, pictures.files)
+    table = Deferred.create(db, pictures.files)
     table.insert(*range(10))
     assert table.embed() == 10
     return table
 
 
 def test_insert_queues_and_embed_pending_embeds(table: Deferred) -> None:
-    table.insert(*range(100, 300))
+    table.insert(*range(100, 200))
     assert len(table.vectors()) == 10
-    assert table.waiting() == 200
-    assert table.queued() == list(range(100, 300))
+    assert table.waiting() == 100
+    assert table.queued() == list(range(100, 200))
     assert table.value("SELECT embed_pending('t', 70)") == 70
-    assert (table.waiting(), len(table.vectors())) == (130, 80)
-    assert table.value("SELECT embed_pending()") == 130
+    assert (table.waiting(), len(table.vectors())) == (30, 80)
+    assert table.value("SELECT embed_pending()") == 30
     assert table.value("SELECT count(*) FROM siamese.queue_2") == 0
     assert table.value("SELECT embed_pending()") == 0
     table.check()
@@ -117,22 +59,22 @@ def test_tickets_are_few(table: Deferred) -> None:
 def test_key_types(db: Connection, pictures: Pictures, key_type: str, key: str) -> None:
     db.execute(f"CREATE TABLE t (id {key_type} PRIMARY KEY, image bytea)")
     db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
-    statement = f"INSERT INTO t SELECT {key}, %s FROM generate_series(2, 151) AS i"
+    statement = f"INSERT INTO t SELECT {key}, %s FROM generate_series(2, 81) AS i"
     db.execute(statement, (pictures.files[0],))
     assert db.execute(
         "SELECT waiting FROM collection_status WHERE embed = 'deferred'"
-    ).fetchone() == (150,)
-    assert db.execute("SELECT embed_pending('t', 100)").fetchone() == (100,)
+    ).fetchone() == (80,)
+    assert db.execute("SELECT embed_pending('t', 70)").fetchone() == (70,)
     db.execute("UPDATE t SET image = %s", (pictures.files[1],))
     assert db.execute("SELECT count(*) FROM siamese.embedding_2").fetchone() == (0,)
-    assert db.execute("SELECT embed_pending()").fetchone() == (150,)
+    assert db.execute("SELECT embed_pending()").fetchone() == (80,)
     db.execute(f"DELETE FROM t WHERE id = (SELECT {key} FROM (VALUES (7)) AS v (i))")
     found = db.execute(
         "SELECT e.embedding <=> embed_image(t.image) < 1e-5 FROM t"
         " JOIN siamese.embedding_2 AS e ON e.key = t.id"
     ).fetchall()
-    assert found == [(True,)] * 149
-    assert db.execute("SELECT count(*) FROM siamese.embedding_2").fetchone() == (149,)
+    assert found == [(True,)] * 79
+    assert db.execute("SELECT count(*) FROM siamese.embedding_2").fetchone() == (79,)
 
 
 @pytest.mark.parametrize("key_type", ["text", "bigint"])
@@ -174,70 +116,6 @@ def test_changes_of_embedded_rows(table: Deferred) -> None:
     assert table.value("SELECT count(*) FROM siamese.pending_2 WHERE deleted") == 4
 
 
-def test_keys_changed_around(table: Deferred) -> None:
-    table.db.execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
-    table.db.execute("UPDATE t SET id = 9 - id")
-    table.db.execute("ALTER TABLE t ADD PRIMARY KEY (id)")
-    table.check()
-
-
-def test_deleted_and_inserted_in_one_statement(table: Deferred) -> None:
-    table.db.execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
-    table.db.execute("CREATE INDEX ON t (id)")
-    table.db.execute(
-        "WITH gone AS (DELETE FROM t WHERE id IN (1, 2) RETURNING id)"
-        " INSERT INTO t SELECT id, %s FROM gone WHERE id = 1",
-        (table.files[30],),
-    )
-    table.check_vectors()
-    table.db.execute("ALTER TABLE t ADD PRIMARY KEY (id)")
-    table.check()
-
-
-def test_other_statements(table: Deferred) -> None:
-    upsert = (
-        "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])"
-        " ON CONFLICT (id) DO UPDATE SET image = excluded.image"
-    )
-    table.db.execute(upsert, ([1, 2, 20], [table.files[1], table.files[22], table.files[20]]))
-    assert 1 in table.vectors() and 2 not in table.vectors()
-    with table.db.cursor() as cursor, cursor.copy("COPY t (id, image) FROM STDIN") as copy:
-        copy.write_row((30, table.files[30]))
-    table.db.execute(
-        "MERGE INTO t USING (VALUES (5), (40)) AS s (id) ON t.id = s.id"
-        " WHEN MATCHED THEN DELETE WHEN NOT MATCHED THEN INSERT VALUES (s.id, %s)",
-        (table.files[40],),
-    )
-    table.db.execute("INSERT INTO t SELECT id, image FROM t WHERE false")
-    table.check()
-
-
-def test_rollback_and_savepoints(table: Deferred) -> None:
-    with table.db.transaction(force_rollback=True):
-        table.insert(20)
-        table.db.execute("UPDATE t SET image = %s WHERE id = 1", (table.files[31],))
-        assert table.queued() == [1, 20] and 1 not in table.vectors()
-    assert table.waiting() == 0 and 1 in table.vectors()
-    with table.db.transaction():
-        table.insert(21)
-        with table.db.transaction(force_rollback=True):
-            table.insert(22)
-            table.db.execute("DELETE FROM t WHERE id = 2")
-            assert table.embed() == 2
-        table.check_vectors()
-    assert table.queued() == [21]
-    table.check()
-
-
-def test_truncate(table: Deferred) -> None:
-    table.insert(20, 21)
-    table.db.execute("SELECT build_index('t')")
-    table.db.execute("TRUNCATE t")
-    assert (table.vectors(), table.waiting()) == ({}, 0)
-    table.insert(1, 2)
-    table.check()
-
-
 def test_search_finds_what_is_embedded(table: Deferred) -> None:
     search = "SELECT image_id FROM similar_images(%s, k => 3, collection => 't')"
     table.insert(20)
@@ -246,15 +124,9 @@ def test_search_finds_what_is_embedded(table: Deferred) -> None:
     assert table.db.execute(by_id).fetchall() == []
     table.embed()
     assert table.db.execute(search, (table.files[20],)).fetchall()[0] == (20,)
-    table.db.execute("SELECT build_index('t')")
-    for engine in ("faiss", "pgvector"):
-        found = table.db.execute(
-            "SELECT image_id FROM similar_images(%s, k => 1, collection => 't', engine => %s)",
-            (table.files[20], engine),
-        ).fetchall()
-        assert found == [(20,)]
 
 
+@pytest.mark.law(2)
 def test_old_image_never_answers(table: Deferred, connect: Callable[..., Connection]) -> None:
     """Also for sessions that have read its vector, with an index and without."""
     other = connect()
@@ -277,15 +149,14 @@ def test_old_image_never_answers(table: Deferred, connect: Callable[..., Connect
 def test_searches_say_that_rows_wait(table: Deferred, connect: Callable[..., Connection]) -> None:
     """Once a session, and of every answer that is short."""
     session = connect()
-    notices: list[str] = []
-    session.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
+    notices = notices_of(session)
     search = "SELECT similar_images(%s, k => %s, collection => 't')"
     session.execute(search, (table.files[0], 100))
     assert notices == []
     table.insert(20)
     for _ in range(3):
         session.execute(search, (table.files[0], 5))
-    assert len(notices) == 1 and 'collection "t" has rows that wait' in notices[0]
+    assert len(notices) == 1 and 'collection "t" has queued rows' in notices[0]
     session.execute(search, (table.files[0], 100))
     assert len(notices) == 2
     table.embed()
@@ -293,6 +164,7 @@ def test_searches_say_that_rows_wait(table: Deferred, connect: Callable[..., Con
     assert len(notices) == 2
 
 
+@pytest.mark.law(9)
 def test_bad_images_go_to_the_failures(table: Deferred) -> None:
     """Nothing can be rejected any more, whatever on_error says; the others are not concerned."""
     images = [table.files[20], b"junk", None, table.files[21], b""]
@@ -356,6 +228,7 @@ def test_tries_have_a_limit(table: Deferred) -> None:
     table.check()
 
 
+@pytest.mark.law(11)
 def test_a_failure_of_another_image_is_none(table: Deferred) -> None:
     """The image was replaced while the old one was tried: that says nothing of the new one."""
     table.insert(20)
@@ -366,6 +239,7 @@ def test_a_failure_of_another_image_is_none(table: Deferred) -> None:
     table.check()
 
 
+@pytest.mark.law(3)
 def test_vectors_of_another_model_or_image_are_refused(table: Deferred) -> None:
     table.insert(20, 21)
     vector = table.value("SELECT embed_image(%s)::text", table.files[20])
@@ -427,6 +301,7 @@ def test_statements_do_not_wait_for_who_embeds(
     table.check()
 
 
+@pytest.mark.law(2)
 def test_repeatable_read(table: Deferred, connect: Callable[..., Connection]) -> None:
     """A vector stored after the transaction's snapshot can't be deleted by it: it must not stay."""
     for change in (
@@ -467,28 +342,6 @@ def test_rows_that_are_there_already(db: Connection, pictures: Pictures) -> None
     assert db.execute(status).fetchall() == [("later", 0), ("now", 0)]
 
 
-def test_backfill_finds_changes_with_triggers_off(table: Deferred) -> None:
-    table.db.execute("SET session_replication_role = replica")
-    table.insert(*range(20, 30))
-    table.db.execute("DELETE FROM t WHERE id < 3")
-    table.db.execute("RESET session_replication_role")
-    checks = dict(table.db.execute("SELECT subject, detail FROM self_check()").fetchall())
-    assert checks['collection "t": rows without vector'] == "10; call backfill"
-    assert checks['collection "t": vectors without row'] == "3; call backfill"
-    assert table.value("SELECT backfill('t')") == 10
-    table.check()
-
-
-def test_left_over_vectors_do_not_answer_for_new_rows(table: Deferred) -> None:
-    """Of rows that were deleted with triggers off."""
-    table.db.execute("SET session_replication_role = replica")
-    table.db.execute("DELETE FROM t WHERE id IN (3, 9)")
-    table.db.execute("RESET session_replication_role")
-    table.db.execute("INSERT INTO t VALUES (3, %s), (500, %s)", (table.files[40], table.files[41]))
-    table.db.execute("INSERT INTO t VALUES (9, %s)", (table.files[42],))
-    table.check()
-
-
 def test_a_broken_collection_does_not_block_others(
     db: Connection, pictures: Pictures, connect: Callable[..., Connection]
 ) -> None:
@@ -503,8 +356,7 @@ def test_a_broken_collection_does_not_block_others(
         db.execute(f"INSERT INTO {name} VALUES (1, %s)", (pictures.files[0],))
     db.execute("UPDATE siamese.models SET onnx = 'x' WHERE name = 'grid'")
     session = connect()
-    notices: list[str] = []
-    session.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
+    notices = notices_of(session)
     assert session.execute("SELECT embed_pending()").fetchone() == (2,)
     assert len(notices) == 1 and 'collection "a" was not embedded' in notices[0]
     with sql_error("XX001", "SHA-256"):
@@ -556,6 +408,7 @@ def test_table_of_another_owner(
     table.check()
 
 
+@pytest.mark.law(7)
 def test_types_that_bring_code_are_refused(
     table: Deferred, new_role: Callable[[], str], connect: Callable[..., Connection]
 ) -> None:
@@ -588,13 +441,6 @@ def test_renamed_column(table: Deferred) -> None:
         table.db.execute("INSERT INTO t (id) VALUES (50)")
     table.db.execute("ALTER TABLE t RENAME COLUMN picture TO image")
     table.check()
-
-
-def test_disabled_trigger_shows(table: Deferred) -> None:
-    table.db.execute("ALTER TABLE t DISABLE TRIGGER pg_siamese_2_update")
-    row = table.db.execute("SELECT ok, detail FROM self_check() WHERE subject ~ 't.: triggers'")
-    assert row.fetchone() == (False, "missing or disabled: pg_siamese_2_update")
-    table.db.execute("ALTER TABLE t ENABLE TRIGGER pg_siamese_2_update")
 
 
 def test_drop_collection_leaves_nothing(table: Deferred) -> None:
@@ -636,20 +482,6 @@ def test_sync_collection_beside_a_deferred_one(db: Connection, pictures: Picture
 def test_many_sessions(table: Deferred, connect: Callable[..., Connection]) -> None:
     """Writers and embedders at once, on the same rows: in the end all is in step."""
     stop = threading.Event()
-    errors: list[Exception] = []
-
-    def guarded(work: Callable[[Connection], None]) -> threading.Thread:
-        session = connect()
-
-        def run() -> None:
-            try:
-                work(session)
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread
 
     def write(session: Connection) -> None:
         for number in range(60):
@@ -667,14 +499,12 @@ def test_many_sessions(table: Deferred, connect: Callable[..., Connection]) -> N
         while not stop.is_set():
             session.execute("SELECT embed_pending('t')")
 
-    embedders = [guarded(embed) for _ in range(2)]
-    writers = [guarded(write) for _ in range(2)]
-    for thread in writers:
-        thread.join()
-    stop.set()
-    for thread in embedders:
-        thread.join()
-    assert errors == []
+    def write_all() -> None:
+        errors = in_threads(*[partial(write, connect()) for _ in range(2)])
+        stop.set()
+        assert errors == []
+
+    assert in_threads(write_all, *[partial(embed, connect()) for _ in range(2)]) == []
     table.check_vectors()
     table.db.execute("UPDATE siamese.queue_2 SET not_before = NULL")
     table.check()

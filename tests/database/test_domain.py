@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pg_siamese.datasets import DataNotFoundError, open_dataset
 from pg_siamese_server.encoding.specification import InputSpec
 from tests.conftest import Connection, Pictures, insert_images
-from tests.support import encode
+from tests.support import encode, one
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,6 @@ def known(pictures: Pictures) -> list[bytes]:
     return pictures.files[:60]
 
 
-def one(db: Connection, sql: str, *values: Any) -> Any:
-    row = db.execute(f"SELECT {sql}", values).fetchone()
-    assert row
-    return row[0]
-
-
 def similarities(db: Connection, query: bytes | int, **arguments: Any) -> list[float | None]:
     """The column ``similarity`` of the nearest five, after a look at the distances."""
     named = "".join(f", {name} => %s" for name in arguments)
@@ -71,13 +65,13 @@ def similarities(db: Connection, query: bytes | int, **arguments: Any) -> list[f
 
 
 def test_same_class(shared: Connection, known: list[bytes], others: list[bytes]) -> None:
-    assert one(shared, "same_class(%s, %s)", known[0], known[0]) > 0.5
+    assert one(shared, "SELECT same_class(%s, %s)", known[0], known[0]) > 0.5
     for other in others:
-        assert one(shared, "same_class(%s, %s)", known[0], other) is None
-        assert one(shared, "same_class(%s, %s, 'medical')", other, known[0]) is None
+        assert one(shared, "SELECT same_class(%s, %s)", known[0], other) is None
+        assert one(shared, "SELECT same_class(%s, %s, 'medical')", other, known[0]) is None
         # Not even of itself: what it shows, the encoder can't tell.
-        assert one(shared, "same_class(%s, %s)", other, other) is None
-        assert one(shared, "image_distance(%s, %s)", known[0], other) > 0
+        assert one(shared, "SELECT same_class(%s, %s)", other, other) is None
+        assert one(shared, "SELECT image_distance(%s, %s)", known[0], other) > 0
 
 
 def test_most_known_images_are_inside(
@@ -85,14 +79,16 @@ def test_most_known_images_are_inside(
 ) -> None:
     for files in (known, queries.files):
         found = one(
-            shared, "array_agg(same_class(f, f) IS NULL) FROM unnest(%s::bytea[]) AS f", files
+            shared,
+            "SELECT array_agg(same_class(f, f) IS NULL) FROM unnest(%s::bytea[]) AS f",
+            files,
         )
         assert sum(found) <= 0.05 * len(files)
 
 
 def test_any_two_match(shared: Connection, known: list[bytes], others: list[bytes]) -> None:
     def match(*images: bytes) -> bool | None:
-        found: bool | None = one(shared, "any_two_match(VARIADIC %s::bytea[])", list(images))
+        found: bool | None = one(shared, "SELECT any_two_match(VARIADIC %s::bytea[])", list(images))
         return found
 
     page = others[0]
@@ -107,15 +103,15 @@ def test_any_two_match(shared: Connection, known: list[bytes], others: list[byte
 def test_any_two_match_leaves_unknown_images_out(
     shared: Connection, known: list[bytes], page: bytes
 ) -> None:
-    threshold = one(shared, "(specification ->> 'threshold')::real FROM models")
+    threshold = one(shared, "SELECT (specification ->> 'threshold')::real FROM models")
     far = next(
         file
         for file in known
-        if one(shared, "image_distance(%s, %s)", known[0], file) > threshold
-        and one(shared, "same_class(%s, %s)", file, file) is not None
+        if one(shared, "SELECT image_distance(%s, %s)", known[0], file) > threshold
+        and one(shared, "SELECT same_class(%s, %s)", file, file) is not None
     )
-    assert one(shared, "any_two_match(%s, %s)", known[0], far) is False
-    assert one(shared, "any_two_match(%s, %s, %s, %s)", page, known[0], far, page) is False
+    assert one(shared, "SELECT any_two_match(%s, %s)", known[0], far) is False
+    assert one(shared, "SELECT any_two_match(%s, %s, %s, %s)", page, known[0], far, page) is False
 
 
 @pytest.mark.parametrize("engine", ["faiss", "pgvector", "auto"])
@@ -149,8 +145,8 @@ def test_models_without_a_domain_are_as_before(
     connect().execute("UPDATE models SET specification = specification - 'domain'")
     db = connect()
     insert_images(db, known[:20])
-    assert one(db, "same_class(%s, %s)", page, page) > 0.5
-    assert one(db, "any_two_match(%s, %s)", page, page) is True
+    assert one(db, "SELECT same_class(%s, %s)", page, page) > 0.5
+    assert one(db, "SELECT any_two_match(%s, %s)", page, page) is True
     assert None not in similarities(db, page)
 
 
@@ -162,4 +158,4 @@ def test_the_specification_holds_the_domain(shared: Connection, onnx: bytes) -> 
     assert stored
     assert len(str(stored)) < 16_384
     # The same file is the same model.
-    assert one(shared, "register_model('medical', %s)", onnx) == 1
+    assert one(shared, "SELECT register_model('medical', %s)", onnx) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import zlib
 
 import numpy as np
@@ -10,27 +9,19 @@ import psycopg
 import pytest
 
 from tests.conftest import Connection, Pictures, insert_images
+from tests.scenarios.mutations import png_file
 from tests.support import assert_plain, encode, sql_error
-
-
-def png_header(width: int, height: int) -> bytes:
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = b"IDAT" + zlib.compress(b"\0" * 100)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        for chunk in (header, body)
-    )
-
 
 GOOD = encode(np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8))
 BAD_IMAGES = {
     "empty": (b"", "22P03", "image is empty"),
     "truncated": (GOOD[:200], "22P03", "image cannot be decoded"),
     "text": (b"this is no image", "22P03", "image cannot be decoded"),
-    "bomb": (png_header(50_000, 50_000), "54000", "is too large"),
+    "bomb": (png_file(50_000, 50_000, 8, 2, zlib.compress(bytes(100))), "54000", "is too large"),
 }
 
 
+@pytest.mark.law(9)
 @pytest.mark.parametrize(("image", "sqlstate", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
 def test_bad_image_in_a_statement(
     shared: Connection, image: bytes, sqlstate: str, message: str
@@ -144,6 +135,7 @@ def test_bad_argument(shared: Connection, call: str, sqlstate: str, message: str
         shared.execute(f"SELECT siamese.{call}")
 
 
+@pytest.mark.law(14)
 @pytest.mark.parametrize(
     "argument",
     [

@@ -186,6 +186,7 @@ def test_operators(
         assert found(typed, pictures.files[5], filter_, engine) == expected
 
 
+@pytest.mark.law(7)
 def test_operators_are_those_of_pg_catalog(db: Connection, pictures: Pictures) -> None:
     """Whatever an operator of the same name in the search path does."""
     insert_images(db, pictures.files[:3], ["a", "b", "c"])
@@ -260,6 +261,7 @@ def test_dropped_and_added_columns(db: Connection, pictures: Pictures) -> None:
     assert found(db, image, {"b": "5"}) == {1}
 
 
+@pytest.mark.law(9)
 @pytest.mark.parametrize("engine", ["faiss", "pgvector", "auto"])
 def test_ladder(db: Connection, pictures: Pictures, queries: Pictures, engine: str) -> None:
     """Of 600 rows 100 %, 10 %, 1 % and one row qualify: always k rows where k qualify."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Connection, Pictures
+from tests.database.tables import Table
 from tests.support import sql_error
 
 STALE = "vectors of other images"
@@ -15,19 +16,11 @@ BEHIND = ("SET session_replication_role = replica", "RESET session_replication_r
 DISABLED = ("ALTER TABLE t DISABLE TRIGGER USER", "ALTER TABLE t ENABLE TRIGGER USER")
 
 
-class Checked:
-    """Table ``t (id, image, note)`` with rows 0 to 9 and a collection of number 2, embedded."""
+class Checked(Table):
+    """With a look at the hashes, and at what self_check says of them."""
 
-    def __init__(self, db: Connection, files: list[bytes], settings: str) -> None:
-        self.db = db
-        self.files = files
-        db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, note text)")
-        db.execute(f"SELECT create_collection('t', 't'{settings})")
-        db.execute(
-            "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])",
-            ([*range(10)], files[:10]),
-        )
-        db.execute("SELECT embed_pending(); SELECT build_index('t')")
+    def embed(self) -> int:
+        return int(self.value("SELECT embed_pending()"))
 
     def line(self, what: str, full: bool = False) -> tuple[bool, str]:
         row = self.db.execute(
@@ -39,12 +32,7 @@ class Checked:
 
     def backfill(self, max_rows: int | None = None) -> int:
         limit = "" if max_rows is None else f", {max_rows}"
-        row = self.db.execute(f"SELECT backfill('t'{limit})").fetchone()
-        assert row is not None
-        return int(row[0])
-
-    def ids(self) -> dict[int, int]:
-        return dict(self.db.execute("SELECT key, embedding_id FROM siamese.embedding_2").fetchall())
+        return int(self.value(f"SELECT backfill('t'{limit})"))
 
     def check(self) -> None:
         """Each row with an image has its vector, with the hash of the image, and no other has."""
@@ -65,9 +53,10 @@ class Checked:
 
 @pytest.fixture(params=["", ", embed => 'deferred'"], ids=["sync", "deferred"])
 def table(request: pytest.FixtureRequest, db: Connection, pictures: Pictures) -> Checked:
-    return Checked(db, pictures.files, request.param)
+    return Checked.indexed(db, pictures.files, request.param)
 
 
+@pytest.mark.law(11)
 def test_every_way_in_stores_the_hash(table: Checked) -> None:
     table.db.execute("UPDATE t SET image = %s WHERE id = 1", (table.files[20],))
     table.db.execute("INSERT INTO t VALUES (50, %s)", (table.files[50],))
@@ -77,10 +66,11 @@ def test_every_way_in_stores_the_hash(table: Checked) -> None:
     table.check()
 
 
+@pytest.mark.law(11)
 @pytest.mark.parametrize("off_and_on", [BEHIND, DISABLED], ids=["replica", "disabled"])
 def test_changes_behind_the_triggers_back(table: Checked, off_and_on: tuple[str, str]) -> None:
     """As replication, migration tools and pg_restore --disable-triggers write."""
-    before = table.ids()
+    before = table.vectors()
     table.db.execute(off_and_on[0])
     table.db.execute("UPDATE t SET image = %s WHERE id IN (1, 2)", (table.files[20],))
     table.db.execute("UPDATE t SET note = 'seen', id = 103 WHERE id = 3")
@@ -90,7 +80,7 @@ def test_changes_behind_the_triggers_back(table: Checked, off_and_on: tuple[str,
         assert table.line(STALE, full)[0] is False
         assert table.line(STALE, full)[1].startswith("2 of ")
     assert table.backfill() == 3
-    assert {key for key, number in table.ids().items() if before.get(key) == number} == {
+    assert {key for key, number in table.vectors().items() if before.get(key) == number} == {
         0, 5, 6, 7, 8, 9,
     }  # fmt: skip
     found = table.db.execute(
@@ -101,6 +91,7 @@ def test_changes_behind_the_triggers_back(table: Checked, off_and_on: tuple[str,
     assert table.backfill() == 0
 
 
+@pytest.mark.law(11)
 def test_images_exchanged_behind_the_triggers_back(table: Checked) -> None:
     """Of equal size, too: nothing but their bytes tells."""
     table.db.execute(BEHIND[0])
@@ -113,8 +104,9 @@ def test_images_exchanged_behind_the_triggers_back(table: Checked) -> None:
     table.check()
 
 
+@pytest.mark.law(11)
 def test_changed_behind_the_triggers_back_while_queued(db: Connection, pictures: Pictures) -> None:
-    table = Checked(db, pictures.files, ", embed => 'deferred'")
+    table = Checked.indexed(db, pictures.files, ", embed => 'deferred'")
     db.execute("UPDATE t SET image = %s WHERE id IN (1, 2)", (table.files[20],))
     db.execute(BEHIND[0])
     db.execute("UPDATE t SET image = %s WHERE id IN (2, 3)", (table.files[30],))
@@ -127,7 +119,7 @@ def test_changed_behind_the_triggers_back_while_queued(db: Connection, pictures:
 
 def test_a_sample_has_its_bounds(db: Connection, pictures: Pictures) -> None:
     """By default a hundred rows at most are read, and no more images than 16 MB together hold."""
-    table = Checked(db, pictures.files, "")
+    table = Checked.indexed(db, pictures.files, "")
     db.execute(
         "INSERT INTO t SELECT i, %s FROM generate_series(100, 399) AS i", (pictures.files[0],)
     )
@@ -164,29 +156,30 @@ def test_vectors_from_before_there_were_hashes(table: Checked) -> None:
         "UPDATE siamese.embedding_2 SET embedding = embed_image(%s) WHERE key = 5",
         (table.files[40],),
     )
-    before = table.ids()
+    before = table.vectors()
     assert table.line(STALE) == (
         True,
         "0 of 2 rows, drawn by chance; 8 vectors have no hash yet, call backfill",
     )
     assert [table.backfill(max_rows=5) for _ in range(3)] == [5, 3, 0]
-    after = table.ids()
+    after = table.vectors()
     assert {key for key in before if before[key] != after[key]} == {5}
     table.check()
 
 
+@pytest.mark.law(11)
 def test_bad_images_behind_the_triggers_back(db: Connection, pictures: Pictures) -> None:
-    table = Checked(db, pictures.files, ", on_error => 'quarantine'")
+    table = Checked.indexed(db, pictures.files, ", on_error => 'quarantine'")
     db.execute(BEHIND[0])
     db.execute("UPDATE t SET image = 'junk' WHERE id = 1")
     db.execute(BEHIND[1])
     db.execute("SELECT alter_collection('t', on_error => 'reject')")
     with sql_error("22P03", "row id = 1 of table public.t"):
         table.backfill()
-    assert 1 in table.ids()
+    assert 1 in table.vectors()
     db.execute("SELECT alter_collection('t', on_error => 'quarantine')")
     assert table.backfill() == 0
-    assert 1 not in table.ids()
+    assert 1 not in table.vectors()
     assert db.execute("SELECT key FROM embedding_failures").fetchall() == [("1",)]
     assert table.line(STALE)[0] and table.line("rows without vector")[0]
     db.execute("UPDATE t SET image = %s WHERE id = 1", (pictures.files[1],))
@@ -241,7 +234,7 @@ NO_IMAGE: list[str] = [
 @pytest.mark.parametrize("settings", NO_IMAGE)
 def test_rows_without_an_image(db: Connection, pictures: Pictures, settings: str) -> None:
     """NULL is no bad image: no vector, no failure, no error, nothing that waits."""
-    table = Checked(db, pictures.files, settings)
+    table = Checked.indexed(db, pictures.files, settings)
 
     def state() -> Any:
         return db.execute(
@@ -275,7 +268,7 @@ def test_rows_without_an_image(db: Connection, pictures: Pictures, settings: str
 
 
 def test_an_image_that_is_erased_while_queued(db: Connection, pictures: Pictures) -> None:
-    table = Checked(db, pictures.files, ", embed => 'deferred'")
+    table = Checked.indexed(db, pictures.files, ", embed => 'deferred'")
     db.execute("INSERT INTO t VALUES (20, %s)", (pictures.files[20],))
     db.execute("UPDATE t SET image = NULL WHERE id = 20")
     assert db.execute("SELECT embed_pending()").fetchone() == (0,)

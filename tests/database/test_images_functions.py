@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.registration import inspect_model
 from tests.conftest import Connection, Pictures, insert_images
-from tests.support import Array, encode, sql_error
+from tests.support import Array, encode, one, sql_error
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +22,13 @@ def outside(onnx: bytes) -> Callable[[bytes], Array]:
     return lambda image: encoder.embed(decode_image(image, spec.input)[None])[0]
 
 
-def one(db: Connection, sql: str, *values: Any) -> Any:
-    row = db.execute(f"SELECT {sql}", values).fetchone()
-    assert row
-    return row[0]
-
-
+@pytest.mark.law(8)
 def test_embed_image(
     shared: Connection, pictures: Pictures, outside: Callable[[bytes], Array]
 ) -> None:
-    """Law 8: inside PostgreSQL and outside, the same pixels give the same vector."""
+    """Inside PostgreSQL and outside, the same pixels give the same vector."""
     for image in pictures.files[:20]:
-        found = np.array(one(shared, "embed_image(%s)::real[]", image))
+        found = np.array(one(shared, "SELECT embed_image(%s)::real[]", image))
         assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
         assert found @ outside(image) >= 0.9999
 
@@ -42,20 +36,20 @@ def test_embed_image(
 def test_format_does_not_matter(shared: Connection, pictures: Pictures) -> None:
     for kind in ("BMP", "TIFF", "GIF"):
         other = encode(pictures.pixels[0], kind)
-        assert one(shared, "image_distance(%s, %s)", pictures.files[0], other) < 1e-6
+        assert one(shared, "SELECT image_distance(%s, %s)", pictures.files[0], other) < 1e-6
 
 
 def test_image_distance(
     shared: Connection, pictures: Pictures, outside: Callable[[bytes], Array]
 ) -> None:
     a, b = pictures.files[:2]
-    found = one(shared, "image_distance(%s, %s)", a, b)
+    found = one(shared, "SELECT image_distance(%s, %s)", a, b)
     assert found == pytest.approx(1 - outside(a) @ outside(b), abs=1e-5)
-    assert one(shared, "image_distance(%s, %s)", b, a) == pytest.approx(found, abs=1e-6)
-    assert one(shared, "image_distance(%s, %s, 'medical')", a, b) == found
-    assert one(shared, "image_distance(%s, %s)", a, a) == 0
+    assert one(shared, "SELECT image_distance(%s, %s)", b, a) == pytest.approx(found, abs=1e-6)
+    assert one(shared, "SELECT image_distance(%s, %s, 'medical')", a, b) == found
+    assert one(shared, "SELECT image_distance(%s, %s)", a, a) == 0
     assert found == pytest.approx(
-        one(shared, "embed_image(%s) <=> embed_image(%s)", a, b), abs=1e-5
+        one(shared, "SELECT embed_image(%s) <=> embed_image(%s)", a, b), abs=1e-5
     )
 
 
@@ -72,20 +66,20 @@ def test_same_class(boundless: Connection, pictures: Pictures) -> None:
     assert head
     weight, bias = head[0]["weight"], head[0]["bias"]
     for other in pictures.files[1:5]:
-        distance = one(shared, "image_distance(%s, %s)", pictures.files[0], other)
-        found = one(shared, "same_class(%s, %s)", pictures.files[0], other)
+        distance = one(shared, "SELECT image_distance(%s, %s)", pictures.files[0], other)
+        found = one(shared, "SELECT same_class(%s, %s)", pictures.files[0], other)
         assert found == pytest.approx(1 / (1 + np.exp(-(weight * distance + bias))), rel=1e-4)
-    assert one(shared, "same_class(%s, %s)", *pictures.files[:1] * 2) > 0.5
+    assert one(shared, "SELECT same_class(%s, %s)", *pictures.files[:1] * 2) > 0.5
 
 
 def test_any_two_match(boundless: Connection, pictures: Pictures) -> None:
     shared = boundless
-    threshold = one(shared, "(specification ->> 'threshold')::real FROM models")
+    threshold = one(shared, "SELECT (specification ->> 'threshold')::real FROM models")
     blank, half = np.zeros((28, 28), np.uint8), np.zeros((28, 28), np.uint8)
     half[:, 14:] = 255
     files = [pictures.files[0], encode(blank), encode(half), encode(255 - half)]
     distances = {
-        (i, j): one(shared, "image_distance(%s, %s)", files[i], files[j])
+        (i, j): one(shared, "SELECT image_distance(%s, %s)", files[i], files[j])
         for i in range(4)
         for j in range(i)
     }
@@ -93,31 +87,31 @@ def test_any_two_match(boundless: Connection, pictures: Pictures) -> None:
     assert apart, "the encoder can't tell a picture from a pattern"
     for pair in apart:
         images = [files[place] for place in pair]
-        assert one(shared, "any_two_match(%s, %s)", *images) is False
+        assert one(shared, "SELECT any_two_match(%s, %s)", *images) is False
         # With a copy of one of them, two match, wherever they are in the list.
-        assert one(shared, "any_two_match(%s, %s, %s)", *images, images[0]) is True
-        assert one(shared, "any_two_match(%s, %s, %s)", images[1], *images) is True
-        assert one(shared, "any_two_match(VARIADIC %s::bytea[])", images) is False
+        assert one(shared, "SELECT any_two_match(%s, %s, %s)", *images, images[0]) is True
+        assert one(shared, "SELECT any_two_match(%s, %s, %s)", images[1], *images) is True
+        assert one(shared, "SELECT any_two_match(VARIADIC %s::bytea[])", images) is False
 
 
 def test_limits_of_any_two_match(shared: Connection, pictures: Pictures) -> None:
     with sql_error("22023", "at least two images"):
-        one(shared, "any_two_match(%s)", pictures.files[0])
+        one(shared, "SELECT any_two_match(%s)", pictures.files[0])
     with sql_error("22023", "at least two images"):
-        one(shared, "any_two_match(VARIADIC NULL::bytea[])")
+        one(shared, "SELECT any_two_match(VARIADIC NULL::bytea[])")
     with sql_error("54000", "at most 100 images"):
-        one(shared, "any_two_match(VARIADIC %s::bytea[])", [pictures.files[0]] * 101)
+        one(shared, "SELECT any_two_match(VARIADIC %s::bytea[])", [pictures.files[0]] * 101)
 
 
 def test_models_without_head(db: Connection, pictures: Pictures, onnx: bytes) -> None:
     db.execute("UPDATE models SET specification = specification - 'calibration' - 'threshold'")
     a, b = pictures.files[:2]
     with sql_error("55000", "no Siamese head", "image_distance"):
-        one(db, "same_class(%s, %s)", a, b)
+        one(db, "SELECT same_class(%s, %s)", a, b)
     with sql_error("55000", "no decision threshold"):
-        one(db, "any_two_match(%s, %s)", a, b)
+        one(db, "SELECT any_two_match(%s, %s)", a, b)
     insert_images(db, pictures.files[:5])
-    assert one(db, "bool_and(similarity IS NULL) FROM similar_images(%s)", a) is True
+    assert one(db, "SELECT bool_and(similarity IS NULL) FROM similar_images(%s)", a) is True
 
 
 def test_classify_image(db: Connection, pictures: Pictures, queries: Pictures) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import Connection, Pictures
-from tests.support import sql_error
+from tests.support import one, sql_error
 from tools.project import ROOT, version
 
 SHIPPED = {file.stem: file.read_bytes() for file in (ROOT / "models").glob("*.onnx")}
@@ -34,21 +34,15 @@ $$
 """
 
 
-def one(db: Connection, query: str, *values: object) -> str:
-    row = db.execute(query, values or None).fetchone()
-    assert row is not None
-    return str(row[0])
-
-
 def packages(db: Connection) -> str:
     """The folder that the extension's SQL names."""
-    source = one(db, "SELECT prosrc FROM pg_proc WHERE oid = 'siamese._load'::regproc")
+    source: str = one(db, "SELECT prosrc FROM pg_proc WHERE oid = 'siamese._load'::regproc")
     return source.split("link = f'")[1].split(f"/{version()}/python")[0]
 
 
 def installed(db: Connection, python: str) -> str:
     """The installation's own packages, by the constant that another function holds."""
-    source = one(
+    source: str = one(
         db, "SELECT prosrc FROM pg_proc WHERE oid = 'siamese._register_shipped_models'::regproc"
     )
     return source.split("plpy, '")[1].split("/models'")[0] + f"/{python}"
@@ -82,7 +76,7 @@ SEARCH = "SELECT count(*) FROM similar_images(%s)"
 def test_no_path_of_one_python_is_in_the_catalog(db: Connection) -> None:
     """So a server with another one, after pg_upgrade, finds its own packages."""
     query = "SELECT count(*) FROM pg_proc WHERE prosrc ~ 'python3\\.|site-packages'"
-    assert one(db, query) == "0"
+    assert one(db, query) == 0
 
 
 def test_a_server_without_packages_for_its_python(
@@ -184,7 +178,7 @@ def test_shipped_models(db: Connection) -> None:
     assert dict(stored) == SHIPPED
     # Once more is nothing more.
     assert registered(db) == {name: (number, False) for name, (number, _) in first.items()}
-    assert one(db, "SELECT count(*) FROM siamese.models") == str(len(SHIPPED))
+    assert one(db, "SELECT count(*) FROM siamese.models") == len(SHIPPED)
 
 
 def test_shipped_models_under_names_that_are_taken(db: Connection, onnx: bytes) -> None:

@@ -20,4 +20,4 @@ def test_memory_of_a_session(connect: Callable[[], Connection]) -> None:
         private_bytes(connect().info.backend_pid)
     except OSError as error:
         pytest.skip(f"memory of the server can't be read here: {error}")
-    Memory(connect, gallery(4_000), rows=3_000).run()
+    Memory(connect, gallery(1500), rows=1_000).run()

@@ -110,6 +110,7 @@ def test_layouts(
     np.testing.assert_allclose(embedding(db, encode(photograph), "layout"), expected, atol=1e-4)
 
 
+@pytest.mark.law(8)
 @pytest.mark.parametrize("batch", ["n", 1, 4])
 def test_collection_of_a_foreign_encoder(
     db: Connection, pictures: Pictures, batch: int | str
@@ -243,8 +244,9 @@ def test_drop_model_in_use(db: Connection, pictures: Pictures) -> None:
     assert db.execute("SELECT count(*) FROM models").fetchone() == (0,)
 
 
+@pytest.mark.law(3)
 def test_model_whose_bytes_have_changed(db: Connection, pictures: Pictures) -> None:
-    """Law 3: a vector belongs to one model, by its SHA-256."""
+    """A vector belongs to one model, by its SHA-256."""
     db.execute("UPDATE models SET onnx = onnx || '\\x00'")
     with sql_error("XX001", "SHA-256"):
         insert_images(db, pictures.files[:1])

@@ -21,8 +21,9 @@ import psycopg
 import pytest
 from PIL import Image
 
-from tests import guard, server
+from tests import server
 from tests.conftest import MODELS, Connection, Pictures, insert_images
+from tests.database import guard
 from tools.cluster import THROWAWAY, Cluster, create_database
 from tools.packages import OWN_PYTHON, server_folder
 from tools.project import ROOT
@@ -72,7 +73,7 @@ class PlainCluster(Cluster):
     def init(self) -> None:
         super().init()
         self.home.mkdir(exist_ok=True)
-        self._own(self.home)
+        self._give_to_user(self.home)
 
     def _environment(self) -> dict[str, str]:
         chosen = super()._environment() | {"HOME": str(self.home)}
@@ -147,6 +148,7 @@ def colours(folder: Path, count: int = 12) -> Path:
     return folder
 
 
+@pytest.mark.law(10)
 def test_the_server_keeps_to_itself(plain: PlainCluster, onnx: bytes, pictures: Pictures) -> None:
     """Registering, inserting, building, searching, deferred embedding and checking."""
     with guard.watched(plain.pid() or 0, plain.data) as record:
@@ -179,6 +181,7 @@ def test_the_server_keeps_to_itself(plain: PlainCluster, onnx: bytes, pictures: 
     assert record.strays(*own_places(plain)) == []
 
 
+@pytest.mark.law(10)
 def test_the_client_keeps_to_itself(
     plain: PlainCluster, user: User, onnx: bytes, pictures: Pictures
 ) -> None:
@@ -216,6 +219,7 @@ def test_the_client_keeps_to_itself(
                 )
 
 
+@pytest.mark.law(10)
 def test_training_keeps_to_itself(user: User) -> None:
     """One epoch of two steps, exported and evaluated with pictures."""
     pytest.importorskip("torch")

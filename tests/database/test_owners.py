@@ -145,6 +145,7 @@ def test_an_owner_who_may_not_read(owned: Owned, trouble: str, remedy: str) -> N
     owned.check()
 
 
+@pytest.mark.law(4)
 def test_an_owner_above_row_level_security(owned: Owned) -> None:
     owned.db.execute(
         "ALTER TABLE t ENABLE ROW LEVEL SECURITY; ALTER TABLE t FORCE ROW LEVEL SECURITY"
@@ -154,6 +155,7 @@ def test_an_owner_above_row_level_security(owned: Owned) -> None:
     assert dict(owned.bad()).keys() <= {'collection "t": table'}
 
 
+@pytest.mark.law(7)
 def test_an_owner_cannot_make_the_superuser_read_the_table(
     owned: Owned, connect: Callable[..., Connection], pictures: Pictures
 ) -> None:

@@ -28,10 +28,11 @@ SPEC = InputSpec(28, 28)
 RAMP = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28) % 256
 
 
+@pytest.mark.law(8)
 @pytest.mark.parametrize("model", ["medical", "fashion_mnist"])
 def test_vectors_are_the_same_everywhere(connect: Callable[[], Connection], model: str) -> None:
     has_torch = find_spec("torch") is not None
-    sets = Parity(connect, model=model, with_torch=has_torch).run()
+    sets = Parity(connect, model=model, count=120, with_torch=has_torch).run()
     if not sets:
         pytest.skip("no image set on this machine")
     if not has_torch:
@@ -92,6 +93,7 @@ def golden() -> dict[str, tuple[bytes, np.ndarray]]:
     }
 
 
+@pytest.mark.law(8)
 @pytest.mark.parametrize("name", list(golden()))
 def test_golden_files(db: Connection, name: str) -> None:
     file, pixels = golden()[name]
@@ -102,6 +104,7 @@ def test_golden_files(db: Connection, name: str) -> None:
     assert least_cosine(np.array(row), expected) >= 0.9999
 
 
+@pytest.mark.law(8)
 @pytest.mark.parametrize(
     ("text", "sha256"),
     [

@@ -15,7 +15,7 @@ from psycopg import sql
 from tests.conftest import Connection, Pictures, insert_images
 from tests.scenarios.gallery import filled_up
 from tests.server import path_of
-from tests.support import assert_exact, exact_distances, grid_encoder, sql_error
+from tests.support import assert_exact, exact_distances, grid_encoder, notices_of, sql_error
 
 ENGINES = ("faiss", "pgvector", "auto")
 
@@ -45,8 +45,7 @@ def ids(db: Connection, pictures: Pictures) -> list[int]:
 @pytest.fixture
 def notices(db: Connection) -> list[str]:
     """Notices of the first connection."""
-    found: list[str] = []
-    db.add_notice_handler(lambda notice: found.append(notice.message_primary or ""))
+    found = notices_of(db)
     return found
 
 
@@ -57,6 +56,7 @@ def test_exact(db: Connection, ids: list[int], queries: Pictures, engine: str) -
         assert_exact(search(db, query, engine=engine), truth, 10)
 
 
+@pytest.mark.law(2)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_after_each_kind_of_change(
     db: Connection, ids: list[int], pictures: Pictures, queries: Pictures, engine: str
@@ -110,9 +110,10 @@ def test_equal_distances_are_in_the_order_of_keys(
     assert keys(search(db, 2, 6, engine=engine)) == sorted(copies)
 
 
+@pytest.mark.law(9)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_k_beyond_the_table(db: Connection, ids: list[int], queries: Pictures, engine: str) -> None:
-    """Law 9: fewer than k rows only when fewer qualify."""
+    """Fewer than k rows only when fewer qualify."""
     assert_exact(
         search(db, queries.files[0], 10_000, engine=engine),
         exact_distances(db, queries.files[0]),
@@ -221,6 +222,7 @@ def index_directory(db: Connection) -> Path:
     return path_of(row[0])
 
 
+@pytest.mark.law(1)
 def test_lost_directory(
     db: Connection,
     ids: list[int],
@@ -267,6 +269,7 @@ def unreadable(path: Path) -> None:
     path.mkdir()
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize("suffix", ["faiss", "meta"])
 @pytest.mark.parametrize("damage", [torn, empty, flipped, unreadable, Path.unlink])
 def test_damaged_files(
@@ -289,6 +292,7 @@ def test_damaged_files(
     assert row == (False,)
 
 
+@pytest.mark.law(1)
 def test_foreign_file(
     db: Connection, pictures: Pictures, connect: Callable[..., Connection]
 ) -> None:
@@ -320,6 +324,7 @@ def test_only_two_generations_are_kept(db: Connection, pictures: Pictures) -> No
     assert names == ["3.faiss", "3.meta", "4.faiss", "4.meta"]
 
 
+@pytest.mark.law(6)
 def test_failed_build_changes_nothing(db: Connection, ids: list[int], queries: Pictures) -> None:
     with db.transaction(force_rollback=True):
         db.execute("SELECT build_index()")
@@ -336,6 +341,7 @@ def test_failed_build_changes_nothing(db: Connection, ids: list[int], queries: P
 # Snapshots.
 
 
+@pytest.mark.law(2)
 def test_repeatable_read_older_than_builds_and_deletes(
     db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
 ) -> None:
@@ -391,6 +397,7 @@ def test_cursor_older_than_other_searches_of_its_session(
             assert_exact(search(db, query, 400), truths[3], 400)
 
 
+@pytest.mark.law(2)
 def test_cursor_older_than_commits_of_others(
     db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
 ) -> None:
@@ -428,6 +435,7 @@ def test_imported_snapshot_older_than_the_sessions_last(
     assert_exact(search(session, query, 400), exact_distances(db, query), 400)
 
 
+@pytest.mark.law(2)
 def test_one_statement_sees_one_snapshot(db: Connection, ids: list[int]) -> None:
     """A statement that deletes and searches sees the rows as they were when it began."""
     row = db.execute(
@@ -440,6 +448,7 @@ def test_one_statement_sees_one_snapshot(db: Connection, ids: list[int]) -> None
     assert db.execute("SELECT count(*) FROM images").fetchone() == (0,)
 
 
+@pytest.mark.law(2)
 def test_running_transactions_are_not_seen(
     db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
 ) -> None:
@@ -477,6 +486,7 @@ def readers(
     return one, other
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_row_level_security(
     db: Connection,
@@ -495,6 +505,7 @@ def test_row_level_security(
     assert all(key % 2 == 0 for key in keys(search(session, 2, 100, engine=engine)))
 
 
+@pytest.mark.law(4)
 def test_set_role_between_searches(
     db: Connection, readers: tuple[str, str], pictures: Pictures, queries: Pictures
 ) -> None:
@@ -586,6 +597,7 @@ def test_graph(large: Large, k: int) -> None:
     assert large.recall_of(np.ones(12_000, bool), k) >= 0.97
 
 
+@pytest.mark.law(9)
 @pytest.mark.parametrize("share", [1, 2, 10, 100, 1000])
 def test_graph_with_a_filter(large: Large, share: int) -> None:
     allowed = np.arange(12_000) % share == 100 % share
@@ -596,6 +608,7 @@ def test_graph_with_a_filter(large: Large, share: int) -> None:
     assert recall >= 0.97
 
 
+@pytest.mark.law(9)
 def test_graph_after_deletions(large: Large) -> None:
     """From four fifths to nearly all: every answer stays full."""
     with large.db.transaction(force_rollback=True):
@@ -689,6 +702,7 @@ def test_many_candidates(large: Large, count: int) -> None:
             assert len(set(found) & set(truth)) >= 0.97 * len(truth)
 
 
+@pytest.mark.law(12)
 def test_a_filter_reads_what_qualifies(large: Large) -> None:
     """Not the vectors of the table, and not the rows that do not qualify."""
 
@@ -723,6 +737,7 @@ def test_graph_with_max_distance(large: Large) -> None:
         assert len(set(found) & within) >= 0.95 * len(within) and set(found) <= within
 
 
+@pytest.mark.law(9)
 def test_graph_with_many_copies(db: Connection, pictures: Pictures) -> None:
     """Copies of an image fill each other's neighbour lists; and all of them must be found."""
     db.execute(
@@ -738,6 +753,7 @@ def test_graph_with_many_copies(db: Connection, pictures: Pictures) -> None:
         assert max(row[2] for row in found) < 1e-6 and len(set(keys(found))) == 40
 
 
+@pytest.mark.law(2)
 def test_searches_in_a_row_notice_every_change(
     db: Connection, connect: Callable[..., Connection], pictures: Pictures
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_check_that_fails_is_a_line(db: Connection, pictures: Pictures) -> Non
     assert all("does not exist" in row[1] for row in rows)
 
 
+@pytest.mark.law(5)
 def test_self_check_can_be_cancelled(db: Connection, pictures: Pictures) -> None:
     """No check takes a cancel for its own failure."""
     insert_images(db, pictures.files[:2])

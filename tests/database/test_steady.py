@@ -124,6 +124,7 @@ def in_a_row(
     return look
 
 
+@pytest.mark.law(2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -155,6 +156,7 @@ def test_every_change_is_noticed(
     assert in_a_row() == after
 
 
+@pytest.mark.law(2)
 def test_a_change_that_is_taken_back(db: Connection, in_a_row: Callable[..., list[object]]) -> None:
     before = in_a_row()
     with db.transaction(force_rollback=True):
@@ -182,6 +184,7 @@ def test_a_value_that_the_type_refuses(
     in_a_row('{"age": 3}')
 
 
+@pytest.mark.law(4)
 def test_an_own_row_that_is_hidden(db: Connection, in_a_row: Callable[..., list[object]]) -> None:
     """Row-level security and privileges are those of the moment, for the query's row as well."""
     in_a_row()

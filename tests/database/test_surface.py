@@ -12,7 +12,7 @@ import pytest
 from psycopg import sql
 
 from tests.conftest import Connection, Pictures, insert_images
-from tests.support import sql_error
+from tests.support import notices_of, sql_error
 from tools.project import ROOT
 
 
@@ -24,9 +24,10 @@ def ids(db: Connection, pictures: Pictures) -> list[int]:
     return first + insert_images(db, pictures.files[30:40], pictures.labels[30:40])
 
 
-# Law 14: an argument that is NULL never widens an answer.
+# An argument that is NULL never widens an answer.
 
 
+@pytest.mark.law(14)
 @pytest.mark.parametrize(
     "search",
     [
@@ -55,6 +56,7 @@ def test_no_candidates_are_no_rows(
     assert db.execute(f"SELECT count(*) FROM {call}", values).fetchone() == (0,)
 
 
+@pytest.mark.law(14)
 @pytest.mark.parametrize(
     "call",
     [
@@ -197,8 +199,7 @@ def test_lateral_over_rows_without_a_vector(
         db.execute("SELECT embed_pending()")
         db.execute("INSERT INTO t VALUES (4, %s)", (pictures.files[2],))
     session = connect()
-    told: list[str] = []
-    session.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
+    told = notices_of(session)
     for search in (
         "similar_images(image_id => t.id, k => 1, collection => 't')",
         "similar_rows(NULL::t, key => t.id, k => 1)",
@@ -496,8 +497,7 @@ def test_permission_errors_are_plain(
 
 
 def test_dropping_a_collection_is_quiet(db: Connection, pictures: Pictures) -> None:
-    told: list[str] = []
-    db.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
+    told = notices_of(db)
     for number, embed in enumerate(("sync", "deferred")):
         name = f"t{number}"
         db.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, image bytea)")
@@ -546,6 +546,7 @@ def test_names_of_views_of_vectors(db: Connection, pictures: Pictures) -> None:
         db.execute("SELECT drop_collection(%s)", (name,))
 
 
+@pytest.mark.law(4)
 def test_readers_see_vectors_and_state_of_what_they_may_read(
     db: Connection,
     ids: list[int],
@@ -605,8 +606,7 @@ def test_nothing_pays_for_jit(db: Connection, ids: list[int], pictures: Pictures
     db.execute("LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0")
     db.execute("SET auto_explain.log_nested_statements = on; SET auto_explain.log_level = notice")
     db.execute("SET jit = on; SET jit_above_cost = 2; SET jit_inline_above_cost = 2")
-    told: list[str] = []
-    db.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
+    told = notices_of(db)
     outer = len(told)
     for call in (
         "similar_images(image_id => 1)",

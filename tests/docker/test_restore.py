@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Connection, Pictures, insert_images
-from tests.operations.servers import connect, fill, one, server
-from tests.support import assert_exact, exact_distances
+from tests.operations.servers import connect, fill, server
+from tests.support import assert_exact, exact_distances, one
 from tools.cluster import DATABASE, Cluster
 from tools.report import SetupError
 

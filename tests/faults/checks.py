@@ -13,28 +13,10 @@ from tests.scenarios.gallery import (
     Gallery,
     check_files,
     check_tables,
-    insert,
-    prepare,
 )
-from tests.support import sql_error
+from tests.support import notices_of, sql_error
 
 Connect = Callable[[], Connection]
-
-
-def fill(db: Connection, images: Gallery, rows: int) -> None:
-    """Insert images and build an index."""
-    prepare(db, images)
-    insert(db, images.files[:rows])
-    db.execute("SELECT build_index()")
-
-
-def with_notices(session: Connection) -> list[str]:
-    """Return the list that takes the session's notices from now on, each with its HINT."""
-    notices: list[str] = []
-    session.add_notice_handler(
-        lambda notice: notices.append(f"{notice.message_primary} {notice.message_hint or ''}")
-    )
-    return notices
 
 
 def put(path: Path, data: bytes) -> None:
@@ -60,7 +42,7 @@ def check_answers(session: Connection, images: Gallery, engine: str, what: str) 
 def check_fallback(connect: Connect, images: Gallery, message: str) -> None:
     """A new session answers rightly, says once why FAISS doesn't, and self_check names the cure."""
     session = connect()
-    notices = with_notices(session)
+    notices = notices_of(session)
     check_answers(session, images, "auto", message)
     assert len(notices) == 1, notices
     for text in ('searching collection "images" without its FAISS index', message, "build_index"):

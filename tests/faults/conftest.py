@@ -5,10 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 
-from tests.conftest import make_template
+from tests.conftest import Connection, make_template
+from tests.faults.checks import Connect
 from tests.faults.cluster import SETTINGS, FaultyCluster
+from tests.scenarios.gallery import Gallery, gallery, insert, prepare
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +45,32 @@ def cluster() -> Iterator[FaultyCluster]:
 
 
 @pytest.fixture(scope="session")
-def template(cluster: FaultyCluster, onnx: bytes) -> str:
+def images() -> Gallery:
+    """Real images with their vectors."""
+    return gallery(700)
+
+
+@pytest.fixture(scope="session")
+def empty(cluster: FaultyCluster, onnx: bytes) -> str:
     """As the other tests' template, in this cluster."""
     return make_template(cluster, onnx)
+
+
+@pytest.fixture(scope="session")
+def template(cluster: FaultyCluster, empty: str, images: Gallery) -> str:
+    """Name of a database to copy, with the first 100 images in it."""
+    name = "template_filled"
+    with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {empty} STRATEGY file_copy")
+    with psycopg.connect(cluster.dsn(name), autocommit=True) as connection:
+        prepare(connection, images)
+        insert(connection, images.files[:100])
+    return name
+
+
+@pytest.fixture
+def db(connect: Connect) -> Connection:
+    """One superuser connection to the test's database, whose images are in an index."""
+    connection = connect()
+    connection.execute("SELECT build_index()")
+    return connection

@@ -13,14 +13,13 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.faults.checks import Connect, check_answers, check_repair, fill
+from tests.faults.checks import Connect, check_answers, check_repair
 from tests.faults.cluster import SETTINGS, FaultyCluster
 from tests.scenarios.gallery import (
     MODELS,
     Connection,
     Gallery,
     check_tables,
-    gallery,
     index_directory,
     insert,
     prepare,
@@ -29,11 +28,6 @@ from tests.support import sql_error
 from tools.cluster import create_database
 
 MEGABYTE = 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def images() -> Gallery:
-    return gallery(700)
 
 
 @contextmanager
@@ -83,12 +77,12 @@ def size_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
+@pytest.mark.law(6)
 def test_during_builds(db: Connection, connect: Connect, images: Gallery) -> None:
     """At whatever point the disk is full: searches by the old file go on, and nothing is left."""
-    fill(db, images, 300)
     directory = index_directory(db)
     with small_disk(directory.parents[1], 4) as disk:
-        insert(db, images.files[300:500])
+        insert(db, images.files[100:200])
         db.execute("DELETE FROM siamese.images WHERE image_id % 7 = 0")
         before = {path.name for path in directory.iterdir()}
         needed = size_of(directory)
@@ -112,7 +106,6 @@ def test_during_builds(db: Connection, connect: Connect, images: Gallery) -> Non
 
 def test_orphans_make_room(db: Connection, connect: Connect, images: Gallery) -> None:
     """What a build left that was killed is removed first: the next one may need its room."""
-    fill(db, images, 300)
     directory = index_directory(db)
     with small_disk(directory.parents[1], 4) as disk:
         (current,) = directory.glob("*.faiss")
@@ -132,8 +125,7 @@ def test_no_room_for_rows(
     folder.mkdir()
     owner = cluster.data.stat()
     os.chown(folder, owner.st_uid, owner.st_gid)
-    prepare(db, images)
-    insert(db, images.files[:200])
+    insert(db, images.files[100:200])
     db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
     db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
     db.execute(
@@ -231,7 +223,9 @@ def test_no_room_for_anything(images: Gallery, is_long: bool) -> None:
             onnx = (MODELS / "medical.onnx").read_bytes()
             db.execute("SELECT register_model('medical', %s)", (onnx,))
             db.execute("SELECT create_collection()")
-            fill(db, images, 200)
+            prepare(db, images)
+            insert(db, images.files[:200])
+            db.execute("SELECT build_index()")
             committed = 200
             # DiskFull is one of these; so is a connection that ends, where the server stops.
             with filled_up(disk), pytest.raises(psycopg.OperationalError):

@@ -10,27 +10,15 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.faults.checks import (
-    Connect,
-    check_answers,
-    check_fallback,
-    check_repair,
-    fill,
-)
+from tests.faults.checks import Connect, check_answers, check_fallback, check_repair
 from tests.faults.cluster import FaultyCluster
-from tests.scenarios.gallery import Connection, Gallery, gallery, index_directory
-from tests.support import sql_error
-
-
-@pytest.fixture(scope="module")
-def images() -> Gallery:
-    return gallery(200)
+from tests.scenarios.gallery import Connection, Gallery, index_directory
+from tests.support import one, sql_error
 
 
 @pytest.fixture
-def directory(db: Connection, images: Gallery) -> Iterator[Path]:
+def directory(db: Connection) -> Iterator[Path]:
     """The directory of a built index; can be entered again afterwards."""
-    fill(db, images, 150)
     path = index_directory(db)
     yield path
     for part in (path.parents[1], path.parent, path):
@@ -39,9 +27,7 @@ def directory(db: Connection, images: Gallery) -> Iterator[Path]:
 
 
 def status(connect: Connect) -> str:
-    row = connect().execute("SELECT generation_file FROM collection_status").fetchone()
-    assert row is not None
-    return str(row[0])
+    return str(one(connect(), "SELECT generation_file FROM collection_status"))
 
 
 LEVELS = {"collection": 0, "all": 2, "database": 1}
@@ -57,6 +43,7 @@ def at(directory: Path, level: str) -> Path:
     return (directory, *directory.parents)[LEVELS[level]]
 
 
+@pytest.mark.law(1)
 def test_removed(connect: Connect, images: Gallery, directory: Path, level: str) -> None:
     shutil.rmtree(at(directory, level))
     check_fallback(connect, images, "is missing")
@@ -64,6 +51,7 @@ def test_removed(connect: Connect, images: Gallery, directory: Path, level: str)
     check_repair(connect, images)
 
 
+@pytest.mark.law(1)
 def test_replaced_by_a_file(connect: Connect, images: Gallery, directory: Path, level: str) -> None:
     path = at(directory, level)
     path.rename(path.with_name("aside"))

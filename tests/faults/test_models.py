@@ -7,17 +7,12 @@ import sys
 
 import pytest
 
-from tests.faults.checks import Connect, check_answers, check_repair, fill
-from tests.scenarios.gallery import Connection, Gallery, gallery
+from tests.faults.checks import Connect, check_answers, check_repair
+from tests.scenarios.gallery import Connection, Gallery
 from tests.support import sql_error
 from tools.project import ROOT
 
 ERROR = ("XX001", "ONNX file of model", "does not match its SHA-256", "register_model")
-
-
-@pytest.fixture(scope="module")
-def images() -> Gallery:
-    return gallery(200)
 
 
 CORRUPTIONS = {
@@ -32,7 +27,6 @@ CORRUPTIONS = {
 def test_corrupted_onnx(
     db: Connection, connect: Connect, images: Gallery, onnx: bytes, value: str
 ) -> None:
-    fill(db, images, 100)
     old = connect()
     check_answers(old, images, "faiss", "before")
     db.execute(f"UPDATE siamese.models SET onnx = {value}")
@@ -60,9 +54,9 @@ def test_corrupted_onnx(
     session.execute("INSERT INTO siamese.images (image) VALUES (%s)", (images.files[150],))
 
 
+@pytest.mark.law(3)
 def test_another_file_does_not_repair(db: Connection, connect: Connect, images: Gallery) -> None:
     """Only the file whose SHA-256 is known is the model."""
-    fill(db, images, 20)
     db.execute("UPDATE siamese.models SET onnx = ''")
     other = (ROOT / "models" / "fashion_mnist.onnx").read_bytes()
     with sql_error("42710", "already exists", "another ONNX file"):
@@ -71,9 +65,9 @@ def test_another_file_does_not_repair(db: Connection, connect: Connect, images: 
         connect().execute("SELECT embed_image(%s)", (images.files[0],))
 
 
+@pytest.mark.law(3)
 def test_another_sha256(db: Connection, connect: Connect, images: Gallery) -> None:
     """The index file is of another model then, too; the row's own digest mends both."""
-    fill(db, images, 50)
     db.execute("UPDATE siamese.models SET sha256 = repeat('ab', 32)")
     session = connect()
     with sql_error(*ERROR):

@@ -6,21 +6,10 @@ import numpy as np
 import pytest
 
 from tests import dicom_files
-from tests.faults.checks import (
-    Connect,
-    check_answers,
-    check_fallback,
-    check_repair,
-    fill,
-)
+from tests.faults.checks import Connect, check_answers, check_fallback, check_repair
 from tests.faults.cluster import FaultyCluster
-from tests.scenarios.gallery import Connection, Gallery, gallery
+from tests.scenarios.gallery import Connection, Gallery, insert
 from tests.support import sql_error
-
-
-@pytest.fixture(scope="module")
-def images() -> Gallery:
-    return gallery(200)
 
 
 def failed_checks(session: Connection) -> list[str]:
@@ -37,7 +26,6 @@ def test_without_what_index_files_need(
     package: str,
 ) -> None:
     """Searches and inserts go on; only builds can't."""
-    fill(db, images, 100)
     with cluster.without(module):
         check_fallback(connect, images, f"No module named '{module}'")
         session = connect()
@@ -67,7 +55,6 @@ def test_without_what_encoders_need(
     package: str,
 ) -> None:
     """What needs no encoder works: searches by stored image, deletes, index builds."""
-    fill(db, images, 100)
     error = ("58P01", f'package "{module}"', "cannot be imported", "make install")
     with cluster.without(module):
         session = connect()
@@ -104,7 +91,8 @@ def test_without_onnx(
         session = connect()
         with sql_error("58P01", 'package "onnx"', "cannot be imported", "make install"):
             session.execute("SELECT register_model('another', %s)", (onnx,))
-        fill(session, images, 20)
+        insert(session, images.files[100:120])
+        session.execute("SELECT build_index()")
         check_answers(connect(), images, "faiss", "without onnx")
         assert failed_checks(session) == ["package onnx"]
     connect().execute("SELECT register_model('another', %s)", (onnx,))
@@ -112,13 +100,13 @@ def test_without_onnx(
 
 @pytest.mark.parametrize("module", ["pydicom", "imagecodecs"])
 def test_without_what_dicom_needs(
-    connect: Connect, cluster: FaultyCluster, images: Gallery, module: str
+    db: Connection, connect: Connect, cluster: FaultyCluster, images: Gallery, module: str
 ) -> None:
     """No good DICOM file is taken for a bad one, and other formats go on."""
     dicom = dicom_files.image(np.zeros((8, 8), np.uint8))
     with cluster.without(module):
         session = connect()
-        fill(session, images, 20)
+        insert(session, images.files[100:120])
         session.execute("SELECT alter_collection('images', on_error => 'quarantine')")
         with sql_error("58P01", f'package "{module}"', "cannot be imported", "make install"):
             session.execute("INSERT INTO siamese.images (image) VALUES (%s)", (dicom,))
@@ -126,7 +114,7 @@ def test_without_what_dicom_needs(
         assert failed_checks(session) == [f"package {module}"]
     session = connect()
     session.execute("INSERT INTO siamese.images (image) VALUES (%s)", (dicom,))
-    assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (21,)
+    assert session.execute("SELECT count(*) FROM embedding_failures").fetchone() == (0,)
 
 
 @pytest.mark.parametrize("module", ["numpy", "pg_siamese_server"])
@@ -134,7 +122,6 @@ def test_without_what_everything_needs(
     db: Connection, connect: Connect, cluster: FaultyCluster, images: Gallery, module: str
 ) -> None:
     """Every call says so; no row goes in without its vector, and what needs none goes on."""
-    fill(db, images, 20)
     error = ("58P01", "could not load the server package", f"No module named '{module}'")
     with cluster.without(module):
         session = connect()
@@ -143,7 +130,7 @@ def test_without_what_everything_needs(
             "SELECT similar_images(%s)",
         ):
             with sql_error(*error, "Run make install for this server"):
-                session.execute(statement, (images.files[30],))
+                session.execute(statement, (images.files[130],))
         for statement in (
             "UPDATE siamese.images SET image = image || image",
             "SELECT build_index()",
@@ -152,8 +139,8 @@ def test_without_what_everything_needs(
             with sql_error(*error, "Run make install for this server"):
                 session.execute(statement)
         # Not of the extension's functions, and works: what an administrator looks at.
-        assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (20,)
+        assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (100,)
         session.execute("UPDATE siamese.images SET label = 'still'")
         session.execute("DELETE FROM siamese.images WHERE image_id <= 5")
-        assert session.execute("SELECT count(*) FROM siamese.embedding_1").fetchone() == (15,)
+        assert session.execute("SELECT count(*) FROM siamese.embedding_1").fetchone() == (95,)
     check_repair(connect, images)

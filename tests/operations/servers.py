@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
 from tests.conftest import Connection, insert_images
+from tests.support import one, wait_until
 from tools.cluster import DATABASE, THROWAWAY, Cluster, create_database
 
 # What was committed must reach standbys and archives at once, and not after some time.
 DURABLE = THROWAWAY | {"synchronous_commit": "on"}
-PATIENCE = 60  # seconds
 
 
 @contextmanager
@@ -46,13 +44,6 @@ def connect(cluster: Cluster, database: str = DATABASE, **parameters: str) -> Co
     return psycopg.connect(make_conninfo(cluster.dsn(database), **parameters), autocommit=True)
 
 
-def one(db: Connection, query: str, *values: Any) -> Any:
-    """Return the first column of a query's first row."""
-    row = db.execute(query, values or None).fetchone()
-    assert row is not None, query
-    return row[0]
-
-
 def catch_up(primary: Connection, standby: Connection) -> None:
     """Wait until a standby has replayed all that was written so far."""
     written = one(primary, "SELECT pg_current_wal_insert_lsn()::text")
@@ -61,10 +52,7 @@ def catch_up(primary: Connection, standby: Connection) -> None:
 
 def wait_for(db: Connection, condition: str) -> None:
     """Wait until a query gives true."""
-    deadline = time.monotonic() + PATIENCE
-    while not one(db, condition):
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.02)
+    wait_until(lambda: one(db, condition), condition)
 
 
 def index_files(cluster: Cluster) -> Path:
@@ -75,12 +63,3 @@ def index_files(cluster: Cluster) -> Path:
 def remove_files(cluster: Cluster) -> None:
     """Remove all index files of a cluster."""
     shutil.rmtree(index_files(cluster))
-
-
-def notices_of(db: Connection) -> list[str]:
-    """Collect the notices that a connection gets from now on."""
-    found: list[str] = []
-    db.add_notice_handler(
-        lambda notice: found.append(f"{notice.message_primary} {notice.message_hint or ''}")
-    )
-    return found

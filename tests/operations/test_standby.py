@@ -19,13 +19,11 @@ from tests.operations.servers import (
     connect,
     fill,
     index_files,
-    notices_of,
-    one,
     remove_files,
     server,
 )
 from tests.scenarios.gallery import filled_up
-from tests.support import assert_exact, exact_distances, sql_error
+from tests.support import assert_exact, exact_distances, notices_of, one, sql_error
 from tools.cluster import Cluster
 
 SETTINGS = {"max_standby_streaming_delay": "-1"}  # no conflict ends what the tests look at
@@ -85,20 +83,7 @@ def check(db: Connection, image: bytes, engine: str = "auto") -> None:
     assert_exact(search(db, image, engine), exact_distances(db, image), K)
 
 
-def test_the_file_comes_with_the_copy(
-    pair: Pair, onnx: bytes, pictures: Pictures, queries: Pictures
-) -> None:
-    with server(SETTINGS) as other:
-        other.copy(pair.primary, "-R", "--no-sync")
-        other.start()
-        with connect(other) as db:
-            said = notices_of(db)
-            assert one(db, "SELECT pg_is_in_recovery()")
-            for image in queries.files[:5]:
-                check(db, image, "faiss")
-            assert said == []
-
-
+@pytest.mark.law(1)
 def test_a_standby_makes_a_file_of_its_own(
     pair: Pair, fresh: Connection, queries: Pictures
 ) -> None:
@@ -149,7 +134,7 @@ def test_rebuild_file_on_the_command_line(pair: Pair, fresh: Connection, queries
     remove_files(pair.standby)
     result = CliRunner().invoke(app, ["rebuild-file", "--dsn", pair.standby.dsn()])
     assert result.exit_code == 0, result.output
-    assert f"images: generation {generation} is here" in result.stdout
+    assert f"images: generation {generation} is present" in result.stdout
     check(fresh, queries.files[0], "faiss")
 
 
@@ -330,12 +315,13 @@ def test_every_function_that_reads(pair: Pair, pictures: Pictures, queries: Pict
         for function in ("image_distance", "same_class", "any_two_match"):
             query = f"SELECT {function}(%s, %s)"
             assert one(analyst, query, a, b) == one(pair.db, query, a, b)
-        assert [text for text in said if "wait to be embedded" not in text] == []
+        assert [text for text in said if "has queued rows" not in text] == []
         assert len(said) == 1
         with sql_error("42501"):
             analyst.execute("SELECT rebuild_file()")
 
 
+@pytest.mark.law(2)
 def test_searches_while_it_replays(
     pair: Pair, fresh: Connection, pictures: Pictures, queries: Pictures
 ) -> None:
@@ -406,6 +392,7 @@ def check_with_retries(db: Connection, image: bytes) -> None:
     raise AssertionError("no search came through")
 
 
+@pytest.mark.law(5)
 def test_a_conflict_with_recovery_ends_the_search_cleanly(pair: Pair, queries: Pictures) -> None:
     """It does not hang, is not taken for an answer, and strikes nothing later."""
     with server({"max_standby_streaming_delay": "0"}) as other:
@@ -442,14 +429,19 @@ def test_a_conflict_with_recovery_ends_the_search_cleanly(pair: Pair, queries: P
 
 
 def test_promotion(pair: Pair, pictures: Pictures, queries: Pictures) -> None:
-    """The standby goes on as a primary, with its own file, and old sessions live through it."""
+    """The file comes with the copy; a standby goes on as a primary, and its sessions with it."""
     pair.build()
     with server() as other:
         other.copy(pair.primary, "-R", "--no-sync")
         other.start()
-        remove_files(other)
         with connect(other) as db:
+            said = notices_of(db)
             catch_up(pair.db, db)
+            assert one(db, "SELECT pg_is_in_recovery()")
+            for image in queries.files[:5]:
+                check(db, image, "faiss")
+            assert said == []
+            remove_files(other)
             insert_images(pair.db, pictures.files[900:910])
             catch_up(pair.db, db)
             generation = one(db, "SELECT rebuild_file()")

@@ -354,7 +354,7 @@ class Kills:
     def work(self, signals: Signals) -> None:
         """Embed what the deferred collection's statements queue, and build its index."""
         options = Options(dsn=self.dsn, poll=0.05, rebuild_pending=200)
-        totals = Worker(options, say=lambda line: None, signals=signals).run()
+        totals = Worker(options, signals=signals).run()
         self.count("embedded by workers", totals.stored)
 
     # --- checks ---------------------------------------------------------------------------------

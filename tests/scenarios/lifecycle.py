@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import threading
 import time
@@ -14,7 +15,7 @@ from functools import partial
 import numpy as np
 import psycopg
 
-from pg_siamese.worker import Options, Worker
+from pg_siamese.worker import LOGGER, Options, Worker
 from tests.scenarios.gallery import Connection, Gallery
 
 TABLES = ("a", "b", "c")
@@ -22,7 +23,12 @@ DROPPED_TABLE = "c"  # the one that is itself dropped now and then
 # The errors that are expected: a collection, table, view or row is gone, a collection is there
 # already, a build was overtaken, a table has another name at the moment.
 CLEAN = {
-    "42704": ("does not exist", "is not one of table", "is not a row of a table"),
+    "42704": (
+        "does not exist",
+        "no longer exists",
+        "is not one of table",
+        "is not a row of a table",
+    ),
     "42P01": ("does not exist",),
     "42710": ("already exists",),
     "P0002": ("is not in collection",),
@@ -70,10 +76,10 @@ class Lifecycle:
             for number, body in enumerate(bodies)
         ]
         workers = [
-            Worker(Options(self.dsn, batch=16, poll=0.2, rebuild_pending=10), say=self.said)
-            for _ in range(2)
+            Worker(Options(self.dsn, batch=16, poll=0.2, rebuild_pending=10)) for _ in range(2)
         ]
         threads += [threading.Thread(target=self.work, args=(worker,)) for worker in workers]
+        LOGGER.addFilter(self.said)
         for thread in threads:
             thread.start()
         time.sleep(self.seconds)
@@ -82,6 +88,7 @@ class Lifecycle:
             worker.signals.stop()
         for thread in threads:
             thread.join()
+        LOGGER.removeFilter(self.said)
         self.report(", ".join(f"{what} {count}" for what, count in sorted(self.done.items())))
         self.report(f"embedded by workers: {sum(worker.totals.stored for worker in workers)}")
         for what, count in sorted(self.refused.items()):
@@ -99,10 +106,12 @@ class Lifecycle:
         except BaseException as error:
             self.errors.append(f"worker: {type(error).__name__}: {error}")
 
-    def said(self, line: str) -> None:
-        """Take what a worker says: of nothing here it should say anything but of a build."""
+    def said(self, record: logging.LogRecord) -> bool:
+        """Take a record of a worker's log, which should be about builds only."""
+        line = record.getMessage()
         if "built: generation" not in line and "truncated or dropped while" not in line:
             self.errors.append(f"worker: {line}")
+        return False
 
     def guarded(self, body: Body, number: int) -> None:
         """Repeat a body; errors that are not clean are noted."""

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tests.support import saved
+
 NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-
-
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """Return an image as a file."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def samples(pixels: npt.NDArray[np.uint8]) -> dict[str, bytes]:

@@ -31,7 +31,7 @@ def torch_encoder(path: Path) -> Any:
 
     from pg_siamese.training.experiments import load_experiment
     from pg_siamese.training.export import fold_batch_norms
-    from pg_siamese.training.networks import build_network
+    from pg_siamese.training.registry import build_network
     from pg_siamese_server.encoding.encoder import METADATA_KEY
 
     model = onnx.load_model(str(path), load_external_data=False)

@@ -24,6 +24,7 @@ from tests.scenarios.gallery import (
     insert,
     prepare,
 )
+from tests.support import notices_of
 
 LEAST = 0.99
 
@@ -195,8 +196,7 @@ class Recall:
         """Remove the index directory: answers stay exact, and a build repairs it."""
         shutil.rmtree(index_directory(self.owner))
         fresh = self.connect()
-        notices: list[str] = []
-        fresh.add_notice_handler(lambda notice: notices.append(str(notice.message_primary)))
+        notices = notices_of(fresh)
         self.check("after rm -rf of the index directory", "auto", [fresh, self.session])
         assert sum("without its FAISS index" in notice for notice in notices) == 1, notices
         try:

@@ -1,4 +1,4 @@
-"""From images to embeddings, with the bad ones sorted out: for triggers and workers alike."""
+"""Turn images into embeddings, for triggers and workers, and report the bad ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pg_siamese_server.errors import ImageError
 from pg_siamese_server.limits import MODELS_OWN, Limits
 
-if TYPE_CHECKING:  # self_check needs this module, and says what is missing
+if TYPE_CHECKING:  # self_check needs this module to say what is missing
     from pg_siamese_server.encoding.encoder import Encoder
 
 MAX_ROWS_AT_ONCE = 256
@@ -20,7 +20,7 @@ MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
 FIRST_ROWS = 8
 
 Fail = Callable[[Any, ImageError], None]
-# To copy it is quicker than to start anew: OpenSSL looks algorithms up by their names.
+# Copied, since OpenSSL looks up algorithms by name for each new one.
 _NOTHING_HASHED = hashlib.sha256()
 
 
@@ -36,8 +36,8 @@ def embed(
     Args:
         encoder: of the collection's model.
         rows: key and image file of each.
-        fail: called with the key and the error of each bad image; may raise to leave.
-        poll: called often, may raise to leave.
+        fail: called with the key and the error of each bad image, may raise to stop.
+        poll: called often, may raise to stop.
         limits: of the collection.
 
     Returns:
@@ -77,13 +77,13 @@ def embed(
 
 
 def image_hash(image: bytes) -> bytes:
-    """Return what is stored beside the vector of an image, to know it by."""
+    """Return the hash that is stored beside the vector of an image."""
     digest = _NOTHING_HASHED.copy()
     digest.update(image)
     return digest.digest()[:16]
 
 
 def next_portion(rows: int, size: int) -> int:
-    """Return how many rows to read next, after so many of so many bytes together."""
+    """Return how many rows to read next, after ``rows`` rows of ``size`` bytes together."""
     each = size // rows + 1
     return max(1, min(MAX_ROWS_AT_ONCE, MAX_BYTES_AT_ONCE // each, 8 * rows))

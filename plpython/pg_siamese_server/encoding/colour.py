@@ -1,4 +1,4 @@
-"""Colour profiles: pictures of other colour spaces brought to sRGB, which encoders learn from."""
+"""Convert pictures with colour profiles to sRGB, which encoders learn from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageCms
 
-# Profiles of cameras and screens have some kilobytes, those of printing presses up to three MB.
+# Profiles of cameras and screens have some kilobytes, those of printing presses up to 3 MB.
 MAX_PROFILE_BYTES = 4 * 1024 * 1024
 MAX_TRANSFORMS = 16
 STRIPE_PIXELS = 1_000_000
@@ -26,17 +26,17 @@ def to_srgb(
 ) -> tuple[Image.Image, int]:
     """Convert a colour picture to sRGB by its embedded profile.
 
-    Converting takes time by the pixel, so a picture that is much larger than needed is reduced
-    first, if it has to be converted at all.
+    Converting takes time per pixel. So if a picture has to be converted and is much larger than
+    needed, it is reduced first.
 
-    Grey pictures are left as they are: their profiles describe printing, while encoders learn from
-    the stored values. A profile that is broken, too large or of another kind is ignored.
+    Grey pictures stay as they are. Their profiles describe printing, while encoders learn from the
+    stored values. A profile that is broken, too large or of another kind is ignored.
 
     Args:
         image: the picture.
-        profile: what its file holds.
-        poll: called between stripes, may raise to leave.
-        least_side: pixels that each side must keep; None keeps all.
+        profile: from its file.
+        poll: called between stripes, may raise to stop.
+        least_side: pixels that each side must keep, or None for all.
 
     Returns:
         The picture, and the whole number that it was reduced by.
@@ -66,18 +66,18 @@ def to_srgb(
 
 
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the way to sRGB, kept for this session; None where there is none, or no need."""
+    """Return the transform to sRGB, kept for this session, or None if none exists or is needed."""
     key = (hashlib.sha256(profile).digest(), mode)
     if key in _transforms:
         _transforms.move_to_end(key)
     else:
-        _transforms[key] = _made(profile, mode)
+        _transforms[key] = _build_transform(profile, mode)
         if len(_transforms) > MAX_TRANSFORMS:
             _transforms.popitem(last=False)
     return _transforms[key]
 
 
-def _made(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+def _build_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != _SPACES[mode]:
@@ -89,12 +89,12 @@ def _made(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             "RGBA" if mode == "RGBA" else "RGB",
             ImageCms.Intent.PERCEPTUAL,
         )
-        return None if mode != "CMYK" and _changes_nothing(transform, mode) else transform
+        return None if mode != "CMYK" and _is_identity(transform, mode) else transform
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError, MemoryError):
         return None
 
 
-def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
     probe = Image.fromarray(colours)

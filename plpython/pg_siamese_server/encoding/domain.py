@@ -1,9 +1,9 @@
-"""What an encoder was calibrated for: telling its own kinds of images from all others.
+"""Know what an encoder was calibrated for, to tell its own kinds of images from all others.
 
-An encoder gives every image a vector, a page of text too, and such a vector lies somewhere among
-those of X-rays. What it does not do is differ from them only in the ways in which X-rays differ
-from each other. So a domain is a few balls around centres of vectors, in a space that is shrunk
-along the directions in which images of one kind differ most: a Mahalanobis distance of low rank.
+An encoder gives every image a vector, a page of text too. It lies somewhere among those of X-rays.
+But it differs from them not only in the ways in which X-rays differ from each other. So a domain is
+a few balls around centres of vectors. Their space is shrunk along the directions in which images of
+one kind differ most. That is a Mahalanobis distance of low rank.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ MAX_CENTRES = 1024
 
 @dataclass(frozen=True)
 class Domain:
-    """The union of balls in a shrunk space of prepared vectors (see :func:`vectors.prepare`).
+    """The union of balls in a shrunk space of prepared vectors (see ``vectors.prepare``).
 
     Attributes:
-        centres: int8 (count, dimension), in rows; times ``scale`` they are the centres.
+        centres: int8 (count, dimension), in rows. Times ``scale`` they are the centres.
         scale: the step of these numbers.
-        limits: of each ball the square of the radius.
-        directions: int8 (rank, dimension), in rows: those to shrink along, orthogonal but for
-            rounding, of any length.
-        shrink: of each direction the part of a length that is taken away.
+        limits: squared radius of each ball.
+        directions: int8 (rank, dimension), in rows, to shrink along. Orthogonal except for
+            rounding, and of any length.
+        shrink: part of a length to take away along each direction.
     """
 
     centres: bytes
@@ -43,27 +43,27 @@ class Domain:
     shrink: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the parts fit together; raises ModelError."""
+        """Check that the parts fit together. Raises ``ModelError``."""
         if not all(map(_is_positive, (self.scale, *self.limits))):
-            raise _not_understood("Its scale and limits must be finite numbers above 0.")
+            raise _domain_error("Its scale and limits must be finite numbers above 0.")
         if not 1 <= len(self.limits) <= MAX_CENTRES:
-            raise _not_understood(f"It must have 1 to {MAX_CENTRES} limits.")
+            raise _domain_error(f"It must have 1 to {MAX_CENTRES} limits.")
         if not self.centres or len(self.centres) % len(self.limits):
-            raise _not_understood("Its centres must be as many rows of bytes as it has limits.")
+            raise _domain_error("Its centres must be as many rows of bytes as it has limits.")
         if not all(_is_number(part) and 0 <= part < 1 for part in self.shrink):
-            raise _not_understood("Its shrink must be numbers from 0 to below 1.")
+            raise _domain_error("Its shrink must be numbers from 0 to below 1.")
         rank = len(self.shrink)
         if len(self.directions) != rank * self.dimension or rank > self.dimension:
-            raise _not_understood("Its directions must be as many rows of bytes as it has shrink.")
+            raise _domain_error("Its directions must be as many rows of bytes as it has shrink.")
 
     @property
     def dimension(self) -> int:
-        """Of the vectors that it can be asked about."""
+        """Dimension of the vectors that it can check."""
         return len(self.centres) // len(self.limits)
 
     @classmethod
     def from_json(cls, value: Any) -> Domain:
-        """Make a domain from the JSON object that :meth:`to_json` gives; raises ModelError."""
+        """Make a domain from the JSON object of ``to_json``. Raises ``ModelError``."""
         try:
             return cls(
                 base64.b64decode(value["centres"], validate=True),
@@ -73,7 +73,7 @@ class Domain:
                 tuple(value["shrink"]),
             )
         except (TypeError, KeyError, binascii.Error, ValueError):
-            raise _not_understood(
+            raise _domain_error(
                 "It must be an object of centres and directions (base64), scale, limits and shrink."
             ) from None
 
@@ -105,16 +105,16 @@ class Domain:
         )
 
     def contains(self, prepared: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """Tell which vectors are of images that the encoder knows.
+        """Return which vectors are of images that the encoder knows.
 
         Args:
-            prepared: (..., dimension), of length one where the metric is ``cosine``.
+            prepared: (..., dimension), of length one if the metric is ``cosine``.
         """
         inside: NDArray[np.bool_] = self.squares(prepared).min(axis=-1) <= 1
         return inside
 
     def squares(self, prepared: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Return the squared distances from the centres in parts of the limits: (..., balls).
+        """Return the squared distances from the centres as fractions of the limits, (..., balls).
 
         With S for the shrinking: |Sx - Sc|² / r² = |Sx|² / r² - 2 x·SSc / r² + |Sc|² / r².
         """
@@ -131,7 +131,7 @@ class Domain:
 
 
 class _Form(NamedTuple):
-    """What a check takes: one product with a matrix, and a few numbers for each ball."""
+    """What a check needs: one product with a matrix, and a few numbers per ball."""
 
     weights: NDArray[np.float64]  # (dimension, balls + directions)
     bias: NDArray[np.float64]  # of each ball
@@ -147,5 +147,5 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _not_understood(detail: str) -> ModelError:
+def _domain_error(detail: str) -> ModelError:
     return ModelError("model's domain is not understood", detail=detail)

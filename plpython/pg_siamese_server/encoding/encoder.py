@@ -1,4 +1,4 @@
-"""Running an ONNX encoder: pixels in, embeddings out, on one core and with little memory."""
+"""Run an ONNX encoder on one core and with little memory: pixels in, embeddings out."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pg_siamese_server.encoding.specification import ModelSpec
 from pg_siamese_server.errors import ImageError, ModelError
 from pg_siamese_server.interrupts import PIECE_SECONDS, pending, signals_blocked
 
-if TYPE_CHECKING:  # imported by who opens an encoder: searches by stored image need none
+if TYPE_CHECKING:  # searches by a stored image open no encoder
     import onnxruntime
 
 METADATA_KEY = "pg_siamese"
 MAX_BATCH = 64
-# Pre-packed weights are a private copy in every session: worth it for small encoders only.
+# Pre-packed weights are a private copy in every session, so only small encoders have them.
 PREPACK_BELOW_BYTES = 16 * 1024 * 1024
 WATCH_SECONDS = 0.05
-# pgvector counts in single precision: it can't divide by the square of a smaller length.
+# pgvector counts in single precision, so it can't divide by the square of a smaller length.
 MIN_SQUARED_LENGTH = float(np.finfo(np.float32).tiny)
 BAD_EMBEDDING = (
     "The encoder fails on this image, perhaps because it is blank. Remove the image, or let the"
@@ -77,7 +77,7 @@ class Encoder:
     _seconds_per_image: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        """Open the session; raises ModelError."""
+        """Open the session. Raises ``ModelError``."""
         with signals_blocked():  # its threads inherit the mask
             import onnxruntime
 
@@ -118,9 +118,8 @@ class Encoder:
         """Embed one batch in one call of ONNX Runtime.
 
         Args:
-            pixels: uint8 (batch, height, width, channels) as :func:`decode_image` makes them.
-            poll: called where PostgreSQL has an interrupt waiting during the run of a slow graph;
-                may raise to leave.
+            pixels: uint8 (batch, height, width, channels) as ``decode_image`` makes them.
+            poll: called if an interrupt waits during the run of a slow graph, may raise to stop.
 
         Returns:
             float32 (batch, dimension).
@@ -139,22 +138,22 @@ class Encoder:
             raise ModelError(
                 "model's output is not a batch of embeddings",
                 detail="An encoder gives one row of numbers for each image, "
-                f"not {_described(result)}.",
+                f"not {_describe_output(result)}.",
             )
         per_image = (time.perf_counter() - started) / len(pixels)
-        # The first run of a shape plans memory: let later, quicker ones correct it.
+        # The first run of a shape plans memory, so later runs, which are quicker, correct it.
         previous = self._seconds_per_image
         self._seconds_per_image = per_image if not previous else (previous + per_image) / 2
         return np.ascontiguousarray(result[:count], dtype=np.float32)
 
     def _run(self, feed: dict[str, NDArray[Any]], poll: Callable[[], None] | None) -> Any:
-        """Run the graph; leave a slow one, or one of unknown speed, when an interrupt waits."""
+        """Run the graph. If it is slow, or of unknown speed, stop when an interrupt waits."""
         options = self._run_options()
         watched = poll is not None and not 0 < self._seconds_per_image <= PIECE_SECONDS
         try:
             if not watched:
                 return self._session.run([self._output], feed)[0]
-            with _left_on_interrupt(options):
+            with _stopped_on_interrupt(options):
                 return self._session.run([self._output], feed, options)[0]
         except Exception as error:  # as above
             if not options.terminate:
@@ -163,7 +162,7 @@ class Encoder:
                 ) from None
         assert poll is not None
         poll()
-        # It was none that cancels.
+        # The interrupt did not cancel.
         return self._run(feed, None)
 
     def embed(
@@ -173,7 +172,7 @@ class Encoder:
 
         Args:
             pixels: uint8 (count, height, width, channels).
-            poll: called between batches, may raise to leave.
+            poll: called between batches, may raise to stop.
 
         Returns:
             float32 (count, dimension).
@@ -190,7 +189,7 @@ class Encoder:
 
 
 @contextmanager
-def _left_on_interrupt(options: onnxruntime.RunOptions) -> Iterator[None]:
+def _stopped_on_interrupt(options: onnxruntime.RunOptions) -> Iterator[None]:
     """Let a thread end a run, with an error, when PostgreSQL has an interrupt waiting."""
     done = threading.Event()
 
@@ -210,25 +209,25 @@ def _left_on_interrupt(options: onnxruntime.RunOptions) -> Iterator[None]:
         thread.join()
 
 
-def _described(output: Any) -> str:
+def _describe_output(output: Any) -> str:
     if not isinstance(output, np.ndarray):
         return f"a {type(output).__name__}"
     return f"shape {list(output.shape)} of type {output.dtype}"
 
 
 def have_distances(embeddings: NDArray[np.float32], metric: str) -> bool:
-    """Whether all embeddings (count, dimension) have a distance to others, as pgvector counts.
+    """Return whether all embeddings (count, dimension) have a distance to others in pgvector.
 
-    One that has none, in an index, can take most of its recall for all others.
+    One without, in an index, can take most of the recall of all others.
     """
     least = MIN_SQUARED_LENGTH if metric == "cosine" else 0.0
-    # Of few rows, a list is the quickest to look through; NaN is on no side of anything.
+    # A list is the quickest way to check a few rows. NaN fails every comparison.
     squared = np.einsum("ij,ij->i", embeddings, embeddings).tolist()
     return all(least <= square < math.inf for square in squared)
 
 
 def check_embedding(embedding: NDArray[np.float32], metric: str) -> None:
-    """Refuse an embedding that has no distance to others; raises ImageError."""
+    """Refuse an embedding without a distance to others. Raises ``ImageError``."""
     if have_distances(embedding[None], metric):
         return
     if not np.isfinite(embedding).all():

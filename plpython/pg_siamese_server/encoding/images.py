@@ -1,7 +1,7 @@
-"""From the bytes of an image file to the pixels that an encoder takes.
+"""Turn the bytes of an image file into the pixels that an encoder takes.
 
-This is the only decode path of the project: training, clients and the server all call
-:func:`decode_image`, so that the same file gives the same pixels everywhere.
+This is the project's only decode path. Training, clients and the server all call ``decode_image``,
+so that the same file gives the same pixels everywhere.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# Pixels under an alpha channel are arbitrary; on white is how a viewer shows them.
+# Pixels under an alpha channel are arbitrary. A viewer shows them on white.
 BACKGROUND = (255, 255, 255, 255)
 
-# A smaller file is decoded in a few milliseconds: not worth a look at interrupts at each read.
+# A smaller file is decoded in a few milliseconds, which is not worth a check at each read.
 POLL_FROM_BYTES = 16 * 1024
-# Each scan of a JPEG goes over the whole picture, however few bytes it has; cameras and tools write
-# a dozen at most.
+# Each scan of a JPEG covers the whole picture, however few bytes it has. Cameras and tools
+# write a dozen at most.
 MAX_JPEG_SCANS = 100
 MANY_JPEG_SCANS = 16
 MANY_SCANS_BLOCK = 512
 # All text and profiles of a PNG together, unpacked. Pillow's own limit is 64 MB.
 MAX_PNG_TEXT_BYTES = 4 * 1024 * 1024
-# A JPEG is decoded at a half, a quarter or an eighth of its size if that leaves so many times the
-# encoder's sides: resampling from there gives the same pixels to within 1 of 255 on average.
+# JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the encoder's
+# sides. Resampling from there gives the same pixels to within 1 of 255 on average.
 DRAFT_MARGIN = 3
 EIGHT_BITS = frozenset(
     ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 )
-# Where Pillow puts metadata that may hold an orientation.
+# Keys of Pillow's metadata that may hold an orientation.
 ORIENTED_BY = frozenset(("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"))
 # How a viewer turns a picture of each EXIF orientation.
 TURNS = {
@@ -67,7 +67,7 @@ TURNS = {
 
 
 class _PolledFile(io.BytesIO):
-    """A file in memory that calls back at each read: a long decode can be left in the middle."""
+    """A file in memory that calls back at each read, so that a long decode can be interrupted."""
 
     def __init__(self, data: bytes, poll: Callable[[], None]) -> None:
         super().__init__(data)
@@ -83,14 +83,14 @@ def decode_image(
 ) -> NDArray[np.uint8]:
     """Decode an image file and bring it to the encoder's size.
 
-    PNG, JPEG, TIFF, BMP, WebP and GIF (first frame, first full-size page). EXIF orientation is
-    applied, colour profiles are converted to sRGB, samples of more than 8 bits are scaled, alpha is
-    composited on white, CMYK and palettes are converted.
+    It takes PNG, JPEG, TIFF, BMP, WebP and GIF (first frame, first full-size page). EXIF
+    orientation is applied, and colour profiles are converted to sRGB. Samples of more than 8 bits
+    are scaled, and alpha is composited on white. CMYK and palettes are converted.
 
     Args:
         data: the bytes of the file.
         spec: size, channels, resize mode and limits.
-        poll: called while reading, may raise to leave.
+        poll: called while reading, may raise to stop.
 
     Returns:
         uint8 array of shape (height, width, channels), C-contiguous.
@@ -102,17 +102,17 @@ def decode_image(
 
 
 def render_image(data: bytes, side: int) -> NDArray[np.uint8]:
-    """Decode an image file for showing, as :func:`decode_image` does, in its own proportions.
+    """Decode an image file for display, as ``decode_image`` does, in its own proportions.
 
     Args:
         data: the bytes of the file.
-        side: the most pixels of its longer side.
+        side: most pixels of the longer side.
 
     Returns:
         uint8 array of shape (height, width, 3), no larger than the picture itself.
 
     Raises:
-        ImageError: as there.
+        ImageError: as for ``decode_image``.
     """
     return _decode(data, _Decoder(InputSpec(side, side), None, keeps_shape=True))
 
@@ -132,7 +132,7 @@ def _decode(data: bytes | None, decoder: _Decoder) -> NDArray[np.uint8]:
         )
     try:
         with warnings.catch_warnings(), _pillow_limits(spec):
-            warnings.simplefilter("ignore")  # odd metadata; the pixels are what counts
+            warnings.simplefilter("ignore")  # odd metadata does not matter, only pixels do
             return decoder.run(data)
     except (ImageError, ImportError):  # a package that is missing is no fault of the image
         raise
@@ -145,15 +145,15 @@ def _decode(data: bytes | None, decoder: _Decoder) -> NDArray[np.uint8]:
             hint="Reduce the image.",
         ) from None
     except Exception as error:
-        # Pillow's plugins raise whatever their parsers meet; PostgreSQL's own errors (a cancel
-        # during poll) must pass untouched.
+        # Pillow's plugins raise whatever their parsers meet. PostgreSQL's own errors, such as a
+        # cancel during poll, must pass unchanged.
         if _is_database_error(error):
             raise
         raise _unreadable(data, error) from None
 
 
 def _too_large(data: bytes, spec: InputSpec) -> ImageError:
-    """Say how large an image is that Pillow refused to open."""
+    """Return the error of an image that Pillow refused to open for its size."""
     size: tuple[int, int] | None = None
     if data[:4] == b"GIF8":
         size = struct.unpack_from("<HH", data, 6)
@@ -162,7 +162,7 @@ def _too_large(data: bytes, spec: InputSpec) -> ImageError:
 
         size = webp_size(data)
     else:
-        # Of these, only the header is read.
+        # Only the header of these is read.
         Image.MAX_IMAGE_PIXELS, before = None, Image.MAX_IMAGE_PIXELS
         try:
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP")) as image:
@@ -172,7 +172,7 @@ def _too_large(data: bytes, spec: InputSpec) -> ImageError:
     if size is None or size[0] * size[1] <= spec.max_pixels:
         return ImageSizeError(
             "image is too large", spec.max_pixels, MAX_SIDE
-        )  # by what comes after its header
+        )  # by what follows its header
     return ImageSizeError(
         f"image of {size[0]} x {size[1]} pixels is too large", spec.max_pixels, MAX_SIDE
     )
@@ -183,8 +183,8 @@ def _is_database_error(error: Exception) -> bool:
 
 
 def _unreadable(data: bytes, error: Exception) -> ImageError:
-    """Say what bytes are that gave this error, and what to do."""
-    from pg_siamese_server.encoding import kinds  # only needed to explain
+    """Return an error that says what the bytes are and what to do."""
+    from pg_siamese_server.encoding import kinds  # only errors need it
 
     name = kinds.supported(data)
     if name == "JPEG":
@@ -217,7 +217,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _pillow_limits(spec: InputSpec) -> Iterator[None]:
-    """Hold Pillow to the model's limits where it allocates before it tells a size (GIF, WebP)."""
+    """Apply the model's limits to Pillow, which allocates GIF and WebP before it tells a size."""
 
     before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_MEMORY
     Image.MAX_IMAGE_PIXELS = max(1, spec.max_pixels // 2)  # Pillow refuses twice this
@@ -229,7 +229,7 @@ def _pillow_limits(spec: InputSpec) -> Iterator[None]:
 
 
 def _jpeg_scans(data: bytes) -> int:
-    """Count the scans of a JPEG file, and refuse very many; 0 for other formats."""
+    """Count the scans of a JPEG file, and refuse too many. Return 0 for other formats."""
     if data[:2] != b"\xff\xd8":
         return 0
     scans = data.count(b"\xff\xda")
@@ -296,7 +296,7 @@ class _Decoder:
             return Opened(loaded, turn, info.get("icc_profile"), box)
 
     def open_bare(self, data: bytes, error: Exception) -> Opened:
-        """Try again without metadata: it never makes good pixels bad."""
+        """Try again without metadata, which never makes good pixels bad."""
         from pg_siamese_server.encoding.metadata import without_metadata
 
         bare = without_metadata(data)
@@ -319,7 +319,7 @@ class _Decoder:
         return image
 
     def set_draft(self, image: Image.Image) -> Box | None:
-        """Let a large JPEG be decoded at a part of its size; return what of that is picture."""
+        """Let a large JPEG be decoded at a smaller size. Return the box of the picture in it."""
         side = self.least_side()
         if side is None or min(image.size) < 2 * side or not _is_jpeg(image):
             return None
@@ -327,7 +327,7 @@ class _Decoder:
         return None if drafted is None else drafted[1]
 
     def least_side(self) -> int | None:
-        """How many pixels each side must keep if a picture is reduced before it is resampled."""
+        """Pixels that each side keeps if a picture is reduced before it is resampled."""
         if self.spec.interpolation == "nearest":  # takes single pixels, not their surroundings
             return None
         return DRAFT_MARGIN * max(self.spec.width, self.spec.height)
@@ -355,7 +355,7 @@ class _Decoder:
         image.load()
         self.poll()
         if header is not None:
-            png.mend_transparency(image, header)
+            png.convert_transparency(image, header)
         return image
 
     def plain(self, data: bytes, rawmode: str | None = None) -> Image.Image:
@@ -370,10 +370,10 @@ class _Decoder:
     def ended(self, data: bytes) -> bytes:
         from pg_siamese_server.encoding import jpeg
 
-        mended = jpeg.mended(data, self.plain)
-        if mended is None:
+        complete = jpeg.with_end_marker(data, self.plain)
+        if complete is None:
             raise _bad_jpeg(data, "Part of the picture is missing.")
-        return mended
+        return complete
 
     def finish(self, opened: Opened) -> NDArray[np.uint8]:
         image, spec = opened.image, self.spec
@@ -386,7 +386,7 @@ class _Decoder:
             box = left / factor, top / factor, right / factor, bottom / factor
         turn = TURNS.get(opened.orientation)
         if turn is not None:
-            box = _turned(box, image.size, turn)
+            box = _turn_box(box, image.size, turn)
             image = image.transpose(turn)
         if self.keeps_shape:
             sides = box[2] - box[0], box[3] - box[1]
@@ -414,8 +414,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _turned(box: Box, size: tuple[int, int], turn: Image.Transpose) -> Box:
-    """Return where a box lies after the picture is turned."""
+def _turn_box(box: Box, size: tuple[int, int], turn: Image.Transpose) -> Box:
     width, height = size
     left, top, right, bottom = box
     ways = Image.Transpose
@@ -441,7 +440,7 @@ def _resize(image: Image.Image, box: Box, spec: InputSpec) -> Image.Image:
         left, top = left + (width - kept[0]) * 0.5, top + (height - kept[1]) * 0.5
         return image.resize(target, method, (left, top, left + kept[0], top + kept[1]))
     if spec.resize == "pad":
-        # Not ImageOps.pad, which lets a side of less than half a pixel vanish, and all with it.
+        # Not ImageOps.pad, which reduces a side of less than half a pixel to nothing.
         factor = min(spec.width / width, spec.height / height)
         size = (max(1, round(width * factor)), max(1, round(height * factor)))
         padded = Image.new(image.mode, target)

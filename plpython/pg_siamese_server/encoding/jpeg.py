@@ -1,4 +1,4 @@
-"""JPEG: whether the whole picture is there, and what a file is that libjpeg can't decode."""
+"""Check that a JPEG is complete, and name codings that libjpeg can't decode."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image, ImageChops
 
 END = b"\xff\xd9"
-# In coded data 0xFF is followed by 0 or a restart marker; anything else ends the scan.
+# In coded data 0xFF is followed by 0 or a restart marker. Anything else ends the scan.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _SCAN = 0xDA
 _FRAMES = frozenset(
     (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 )
 _JPEG_LS = 0xF7
-# By component: of each coefficient, the lowest bit that scans have brought.
+# By component, for each coefficient: the lowest bit that scans have brought.
 Coefficients = dict[int, list[int | None]]
 _CODINGS = {
     0xC3: "lossless coding",
@@ -30,14 +30,14 @@ _CODINGS = {
     0xCF: "differential arithmetic coding",
     _JPEG_LS: "JPEG-LS coding",
 }
-# Bits that stand for what is missing: where they matter, the picture is not whole.
+# Bits in place of missing ones. If the pixels depend on them, the picture is not complete.
 _FILLERS = (b"", b"\x55\x2a" * 512, b"\xaa\x55" * 512)
-# What libjpeg leaves where it finds no more data, in every channel.
+# The value that libjpeg leaves in every channel if it finds no more data.
 _NO_DATA = 128
 
 
 def layout(data: bytes) -> tuple[bool, bool]:
-    """Walk a JPEG's markers: whether it ends properly, and whether its scans hold all bits."""
+    """Return whether a JPEG ends properly, and whether its scans hold all bits."""
     place = 2
     complete: Coefficients = {}
     try:
@@ -55,21 +55,21 @@ def layout(data: bytes) -> tuple[bool, bool]:
             if marker in _FRAMES:
                 complete = {segment[6 + 3 * number]: [None] * 64 for number in range(segment[5])}
             elif marker == _SCAN:
-                _note(segment, complete)
+                _note_bits(segment, complete)
             place += length
     except (struct.error, IndexError):
         return False, False
 
 
 def unsupported_coding(data: bytes) -> str | None:
-    """Name the coding of a JPEG that libjpeg has no decoder for; None where it has one."""
+    """Name the coding of a JPEG if libjpeg has no decoder for it, else return None."""
     place = 2
     try:
         while (found := _MARKER.search(data, place)) is not None:
             marker, place = data[found.start() + 1], found.end()
             if marker in _FRAMES or marker == _JPEG_LS:
                 if data[place + 2] != 8:
-                    return f"{data[place + 2]} bits a channel"
+                    return f"{data[place + 2]} bits per channel"
                 return _CODINGS.get(marker)
             if marker not in (0x01, 0xD8):
                 (length,) = struct.unpack_from(">H", data, place)
@@ -79,8 +79,7 @@ def unsupported_coding(data: bytes) -> str | None:
     return None
 
 
-def _note(segment: bytes, complete: Coefficients) -> None:
-    """Note which bits of which coefficients a scan brings."""
+def _note_bits(segment: bytes, complete: Coefficients) -> None:
     count = segment[0]
     first, last, low = segment[1 + 2 * count], segment[2 + 2 * count], segment[3 + 2 * count] & 15
     for number in range(count):
@@ -93,11 +92,11 @@ def _has_all_bits(complete: Coefficients) -> bool:
     return bool(complete) and all(set(bits) == {0} for bits in complete.values())
 
 
-def mended(data: bytes, load: Callable[[bytes], Image.Image]) -> bytes | None:
-    """Give a file without its end marker one; None where part of the picture is missing.
+def with_end_marker(data: bytes, load: Callable[[bytes], Image.Image]) -> bytes | None:
+    """Add a missing end marker to a file. Return None if part of the picture is missing.
 
-    Zeros after it are no data: they are what a download that broke off leaves. The picture is
-    whole if what follows the data has no influence on it.
+    Zeros after the data come from a broken download and are no data. The picture is complete if
+    what follows the data has no influence on it.
 
     Args:
         data: the file.
@@ -109,23 +108,23 @@ def mended(data: bytes, load: Callable[[bytes], Image.Image]) -> bytes | None:
     if not is_complete:
         return None
     bare = data.rstrip(b"\0")
-    if bare.endswith(b"\xff"):  # in the data a zero follows it; alone, it is half of the end marker
+    if bare.endswith(b"\xff"):  # in data a zero follows it, else it is half an end marker
         bare = bare + b"\0" if len(bare) < len(data) else bare.rstrip(b"\xff")
-    # One zero may well be data: that of a picture of one colour.
+    # One zero may be data, of a picture of one colour.
     candidates = [bare] if len(data) - len(bare) != 1 else [bare, data]
     return next((each + END for each in candidates if _is_whole(each, load)), None)
 
 
 def is_cut_off(image: Image.Image, data: bytes, load: Callable[[bytes], Image.Image]) -> bool:
-    """Whether an image that ends properly lacks its lower part, which libjpeg leaves grey.
+    """Return whether an image that ends properly lacks its lower part, which libjpeg leaves grey.
 
-    Costs a look at one corner; only where that is of just this grey, the file is decoded again.
+    This reads one corner. The file is decoded again only if that corner has this grey.
     """
     last = image.getpixel((image.width - 1, image.height - 1))
     if isinstance(last, tuple):
         red, green, blue = (*last, *last)[:3]
         last = 0.299 * red + 0.587 * green + 0.114 * blue
-    # Also for CMYK, whose no data is all 127.
+    # This includes CMYK, whose missing data is all 127.
     if last is None or abs(last - _NO_DATA) > 1:
         return False
     if any(abs(value - _NO_DATA) > 1 for value in _last_block(image)):
@@ -135,10 +134,10 @@ def is_cut_off(image: Image.Image, data: bytes, load: Callable[[bytes], Image.Im
 
 
 def _last_block(image: Image.Image) -> list[float]:
-    """Return the extremes of the last coded block, as far as it is seen.
+    """Return the extremes of the last coded block, as far as it is visible.
 
-    Its first row and column are smoothed with the colours beside them; where there is no more of
-    it, its brightness is.
+    Its first row and column are smoothed with neighbouring colours. If no more of it is visible,
+    its brightness is.
     """
     layers = getattr(image, "layer", None) or [("", 1, 1)]
     scale = getattr(image, "decoderconfig", None) or (1,)

@@ -1,4 +1,4 @@
-"""What bytes are that are no image of a supported format, and what to do with them."""
+"""Recognise bytes that are no image of a supported format, and say what to do with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STORE_FILE = "Store the bytes of the image file itself."
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file by its name in a sentence, and the way out."""
+    """A kind of file by its name in a sentence, with a hint for the user."""
 
     name: str
     hint: str
@@ -105,12 +105,12 @@ _TEXTS = (
         Kind("hexadecimal text", "Decode it with decode(…, 'hex')."),
     ),
 )
-# Lines of base64: those of an image file by how they begin, others by their look.
+# Lines of base64, known by the start of an image file or by their characters.
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_-\r\n"
 _BASE64_IMAGES = (b"iVBORw0KGgo", b"/9j/", b"R0lGOD", b"UklGR", b"Qk", b"SUkqA", b"TU0AK")
 _BASE64_LOOK = (re.compile(rb"[A-Z]"), re.compile(rb"[a-z]"), re.compile(rb"[0-9]"))
 _MIN_BASE64 = 24
-_MIN_TEXT = 16  # fewer bytes may well be anything
+_MIN_TEXT = 16  # fewer bytes may be anything
 _PREFIX_BYTES = 4096
 _BLANK = b"\0\t\n\f\r "
 
@@ -136,7 +136,7 @@ def supported(data: bytes) -> str | None:
 
 
 def recognise(data: bytes) -> Kind | None:
-    """Tell what a file is that is no image of a supported format, or None."""
+    """Return the kind of a file that is no image of a supported format, or None."""
     if not data.strip(b"\0"):
         return Kind(
             "nothing but zeros", "The file was not written or copied whole. Store the file again."

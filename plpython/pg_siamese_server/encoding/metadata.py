@@ -1,7 +1,7 @@
-"""Metadata beside the pixels: the orientation in it, and files without it.
+"""Read the orientation from metadata, and make files without metadata.
 
-Metadata never makes good pixels bad. So the orientation is read by hand, and where Pillow stumbles
-over the rest, the picture is decoded again from a copy without it.
+Metadata never makes good pixels bad. So the orientation is read by hand. If Pillow fails on the
+rest, the picture is decoded again from a copy without it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def exif_orientation(exif: bytes) -> int | None:
 
 
 def orientation(info: dict[str | tuple[int, int], object]) -> int:
-    """Return the orientation that Pillow's ``info`` of an image holds; 1, upright, without one."""
+    """Return the orientation in Pillow's ``info`` of an image, or 1 (upright) without one."""
     exif = info.get("exif")
     found = exif_orientation(exif) if isinstance(exif, bytes) else None
     if found is None:
@@ -71,7 +71,7 @@ def _raw_profile(text: object) -> bytes:
 def without_metadata(data: bytes) -> tuple[bytes, int] | None:
     """Return a copy of a JPEG, PNG or WebP file without metadata, and its orientation.
 
-    Colour profiles stay. None for other formats, and where the file's own structure is broken.
+    Colour profiles stay. Return None for other formats, and if the file's own structure is broken.
     """
     try:
         if data[:2] == b"\xff\xd8":
@@ -160,7 +160,7 @@ def _bare_webp(data: bytes) -> tuple[bytes, int]:
 
 
 def padded_webp(data: bytes) -> bytes:
-    """Give a WebP file the zero that follows a chunk of odd length, where just this is missing."""
+    """Add a missing zero after a chunk of odd length to a WebP file, if nothing else is missing."""
     place, size = 12, 0
     while place + 8 <= len(data):
         (size,) = struct.unpack_from("<I", data, place + 4)

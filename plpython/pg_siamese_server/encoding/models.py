@@ -1,9 +1,8 @@
-"""Registering models, and the encoders that this session has opened."""
+"""Register models, and keep the encoders that this session has opened."""
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts
 from pg_siamese_server.catalog import load_json, prepare
+from pg_siamese_server.encoding.open_encoders import OpenEncoders
 from pg_siamese_server.errors import (
     DATA_CORRUPTED,
     DUPLICATE_OBJECT,
@@ -22,16 +22,13 @@ from pg_siamese_server.errors import (
 )
 from pg_siamese_server.limits import MODELS_OWN, Limits
 
-if TYPE_CHECKING:  # imported by who needs them: searches by a stored image do not
+if TYPE_CHECKING:  # searches by a stored image need neither
     from pg_siamese_server.encoding.encoder import Encoder
     from pg_siamese_server.encoding.specification import ModelSpec
 
-MAX_OPEN_ENCODERS = 4
-
 # With their JSON text, which is quicker to hash.
 _specs: dict[int, tuple[str, ModelSpec]] = {}
-# One ONNX file may serve several models that differ in how it is fed.
-_encoders: OrderedDict[tuple[str, str], Encoder] = OrderedDict()
+_encoders = OpenEncoders()
 
 
 def spec(plpy: Any, model_id: int) -> ModelSpec:
@@ -40,7 +37,7 @@ def spec(plpy: Any, model_id: int) -> ModelSpec:
 
 
 def _specification(plpy: Any, model_id: int) -> tuple[str, ModelSpec]:
-    """Return a model's specification, as text too; models never change, so it is kept."""
+    """Return a model's specification and its text. Models never change, so it is kept."""
     found = _specs.get(model_id)
     if found is None:
         plan = prepare(
@@ -62,7 +59,7 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
     Args:
         plpy: PL/Python's module.
         model_id: of the model.
-        sha256: of its ONNX file, where the caller has read it.
+        sha256: of its ONNX file, if the caller has read it.
     """
     if sha256 is None:
         plan = prepare(plpy, "SELECT sha256 FROM siamese.models WHERE model_id = $1", ("integer",))
@@ -71,9 +68,8 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
             raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
         sha256 = rows[0]["sha256"]
     text, specification = _specification(plpy, model_id)
-    key = (sha256, text)
-    found = _encoders.get(key)
-    if found is None:
+
+    def read() -> tuple[bytes, ModelSpec]:
         plan = prepare(
             plpy,
             "SELECT onnx, pg_catalog.encode(pg_catalog.sha256(onnx), 'hex')"
@@ -88,16 +84,11 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
                 hint="Register the same file under the same name once more with register_model:"
                 " that restores it.",
             )
-        import pg_siamese_server.encoding.images  # noqa: F401 -- who opens an encoder goes on to decode
-        from pg_siamese_server.encoding.encoder import Encoder
+        import pg_siamese_server.encoding.images  # noqa: F401 -- decoding follows
 
-        found = Encoder(row["onnx"], specification)
-        while len(_encoders) >= MAX_OPEN_ENCODERS:
-            _encoders.popitem(last=False)
-        _encoders[key] = found
-    else:
-        _encoders.move_to_end(key)
-    return found
+        return row["onnx"], specification
+
+    return _encoders.get(sha256, text, read)
 
 
 def embed(
@@ -114,13 +105,13 @@ def embed(
         model_id: of the model.
         images: image files.
         limits: of the collection.
-        sha256: of the model's ONNX file, where the caller has read it.
+        sha256: of the model's ONNX file, if the caller has read it.
 
     Returns:
         float32 (images, dimension).
 
     Raises:
-        ImageError: one of them is bad.
+        ImageError: an image is bad.
     """
     from pg_siamese_server.encoding.encoder import check_embedding
     from pg_siamese_server.encoding.images import decode_image
@@ -136,14 +127,14 @@ def embed(
 
 
 def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, Any]) -> int:
-    """Check an ONNX file and store it; returns its model_id.
+    """Check an ONNX file, store it, and return its model_id.
 
-    The same file under the same name and specification is accepted again, and mends the stored one.
+    The same file with the same name and specification is accepted, and repairs the stored one.
     """
     import hashlib
 
     from pg_siamese_server.encoding.registration import (
-        inspect_model,  # parsing ONNX is needed only here
+        inspect_model,  # only needed to parse ONNX
     )
 
     if not name:
@@ -179,7 +170,7 @@ def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, A
             detail="It has another ONNX file or specification.",
             hint="Models never change: register this one under a new name.",
         )
-    # Where the stored bytes have been damaged, here are the right ones.
+    # If the stored bytes have been damaged, here are the right ones.
     prepare(
         plpy,
         "UPDATE siamese.models SET onnx = $2 WHERE model_id = $1"

@@ -18,10 +18,10 @@ Box = tuple[float, float, float, float]
 
 
 class Opened(NamedTuple):
-    """A picture of 8 bits a channel, with what is still to be done to it.
+    """A picture of 8 bits per channel, with the steps that remain.
 
-    Decoded at a part of its size, its last row and column may stand for parts of pixels. The box
-    is what is picture, None is all.
+    If it was decoded at a smaller size, its last row and column may stand for parts of pixels. The
+    box is the part that is picture, and None is all.
     """
 
     image: Image.Image
@@ -31,7 +31,7 @@ class Opened(NamedTuple):
 
 
 def check_size(width: int, height: int, spec: InputSpec) -> None:
-    """Refuse a size that is over the limits, or none; raises ImageError."""
+    """Refuse a size of zero or over the limits. Raises ``ImageError``."""
     if width < 1 or height < 1:
         raise ImageError(f"image of {width} x {height} pixels has no content")
     if width * height > spec.max_pixels or max(width, height) > MAX_SIDE:
@@ -41,7 +41,7 @@ def check_size(width: int, height: int, spec: InputSpec) -> None:
 
 
 def damaged(name: str, detail: str) -> ImageError:
-    """Return the error of a file that is cut off or changed."""
+    """Return the error of a file that is incomplete or changed."""
     return ImageError(
         f"{name} image cannot be decoded",
         detail=f"It is damaged or incomplete. {detail}",

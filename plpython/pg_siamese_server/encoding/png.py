@@ -1,4 +1,4 @@
-"""PNG: samples of 16 bits, significant bits, and transparent colours, as the standard has them."""
+"""Read PNG by its standard: samples of 16 bits, significant bits, and transparent colours."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Header:
 
 
 def inspect(data: bytes) -> Header | None:
-    """Look at the chunks of a file that Pillow has opened.
+    """Check the chunks of a file that Pillow has opened.
 
-    Pillow checks neither the picture's checksum nor the end of its data, and gives what it finds:
-    of a download that broke off, zeros. A picture that ends early is found by its decoder.
+    Pillow checks neither the picture's checksum nor the end of its data. It returns what it finds,
+    such as zeros from a broken download. Its decoder notices a picture that ends early.
 
     Returns:
-        What the samples mean, where that needs more than Pillow.
+        The meaning of the samples, if that needs more than Pillow.
 
     Raises:
         ImageError: a checksum of the picture is wrong, and its packed data, too.
@@ -79,7 +79,7 @@ def inspect(data: bytes) -> Header | None:
 
 
 def _is_whole(parts: list[memoryview]) -> bool:
-    """Whether compressed data ends properly, with its own checksum."""
+    """Return whether compressed data ends properly, with its own checksum."""
     stream = zlib.decompressobj()
     try:
         for part in parts:
@@ -93,7 +93,7 @@ def _is_whole(parts: list[memoryview]) -> bool:
 
 
 def needs_samples(header: Header, spec: InputSpec) -> bool:
-    """Whether the upper 8 of 16 bits, which Pillow gives for colours, are not enough."""
+    """Return whether 16-bit samples are needed. Pillow returns only the upper 8 bits of colours."""
     return header.depth == 16 and bool(
         header.colour == GREY
         or header.transparent
@@ -102,15 +102,15 @@ def needs_samples(header: Header, spec: InputSpec) -> bool:
     )
 
 
-def mend_transparency(image: Image.Image, header: Header) -> None:
-    """Bring the transparent colour to the samples as Pillow has them: 8 bits a channel."""
+def convert_transparency(image: Image.Image, header: Header) -> None:
+    """Convert the transparent colour to the 8 bits per channel of Pillow's samples."""
     if header.colour not in (GREY, RGB):
         return
     count = _CHANNELS[header.colour]
     if len(header.transparent) < 2 * count:
         image.info.pop("transparency", None)
         return
-    # By the standard, of fewer bits than 16 only the low ones count.
+    # By the standard, only the low bits count if there are fewer than 16.
     top = 2**header.depth - 1
     values = [
         (value & top) * 255 // top for value in struct.unpack_from(f">{count}H", header.transparent)
@@ -123,9 +123,9 @@ def deep_image(data: bytes, header: Header, spec: InputSpec, load: Load) -> Imag
 
     Args:
         data: the file.
-        header: of it.
+        header: of the file.
         spec: of the encoder, for its input range.
-        load: decodes a file, its tile in another raw mode where one is given.
+        load: decodes a file, its tile in another raw mode if one is given.
     """
     samples = _samples(data, header, load)
     colours = 3 if header.colour in (RGB, RGB_ALPHA) else 1
@@ -151,7 +151,7 @@ def _samples(data: bytes, header: Header, load: Load) -> NDArray[np.uint16]:
         image = load(data, None)
         return np.asarray(image).astype(np.uint16)[..., None]
     if header.colour == GREY_ALPHA:
-        # As many bytes a pixel as RGBA of 8 bits has, so it can be read as that.
+        # It has as many bytes per pixel as 8-bit RGBA, so it can be read as that.
         found = np.asarray(load(_as_rgba(data), None))
         samples: NDArray[np.uint16] = np.ascontiguousarray(found).view(">u2").astype(np.uint16)
         return samples
@@ -166,11 +166,11 @@ def _as_rgba(data: bytes) -> bytes:
 
 
 def _range(values: NDArray[np.uint16], significant: bytes, spec: InputSpec) -> Range:
-    """Return which samples of a channel are black and white.
+    """Return the samples of a channel that are black and white.
 
-    The standard says that samples are scaled to all 16 bits, whatever chunk sBIT says of the bits
-    that they had before. Files of scanners and microscopes break it: they hold 0 to 4095 as they
-    are. They are told by samples that scaling can't give.
+    By the standard, samples are scaled to all 16 bits, whatever bits chunk sBIT says they had
+    before. Files of scanners and microscopes break it, and hold 0 to 4095 unscaled. Samples that
+    scaling can't give identify them.
     """
     bits = significant[0] if significant else 16
     if not 0 < bits < 16:

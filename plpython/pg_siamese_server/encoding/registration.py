@@ -1,4 +1,4 @@
-"""Checking an ONNX file before it becomes a model of the database."""
+"""Check an ONNX file before it becomes a model of the database."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ModelError
 MAX_ONNX_BYTES = 512 * 1024 * 1024
 MAX_DIMENSION = 16000  # of pgvector's type vector
 MAX_BATCH_EFFECT = 0.02  # relative to the length of the embedding
-# Operator sets that ONNX Runtime brings itself; any other needs code from elsewhere.
+# Operator sets that ONNX Runtime includes. Any other needs code from elsewhere.
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 
 
@@ -24,8 +24,8 @@ def inspect_model(data: bytes, given: dict[str, Any]) -> tuple[ModelSpec, int, d
 
     Args:
         data: the serialised model.
-        given: what the administrator said; it goes before the file's own metadata. Keys as in
-            :meth:`ModelSpec.to_json`, the input's as in :meth:`InputSpec.to_json`.
+        given: the administrator's settings, which override the file's own metadata. Keys as in
+            ``ModelSpec.to_json``, the input's as in ``InputSpec.to_json``.
 
     Returns:
         The specification, the dimension of its embeddings, and the file's metadata.
@@ -167,7 +167,7 @@ def _specification(
 
 
 def _trial_run(data: bytes, spec: ModelSpec) -> int:
-    """Embed two very different images, alone and together; return the dimension."""
+    """Embed two very different images, alone and together, and return the dimension."""
     encoder = Encoder(data, spec)
     shape = (2, spec.input.height, spec.input.width, spec.input.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -188,7 +188,7 @@ def _trial_run(data: bytes, spec: ModelSpec) -> int:
         )
     if not (np.isfinite(together).all() and np.isfinite(alone).all()):
         raise ModelError("model's output is not finite")
-    # Rounding and the scales of dynamic quantisation may differ with the batch; no more than that.
+    # Rounding and the scales of dynamic quantisation may differ with the batch. Nothing else may.
     difference = np.linalg.norm(together - alone, axis=1)
     if (difference > MAX_BATCH_EFFECT * np.linalg.norm(together, axis=1)).any():
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Samples of more than 8 bits, or signed, or of fractions: which values are black and white."""
+"""Find black and white in samples of more than 8 bits, signed samples or fractions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Range = tuple[float, float]
 
 
 def full_range(bits: int) -> Range:
-    """Return the range of unsigned samples of so many bits."""
+    """Return the range of unsigned samples of ``bits`` bits."""
     return 0.0, float(2**bits - 1)
 
 
 def scale(values: NDArray[Any], limits: Range) -> NDArray[np.uint8]:
-    """Scale samples to 8 bits, rounded to the nearest; beyond the limits they are cut off.
+    """Scale samples to 8 bits, rounded to the nearest and clipped to the limits.
 
     Args:
         values: any numbers.
-        limits: which are black and white; the first may be the larger one.
+        limits: values of black and white. The first may be the larger one.
     """
     low, high = limits
     if values.dtype == np.uint8 and limits == (0.0, 255.0):

@@ -15,15 +15,15 @@ from pg_siamese_server.errors import UNDEFINED_FILE, SiameseError
 def register_shipped_models(plpy: Any, folder: str) -> list[tuple[str, int, bool]]:
     """Register the ONNX files of a folder, each under its own name.
 
-    A file that is a model already, under whatever name, is left alone. Models never change, so one
-    whose name another file has taken gets the version behind its name.
+    A file that is a model already, under whatever name, is skipped. Models never change. If another
+    file has the name, the version is appended.
 
     Args:
-        plpy: the server's own module.
-        folder: where the installation put them: a constant of the extension, never a caller's.
+        plpy: PL/Python's module.
+        folder: of the installation. A constant of the extension, never a caller's.
 
     Returns:
-        Of each file: name of the model, its model_id, and whether it is new.
+        For each file: name of the model, its model_id, and whether it is new.
     """
     files = sorted(Path(folder).glob("*.onnx"))
     if not files:

@@ -1,6 +1,6 @@
-"""What a model is, besides its weights: how it is fed, and what its distances mean.
+"""Specify a model besides its weights: its input and the meaning of its distances.
 
-Without any image library or ONNX Runtime: searches by a stored image need only this.
+This needs no image library or ONNX Runtime, since searches by a stored image load only this.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from pg_siamese_server.limits import Limits
 METRICS = ("cosine", "l2")
 RESIZE_MODES = ("stretch", "crop", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-# A smaller probability than this gives would be out of range for SQL's real; as in similar_images.
+# A smaller probability would be out of range for SQL's real, as in similar_images.
 MAX_LOGIT = 85.0
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What an encoder takes, and the limits that untrusted image files must keep.
+    """Input of an encoder, and limits of untrusted image files.
 
     Attributes:
         width, height: pixels of the encoder's input.
         channels: 3 (RGB) or 1 (luma).
-        resize: ``stretch`` to the size, ``crop`` (short side to the size, then the centre) or
-            ``pad`` (long side to the size, black borders).
+        resize: ``stretch``, ``crop`` (short side to the size, then the centre) or ``pad`` (long
+            side to the size, black borders).
         interpolation: one of ``nearest``, ``bilinear``, ``bicubic``, ``lanczos`` (Pillow's filters,
             with antialiasing).
         max_bytes: largest file.
         max_pixels: largest width x height of a file.
-        input_range: which samples are black and white, of files that leave it open: of 16 bits
-            without significant bits, of more, signed, or of fractions. None is the full range of 16
-            bits, and refuses the others.
+        input_range: samples that are black and white, in files that leave it open. These have 16
+            bits without significant bits, more bits, signed samples or fractions. None is the full
+            range of 16 bits, and refuses the others.
     """
 
     width: int
@@ -56,7 +56,7 @@ class InputSpec:
         return replace(self, **given) if given else self
 
     def __post_init__(self) -> None:
-        """Check each field; raises ModelError."""
+        """Check each field. Raises ``ModelError``."""
         for name in ("width", "height", "channels", "max_bytes", "max_pixels"):
             if type(getattr(self, name)) is not int:
                 raise ModelError(f"{name} of the encoder input is not an integer")
@@ -87,7 +87,7 @@ class InputSpec:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> InputSpec:
-        """Make a specification from a JSON object, ignoring keys that aren't its own."""
+        """Make a specification from a JSON object, ignoring unknown keys."""
         names = {field.name for field in fields(cls)}
         given = {name: item for name, item in value.items() if name in names}
         if given.get("input_range") is not None:
@@ -95,7 +95,7 @@ class InputSpec:
         return cls(**given)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object that :meth:`from_json` takes."""
+        """Return the JSON object that ``from_json`` takes."""
         value = asdict(self)
         if self.input_range is None:
             del value["input_range"]  # as versions before 0.3.0 wrote it
@@ -136,7 +136,7 @@ class ModelSpec:
     domain: Domain | None = None
 
     def __post_init__(self) -> None:
-        """Check what InputSpec does not; raises ModelError."""
+        """Check what ``InputSpec`` does not. Raises ``ModelError``."""
         if self.metric not in METRICS:
             raise ModelError(
                 f'unknown metric "{self.metric}"', hint=f"Use one of {', '.join(METRICS)}."
@@ -159,7 +159,7 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ModelSpec:
-        """Make a specification from the JSON object that :meth:`to_json` gives."""
+        """Make a specification from the JSON object of ``to_json``."""
         spec = InputSpec.from_json(value["input"])
         calibration = value.get("calibration") or {}
         domain = value.get("domain")
@@ -187,13 +187,13 @@ class ModelSpec:
             "calibration": calibration,
             "threshold": self.threshold,
         }
-        # Models of versions that knew of no domain are described as they were.
+        # Models of versions without domains are described as they were.
         if self.domain is not None:
             described["domain"] = self.domain.to_json()
         return described
 
     def is_inside(self, prepared: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Tell of which prepared vectors (..., dimension) calibration and threshold hold."""
+        """Return for which prepared vectors (..., dimension) calibration and threshold hold."""
         if self.domain is None:
             return np.ones(prepared.shape[:-1], dtype=bool)
         return self.domain.contains(prepared)
@@ -201,7 +201,7 @@ class ModelSpec:
     def match_probability(self, distance: float) -> float | None:
         """Return the calibrated probability that two images at this distance match, or None.
 
-        It holds for images inside the domain: see :meth:`is_inside`.
+        It holds for images inside the domain (see ``is_inside``).
         """
         if self.weight is None or self.bias is None:
             return None

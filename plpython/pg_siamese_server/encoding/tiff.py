@@ -1,8 +1,8 @@
-"""TIFF: which page is the picture, and what its samples mean by the TIFF 6.0 standard.
+"""Read TIFF by the TIFF 6.0 standard: which page is the picture, and what its samples mean.
 
-Pillow's libtiff undoes the compression. What the bytes mean is decided here, from the tags, because
-Pillow reads several sample formats otherwise than the standard says (signed, planar, packed, white
-is zero). What is not listed here is refused by name.
+Pillow's libtiff undoes the compression. The tags decide here what the bytes mean. Pillow reads
+several sample formats in other ways than the standard: signed, planar, packed, white is zero. What
+is not listed here is refused by name.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError, ImageSi
 
 MAX_PAGES = 1000
 MAX_SAMPLES = 8
-# More of an unpacked file than this for each pixel allowed is no image that can be meant.
+# Most bytes of an unpacked file per allowed pixel. No meaningful image has more.
 MAX_BYTES_PER_PIXEL = 8
 CHUNK_SAMPLES = 1_000_000
 BLOCK_BYTES = 8 * 1024 * 1024
-# One part is unpacked in one go, which no cancel can end: at most about 0.3 s.
+# Most bytes to unpack in one call, which no cancel can end: at most about 0.3 s.
 MAX_PART_BYTES = 64 * 1024 * 1024
 
 SUBFILE_TYPE, OLD_SUBFILE_TYPE, WIDTH, LENGTH, BITS, COMPRESSION = 254, 255, 256, 257, 258, 259
@@ -39,7 +39,7 @@ T4_OPTIONS, T6_OPTIONS, JPEG_TABLES = 292, 293, 347
 YCBCR_SUBSAMPLING, YCBCR_POSITIONING = 530, 531
 INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, PROFILE = 332, 338, 339, 34675
 OLD_JPEG_TAGS = (512, 513, 514, 515, 517, 518, 519, 520, 521)
-# What libtiff needs to decode a page whose compression knows about pixels.
+# Tags that libtiff needs to decode a page whose compression knows about pixels.
 DECODER_TAGS = (
     *(WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, STRIP_OFFSETS, SAMPLES),
     *(ROWS_PER_STRIP, STRIP_COUNTS, PLANAR, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_COUNTS),
@@ -94,7 +94,7 @@ Tags = dict[int, tuple[int, ...] | bytes]
 
 
 class _Layout(NamedTuple):
-    """Letters of struct: of the count of entries and of offsets; where the first offset is."""
+    """Letters of ``struct`` for entry counts and offsets, and the place of the first offset."""
 
     entries: str
     offset: str
@@ -127,31 +127,31 @@ class Page:
 
     @property
     def samples_together(self) -> int:
-        """How many samples lie side by side: all, or one where each has a plane of its own."""
+        """Samples that lie side by side: all, or one if each has a plane of its own."""
         return 1 if self.planar else self.samples
 
     @property
     def name(self) -> str:
-        """What the samples are, for messages."""
+        """Name of the samples, for messages."""
         return f"{self.bits}-bit {FORMAT_NAMES[self.kind]} samples"
 
     @property
     def alpha(self) -> int | None:
-        """The kind of alpha of the first extra sample, if it is one."""
+        """The kind of alpha of the first extra sample, or None."""
         colours = COLOURS[self.photometric]
         if self.samples == colours:
             return None
         if self.extra:
             return self.extra[0] if self.extra[0] in (ASSOCIATED_ALPHA, ALPHA) else None
-        # RGBA without the tag is common, and four colours without a name for one can't be.
+        # RGBA without the tag is common, and four colours without their names can't exist.
         return ALPHA if self.photometric == RGB and self.samples == 4 else None
 
 
 def refusal(what: str, hint: str | None = None) -> ImageError:
-    """Name what this reader has no standard meaning for."""
+    """Return the error of a feature that has no standard meaning for this reader."""
     return ImageError(
         f"TIFF image with {what} is not supported",
-        hint=hint or "Store it as PNG, or as TIFF in grey or RGB with 8 or 16 bits a channel.",
+        hint=hint or "Store it as PNG, or as TIFF in grey or RGB with 8 or 16 bits per channel.",
     )
 
 
@@ -164,9 +164,9 @@ def decode(data: bytes, spec: InputSpec, poll: Poll) -> Opened:
     order = "<" if data[:2] == b"II" else ">"
     page = _page(_full_size_page(data, poll), order, spec)
     if page.compression in BYTE_CODECS:
-        image = _from_samples(page, data, spec, poll)
+        image = _read_samples(page, data, spec, poll)
     else:
-        image = _from_decoder(page, data, poll)
+        image = _decode_with_pillow(page, data, poll)
     orientation = _numbers(page.tags, ORIENTATION)
     return Opened(image, orientation[0] if orientation else 1, page.tags.get(PROFILE))
 
@@ -203,7 +203,7 @@ def _pages(data: bytes, poll: Poll) -> Iterator[Tags]:
 def _read_directory(data: bytes, place: int, order: str, layout: _Layout) -> tuple[Tags, int]:
     """Read the tags that matter here, and the place of the next directory.
 
-    Pillow's reader knows no BigTIFF in big-endian order, and stumbles over tags of no interest.
+    Pillow's reader knows no BigTIFF in big-endian order, and fails on tags that don't matter.
     """
     (count,) = struct.unpack_from(order + layout.entries, data, place)
     start = place + struct.calcsize(layout.entries)
@@ -248,7 +248,7 @@ def _numbers(tags: Tags, tag: int) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else ()
 
 
-def _same(tags: Tags, tag: int, default: int, what: str) -> int:
+def _uniform(tags: Tags, tag: int, default: int, what: str) -> int:
     values = set(_numbers(tags, tag)) or {default}
     if len(values) > 1:
         raise refusal(f"channels of different {what}")
@@ -259,8 +259,8 @@ def _page(tags: Tags, order: str, spec: InputSpec) -> Page:
     if WIDTH not in tags or LENGTH not in tags:
         raise damaged("TIFF", "It does not say its size.")
     compression = _number(tags, COMPRESSION, 1)
-    bits = _same(tags, BITS, 1, "bits")
-    kind = _same(tags, SAMPLE_FORMAT, UNSIGNED, "sample formats")
+    bits = _uniform(tags, BITS, 1, "bits")
+    kind = _uniform(tags, SAMPLE_FORMAT, UNSIGNED, "sample formats")
     colours = 3 if compression == OLD_JPEG else 1
     page = Page(
         tags,
@@ -270,7 +270,7 @@ def _page(tags: Tags, order: str, spec: InputSpec) -> Page:
         bits,
         UNSIGNED if kind == VOID else kind,
         _number(tags, SAMPLES, colours),
-        # A file without the tag is not a TIFF by the standard; readers take white as zero.
+        # A file without the tag is not a TIFF by the standard. Readers take white as zero.
         _number(tags, PHOTOMETRIC, WHITE_IS_ZERO),
         compression,
         _number(tags, PLANAR, 1) == 2,
@@ -294,7 +294,7 @@ def _check_meaning(page: Page) -> None:
         raise refusal(f"sample format {page.kind}")
     colours = COLOURS[page.photometric]
     if not colours <= page.samples <= MAX_SAMPLES:
-        raise refusal(f"{page.samples} samples a pixel")
+        raise refusal(f"{page.samples} samples per pixel")
     if page.photometric == CMYK and _number(page.tags, INK_SET, 1) != 1:
         raise refusal("inks that are not CMYK")
     if page.photometric == YCBCR and page.compression not in (JPEG, OLD_JPEG):
@@ -308,8 +308,8 @@ def _check_meaning(page: Page) -> None:
         raise refusal(f"alpha and {page.name}")
 
 
-def _from_decoder(page: Page, data: bytes, poll: Poll) -> Image.Image:
-    """Let Pillow decode what its compression fixes the meaning of: JPEG and fax."""
+def _decode_with_pillow(page: Page, data: bytes, poll: Poll) -> Image.Image:
+    """Let Pillow decode JPEG and fax, whose compression fixes their meaning."""
     is_jpeg = page.compression in (JPEG, OLD_JPEG)
     if not is_jpeg and page.compression not in CCITT:
         name = COMPRESSIONS.get(page.compression, "unknown")
@@ -317,7 +317,7 @@ def _from_decoder(page: Page, data: bytes, poll: Poll) -> Image.Image:
     if (page.bits, page.kind) != (8 if is_jpeg else 1, UNSIGNED):
         raise refusal(f"{page.name} in compression {page.compression}")
     if page.samples != COLOURS[page.photometric] or page.photometric == PALETTE:
-        raise refusal(f"{page.samples} samples a pixel in compression {page.compression}")
+        raise refusal(f"{page.samples} samples per pixel in compression {page.compression}")
     kept: Tags = {tag: _numbers(page.tags, tag) for tag in DECODER_TAGS if tag in page.tags}
     tables = page.tags.get(JPEG_TABLES)
     if isinstance(tables, bytes):
@@ -326,14 +326,14 @@ def _from_decoder(page: Page, data: bytes, poll: Poll) -> Image.Image:
     kept[SAMPLES] = (page.samples,)
     kept[BITS] = (page.bits,) * page.samples
     image = _load(page.order, data, kept, poll)
-    # libtiff turns old JPEG and its own YCbCr into RGB; grey in JPEG keeps its polarity.
+    # libtiff turns old JPEG and its own YCbCr into RGB. Grey in JPEG keeps its polarity.
     if is_jpeg and page.photometric == WHITE_IS_ZERO and image.mode == "L":
         raise refusal("white as zero in JPEG")
     return image
 
 
 def _load(order: str, data: bytes, tags: Tags, poll: Poll) -> Image.Image:
-    """Decode with Pillow a page that has these tags only; whatever else it had can't do harm.
+    """Decode with Pillow a page with these tags only, so that no others can do harm.
 
     The first eight bytes of the data are those of a header.
     """
@@ -341,7 +341,7 @@ def _load(order: str, data: bytes, tags: Tags, poll: Poll) -> Image.Image:
     header = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, place)
     padding = b"\0" * (len(data) % 2)
     file = b"".join((header, data[8:], padding, _directory(order, tags, place)))
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # checked, and in bytes here
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # checked here, in bytes too
     try:
         with Image.open(io.BytesIO(file), formats=("TIFF",)) as image:
             poll()
@@ -353,7 +353,7 @@ def _load(order: str, data: bytes, tags: Tags, poll: Poll) -> Image.Image:
 
 
 def _directory(order: str, tags: Tags, place: int) -> bytes:
-    """Write tags as a directory that lies at a place of a file."""
+    """Write tags as a directory at ``place`` of a file."""
     entries, values = [struct.pack(f"{order}H", len(tags))], [struct.pack(f"{order}I", 0)]
     after = place + 2 + 12 * len(tags) + 4
     for tag, value in sorted(tags.items()):
@@ -373,8 +373,8 @@ def _directory(order: str, tags: Tags, place: int) -> bytes:
     return b"".join(entries + values)
 
 
-def _from_samples(page: Page, data: bytes, spec: InputSpec, poll: Poll) -> Image.Image:
-    """Read the samples as they are stored, and render them in 8 bits a channel."""
+def _read_samples(page: Page, data: bytes, spec: InputSpec, poll: Poll) -> Image.Image:
+    """Read the samples as they are stored, and render them in 8 bits per channel."""
     limits = _range(page, spec)
     colours = COLOURS[page.photometric]
     kept = colours + (page.alpha is not None)
@@ -398,17 +398,16 @@ def _from_samples(page: Page, data: bytes, spec: InputSpec, poll: Poll) -> Image
                 part = result[top : top + len(rows)][start : start + step]
                 values = _values(page, rows[start : start + step][: len(part)])
                 if page.planar:
-                    part[..., plane] = _rendered(page, values[..., 0], limits, plane >= colours)
+                    part[..., plane] = _render(page, values[..., 0], limits, plane >= colours)
                 else:
-                    part[..., :colours] = _rendered(page, values[..., :colours], limits, False)
+                    part[..., :colours] = _render(page, values[..., :colours], limits, False)
                     if kept > colours:
-                        part[..., colours] = _rendered(page, values[..., colours], limits, True)
+                        part[..., colours] = _render(page, values[..., colours], limits, True)
             top += len(rows)
     return _image(page, result)
 
 
 def _range(page: Page, spec: InputSpec) -> Range:
-    """Return which values are black and white."""
     if page.kind == UNSIGNED and page.bits < 16:
         return full_range(page.bits)
     if spec.input_range is not None:
@@ -417,7 +416,7 @@ def _range(page: Page, spec: InputSpec) -> Range:
         return full_range(16)
     raise ImageError(
         f"TIFF image with {page.name} has no defined range",
-        hint="Store it with 8 or 16 bits a channel, unsigned, or use a model that is registered"
+        hint="Store it with 8 or 16 bits per channel, unsigned, or use a model that is registered"
         " with input_range.",
     )
 
@@ -431,7 +430,7 @@ class _Part(NamedTuple):
 
 
 def _blocks(page: Page, data: bytes, plane: int, poll: Poll) -> Iterator[NDArray[np.uint8]]:
-    """Undo the compression, block by block: bytes of rows in the file's order, (rows, bytes)."""
+    """Undo the compression block by block, and yield bytes in the file's order, (rows, bytes)."""
     across = -(-page.width * page.samples_together * page.bits // 8)
     width, parts = _parts(page, plane, across)
     block: list[_Part] = []
@@ -441,12 +440,12 @@ def _blocks(page: Page, data: bytes, plane: int, poll: Poll) -> Iterator[NDArray
         following = parts[number + 1].rows if number + 1 < len(parts) else 0
         rows = sum(item.rows for item in block)
         if not following or (rows + following) * across > BLOCK_BYTES or part.rows != following:
-            yield _decoded(page, data, block, across, width, poll)
+            yield _decompress(page, data, block, across, width, poll)
             block = []
 
 
 def _parts(page: Page, plane: int, across: int) -> tuple[int | None, list[_Part]]:
-    """Return the width of a tile in bytes, None of strips, and the parts from top to bottom."""
+    """Return the width of a tile in bytes, None for strips, and the parts from top to bottom."""
     tags = page.tags
     if TILE_OFFSETS in tags:
         tile, length = _number(tags, TILE_WIDTH, 0), _number(tags, TILE_LENGTH, 0)
@@ -487,7 +486,7 @@ def _parts(page: Page, plane: int, across: int) -> tuple[int | None, list[_Part]
             continue
         if any(count < size for count in sizes):
             raise damaged("TIFF", "A part of its picture is missing.")
-        # What is not packed can be read in any pieces.
+        # Without compression, any pieces can be read.
         step = rows if width is not None else max(1, BLOCK_BYTES // across)
         for top in range(0, rows, step):
             piece = min(step, rows - top)
@@ -496,7 +495,7 @@ def _parts(page: Page, plane: int, across: int) -> tuple[int | None, list[_Part]
     return width, parts
 
 
-def _decoded(
+def _decompress(
     page: Page,
     data: bytes,
     parts: list[_Part],
@@ -504,7 +503,7 @@ def _decoded(
     width: int | None,
     poll: Poll,
 ) -> NDArray[np.uint8]:
-    """Undo the compression of parts of equal length, but for the last."""
+    """Undo the compression of parts of equal length, except for the last."""
     body, places, sizes = [bytes(8)], [], []
     at = 8
     for part in parts:
@@ -535,26 +534,26 @@ def _decoded(
 
 
 def _values(page: Page, rows: NDArray[np.uint8]) -> NDArray[Any]:
-    """Turn bytes into samples, (rows, width, samples)."""
+    """Convert bytes to samples, (rows, width, samples)."""
     samples = page.samples_together
     shape = (len(rows), page.width, samples)
     if page.bits in (8, 16, 32, 64):
-        values = _words(page, rows, samples)
+        values = _undo_predictor(page, rows, samples)
     elif page.predictor != 1:
         raise refusal(f"a predictor and {page.name}")
     else:
-        values = _unpacked(rows, page.width * samples, page.bits)
+        values = _unpack_bits(rows, page.width * samples, page.bits)
     return values.reshape(shape)
 
 
-def _words(page: Page, rows: NDArray[np.uint8], samples: int) -> NDArray[Any]:
+def _undo_predictor(page: Page, rows: NDArray[np.uint8], samples: int) -> NDArray[Any]:
     code = {UNSIGNED: "u", SIGNED: "i", FLOAT: "f"}[page.kind]
     order = page.order
     dtype = np.dtype(f"{order}{code}{page.bits // 8}")
     if page.predictor == 1:
         return np.ascontiguousarray(rows).view(dtype)
     if page.predictor == 3 and page.kind == FLOAT:
-        return _undone_float(page, rows, samples, dtype)
+        return _undo_float_predictor(page, rows, samples, dtype)
     if page.predictor == 2 and page.kind != FLOAT:
         words = np.ascontiguousarray(rows).view(f"{order}u{page.bits // 8}")
         words = words.astype(words.dtype.newbyteorder("="))
@@ -566,14 +565,14 @@ def _words(page: Page, rows: NDArray[np.uint8], samples: int) -> NDArray[Any]:
     raise refusal(f"predictor {page.predictor} and {page.name}")
 
 
-def _undone_float(
+def _undo_float_predictor(
     page: Page, rows: NDArray[np.uint8], samples: int, dtype: np.dtype[Any]
 ) -> NDArray[Any]:
     """Undo predictor 3: byte planes, most significant first, as differences along the row."""
     size = page.bits // 8
     result = np.empty((len(rows), page.width * samples), dtype=f">f{size}")
     columns = list(_tile_columns(page))
-    if len(columns) > 1:  # the edge tile's planes are as wide as the tile, which the row is not
+    if len(columns) > 1:  # the edge tile's planes are as wide as the tile, not the row
         raise refusal(f"predictor 3 in tiles and {page.name}")
     words = rows.reshape(len(rows), -1, samples)
     planes = np.add.accumulate(words, axis=1, dtype=np.uint8).reshape(len(rows), size, -1)
@@ -584,14 +583,14 @@ def _undone_float(
 
 
 def _tile_columns(page: Page) -> Iterator[tuple[int, int]]:
-    """Yield where each tile begins and ends across: differences begin anew there."""
+    """Yield the columns of each tile, since differences start again with each."""
     width = _number(page.tags, TILE_WIDTH, page.width) if TILE_OFFSETS in page.tags else page.width
     for start in range(0, page.width, width):
         yield start, min(start + width, page.width)
 
 
-def _unpacked(rows: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint32]:
-    """Unpack samples of any number of bits, most significant first; rows begin at a byte."""
+def _unpack_bits(rows: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint32]:
+    """Unpack samples of any number of bits, most significant first. Rows start at a byte."""
     single = np.unpackbits(rows, axis=1, count=count * bits).reshape(len(rows), count, bits)
     values = np.zeros((len(rows), count), dtype=np.uint32)
     for bit in range(bits):
@@ -600,11 +599,11 @@ def _unpacked(rows: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint
     return values
 
 
-def _rendered(page: Page, values: NDArray[Any], limits: Range, is_alpha: bool) -> NDArray[np.uint8]:
+def _render(page: Page, values: NDArray[Any], limits: Range, is_alpha: bool) -> NDArray[np.uint8]:
     if page.photometric == PALETTE:
         return values.astype(np.uint8)
     if is_alpha:
-        return scale(values, full_range(page.bits))  # its own range, whatever that of colours
+        return scale(values, full_range(page.bits))  # its own range, whatever the range of colours
     result = scale(values, limits)
     return ~result if page.photometric == WHITE_IS_ZERO else result
 
@@ -634,5 +633,5 @@ def _palette(page: Page) -> NDArray[np.uint8]:
     size = 2**page.bits
     if len(entries) < 3 * size or page.alpha is not None:
         raise refusal("a palette that is not whole" if page.alpha is None else "palette and alpha")
-    # Writers make 16 bits of 8 by 256 or by 257: the upper byte is what both began with.
+    # Writers multiply 8 bits by 256 or 257. The upper byte is the original of both.
     return (np.array(entries[: 3 * size]).reshape(3, size).T >> 8).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Building a FAISS generation from the vector table."""
+"""Build a FAISS generation from the vector table."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pg_siamese_server.errors import (
 from pg_siamese_server.index import generations, graph, index_file
 from pg_siamese_server.index.index_file import Rows
 
-# Key space of advisory locks that serialise builds of a collection.
+# Key space of the advisory locks of a collection's builds.
 LOCK_CLASS = "hashtext('pg_siamese build')"
 READ_VALUES = 1_500_000
 MIN_READ_ROWS = 500
 READ_IDS = 20_000
-LONG_RUN = 1_000  # ids that one statement takes off the pending table, instead of one by one
+LONG_RUN = 1_000  # ids that one statement removes from the pending table, instead of one by one
 
 
 def build_index(
@@ -39,9 +39,9 @@ def build_index(
     target_recall: float,
     threads: int | None,
 ) -> int:
-    """Build, publish and make current a new generation; returns its number.
+    """Build, publish and make current a new generation, and return its number.
 
-    Runs beside inserts, updates, deletes and searches; builds of a collection wait for each other.
+    It runs concurrently with writes and searches. Builds of a collection wait for each other.
     """
     started = time.monotonic()
     options = graph.Options(m, ef_construction, target_recall, threads or default_threads(plpy))
@@ -96,28 +96,26 @@ def build_index(
             build_id,
             len(rows.embedding_ids),
             len(matrix),
-            *(_searched(options, measured) if measured else ("flat", *(None,) * 5)),
+            *(_graph_columns(options, measured) if measured else ("flat", *(None,) * 5)),
             measured.recall if measured else 1.0,
             size,
             time.monotonic() - started,
         ]
     )
     _make_current(plpy, collection, generation, before, rows.embedding_ids)
-    # Sessions with an older snapshot may still want the generation before this one; no other. Not
-    # earlier: in a transaction of REPEATABLE READ, what was current before may be out of date, and
-    # only making this one current tells.
+    # Only sessions with an older snapshot may still need the previous generation. This comes last.
+    # In REPEATABLE READ ``before`` may be out of date, which only making this one current tells.
     index_file.remove_others(directory, {generation, before["generation"] or generation})
     _remove_abandoned(plpy)
     return generation
 
 
 def _lock_builds(plpy: Any, collection_id: int) -> None:
-    """Wait for the lock of a collection's builds, which who drops it takes as well."""
+    """Wait for the lock of a collection's builds, which ``drop_collection`` takes as well."""
     plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection_id})")
 
 
-def _searched(options: graph.Options, measured: graph.Measured) -> tuple[Any, ...]:
-    """Return what the manifest says of a graph."""
+def _graph_columns(options: graph.Options, measured: graph.Measured) -> tuple[Any, ...]:
     breadths = measured.breadths
     return (
         "hnsw",
@@ -130,7 +128,7 @@ def _searched(options: graph.Options, measured: graph.Measured) -> tuple[Any, ..
 
 
 def default_threads(plpy: Any) -> int:
-    """Return how many threads a build takes where its caller does not say."""
+    """Return how many threads a build uses by default."""
     workers = int(
         plpy.execute("SELECT current_setting('max_parallel_maintenance_workers') AS n")[0]["n"]
     )
@@ -148,16 +146,16 @@ def read(
     """Read vectors and put them in order.
 
     Args:
-        plpy: of PL/Python.
-        collection: whose vectors.
+        plpy: PL/Python's module.
+        collection: of the vectors.
         options: of the build.
-        poll: called between pieces of work, may raise to leave.
+        poll: called between pieces of work, may raise to stop.
         condition: SQL on ``e``, a row of the vector table.
-        is_graph: whether a graph may come of them.
+        is_graph: whether they may become a graph.
 
     Returns:
-        The rows; their distinct vectors, prepared, float32 (vectors, dimension); and the levels of
-        these as :func:`graph.in_order` returns them, None for a flat index.
+        The rows. Their distinct vectors, prepared, float32 (vectors, dimension). The levels of
+        these as ``graph.in_order`` returns them, or None for a flat index.
     """
     rows, matrix = _read(plpy, collection, condition)
     matrix = vectors.prepare(matrix, collection.metric)
@@ -173,13 +171,13 @@ def read(
 def _read(plpy: Any, collection: Collection, condition: str) -> tuple[Rows, NDArray[np.float32]]:
     """Read vectors, ascending by embedding_id.
 
-    In a build each portion has its own snapshot. That is enough: what a portion does not see stays
-    in the pending table, since only ids that were read are removed from it.
+    In a build each portion has its own snapshot. That is enough. What a portion does not see stays
+    in the pending table, since only ids that were read leave it.
     """
     integer = collection.has_integer_keys
     key = "int8send(e.key::int8)" if integer else "convert_to(e.key::text, 'UTF8')"
     limit = max(MIN_READ_ROWS, READ_VALUES // collection.dimension)
-    # One row a portion: building Python objects for each vector would take ten times as long.
+    # One row per portion. Python objects for each vector would take ten times as long.
     plan = prepare(
         plpy,
         "SELECT count(*) AS n, max(i) AS last, string_agg(int8send(i), '') AS ids,"
@@ -231,8 +229,8 @@ def _share_equal_vectors(
     Copies of an image would fill each other's neighbour lists and cut the graph into islands.
 
     Returns:
-        The distinct vectors, float32 (distinct, dimension), and which of them each row has, int32
-        (rows,), or None where all are distinct.
+        The distinct vectors, float32 (distinct, dimension). For each row its vector, int32 (rows,),
+        or None if all are distinct.
     """
     if len(matrix) < 2:
         return matrix, None
@@ -265,7 +263,7 @@ def _make_current(
     before: dict[str, Any],
     embedding_ids: NDArray[np.int64],
 ) -> None:
-    """Switch to the new generation, and take what it covers off the pending table."""
+    """Switch to the new generation, and remove what it covers from the pending table."""
     switched = plpy.execute(
         f"UPDATE siamese.collections SET generation = {generation}"
         f" WHERE collection_id = {collection.collection_id} AND epoch = {before['epoch']}"
@@ -303,7 +301,7 @@ def _make_current(
         ids = np.array([row["embedding_id"] for row in portion], dtype=np.int64)
         deleted = np.array([row["deleted"] for row in portion], dtype=bool)
         in_file = np.isin(ids, embedding_ids, assume_unique=False)
-        # A deletion matters while the file holds the vector; an addition while it does not.
+        # A deletion matters while the file holds the vector, and an addition while it does not.
         covered = in_file != deleted
         delete.execute([ids[covered].tolist(), deleted[covered].tolist()])
         interrupts.check(plpy)
@@ -322,7 +320,6 @@ def _long_runs(ids: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def _drop_dead_additions(plpy: Any, collection: Collection) -> None:
-    """Remove additions whose vector was deleted again before any build."""
     plpy.execute(
         f"DELETE FROM {collection.pending} AS p WHERE NOT p.deleted AND NOT EXISTS ("
         f"SELECT FROM {collection.embeddings} AS e WHERE e.embedding_id = p.embedding_id)"
@@ -330,16 +327,16 @@ def _drop_dead_additions(plpy: Any, collection: Collection) -> None:
 
 
 def _sees_all_commits(plpy: Any) -> bool:
-    """Whether each statement has a snapshot of its own, and so sees what others have committed."""
+    """Return whether each statement has its own snapshot, and so sees what others committed."""
     isolation = plpy.execute("SELECT current_setting('transaction_isolation') AS name")[0]["name"]
     return bool(isolation.startswith("read "))
 
 
 def _remove_orphans(plpy: Any, collection: Collection, directory: str) -> None:
-    """Remove what builds left that were rolled back or killed: this one may need the room.
+    """Remove the files of builds that were rolled back or killed, since this one may need the room.
 
-    With the lock of the collection's builds held, no other is under way: what the manifest does not
-    list was never committed.
+    The lock of the collection's builds is held, so no other build runs. Files that are not in
+    ``siamese.generations`` were never committed.
     """
     index_file.remove_temporary(directory)
     if _sees_all_commits(plpy):
@@ -351,11 +348,11 @@ def _remove_orphans(plpy: Any, collection: Collection, directory: str) -> None:
 
 
 def _remove_abandoned(plpy: Any) -> None:
-    """Remove the files of collections and databases that are no more.
+    """Remove the files of collections and databases that no longer exist.
 
-    Dropping can't do it: a transaction may be rolled back, and DROP DATABASE never asks us. A
-    collection that this transaction can't see may be one that another has made and not committed;
-    then that other one holds the lock of its index build.
+    Dropping can't do it. A transaction may be rolled back, and DROP DATABASE never asks us. A
+    transaction that has not committed may have made a collection that this one can't see. Then it
+    holds the lock of that collection's builds.
     """
     if not _sees_all_commits(plpy):
         return

@@ -1,4 +1,4 @@
-"""Where a node keeps index files, and which of them this session has open."""
+"""Keep index files in a node's data directory, and open generations in this session."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from pg_siamese_server.index import index_file
 from pg_siamese_server.index.index_file import Identity, Rows
 
 MAX_OPEN = 4
-# Breadth up to which FAISS's bounded queue is the quicker one.
+# FAISS's bounded queue is quicker up to this breadth.
 MAX_BOUNDED = 200
-# Microseconds, as measured with 64 dimensions; only their proportions matter.
+# Microseconds, measured with 64 dimensions. Only their proportions matter.
 WALK_STEP = 1.2  # of a walk through the graph
-MAX_WALK = 100_000  # which cannot be left half-way
-SCAN_ROW = 0.03  # a vector, where all are compared
-# Numbers that one call of FAISS compares, in some 30 ms.
+MAX_WALK = 100_000  # longest walk, since it can't be interrupted
+SCAN_ROW = 0.03  # a vector, if all are compared
+# Dimensions that one call of FAISS compares, in some 30 ms.
 VALUES_AT_ONCE = 64_000_000
 # Numbers of neighbours that a build measures breadths for, besides ten.
 MANY = (30, 100, 300, 1000)
-# Breadth where nothing was measured, in times the number of neighbours.
+# Breadth per neighbour, if nothing was measured.
 FACTOR_UNKNOWN = 4
 
-# A backend's working directory is the data directory. Kept as found at first use, and not read from
-# the setting data_directory, which only some roles may see.
+# A backend's working directory is the data directory. The path is kept from its first use. Only
+# some roles may read the setting data_directory.
 _directory_of_database: str | None = None
 _open: OrderedDict[tuple[int, int], Generation] = OrderedDict()
 
 
 def directory(plpy: Any, collection_id: int | None = None) -> str:
-    """Return the directory of this database's index files, or of one collection's."""
+    """Return the directory of this database's index files, or that of one collection."""
     global _directory_of_database
     if _directory_of_database is None:
         oid = plpy.execute(
@@ -57,11 +57,11 @@ def directory(plpy: Any, collection_id: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class Breadths:
-    """How many vectors a search of a graph keeps in view (efSearch), as its build measured it.
+    """Breadths of a graph's searches (``efSearch``), as its build measured them.
 
     Attributes:
         stored, new: for ten neighbours, of a query that the index holds and of a new one.
-        many: for MANY neighbours of a new query; None where the build did not measure them.
+        many: for MANY neighbours of a new query, or None if the build did not measure them.
     """
 
     stored: int = 10
@@ -69,7 +69,7 @@ class Breadths:
     many: tuple[int, ...] | None = None
 
     def for_count(self, count: int) -> int:
-        """Return efSearch for so many neighbours of a new query."""
+        """Return the breadth for ``count`` neighbours of a new query."""
         if count <= 10:
             return self.new
         many = self.many or tuple(FACTOR_UNKNOWN * point for point in MANY)
@@ -90,11 +90,11 @@ class Generation:
     Attributes:
         index: the FAISS index.
         rows: which row each vector belongs to.
-        vectors: float32 (index.ntotal, dimension), mapped; row i is the vector at position i.
+        vectors: float32 (index.ntotal, dimension), mapped. Row i is the vector at position i.
         breadths: of searches.
-        is_flat: whether the index is no graph, but a list.
-        made_for: the snapshot that the file was made in; see :class:`index_file.IndexFile`.
-        keys, by_slot: views of those of ``rows``, quicker to read a few of.
+        is_flat: whether the index is a list and not a graph.
+        made_for: snapshot that the file was made in (see ``index_file.IndexFile``).
+        keys, by_slot: views of the same arrays of ``rows``, for quick access to a few elements.
     """
 
     index: Any
@@ -105,7 +105,6 @@ class Generation:
     made_for: str | None = None
 
     def __post_init__(self) -> None:
-        """Set up the buffers of searches."""
         keys, by_slot = self.rows.keys, self.rows.by_slot
         self.keys = None if keys is None else keys.data
         self.by_slot = None if by_slot is None else by_slot.data
@@ -122,7 +121,7 @@ class Generation:
         self._entry_pointers = faiss.swig_ptr(self._entry), faiss.swig_ptr(self._entry_distance)
 
     def row_of(self, embedding_id: int) -> int | None:
-        """Return the row of an embedding_id, or None where the file does not hold it."""
+        """Return the row of an embedding_id, or None if the file does not hold it."""
         ids = self.rows.embedding_ids
         if self._dense:
             row = embedding_id - self._first
@@ -140,10 +139,10 @@ class Generation:
         return found
 
     def row_of_key(self, key: int) -> int | None:
-        """Return the row of an integer key, or None where the file does not hold it."""
+        """Return the row of an integer key, or None if the file does not hold it."""
         assert self.keys is not None
         if self.rows.by_key is None and len(self.keys):
-            place = key - self.keys[0]  # right where keys are dense, as most are
+            place = key - self.keys[0]  # right if keys are dense, as most are
             if 0 <= place < len(self.keys) and self.keys[place] == key:
                 return int(place)
         return self.rows.row_of_key(key)
@@ -151,7 +150,7 @@ class Generation:
     def rows_of_keys(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of those integer keys that the file holds.
 
-        A key has several rows where its image was replaced during the build; all but one are dead.
+        A key has several rows if its image was replaced during the build. All but one are dead.
         """
         own = self.rows.keys
         assert own is not None and self.keys is not None
@@ -165,7 +164,7 @@ class Generation:
             self._dense_keys &= not self._repeated_keys
         if self._dense_keys:
             dense: NDArray[np.int64] = keys - first
-            # Without a sign, those below the first are far above the last.
+            # Unsigned, those below the first are far above the last.
             return dense[dense.view(np.uint64) < len(own)]
         starts = own.searchsorted(keys, sorter=self.rows.by_key)
         if self._repeated_keys:
@@ -198,11 +197,11 @@ class Generation:
         Args:
             query: float32 (1, dimension), prepared.
             count: how many.
-            entry: FAISS position to start from, where the query is itself in the index.
+            entry: FAISS position to start from, if the query is itself in the index.
 
         Returns:
-            FAISS positions, ascending by squared distance, and these; fewer than ``count`` only
-            where the graph ends.
+            FAISS positions, ascending by squared distance, and these distances. There are fewer
+            than ``count`` only if the graph ends.
         """
         count = min(count, self._total)
         distances, positions, distance_pointer, position_pointer = self._buffer(count)
@@ -212,7 +211,7 @@ class Generation:
         elif entry is None or count > MAX_BOUNDED:
             breadth = self.breadths.for_count(count)
             self._parameters.efSearch = breadth
-            # FAISS's bounded queue is scanned whole at each step: time would grow with the square.
+            # FAISS scans a bounded queue whole at each step, so time would grow with the square.
             self._parameters.bounded_queue = breadth <= MAX_BOUNDED
             self.index.search_c(
                 1, pointer, count, distance_pointer, position_pointer, self._parameters
@@ -243,7 +242,7 @@ class Generation:
     def squared_distances(
         self, query: NDArray[np.float32], slots: NDArray[np.int64], poll: Callable[[], None]
     ) -> NDArray[np.float32]:
-        """Return squared distances of a query to some positions; float32 (slots,)."""
+        """Return squared distances of a query to some positions, float32 (slots,)."""
         result = np.empty(len(slots), dtype=np.float32)
         slots = np.ascontiguousarray(slots, dtype=np.int64)
         pointers = faiss.swig_ptr(query), faiss.swig_ptr(self.vectors)
@@ -268,7 +267,7 @@ class Generation:
         """Compare all vectors.
 
         Returns:
-            FAISS positions, ascending by squared distance, and these; ``count`` of them, or all.
+            FAISS positions, ascending by squared distance, and these distances: ``count``, or all.
         """
         total, dimension = self.vectors.shape
         squared = np.empty(total, dtype=np.float32)
@@ -291,7 +290,7 @@ class Generation:
         return positions, squared[positions]
 
     def is_scanned(self, count: int) -> bool:
-        """Whether to compare all vectors rather than walk through the graph, for so many."""
+        """Return whether to scan all vectors for ``count`` neighbours, and not walk the graph."""
         if self.is_flat:
             return True
         walk = self.breadths.for_count(count) * WALK_STEP
@@ -299,14 +298,14 @@ class Generation:
         return count > MAX_BOUNDED and (is_long or walk > self._total * SCAN_ROW)
 
     def microseconds(self, count: int) -> float:
-        """Return about how long a search for so many neighbours takes."""
+        """Estimate the microseconds of a search for ``count`` neighbours."""
         steps = self.breadths.for_count(count) * WALK_STEP
         if self.is_scanned(count):
             steps = self._total * SCAN_ROW
         return steps * int(self.vectors.shape[1]) / 64
 
     def _buffer(self, count: int) -> tuple[Any, ...]:
-        """Return arrays for results, and FAISS's pointers to them; small ones are kept."""
+        """Return arrays for results, and FAISS's pointers to them. Small ones are kept."""
         buffers = self._buffers.get(count)
         if buffers is None:
             if len(self._buffers) > 32:
@@ -321,7 +320,7 @@ class Generation:
     def expand(
         self, positions: NDArray[np.int64], squared: NDArray[np.float32]
     ) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
-        """Turn positions into rows: one vector may belong to several."""
+        """Convert positions to rows, since one vector may belong to several."""
         by_slot, starts = self.rows.by_slot, self.rows.slot_starts
         if by_slot is None:
             return positions, squared
@@ -353,7 +352,7 @@ def get(plpy: Any, collection: Collection, generation: int) -> Generation:
 
 
 def identity(collection: Collection, generation: int, build_id: str) -> Identity:
-    """Return what the file of a generation must say of itself."""
+    """Return what the file of a generation must state."""
     return Identity(
         collection_id=collection.collection_id,
         generation=generation,
@@ -386,7 +385,7 @@ def _load(plpy: Any, collection: Collection, generation: int) -> Generation:
     return opened(
         file.index,
         file.rows,
-        # A standby that makes its own file may find too few vectors left for a graph.
+        # A standby that makes its own file may find too few vectors for a graph.
         not isinstance(file.index, faiss.IndexHNSW),
         Breadths(
             row["ef_search_stored"] or 10,
@@ -404,7 +403,7 @@ def opened(
     breadths: Breadths | None = None,
     made_for: str | None = None,
 ) -> Generation:
-    """Make a Generation of an index; a graph needs the breadths of its searches."""
+    """Make a ``Generation`` of an index. A graph needs the breadths of its searches."""
     storage = index if is_flat else faiss.downcast_index(index.storage)
     shape = (index.ntotal, index.d)
     vectors = np.empty(shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The index in memory: a graph (HNSW) in FAISS, with the breadth of its searches, or a flat one."""
+"""Make the index in memory, a graph (HNSW) with the breadth of its searches or a flat index."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, Breadths
 from pg_siamese_server.index.index_file import Poll
 from pg_siamese_server.interrupts import PIECE_SECONDS, signals_blocked
 
-FLAT_BELOW = 10_000  # a scan of so few takes no longer than a walk through a graph
+FLAT_BELOW = 10_000  # a scan of fewer takes no longer than a walk through a graph
 CELL_ROWS = 2_000  # with their neighbour lists, they fit into a processor's cache
 MAX_CELLS = 1_000
 ROUNDS = 4
 MAX_PORTION = 4_000  # vectors of one call of FAISS hardly see each other
 NOTICE_SECONDS = 1.0
-CALIBRATION_QUERIES = 500  # stored ones, and as many that the graph does not know
+CALIBRATION_QUERIES = 500  # stored ones, and as many that the graph lacks
 SEARCH_AT_ONCE = 50
 TIMED_QUERIES = 30
-TIMED_BELOW = 200_000  # from here on, a scan takes many times as long
+TIMED_BELOW = 200_000  # from this number on, a scan takes many times as long
 NEIGHBOURS = 10
 PRODUCTS_AT_ONCE = 1_000_000_000  # multiplications of one call of FAISS, about 80 ms
 MANY_QUERIES = 50
-# Multiples of a number of neighbours.
+# Factors on a number of neighbours.
 MANY_BREADTHS = (1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
 BREADTHS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
 
@@ -59,7 +59,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a build measured of its graph: how to search it, and the recall at 10 that it gives."""
+    """How to search a graph, and its recall at 10, as a build measured them."""
 
     breadths: Breadths
     recall: float
@@ -67,7 +67,7 @@ class Measured:
 
 @dataclass
 class Progress:
-    """Tells, now and then, how far a build is."""
+    """Reports the progress of a build now and then."""
 
     plpy: Any
     name: str
@@ -75,7 +75,7 @@ class Progress:
     noticed: float
 
     def report(self, done: int) -> None:
-        """Send a notice, if the last one is a while ago."""
+        """Send a notice, if the previous one is a while ago."""
         now = time.monotonic()
         if now - self.noticed >= NOTICE_SECONDS:
             self.noticed = now
@@ -88,25 +88,25 @@ class Progress:
 def in_order(
     matrix: NDArray[np.float32], slots: NDArray[np.int32] | None, options: Options, poll: Poll
 ) -> tuple[NDArray[np.float32], NDArray[np.int32] | None, NDArray[np.int32] | None]:
-    """Draw each vector's level in the graph, and put the vectors in the order of their insertion.
+    """Draw each vector's level in the graph, and sort the vectors in the order of insertion.
 
-    From the highest level down: FAISS does so within a call, but we insert in many calls, to be
-    able to leave in between. The lowest level, most of the vectors, comes in rounds, and in each of
-    them cell by cell: what an insertion reads was read just before, which saves a third of the
-    time at a million vectors. Several rounds, since vectors of one call hardly see each other.
-    Neighbours also come to lie close to each other in the file.
+    The highest level comes first. FAISS does so within a call, but we insert in many calls, to be
+    interruptible between them. The lowest level, most of the vectors, comes in rounds. Each round
+    goes cell by cell, so that an insertion reads what was read just before. That saves a third of
+    the time at a million vectors. There are several rounds, since vectors of one call hardly see
+    each other. Neighbours also lie close to each other in the file.
 
-    The last vectors, which calibration takes as unknown ones, are drawn by chance.
+    The last vectors, which calibration takes as unknown, are drawn by chance.
 
     Args:
         matrix: float32 (vectors, dimension).
-        slots: which of the vectors each row has, int32 (rows,); None where row i has vector i.
+        slots: the vector of each row, int32 (rows,), or None if row i has vector i.
         options: of the build.
-        poll: called between pieces of work, may raise to leave.
+        poll: called between pieces of work, may raise to stop.
 
     Returns:
-        The vectors; which of them each row has; and their levels, int32 (vectors,), counted from 1
-        as FAISS does, or None where there are too few vectors for a graph.
+        The vectors, the vector of each row, and the levels, int32 (vectors,). These count from 1 as
+        in FAISS, or are None if there are too few vectors for a graph.
     """
     count = len(matrix)
     if count < FLAT_BELOW:
@@ -115,7 +115,7 @@ def in_order(
     generator = np.random.default_rng(0)
     uniform = 1 - generator.random(count)
     levels = np.floor(-np.log(uniform) / np.log(options.m)).astype(np.int32) + 1
-    by_level = np.argsort(uniform)  # of one level, in the order of chance
+    by_level = np.argsort(uniform)  # in random order within a level
     low, last = int((levels > 1).sum()), _known_count(count)
     centres = matrix[generator.choice(count, min(MAX_CELLS, count // CELL_ROWS), replace=False)]
     parts = [by_level[:low]]
@@ -136,7 +136,7 @@ def _known_count(count: int) -> int:
 def _cells(
     matrix: NDArray[np.float32], centres: NDArray[np.float32], options: Options, poll: Poll
 ) -> NDArray[np.int64]:
-    """Return the nearest centre of each vector; int64 (vectors,)."""
+    """Return the nearest centre of each vector, int64 (vectors,)."""
     found = []
     block = max(1_000, PRODUCTS_AT_ONCE // centres.size)
     for start in range(0, len(matrix), block):
@@ -153,24 +153,24 @@ def build(
     progress: Progress,
     poll: Poll,
 ) -> tuple[Any, Measured | None]:
-    """Return an index, and how to search it.
+    """Return an index and how to search it.
 
     Args:
-        matrix: float32 (vectors, dimension), as :func:`in_order` returns them.
+        matrix: float32 (vectors, dimension), as ``in_order`` returns them.
         levels: of the vectors, or None for a flat index.
         options: of the build.
         progress: told of each portion.
-        poll: called between pieces of work, may raise to leave.
+        poll: called between pieces of work, may raise to stop.
 
     Returns:
-        The index, and the breadths of its searches; None for a flat one, which is exact.
+        The index, and the breadths of its searches, or None for a flat one, which is exact.
     """
     if levels is None:
         return _flat(matrix), None
     index = _empty(matrix, options)
     add = partial(_add, index, matrix, levels, options, progress, poll)
-    # The last ones are of the lowest level, drawn by chance: what they find, while the graph does
-    # not know them, is what new images will find.
+    # The last ones are of the lowest level, drawn by chance. While the graph does not know them,
+    # they find what new images will find.
     known = _known_count(len(matrix))
     add(0, known)
     measured = _calibrate(index, matrix[:known], matrix[known:], options, poll)
@@ -194,9 +194,9 @@ def build_again(
     progress: Progress,
     poll: Poll,
 ) -> Any:
-    """Return an index like one that :func:`build` made: nothing of it is measured anew.
+    """Return an index like one that ``build`` made, without measuring again.
 
-    The arguments are those of :func:`build`.
+    The arguments are those of ``build``.
     """
     if levels is None:
         return _flat(matrix)
@@ -221,7 +221,6 @@ def _add(
     first: int,
     last: int,
 ) -> None:
-    """Insert the vectors from ``first`` up to ``last`` into a graph."""
     levels = np.minimum(levels, index.hnsw.assign_probas.size())
     for start, end in _portions(first, last):
         faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
@@ -232,7 +231,6 @@ def _add(
 
 
 def _is_quicker(index: Any, matrix: NDArray[np.float32], ef_search: int) -> bool:
-    """Whether the graph answers in less time than a scan of all vectors takes."""
     if len(matrix) > TIMED_BELOW:
         return True
     parameters = faiss.SearchParametersHNSW()
@@ -254,7 +252,7 @@ def _flat(matrix: NDArray[np.float32]) -> Any:
 
 
 def _portions(start: int, last: int) -> Iterator[tuple[int, int]]:
-    """Cut a build into portions of about PIECE_SECONDS, measuring as it goes."""
+    """Divide a build into portions of about PIECE_SECONDS, measuring as it goes."""
     size = 200
     while start < last:
         end = min(last, start + size)
@@ -272,20 +270,20 @@ def _calibrate(
     options: Options,
     poll: Poll,
 ) -> Measured:
-    """Choose the narrowest searches that reach the recall, on queries from this very data.
+    """Choose the narrowest searches that reach the recall, by queries from the same data.
 
-    A stored vector is easier to find its neighbours for than one that the graph does not know.
+    The neighbours of a stored vector are easier to find than those of one that the graph lacks.
 
     Args:
         index: the graph of ``stored``.
         stored: float32 (vectors, dimension).
         unknown: further vectors, which the graph does not hold.
         options: of the build.
-        poll: called between pieces of work, may raise to leave.
+        poll: called between pieces of work, may raise to stop.
     """
     places = np.random.default_rng(0).choice(len(stored), len(unknown), replace=False)
     truth = _exact(stored, np.concatenate([stored[places], unknown]), NEIGHBOURS, options, poll)
-    for_stored, recall_stored = _narrowest(
+    for_stored, recall_stored = _narrowest_breadth(
         index,
         stored[places],
         places.astype(np.int32),
@@ -294,7 +292,7 @@ def _calibrate(
         options,
         poll,
     )
-    for_new, recall_new = _narrowest(
+    for_new, recall_new = _narrowest_breadth(
         index, unknown, None, truth[len(places) :], BREADTHS, options, poll
     )
     queries = unknown[:MANY_QUERIES]
@@ -302,11 +300,13 @@ def _calibrate(
     many = []
     for count in MANY:
         choices = [max(for_new, int(count * factor)) for factor in MANY_BREADTHS]
-        many.append(_narrowest(index, queries, None, truth[:, :count], choices, options, poll)[0])
+        many.append(
+            _narrowest_breadth(index, queries, None, truth[:, :count], choices, options, poll)[0]
+        )
     return Measured(Breadths(for_stored, for_new, tuple(many)), min(recall_stored, recall_new))
 
 
-def _narrowest(
+def _narrowest_breadth(
     index: Any,
     queries: NDArray[np.float32],
     entries: NDArray[np.int32] | None,
@@ -315,9 +315,9 @@ def _narrowest(
     options: Options,
     poll: Poll,
 ) -> tuple[int, float]:
-    """Return the first breadth that reaches the recall, or the best one, and its recall.
+    """Return the first breadth that reaches the recall, or the best one, with its recall.
 
-    ``truth`` is int64 (queries, neighbours); the other arguments are those of :func:`_search`.
+    ``truth`` is int64 (queries, neighbours). The other arguments are those of ``_search``.
     """
     best = (choices[-1], 0.0)
     for breadth in choices:
@@ -340,10 +340,10 @@ def _search(
     options: Options,
     poll: Poll,
 ) -> NDArray[np.int64]:
-    """Return the neighbours that the graph finds; int64 (queries, count).
+    """Return the neighbours that the graph finds, int64 (queries, count).
 
-    Searches start from the top of the graph, or on its lowest level from ``entries``, int32
-    (queries,): the queries themselves.
+    Searches start from the top of the graph. With ``entries``, int32 (queries,), they start on its
+    lowest level from the queries themselves.
     """
     parameters = faiss.SearchParametersHNSW()
     parameters.efSearch = breadth
@@ -373,7 +373,7 @@ def _exact(
     options: Options,
     poll: Poll,
 ) -> NDArray[np.int64]:
-    """Return the true nearest neighbours of queries; int64 (queries, count) or fewer."""
+    """Return the true nearest neighbours of queries, int64 (queries, count) or fewer."""
     block = max(count, 1_000, 1_000_000 // matrix.shape[1])
     distances, places = [], []
     for start in range(0, len(matrix), block):
@@ -389,7 +389,7 @@ def _exact(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let FAISS use threads, for builds only; they never handle PostgreSQL's signals."""
+    """Let FAISS use threads, for builds only. They never handle PostgreSQL's signals."""
     with signals_blocked():
         faiss.omp_set_num_threads(count)
         try:

@@ -1,10 +1,10 @@
-"""A FAISS generation on disk: written once, published by rename, checked whenever it is opened.
+"""Keep a FAISS generation on disk: written once, published by rename, checked when opened.
 
-A generation is two files. ``N.faiss`` is FAISS's own format. ``N.meta`` says what it is (model,
-collection, build) and maps its vectors to rows; it is published last, so a generation without one
-does not exist. Published files are never changed: a backend may have them mapped.
+A generation is two files. ``N.faiss`` has FAISS's own format. ``N.meta`` names model, collection
+and build, and maps vectors to rows. It is published last, so a generation without one does not
+exist. Published files never change, since a backend may have them mapped.
 
-Layout of ``N.meta``: magic, XXH3-128 of all that follows, length of the header, header (JSON), then
+Layout of ``N.meta``: magic, XXH3-128 of all that follows, length of the header, header (JSON). Then
 arrays at multiples of 64 bytes, as the header says.
 """
 
@@ -32,18 +32,18 @@ ALIGNMENT = 64
 BLOCK = 4 * 1024 * 1024
 ARRAY_TYPES = {"int64": np.int64, "int32": np.int32, "uint8": np.uint8}
 
-# Paths are text: pathlib takes as long to import as a part of a first search.
+# Paths are text, since pathlib takes as long to import as a part of a first search.
 Place = str | os.PathLike[str]
 Poll = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a file must be to answer for a collection's generation.
+    """Identity that a file must have to answer for a collection's generation.
 
     Attributes:
         collection_id, generation: of the catalog.
-        build_id: drawn anew for each build, so that numbers reused after a restore don't match.
+        build_id: drawn for each build, so that numbers reused after a restore don't match.
         model_sha256: of the ONNX file whose vectors are inside, in hexadecimal.
         dimension: of the vectors.
         metric: ``cosine`` (vectors are normalised) or ``l2``.
@@ -59,17 +59,17 @@ class Identity:
 
 @dataclass
 class Rows:
-    """Which rows a file holds; one entry a row, ascending by embedding_id.
+    """Rows of a file, with one entry per row, ascending by embedding_id.
 
     Attributes:
         embedding_ids: int64 (rows,).
-        keys: int64 (rows,) for integer keys; else None, and the two arrays below are set.
-        key_offsets, key_bytes: int64 (rows + 1,) and uint8: UTF-8 text of uuid and text keys.
-        by_key: int64 (rows,), the rows in the order of their integer keys; None if these ascend.
-        slots: int32 (rows,), the FAISS position of each row's vector; None where it is the row's.
-        by_slot: int32 (rows,), the rows in the order of their positions; set where slots is.
-        slot_starts: int32 (vectors + 1,), where the rows of each position begin in by_slot; None
-            where every row has a vector of its own.
+        keys: int64 (rows,) for integer keys. Else None, and the two arrays below are set.
+        key_offsets, key_bytes: int64 (rows + 1,) and uint8, UTF-8 text of uuid and text keys.
+        by_key: int64 (rows,), the rows in the order of their integer keys, or None if these ascend.
+        slots: int32 (rows,), the FAISS position of each row's vector. None if row i has position i.
+        by_slot: int32 (rows,), the rows in the order of their positions, if ``slots`` is set.
+        slot_starts: int32 (vectors + 1,), where the rows of each position begin in ``by_slot``.
+            None if every row has a vector of its own.
     """
 
     embedding_ids: NDArray[np.int64]
@@ -82,13 +82,13 @@ class Rows:
     slot_starts: NDArray[np.int32] | None = None
 
     def set_keys(self, keys: NDArray[np.int64]) -> None:
-        """Note integer keys."""
+        """Set integer keys."""
         self.keys = keys
         if (keys[1:] < keys[:-1]).any():
             self.by_key = np.argsort(keys)
 
     def row_of_key(self, key: int) -> int | None:
-        """Return the row of an integer key, or None where the file does not hold it."""
+        """Return the row of an integer key, or None if the file does not hold it."""
         assert self.keys is not None
         place = int(self.keys.searchsorted(key, sorter=self.by_key))
         if place == len(self.keys):
@@ -97,7 +97,7 @@ class Rows:
         return row if self.keys[row] == key else None
 
     def place(self, slots: NDArray[np.int32], vectors: int) -> None:
-        """Note where each row's vector is, among so many vectors."""
+        """Set the position of each row's vector among ``vectors`` positions."""
         self.slots = slots
         self.by_slot = np.argsort(slots, kind="stable").astype(np.int32)
         if vectors < len(slots):
@@ -105,7 +105,7 @@ class Rows:
             self.slot_starts = bounds.astype(np.int32)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays that are there, by name."""
+        """Return the arrays that are set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def key(self, row: int) -> int | str:
@@ -119,13 +119,13 @@ class Rows:
 
 @dataclass
 class IndexFile:
-    """An opened generation: the index and its rows, both mapped.
+    """An opened generation, with its index and rows mapped.
 
     Attributes:
         index: the FAISS index.
         rows: which row each vector belongs to.
-        made_for: of a file that a standby made for itself, the snapshot that it was made in; else
-            None, and the file serves all snapshots that know of the generation.
+        made_for: snapshot that a standby made its own file in. Else None, and the file serves all
+            snapshots that know of the generation.
     """
 
     index: Any
@@ -147,13 +147,13 @@ def write(
     poll: Poll,
     made_for: str | None = None,
 ) -> int:
-    """Write and publish a generation; returns its size in bytes.
+    """Write and publish a generation, and return its size in bytes.
 
     Args:
         directory: of the collection.
         identity: of the generation.
-        index, rows, made_for: see :class:`IndexFile`.
-        poll: called between pieces of work, may raise to leave.
+        index, rows, made_for: as in ``IndexFile``.
+        poll: called between pieces of work, may raise to stop.
 
     Raises:
         OSError: the disk is full, or the directory not writable. Nothing is published then.
@@ -197,8 +197,8 @@ def write(
 def _make_directory(directory: Place) -> None:
     """Make the directories of all collections, of the database and of the collection.
 
-    A file in place of one of them is removed: it is nothing that a DBA would put there. A link is
-    somebody's decision, so one that leads nowhere is an error.
+    A file in place of one of these is removed, since no administrator would put it there. A link is
+    somebody's decision, so a dangling one is an error.
     """
     own = os.fspath(directory)
     database = os.path.dirname(own)
@@ -213,7 +213,7 @@ def _make_directory(directory: Place) -> None:
 
 
 def _publish(path: str, fill: Callable[[Any], Any]) -> None:
-    """Write under a temporary name, make it durable, then give it its name."""
+    """Write under a temporary name, make it durable, then rename it."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb", buffering=BLOCK) as file:
@@ -223,7 +223,7 @@ def _publish(path: str, fill: Callable[[Any], Any]) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = path  # a failed write does not say of which file
+            error.filename = path  # a failed write does not name its file
         with contextlib.suppress(OSError):
             _remove(temporary)
         raise
@@ -265,7 +265,7 @@ def _sidecar(
 
 
 def read(directory: Place, identity: Identity, poll: Poll) -> IndexFile:
-    """Open a generation, after checking that it is the right one and whole.
+    """Check that a generation is the right one and undamaged, and open it.
 
     Raises:
         IndexFileError: it is missing, damaged, or another one.
@@ -314,7 +314,7 @@ def _checksum(data: memoryview, poll: Poll) -> Any:
 
 
 def read_sidecar(path: Place, poll: Poll) -> tuple[dict[str, Any], Rows]:
-    """Read a generation's header and rows; raises IndexFileError where they are damaged."""
+    """Read a generation's header and rows. Raises ``IndexFileError`` if they are damaged."""
     data = memoryview(_map(path))
     start = len(MAGIC) + 16
     if bytes(data[: len(MAGIC)]) != MAGIC:
@@ -347,7 +347,7 @@ def _check_faiss_file(path: str, header: dict[str, Any], poll: Poll) -> None:
 
 
 def remove_temporary(directory: Place) -> None:
-    """Remove what builds left that did not come to their end."""
+    """Remove temporary files of builds that did not finish."""
     for name, path in _entries(directory):
         if name.endswith(".tmp"):
             _remove(path)
@@ -362,7 +362,7 @@ def remove_before(directory: Place, generation: int) -> None:
 
 
 def remove_others(directory: Place, keep: set[int]) -> None:
-    """Remove generations that no snapshot needs any more, and whatever else is there."""
+    """Remove all generations and other files, except the generations to keep."""
     for name, path in _entries(directory):
         stem = name.split(".", 1)[0]
         if not stem.isdigit() or int(stem) not in keep:
@@ -370,7 +370,6 @@ def remove_others(directory: Place, keep: set[int]) -> None:
 
 
 def _entries(directory: Place) -> list[tuple[str, str]]:
-    """Return names and paths of what is in a directory, if there is one."""
     if not os.path.isdir(directory):
         return []
     return [(name, os.path.join(directory, name)) for name in os.listdir(directory)]
@@ -378,7 +377,7 @@ def _entries(directory: Place) -> list[tuple[str, str]]:
 
 def _remove(path: str) -> None:
     if os.path.isdir(path) and not os.path.islink(path):
-        import shutil  # first searches do without
+        import shutil  # first searches don't need it
 
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,12 +1,12 @@
-"""A standby's own file of the current generation, made from the replicated tables alone.
+"""Make a standby's own file of the current generation from the replicated tables.
 
-A standby can't write to the database, so it can't build a generation of its own. The file that it
-makes holds what the generation holds in the snapshot that it is made in: the vectors that are not
-pending. A vector that an earlier snapshot still sees may be gone from it; so the file says which
-snapshot that was, and serves later ones only.
+A standby can't write to the database, so it can't build a generation of its own. Its file holds
+what the generation holds in the snapshot it is made in: the vectors that are not pending. It may
+lack a vector that an earlier snapshot still sees. So the file names its snapshot, and serves later
+ones only.
 
-On a primary this would not be safe: it may lose transactions, that others have seen already, in a
-crash (with ``synchronous_commit`` off), and then use their numbers again. It has ``build_index``.
+On a primary this would not be safe. With ``synchronous_commit`` off, a crash may lose transactions
+that others have seen, and use their numbers again. A primary has ``build_index``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pg_siamese_server.index import build, generations, graph, index_file
 
 
 def rebuild_file(plpy: Any, name: str | None) -> int | None:
-    """Make this standby's file of a collection's current generation, where it has no whole one.
+    """Make this standby's file of a collection's current generation, if it has no undamaged one.
 
-    All statements must see one snapshot: the SQL function is STABLE.
+    All statements must see one snapshot, so the SQL function is STABLE.
 
     Returns:
-        The generation, or None where the collection has none.
+        The generation, or None if the collection has none.
     """
     started = time.monotonic()
     if not is_standby(plpy):
@@ -66,8 +66,8 @@ def rebuild_file(plpy: Any, name: str | None) -> int | None:
         index_file.read(directory, identity, poll)
     except IndexFileError:
         _write(plpy, collection, current, identity, started)
-    # Snapshots that this server still holds may want the generation before; this one is the first
-    # to go where a newer one came meanwhile.
+    # Snapshots of this server may still need the previous generation. If a newer one came
+    # meanwhile, this file is the first to go.
     index_file.remove_before(directory, int(current["oldest"]))
     return generation
 

@@ -1,6 +1,6 @@
-"""Exact search among the rows that qualify, and what it would cost.
+"""Search exactly among the rows that qualify, and estimate the cost.
 
-The rows are read as the invoker, by keys alone: their vectors are in the mapped index file.
+The rows are read as the invoker, by keys alone. Their vectors are in the mapped index file.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from pg_siamese_server.catalog import Collection, prepare
 if TYPE_CHECKING:
     from pg_siamese_server.search.filters import Conditions
 
-# Microseconds of one of the planner's units (a page read in sequence), of each row that an exact
-# search reads, and then compares, and of whatever else a round of a search takes.
+# Microseconds of the planner's unit (a page read in sequence), and of each row that is read and
+# compared. CALL is the rest of one round of a search.
 PLANNER_UNIT, READ_ROW, COMPARE_ROW = 0.5, 0.1, 0.03
 CALL = 150
-# That the table is asked about a row.
+# To ask the table about a row.
 CHECK_ROW = 1.5
-# A first look at so many times k rows.
+# The first look asks about k rows times this.
 LOOK = 6
-# Up to so many, sorting all is quicker than choosing some.
+# Up to this number of rows, sorting all is quicker than selecting some.
 FEW = 200
 _ESTIMATE = re.compile(r"cost=[\d.]+\.\.([\d.]+) rows=(\d+)")
-# SQL of many numbers as one value: quicker than as an array.
+# SQL of many integers as one value, which is quicker than an array.
 ALL_WANTED = "pg_catalog.string_agg(pg_catalog.int8send(x.wanted), '')"
 
-# What siamese._estimate() is to explain: searches are STABLE, and may not run EXPLAIN themselves.
-# It takes no argument, so that nobody can have it explain anything else.
+# What siamese._estimate() explains, since searches are STABLE and may not run EXPLAIN. It takes no
+# argument, so that nobody can have it explain anything else.
 _asked: tuple[Any, list[Any]] | None = None
-# Why it could not, as it was: passed on by PL/Python, its message would begin with its class.
+# Why it could not. PL/Python would put the class in front of the message.
 _refusal: Exception | None = None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the planner expects of a read of the rows that qualify: how many, and microseconds."""
+    """What the planner expects of reading the rows that qualify: their number and the time."""
 
     rows: float
     microseconds: float
@@ -70,7 +70,7 @@ def estimate(plpy: Any, collection: Collection, conditions: Conditions) -> Estim
 
 
 def explain_asked(plpy: Any) -> str | None:
-    """Return the first line of the plan that :func:`estimate` asked for; None for anyone else."""
+    """Return the first line of the plan that ``estimate`` asked for, or None for anyone else."""
     global _refusal
     if _asked is None:
         return None
@@ -85,11 +85,11 @@ def explain_asked(plpy: Any) -> str | None:
 def read_keys(
     plpy: Any, collection: Collection, conditions: Conditions, limit: int
 ) -> NDArray[np.int64] | None:
-    """Read, as the invoker, what tells the rows that qualify.
+    """Read, as the invoker, what identifies the rows that qualify.
 
     Returns:
-        int64 (rows,): integer keys, or for other keys the embedding_ids of their vectors. None if
-        more than ``limit`` qualify.
+        int64 (rows,): integer keys, or for other keys the embedding_ids. None if more than
+        ``limit`` rows qualify.
     """
     clauses = f" WHERE {' AND '.join(conditions.clauses)}" if conditions.clauses else ""
     source, wanted = f"{collection.relation} AS b", f"b.{collection.key_column}::pg_catalog.int8"
@@ -107,14 +107,14 @@ def read_keys(
 
 
 def from_send(data: bytes | None) -> NDArray[np.int64]:
-    """Return the numbers that :data:`ALL_WANTED` has put together; None is none of them."""
+    """Return the integers of ``ALL_WANTED``, or none for None."""
     return np.frombuffer(data or b"", dtype=">i8").astype(np.int64)
 
 
 def nearest_places(squared: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], float]:
-    """Return the places of the nearest, ascending by distance, and how far they are complete.
+    """Return the places of the nearest by distance, and the distance up to which they are complete.
 
-    They are ``count``, or more where several are as far as the last one, or all.
+    They are ``count``, more if several are as far as the last one, or all.
     """
     if len(squared) <= count:
         return np.argsort(squared, kind="stable"), math.inf

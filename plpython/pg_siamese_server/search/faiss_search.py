@@ -1,4 +1,4 @@
-"""The quick path: nearest by FAISS and among pending vectors, then checked against the table."""
+"""Search by FAISS and among pending vectors, and check the result against the table."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pg_siamese_server.search.request import Answer, Neighbours, Request
 if TYPE_CHECKING:
     from pg_siamese_server.search.filters import Conditions
 
-# Microseconds of one of the caller's candidates: looked for, and compared.
+# Microseconds to look up one of the caller's candidates, and to compare it.
 CHECK_CANDIDATE, COMPARE_CANDIDATE = 0.1, 0.1
-# Times what is expected to be enough.
+# Factor on the number of rows that is expected to be enough.
 ENOUGH = 1.25
-# A first look is taken where it costs so many times less than the rest.
+# A first look is taken if this many of it cost no more than the rest.
 LITTLE = 3
-# Rows that may be read where next to none are expected, and where any number is.
+# Rows to read at most, if next to none are expected and if any number is.
 MIN_READ, MAX_READ = 10_000, 2**62
 
 
 class FaissSearch:
-    """One search, or several, of one snapshot."""
+    """One or several searches of one snapshot."""
 
     def __init__(
         self, plpy: Any, collection: Collection, state: Any, index: Generation, changes: Changes
@@ -44,7 +44,7 @@ class FaissSearch:
         self.index = index
         self.changes = changes
         changes.is_restricted = self.is_restricted
-        # Under row-level security, what this caller sees may change from one call to the next.
+        # Under row-level security, what this caller sees may change between calls.
         self.keeps_pending = not self.is_restricted and not changes.is_too_large(
             collection.dimension
         )
@@ -56,7 +56,7 @@ class FaissSearch:
         """Open the generation and bring the pending vectors up to date.
 
         Returns:
-            None where so much is pending that a scan of the table is better.
+            None if so many vectors are pending that a scan of the table is better.
 
         Raises:
             IndexFileError: the generation's file can't be used.
@@ -91,7 +91,7 @@ class FaissSearch:
     def _read_changes(
         plpy: Any, collection: Collection
     ) -> tuple[list[int] | None, list[int] | None]:
-        """Read the whole pending table, where what was kept is of no use for this snapshot."""
+        """Read the whole pending table, if what was kept is of no use for this snapshot."""
         plan = prepare(
             plpy,
             "SELECT array_agg(x.change) FILTER (WHERE x.is_settled) AS settled,"
@@ -104,7 +104,7 @@ class FaissSearch:
         return row["settled"], row["opened"]
 
     def describe(self) -> str:
-        """Return what is open, for people."""
+        """Return a description of what is open."""
         return f"{len(self.index.rows.embedding_ids)} rows"
 
     def search(self, request: Request, conditions: Conditions) -> Answer:
@@ -133,7 +133,7 @@ class FaissSearch:
         return vector, None
 
     def pending(self, query: NDArray[np.float32], count: int) -> Neighbours:
-        """Find the nearest pending vectors, exactly; in no order."""
+        """Find the nearest pending vectors, exactly and in no order."""
         if self.keeps_pending:
             return self.changes.nearest(query, count)
         collection = self.collection
@@ -156,11 +156,11 @@ class FaissSearch:
 
 
 class _Search:
-    """One search: by way of the nearest rows, or of those that qualify, whichever is cheaper.
+    """One search, by the nearest rows or by those that qualify, whichever is cheaper.
 
-    The one asks FAISS for the nearest rows, and the table which of them qualify. The other reads
-    all that qualify, and compares them. The planner's estimate says which to begin with, and what
-    was found corrects it.
+    The first way asks FAISS for the nearest rows, and the table which of these qualify. The second
+    way reads all rows that qualify, and compares them. The planner's estimate chooses the way to
+    begin with. What was found corrects it.
     """
 
     def __init__(
@@ -196,16 +196,16 @@ class _Search:
         self.is_plain = not self.conditions.clauses and not finder.is_restricted
         self.poll = partial(interrupts.check, self.plpy)
         self.checked: dict[Any, bool] = {}
-        # Integer keys of all rows that qualify, once they have been read.
+        # Integer keys of all rows that qualify, if they have been read.
         self.qualifying: NDArray[np.int64] | None = None
         self.seen = 0
-        # How the answer was found: whether exactly, and of how many rows.
+        # Whether the answer was found exactly, and from how many rows.
         self.way: tuple[bool, int] | None = None
 
     def run(self) -> Neighbours:
         """Return the k nearest rows that qualify."""
         if self.is_plain and self.among is None:
-            return self._run_plain()
+            return self._run_unfiltered()
         total = max(1, len(self.index.rows.embedding_ids) + self.changes.addition_count())
         expected = self._estimate()
         prior = min(1.0, max(0.5, expected.rows) / total)
@@ -214,7 +214,7 @@ class _Search:
             answer = self._exact(most)
             if answer is not None:
                 return answer
-        # Rows that qualify may be the nearest ones: worth a look, where it costs little.
+        # The nearest rows may qualify, so look at them if that costs little.
         look = exact.LOOK * (self.k + 1)
         count = math.ceil(ENOUGH * (self.k + 1) / prior)
         if look < count:
@@ -230,15 +230,14 @@ class _Search:
                 count = max(count, math.ceil(ENOUGH * (self.k + 1) / prior))
                 continue
             answer = self._nearest(count)
-            if self._is_whole(answer):
+            if self._is_complete(answer):
                 self.way = False, count
                 return answer
             self.poll()
             share = (len(answer.keys) + 1) / (self.seen + 1 / prior)
             count = max(2 * count, math.ceil(ENOUGH * (self.k + 1) / share))
 
-    def _run_plain(self) -> Neighbours:
-        """Search where all rows qualify, but those that are deleted."""
+    def _run_unfiltered(self) -> Neighbours:
         count = self.k + (self.own is not None)
         dead = self.changes.dead_count()
         if dead:
@@ -246,29 +245,27 @@ class _Search:
             count = math.ceil(count / alive) + 2
         while True:
             answer = self._nearest(count)
-            if self._is_whole(answer):
+            if self._is_complete(answer):
                 return answer
             self.poll()
             count *= 2
 
     def _estimate(self) -> exact.Estimate:
-        """Return how many rows are expected to qualify, and what an exact search takes."""
         if self.among is None:
             return exact.estimate(self.plpy, self.collection, self.conditions)
         rows = len(self.among)
         return exact.Estimate(rows, rows * COMPARE_CANDIDATE)
 
     def _cost(self, count: int) -> float:
-        """Return about how many microseconds a search by way of so many nearest rows takes."""
+        """Estimate the microseconds of a search through ``count`` nearest rows."""
         check = exact.CHECK_ROW if self.among is None else CHECK_CANDIDATE
         return self.index.microseconds(count) + count * check + exact.CALL
 
-    def _is_whole(self, found: Neighbours) -> bool:
-        """Whether no row that belongs to the answer is missing."""
+    def _is_complete(self, found: Neighbours) -> bool:
         return len(found.keys) == self.k or found.complete >= self.limit
 
     def _nearest(self, count: int) -> Neighbours:
-        """Look for the k nearest that qualify among the nearest rows."""
+        """Return the k nearest that qualify among the nearest ``count`` rows."""
         index = self.index
         complete = math.inf
         keys: list[Any] = []
@@ -291,12 +288,12 @@ class _Search:
                 keys = index.rows.keys[rows].tolist()
             else:
                 found = index.rows.keys[rows]
-                taken = np.isin(found, _common(found, self.among))
+                taken = np.isin(found, _intersection(found, self.among))
                 keys, squared = found[taken].tolist(), squared[taken]
-        return self._taken(Neighbours(keys, squared.tolist(), complete), count)
+        return self._merge(Neighbours(keys, squared.tolist(), complete), count)
 
     def _exact(self, most: int) -> Neighbours | None:
-        """Compare all rows that qualify; return the k nearest, or None if more than ``most`` do."""
+        """Return the k nearest of all rows that qualify, or None if more than ``most`` do."""
         index = self.index
         if self.among is not None:
             labels = np.unique(self.among)
@@ -324,21 +321,21 @@ class _Search:
                 keys = [index.rows.key(row) for row in near.tolist()]
             if self.among is None:
                 self.checked.update(dict.fromkeys(keys, True))
-            answer = self._taken(Neighbours(keys, squared[places].tolist(), complete), count)
-            if self._is_whole(answer):
+            answer = self._merge(Neighbours(keys, squared[places].tolist(), complete), count)
+            if self._is_complete(answer):
                 return answer
             self.poll()
             count *= 8
 
-    def _taken(self, near: Neighbours, count: int) -> Neighbours:
-        """Add pending rows; take the k nearest that qualify, as far as the lists are complete."""
+    def _merge(self, near: Neighbours, count: int) -> Neighbours:
+        """Add pending rows and return the k nearest that qualify, as far as the lists go."""
         is_mixed = self.changes.has_additions
         keys, squared, complete = near.keys, near.squared, near.complete
         if is_mixed:
             more = self.finder.pending(self.query, count)
             wanted = self.among if self.qualifying is None else self.qualifying
             if wanted is not None:
-                found = set(_common(np.array(more.keys, dtype=np.int64), wanted).tolist())
+                found = set(_intersection(np.array(more.keys, dtype=np.int64), wanted).tolist())
                 kept = [place for place, key in enumerate(more.keys) if key in found]
                 more.keys = [more.keys[place] for place in kept]
                 more.squared = [more.squared[place] for place in kept]
@@ -346,10 +343,10 @@ class _Search:
                 self.checked.update(dict.fromkeys(more.keys, True))
             keys, squared = keys + more.keys, squared + more.squared
             complete = min(complete, more.complete)
-        return self._qualifying(Neighbours.in_order(keys, squared, complete, is_mixed=is_mixed))
+        return self._first_k(Neighbours.in_order(keys, squared, complete, is_mixed=is_mixed))
 
-    def _qualifying(self, near: Neighbours) -> Neighbours:
-        """Return the first k rows that the table says qualify, as far as all are known."""
+    def _first_k(self, near: Neighbours) -> Neighbours:
+        """Return the first k rows that qualify by the table, as far as all rows are known."""
         near.remove(self.own)
         end = near.within(min(self.limit, near.complete))
         taken = Neighbours(complete=near.complete)
@@ -367,7 +364,7 @@ class _Search:
         return taken
 
     def _check(self, keys: list[Any]) -> None:
-        """Ask the collection's own table, as the invoker, which rows are there and qualify."""
+        """Ask the collection's own table, as the invoker, which rows exist and qualify."""
         if not keys:
             return
         collection = self.collection
@@ -377,9 +374,9 @@ class _Search:
         else:
             values = [keys]
         self.checked.update(dict.fromkeys(keys, False))
-        there = plan.execute(values)[0]["keys"]
-        if there:
-            self.checked.update(dict.fromkeys(there, True))
+        found = plan.execute(values)[0]["keys"]
+        if found:
+            self.checked.update(dict.fromkeys(found, True))
 
     def _check_plan(self, keys: list[Any]) -> tuple[Any, list[Any]]:
         collection = self.collection
@@ -399,8 +396,8 @@ class _Search:
         return plan, where.values
 
 
-def _common(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return those of a few numbers that are among many; the many need no order."""
+def _intersection(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the elements of ``few``, sorted, that are also in ``many``."""
     order = np.sort(few)
     if not len(order):
         return order

@@ -1,9 +1,9 @@
-"""Searches of a collection with nothing pending: FAISS first, then one statement that confirms.
+"""Search with nothing pending: FAISS first, then one statement that confirms.
 
-What a search must know of its snapshot, and which of the rows that FAISS found are there for the
-caller, are two questions to the database. While a session knows of no change since the index was
-built, it asks both at once, and takes the answer only where it is what was expected. With a filter
-it does so in the way that answered searches with such a filter before.
+A search has two questions for the database. What does its snapshot hold, and which rows that FAISS
+found can the caller see? While a session knows of no change since the build, one statement asks
+both. The session takes the answer only if nothing has changed. A search with a filter is
+answered as earlier searches with such a filter were.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ if TYPE_CHECKING:
     from pg_siamese_server.search.filters import Conditions
     from pg_siamese_server.search.pending import Changes
 
-# Beyond these a search takes so long that an estimate costs little.
+# Beyond these, a search takes so long that an estimate costs little.
 MAX_READ, MAX_NEAREST = 20_000, 1_000
 MIN_READ = 1_000
-# Shapes of filters that are remembered.
+# Remembered shapes of filters.
 MAX_WAYS = 200
-# By what a success and a failure change the number of rows asked about: one in twenty fails.
+# Factors on the number of rows asked about after a success and a failure: one in twenty fails.
 SHRINK, GROW = 0.99, 1.25
-# The next size of a look, how often it is thought to be enough at first, how quickly that follows
-# what is seen, and after how many searches another is tried; twice as many each time.
+# Factor to the next size of a look, and its assumed success rate at first. The weight of each
+# observation, and the searches until another size is tried: twice as many each time.
 LONGER, HOPE, LEARN, AGAIN = 3, 0.8, 0.05, 100
 
 
 @dataclass
 class Way:
-    """How searches with a filter of some shape, whatever its values, were answered lately.
+    """How recent searches with a filter of some shape, whatever its values, were answered.
 
     Attributes:
-        is_exact: by reading all rows that qualify, rather than by asking which of the nearest do.
-        count: how many rows were read, or asked about.
+        is_exact: whether all rows that qualify were read, and not the nearest checked.
+        count: how many rows were read or asked about.
         is_sure: whether the last two searches went this way.
-        look: of exact ones, how many of the nearest to ask about before; 0 for none.
-        rate: which share of these looks was enough.
-        idle, again: how many searches went without one, and how many do before the next try.
+        look: how many of the nearest an exact search asks about first, or 0.
+        rate: share of these looks that was enough.
+        idle: searches since the last look.
+        again: searches without a look before the next try.
     """
 
     is_exact: bool
@@ -62,11 +63,11 @@ class Way:
 
     @property
     def limit(self) -> int:
-        """How many rows to read at most: a power of two, so that few plans are made."""
+        """Most rows to read: a power of two, so that few plans are made."""
         return max(MIN_READ, 2 << self.count.bit_length())
 
     def plan_look(self, index: Generation, k: int) -> None:
-        """Choose the look that, as far as is known, saves most; none where none saves anything."""
+        """Choose the look that saves most, as far as is known, or none if none saves anything."""
         whole = self.count * (exact.READ_ROW + exact.COMPARE_ROW) + exact.CALL
         if not self.look:
             self.idle += 1
@@ -86,13 +87,13 @@ def search(plpy: Any, collection: Collection, request: Request, changes: Changes
     """Find the k nearest rows.
 
     Args:
-        plpy: of PL/Python.
+        plpy: PL/Python's module.
         collection: as it was when last looked up.
-        request: whose arguments are in range.
+        request: with arguments in range.
         changes: what this session knows of the collection's pending table.
 
     Returns:
-        None where anything is not as expected: then the search begins from the start.
+        None if anything is not as expected. Then the search starts again in the ordinary way.
     """
     if not _may_serve(request, changes):
         return None
@@ -101,7 +102,7 @@ def search(plpy: Any, collection: Collection, request: Request, changes: Changes
     if request.key is None:
         try:
             embedding = request.embedding(plpy, collection)
-        except SiameseError:  # which error it is to be, the search from the start knows
+        except SiameseError:  # the ordinary search knows which error to raise
             return None
         assert embedding is not None
         query = vectors.prepare(embedding, collection.metric)
@@ -130,7 +131,7 @@ def search(plpy: Any, collection: Collection, request: Request, changes: Changes
 
 
 def _may_serve(request: Request, changes: Changes) -> bool:
-    """Whether it is worth a try: a plain search, integer keys, nothing pending when last seen."""
+    """Return whether the fast path may serve: a plain search, integer keys, nothing pending."""
     return (
         changes.is_empty
         and not changes.is_restricted
@@ -143,7 +144,7 @@ def _may_serve(request: Request, changes: Changes) -> bool:
 
 
 class _FastSearch:
-    """One search, which confirms that all is as expected with each of its statements."""
+    """One search, each statement of which confirms that nothing has changed."""
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ class _FastSearch:
                 "SELECT c.generation, (SELECT pg_catalog.count(*)"
                 f" FROM {collection.relation} AS b"
                 f" WHERE b.{collection.key_column} = ANY($3)) AS there,"
-                f" {_changed(collection, '$2')}"
+                f" {_changed_sql(collection, '$2')}"
                 f" FROM siamese.collections AS c WHERE {collection.as_it_was(self.plpy)}",
                 ["text", "xid8", "bigint[]"],
             )
@@ -228,12 +229,12 @@ class _FastSearch:
         return Neighbours.in_order([index.keys[place] for place in places], squared.tolist())
 
     def _among_nearest(self, conditions: Conditions, count: int) -> Neighbours | None:
-        """Ask which of the nearest rows qualify; None where these are not enough."""
+        """Ask which of the nearest rows qualify. Return None if these are not enough."""
         near = self._nearest(count)
-        wanted = set(self._ask(conditions, 0, near.keys) or ())
+        wanted = set(self._read_qualifying(conditions, 0, near.keys) or ())
         taken = [place for place, key in enumerate(near.keys) if key in wanted]
         complete = near.squared[-1] if near.squared else 0.0
-        return self._cut(
+        return self._take_nearest(
             Neighbours(
                 [near.keys[place] for place in taken],
                 [near.squared[place] for place in taken],
@@ -242,8 +243,8 @@ class _FastSearch:
         )
 
     def _exact(self, conditions: Conditions, way: Way) -> Neighbours | None:
-        """Compare all rows that qualify; None where more do than were read."""
-        found = exact.from_send(self._ask(conditions, way.limit, None))
+        """Compare all rows that qualify. Return None if more qualify than were read."""
+        found = exact.from_send(self._read_qualifying(conditions, way.limit, None))
         if len(found) > way.limit:
             return None
         way.count = max(1, len(found))
@@ -254,11 +255,11 @@ class _FastSearch:
         )
         places, _ = exact.nearest_places(squared, self.k + 1)
         assert index.rows.keys is not None
-        return self._cut(
+        return self._take_nearest(
             Neighbours.in_order(index.rows.keys[rows[places]].tolist(), squared[places].tolist())
         )
 
-    def _cut(self, near: Neighbours) -> Neighbours | None:
+    def _take_nearest(self, near: Neighbours) -> Neighbours | None:
         if not self.is_steady:
             return None
         limit = math.inf
@@ -270,8 +271,8 @@ class _FastSearch:
         near.cut(min(self.k, near.within(limit)))
         return near
 
-    def _ask(self, conditions: Conditions, limit: int, keys: list[int] | None) -> Any:
-        """Ask which of some keys qualify, or for all that do, up to a limit."""
+    def _read_qualifying(self, conditions: Conditions, limit: int, keys: list[int] | None) -> Any:
+        """Ask which of ``keys`` qualify, or if None for all that do, up to ``limit``."""
         values = [
             *conditions.values,
             str(self.changes.horizon),
@@ -293,13 +294,13 @@ class _FastSearch:
     def _plan(self, conditions: Conditions, limit: int) -> Any:
         collection = self.collection
         where = conditions.copy()
-        changed = _changed(collection, where.parameter("xid8", None))
+        changed = _changed_sql(collection, where.parameter("xid8", None))
         same = collection.as_it_was(self.plpy, where.parameter("text", None))
         key = f"b.{collection.key_column}"
-        there = "true"
+        exists = "true"
         if self.own is not None:
             place = where.parameter("bigint", None)
-            there = f"EXISTS (SELECT FROM {collection.relation} AS b WHERE {key} = {place})"
+            exists = f"EXISTS (SELECT FROM {collection.relation} AS b WHERE {key} = {place})"
         if limit:
             found = (
                 f"SELECT {exact.ALL_WANTED} FROM (SELECT {key}::pg_catalog.int8 AS wanted"
@@ -312,13 +313,13 @@ class _FastSearch:
                 f"SELECT pg_catalog.array_agg({key}) FROM {collection.relation} AS b"
                 f" WHERE {' AND '.join([f'{key} = ANY({place})', *where.clauses])}"
             )
-        # Of the types that they had when the filter's values were written out for them.
+        # With the types of the columns when the filter's values were written as text.
         columns = ", ".join(
             f"({self.plpy.quote_literal(name)}, {oid})" for name, oid in where.columns.items()
         )
         return self.plpy.prepare(
-            # The table before the others, again.
-            f"SELECT c.generation, {there} AS is_there, ({found}) AS found, {changed}"
+            # The table comes before the others, as above.
+            f"SELECT c.generation, {exists} AS is_there, ({found}) AS found, {changed}"
             f" FROM siamese.collections AS c WHERE {same} AND (SELECT pg_catalog.count(*)"
             f" FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = {collection.relation_oid}"
             f" AND NOT a.attisdropped AND (a.attname, a.atttypid) IN ({columns}))"
@@ -350,10 +351,10 @@ def _shape(conditions: Conditions, k: int) -> tuple[Any, ...]:
     return (k, *conditions.clauses)
 
 
-def _changed(collection: Collection, horizon: str) -> str:
+def _changed_sql(collection: Collection, horizon: str) -> str:
     return (
         f"EXISTS (SELECT FROM {collection.pending} AS y WHERE y.xact_id >= {horizon}"
-        # The upper bound excludes nothing: see the ordinary statement.
+        # The upper bound excludes nothing. The ordinary statement has it, too.
         f" AND y.xact_id <= '{MAX_XACT_ID}'::pg_catalog.xid8) AS changed"
     )
 

@@ -1,4 +1,4 @@
-"""Exact filters on a collection's own table, from JSON to SQL with parameters."""
+"""Turn filters on a collection's own table from JSON into SQL with parameters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pg_siamese_server.errors import (
     SiameseError,
 )
 
-# Operators of a type from an extension live beside the type; of all others in pg_catalog. Named in
-# full, so that nobody's search_path decides what "=" means. Values are compared as the type that a
-# domain is of: what the domain does not allow just is not there. Of geometric types, "=" compares
-# areas; json, xml and bytea are not for comparing.
+# Operators of a type from an extension are in the type's schema, all others in pg_catalog. Their
+# full names keep search_path from deciding what "=" means. A domain's values are compared as its
+# base type. What the domain does not allow never matches. For geometric types, "=" compares areas.
+# Types json, xml and bytea are not compared.
 COLUMNS_QUERY = """
 SELECT a.attname AS name, quote_ident(a.attname::text) AS quoted, a.atttypid::int8 AS type_oid,
     pg_catalog.format_type(a.atttypid, -1) AS type, pg_catalog.format_type(b.oid, -1) AS base,
@@ -39,17 +39,17 @@ WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attname = AN
 """
 OPERATORS = ("=", "<>", "<", "<=", ">", ">=")
 INTEGER_BITS = {"smallint": 15, "integer": 31, "bigint": 63}
-# With fewer digits, any integer is a smallint.
+# Any integer with fewer digits is a smallint.
 SURE_DIGITS = 5
-# More digits than this are not written out as an integer, but compared as numeric.
+# An integer with more digits is compared as numeric.
 MAX_DIGITS = 20
 MAX_REMEMBERED = 1000
-# What PostgreSQL reports of a value that a type does not take: of classes 22 and 23.
+# SQLSTATE classes that PostgreSQL reports for a value that a type does not accept.
 VALUE_ERRORS = ("22", "23")
 
 
 class Number(str):
-    """A JSON number as it was written, so that PostgreSQL makes of it what it will."""
+    """A JSON number as it was written, so that PostgreSQL interprets it."""
 
     __slots__ = ()
 
@@ -83,10 +83,10 @@ class Conditions:
 
 
 def columns(plpy: Any, collection: Collection, names: list[str]) -> dict[str, Any]:
-    """Look columns of the collection's table up, and remember them.
+    """Look up columns of the collection's table, and remember them.
 
     Raises:
-        SiameseError: 42703, an unknown one.
+        SiameseError: 42703, a column that does not exist.
     """
     plan = prepare(plpy, COLUMNS_QUERY, ("oid", "text[]"))
     found = {row["name"]: row for row in plan.execute([collection.relation_oid, names])}
@@ -114,32 +114,32 @@ def parse(
             (operator to value, all of them); or None.
         excluded: the same: rows that meet all of it are left out.
     """
-    wanted, unwanted = _object(text), _object(excluded)
+    wanted, unwanted = _load_object(text), _load_object(excluded)
     names = list(wanted | unwanted)
-    return _parsed(wanted, unwanted, columns(plpy, collection, names) if names else {})
+    return _to_conditions(wanted, unwanted, columns(plpy, collection, names) if names else {})
 
 
 def parse_remembered(
     collection: Collection, text: str | None, excluded: str | None
 ) -> Conditions | None:
     """Do the same with columns as they were when last looked up; None if one never was."""
-    wanted, unwanted = _object(text), _object(excluded)
+    wanted, unwanted = _load_object(text), _load_object(excluded)
     if not wanted.keys() | unwanted.keys() <= collection.columns.keys():
         return None
-    return _parsed(wanted, unwanted, collection.columns)
+    return _to_conditions(wanted, unwanted, collection.columns)
 
 
-def _parsed(
+def _to_conditions(
     wanted: dict[str, Any], unwanted: dict[str, Any], known: Mapping[str, Any]
 ) -> Conditions:
     conditions = Conditions()
     for name, value in wanted.items():
-        _add(conditions, known[name], value)
+        _add_condition(conditions, known[name], value)
     if unwanted:
         # A row is left out if all is true of it, so that unknown values leave it in.
         kept = len(conditions.clauses)
         for name, value in unwanted.items():
-            _add(conditions, known[name], value)
+            _add_condition(conditions, known[name], value)
         mirror = " AND ".join(conditions.clauses[kept:])
         conditions.clauses[kept:] = [f"({mirror}) IS NOT TRUE"]
     for name in (*wanted, *unwanted):
@@ -150,9 +150,9 @@ def _parsed(
 def explain(plpy: Any, collection: Collection, text: str) -> None:
     """Raise an error that names column, type and value, if a value of a filter is to blame.
 
-    Called after a search has failed, so that others have nothing to pay.
+    It is called after a search has failed, so that others pay nothing.
     """
-    conditions = _object(text)
+    conditions = _load_object(text)
     known = columns(plpy, collection, list(conditions))
     for name, wanted in conditions.items():
         for operator, value in _comparisons(known[name], wanted):
@@ -163,9 +163,9 @@ def explain(plpy: Any, collection: Collection, text: str) -> None:
 def _explain(plpy: Any, column: Any, operator: str, value: Any) -> None:
     if value is None:
         return
-    written, type_name = _typed(column, value)
+    written, type_name = _typed_text(column, value)
     try:
-        # Both as they stand in the search: the value's cast, and the operator of its type.
+        # Exactly as in the search: the value's cast, and the operator of its type.
         plpy.prepare(
             f"SELECT CAST($1 AS {type_name}) OPERATOR({column['operator_schema']}.{operator})"
             f" CAST($1 AS {type_name})",
@@ -184,8 +184,7 @@ def _explain(plpy: Any, column: Any, operator: str, value: Any) -> None:
         ) from None
 
 
-def _object(text: str | None) -> dict[str, Any]:
-    """Return what is wanted of each column."""
+def _load_object(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     value = _decoder.decode(text)
@@ -199,7 +198,7 @@ def _object(text: str | None) -> dict[str, Any]:
 
 
 def _comparisons(column: Any, wanted: Any) -> list[tuple[str, Any]]:
-    """Return what is wanted of a column as pairs of an operator, or ``in``, and a value."""
+    """Return the conditions on a column as pairs of an operator, or ``in``, and a value."""
     if isinstance(wanted, list):
         return [("in", wanted)]
     if not isinstance(wanted, dict):
@@ -225,10 +224,10 @@ def _comparisons(column: Any, wanted: Any) -> list[tuple[str, Any]]:
     return list(wanted.items())
 
 
-def _add(conditions: Conditions, column: Any, wanted: Any) -> None:
+def _add_condition(conditions: Conditions, column: Any, wanted: Any) -> None:
     for operator, value in _comparisons(column, wanted):
         if operator == "in":
-            conditions.clauses.append(_one_of(conditions, column, value))
+            conditions.clauses.append(_any_of(conditions, column, value))
         else:
             conditions.clauses.append(_compare(conditions, column, operator, value))
 
@@ -237,16 +236,16 @@ def _compare(conditions: Conditions, column: Any, operator: str, value: Any) -> 
     name = f"b.{column['quoted']}"
     if value is None:
         return f"{name} IS {'' if operator == '=' else 'NOT '}NULL"
-    written, type_name = _typed(column, value)
-    # Sent as text and cast in SQL: PL/Python's own conversions take any string for a true boolean.
+    written, type_name = _typed_text(column, value)
+    # Sent as text and cast in SQL. PL/Python's own conversions take any string for a true boolean.
     place = conditions.parameter("text", written)
     return f"{name} OPERATOR({column['operator_schema']}.{operator}) CAST({place} AS {type_name})"
 
 
-def _one_of(conditions: Conditions, column: Any, values: list[Any]) -> str:
+def _any_of(conditions: Conditions, column: Any, values: list[Any]) -> str:
     name = f"b.{column['quoted']}"
-    typed = [_typed(column, value) for value in values if value is not None]
-    # What an integer can't be, such as 1.5, is not among the column's values.
+    typed = [_typed_text(column, value) for value in values if value is not None]
+    # A number that can't be an integer, such as 1.5, is not among the column's values.
     items = [written for written, type_name in typed if type_name == column["base"]]
     clauses = []
     if items:
@@ -260,12 +259,12 @@ def _one_of(conditions: Conditions, column: Any, values: list[Any]) -> str:
     return f"({' OR '.join(clauses)})" if clauses else "false"
 
 
-def _typed(column: Any, value: Any) -> tuple[str, str]:
+def _typed_text(column: Any, value: Any) -> tuple[str, str]:
     """Return a value as text, and the type to compare it as."""
     if column["is_opaque"]:
         raise _unsupported(column)
     base = column["base"]
-    if base.strip('"') == "jsonb":  # quoted where all identifiers are
+    if base.strip('"') == "jsonb":  # quoted if all identifiers are
         return _json(value), base
     if isinstance(value, list | dict):
         raise SiameseError(
@@ -278,7 +277,7 @@ def _typed(column: Any, value: Any) -> tuple[str, str]:
 
 
 def _number(base: str, value: Number) -> tuple[str, str]:
-    """Return a number: for a column of integers as one if it is one and fits, else as numeric."""
+    """Return a number as text with its type: an integer if column and size allow, else numeric."""
     bits = INTEGER_BITS.get(base)
     if bits is None or (len(value) < SURE_DIGITS and value.isdecimal()):
         return str(value), base

@@ -1,8 +1,8 @@
-"""Changes that no index generation knows of, kept per session and brought up to date by snapshot.
+"""Keep the changes that no index generation has, per session, up to date with each snapshot.
 
-Every row of a collection's pending table carries the transaction that wrote it. What transactions
-before the oldest one still running have written is *settled*: it is read once. What is younger is
-*open*, and read again by each search. So a search costs what is new, not what is pending.
+Every row of a collection's pending table names the transaction that wrote it. Changes by
+transactions before the oldest running one are *settled*, and read once. Younger ones are *open*,
+and each search reads them again. So a search costs what is new, not what is pending.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pg_siamese_server.search.request import Neighbours
 if TYPE_CHECKING:
     from pg_siamese_server.index.generations import Generation
 
-# Vectors kept in a session at most; with more pending, pgvector scans the table instead.
+# Most bytes of vectors in a session. With more pending, pgvector scans the table instead.
 MAX_BYTES = 12 * 1024 * 1024
 
 
@@ -35,19 +35,19 @@ class Snapshot:
 
     @classmethod
     def parse(cls, text: str) -> Snapshot:
-        """Parse ``xmin:xmax:xip,xip``; on a standby the list of running transactions is empty."""
+        """Parse ``xmin:xmax:xip,xip``. On a standby the list of running transactions is empty."""
         xmin, xmax, _ = text.split(":", 2)
         return cls(text, int(xmin), int(xmax))
 
     def includes(self, other: Snapshot) -> bool:
-        """Whether all transactions that are settled for ``other`` are settled for this one, too."""
+        """Return whether whatever is settled for ``other`` is settled for this snapshot."""
         return self.xmin >= other.xmin
 
     def sees_all_of(self, other: Snapshot) -> bool:
-        """Whether whatever ``other`` sees is seen here, too, as far as can be told.
+        """Return whether this snapshot certainly sees all that ``other`` sees.
 
-        Both bounds only ever grow, so the one with a larger bound was taken later. Of two with the
-        same bounds this can be told only where nothing was running between them.
+        Both bounds only grow, so the snapshot with a larger bound is the later one. If both bounds
+        are equal, this is certain only if nothing was running between them.
         """
         return (
             self.xmax > other.xmax or self.xmin > other.xmin or self.xmin == self.xmax == other.xmax
@@ -55,7 +55,7 @@ class Snapshot:
 
 
 class Added:
-    """Vectors added since the generation was built, in a flat index of their own."""
+    """Vectors added since the build of the generation, in a flat index of their own."""
 
     def __init__(self, dimension: int) -> None:
         self.ids: list[int] = []
@@ -63,13 +63,13 @@ class Added:
         self._index = faiss.IndexFlatL2(dimension)
 
     def extend(self, ids: list[int], keys: list[Any], matrix: NDArray[np.float32]) -> None:
-        """Append rows; matrix is float32 (rows, dimension), prepared."""
+        """Append rows. The matrix is float32 (rows, dimension), prepared."""
         self.ids.extend(ids)
         self.keys.extend(keys)
         self._index.add(matrix)
 
     def discard(self, dead: set[int]) -> None:
-        """Remove rows that are deleted again."""
+        """Remove rows that were deleted again."""
         kept = [place for place, item in enumerate(self.ids) if item not in dead]
         if len(kept) < len(self.ids):
             matrix = self._index.reconstruct_n(0, len(self.ids))[kept]
@@ -81,12 +81,12 @@ class Added:
     def nearest(
         self, query: NDArray[np.float32], count: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return places and squared distances of the nearest, exactly; at most ``count``."""
+        """Return places and squared distances of the nearest, exactly, at most ``count``."""
         squared, places = self._index.search(query, min(count, len(self.ids)))
         return places[0], squared[0]
 
     def find(self, embedding_id: int) -> NDArray[np.float32] | None:
-        """Return a vector, float32 (1, dimension), if it is here."""
+        """Return an added vector, float32 (1, dimension), or None."""
         if embedding_id not in self.ids:
             return None
         vector: NDArray[np.float32] = self._index.reconstruct(self.ids.index(embedding_id))
@@ -103,8 +103,8 @@ class Changes:
         snapshot: the last one that this was brought up to date for.
         horizon: transactions before it are settled.
         added, unfetched: settled additions, with their vectors and still without.
-        dead: settled deletions of what is not in the generation.
-        open_ids, open_added, open_dead: what the last snapshot saw of transactions not settled.
+        dead: settled deletions of vectors that are not in the generation.
+        open_ids, open_added, open_dead: what the last snapshot saw of open transactions.
         is_restricted: whether row-level security hid rows from the last caller.
     """
 
@@ -123,18 +123,17 @@ class Changes:
     _dead_row_count: int = 0
 
     def __post_init__(self) -> None:
-        """Begin with nothing added."""
         self.added = Added(self.index.index.d)
         self.open_added = Added(self.index.index.d)
 
     def usable_for(self, generation: int, snapshot: Snapshot) -> bool:
-        """Whether what is settled here is so for this snapshot, too."""
+        """Return whether what is settled for this object is also settled for this snapshot."""
         return self.generation == generation and (
             self.snapshot is None or snapshot.includes(self.snapshot)
         )
 
     def is_up_to_date(self, generation: int, snapshot: str, opened: list[int] | None) -> bool:
-        """Whether this very snapshot was taken already, and with nothing left to fetch."""
+        """Return whether it was updated for this very snapshot, with nothing left to fetch."""
         return (
             self.snapshot is not None
             and self.snapshot.text == snapshot
@@ -146,11 +145,11 @@ class Changes:
         )
 
     def take(self, settled: list[int] | None, opened: list[int] | None, snapshot: Snapshot) -> None:
-        """Note changes, as embedding_ids, negative for deletions."""
+        """Record changes as embedding_ids, which are negative for deletions."""
         if settled:
             changes = np.array(settled, dtype=np.int64)
             self.unfetched.update(changes[changes > 0].tolist())
-            self._bury(-changes[changes < 0])
+            self._note_dead(-changes[changes < 0])
             self.unfetched -= self.dead
         self.snapshot = snapshot
         self.horizon = snapshot.xmin
@@ -159,7 +158,7 @@ class Changes:
 
     @property
     def is_empty(self) -> bool:
-        """Whether all that was settled or open for the last snapshot is in the generation."""
+        """Whether the generation holds all that the last snapshot saw."""
         return not (
             self.snapshot is None
             or self.has_additions
@@ -170,33 +169,33 @@ class Changes:
 
     @property
     def has_additions(self) -> bool:
-        """Whether there may be vectors that the generation does not hold."""
+        """Whether the generation may lack vectors."""
         return bool(self.added.ids or self.unfetched or self.open_ids)
 
     def is_too_large(self, dimension: int) -> bool:
-        """Whether a scan by pgvector is better than a copy in this session."""
+        """Return whether a scan by pgvector is better than a copy in this session."""
         return self.addition_count() * dimension * 4 > MAX_BYTES
 
     def addition_count(self) -> int:
-        """How many vectors the generation does not hold, at most."""
+        """Return how many vectors the generation lacks, at most."""
         return len(self.added.ids) + len(self.unfetched) + len(self.open_ids)
 
     def fetch(self, plpy: Any, collection: Collection) -> None:
-        """Read the vectors that are not here yet, as the invoker sees them."""
+        """Read the missing vectors, as the invoker sees them."""
         if self.unfetched:
             ids, keys, matrix = _fetch(plpy, collection, sorted(self.unfetched))
             if ids:
                 self.added.extend(ids, keys, matrix)
-                # One that is not visible was deleted by this very transaction, which may yet be
-                # rolled back: asked for again next time.
+                # A vector that is not visible was deleted by this very transaction. It may be
+                # rolled back, so it is asked for again next time.
                 self.unfetched.difference_update(ids)
         if set(self.open_added.ids) != self.open_ids:
             self.open_added = Added(self.index.index.d)
             if self.open_ids:
                 self.open_added.extend(*_fetch(plpy, collection, sorted(self.open_ids)))
 
-    def _bury(self, ids: NDArray[np.int64]) -> None:
-        """Note settled deletions: a bit for each row of the generation, a set for others."""
+    def _note_dead(self, ids: NDArray[np.int64]) -> None:
+        """Record settled deletions: a bit per row of the generation, and a set of all others."""
         if not len(ids):
             return
         rows = self.index.rows_of(ids)
@@ -211,7 +210,7 @@ class Changes:
             self.added.discard(self.dead)
 
     def is_dead(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_] | None:
-        """Tell which rows of the generation are deleted or replaced; None where none is at all."""
+        """Return which rows of the generation are deleted or replaced, or None if none are."""
         if self._dead_rows is None and not self.open_dead:
             return None
         if self._dead_rows is None:
@@ -224,11 +223,11 @@ class Changes:
         return result
 
     def dead_count(self) -> int:
-        """How many rows of the generation are deleted or replaced, at most."""
+        """Return how many rows of the generation are deleted or replaced, at most."""
         return self._dead_row_count + len(self.open_dead)
 
     def nearest(self, query: NDArray[np.float32], count: int) -> Neighbours:
-        """Find the nearest of the added vectors, exactly; in no order."""
+        """Find the nearest of the added vectors, exactly and in no order."""
         found = Neighbours()
         for added in (self.added, self.open_added):
             if not added.ids:
@@ -243,7 +242,7 @@ class Changes:
         return found
 
     def find(self, embedding_id: int) -> NDArray[np.float32] | None:
-        """Return an added vector, float32 (1, dimension), if it is here."""
+        """Return an added vector, float32 (1, dimension), or None."""
         found = self.added.find(embedding_id)
         return self.open_added.find(embedding_id) if found is None else found
 

@@ -27,7 +27,7 @@ class Request:
     Attributes:
         collection_name: which collection.
         image: an image file, or None to search by ``key``.
-        key: of a stored image, which is left out of the answer; text unless keys are integers.
+        key: of a stored image, which the answer leaves out. Text unless keys are integers.
         k: how many rows.
         filter: JSON text, or None: conditions that rows must meet.
         exclude: the same: conditions that no row may meet.
@@ -89,10 +89,10 @@ class Request:
 
 @dataclass(slots=True)
 class Neighbours:
-    """Rows near a query, nearest first, those equally near in the order of their keys.
+    """Rows near a query, nearest first, and ordered by key if equally near.
 
     Attributes:
-        keys: of the rows: integers or text.
+        keys: integers or text.
         squared: squared Euclidean distances of their prepared vectors.
         complete: squared distance within which no row is missing.
     """
@@ -110,14 +110,14 @@ class Neighbours:
         *,
         is_mixed: bool = False,
     ) -> Neighbours:
-        """Put rows in order: they are, but for ties, in that of distance unless ``is_mixed``."""
+        """Sort rows. Unless ``is_mixed``, they are sorted by distance already, except for ties."""
         if is_mixed or len(set(squared)) < len(squared):
             order = sorted(range(len(keys)), key=lambda place: (squared[place], keys[place]))
             keys, squared = [keys[place] for place in order], [squared[place] for place in order]
         return cls(keys, squared, complete)
 
     def remove(self, key: Any) -> None:
-        """Leave a row out, if it is here."""
+        """Remove a row, if it is present."""
         if key is not None and key in self.keys:
             place = self.keys.index(key)
             del self.keys[place], self.squared[place]
@@ -135,7 +135,7 @@ class Neighbours:
 class Answer:
     """Keys and distances of the rows found, nearest first.
 
-    ``query`` is the prepared vector that was searched for; None where the model has no use for it.
+    ``query`` is the prepared vector that was searched for, or None if the model has no use for it.
     """
 
     collection: Collection
@@ -145,7 +145,7 @@ class Answer:
 
     @classmethod
     def of(cls, collection: Collection, found: Neighbours, query: NDArray[np.float32]) -> Answer:
-        """Turn squared distances into those of the collection's metric."""
+        """Convert squared distances to the collection's metric."""
         return cls(
             collection, found.keys, vectors.to_distances(found.squared, collection.metric), query
         )

@@ -1,8 +1,8 @@
-"""Finding the nearest rows: FAISS and the pending vectors, checked against the table; or pgvector.
+"""Find the nearest rows by FAISS and among the pending vectors, or by pgvector.
 
-Every candidate is checked, as the invoker, against the collection's own table: visibility,
-row-level security and filters decide there. An answer is complete once the k-th row that qualifies
-is nearer than anything that FAISS has not been asked for yet.
+Every candidate is checked, as the invoker, against the collection's own table. There visibility,
+row-level security and filters decide. An answer is complete once the k-th row that qualifies is
+nearer than anything that FAISS has not returned yet.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pg_siamese_server.search import fast_path, groups
 from pg_siamese_server.search.filters import Conditions, parse
 from pg_siamese_server.search.request import Answer, Request
 
-# Changes read at once after which the statement that reads them is planned anew.
+# If a statement reads more changes than this at once, it is planned again.
 REPLAN_ROWS = 1_000
 
 _collections: dict[str, Collection] = {}
@@ -54,23 +54,22 @@ def search(plpy: Any, request: Request) -> Answer:
 
 def _search(plpy: Any, request: Request) -> Answer:
     """Answer a search without groups, or by pgvector."""
-    answer = _as_before(plpy, request)
+    answer = _search_unchanged(plpy, request)
     if answer is not None:
         return answer
     try:
-        answer = _from_the_start(plpy, request)
+        answer = _search_snapshot(plpy, request)
     except (plpy.spiexceptions.UndefinedFunction, plpy.spiexceptions.InvalidSchemaName):
         # pgvector may have moved to another schema.
         if _collections.pop(request.collection_name or "", None) is None:
             raise
-        answer = _from_the_start(plpy, request)
+        answer = _search_snapshot(plpy, request)
     if answer.collection.embed == "deferred":
-        _tell_of_waiting(plpy, request, answer)
+        _notice_queued_rows(plpy, request, answer)
     return answer
 
 
-def _as_before(plpy: Any, request: Request) -> Answer | None:
-    """Answer the fast way, if this session knows the collection and nothing has changed."""
+def _search_unchanged(plpy: Any, request: Request) -> Answer | None:
     collection = _collections.get(request.collection_name or "")
     changes = None if collection is None else _changes.get(collection.collection_id)
     if collection is None or changes is None:
@@ -78,25 +77,24 @@ def _as_before(plpy: Any, request: Request) -> Answer | None:
     return fast_path.search(plpy, collection, request, changes)
 
 
-def _from_the_start(plpy: Any, request: Request) -> Answer:
-    """Answer after a look at what this snapshot holds."""
+def _search_snapshot(plpy: Any, request: Request) -> Answer:
     collection, state = _current_state(plpy, request)
     if request.key is not None and state["query_id"] is None:
-        return _without_vector(plpy, request, collection)
+        return _answer_without_vector(plpy, request, collection)
     request.embedding(plpy, collection)  # before filters: the first error is the image's
     conditions = parse(plpy, collection, request.filter, request.exclude)
     if request.engine != "pgvector":
-        answer = _with_faiss(plpy, request, collection, state, conditions)
+        answer = _search_faiss(plpy, request, collection, state, conditions)
         if answer is not None:
             return answer
-    return _with_pgvector(plpy, request, collection, state, conditions)
+    return _search_pgvector(plpy, request, collection, state, conditions)
 
 
-def _without_vector(plpy: Any, request: Request, collection: Collection) -> Answer:
-    """Answer a search by a row that has no vector: nothing is similar to it, as far as is known.
+def _answer_without_vector(plpy: Any, request: Request, collection: Collection) -> Answer:
+    """Answer a search by a row without a vector: as far as is known, nothing is similar to it.
 
-    So a query over all rows goes on where one is quarantined or waits. A row that is not there, or
-    not visible, is an error.
+    So a query over all rows continues if one of these is quarantined or queued. A row that does not
+    exist, or is not visible, is an error.
     """
     plan = prepare(
         plpy,
@@ -117,7 +115,7 @@ def _without_vector(plpy: Any, request: Request, collection: Collection) -> Answ
             " so nothing is similar to it",
             detail="It is not embedded yet, could not be embedded, or is null.",
             hint="Such rows are listed in embedding_failures or wait in a queue. This is said"
-            " once in a session.",
+            " once per session.",
         )
     return Answer(collection, [], [], None)
 
@@ -126,8 +124,8 @@ def _key_type(collection: Collection) -> str:
     return "bigint" if collection.has_integer_keys else collection.key_type
 
 
-def _tell_of_waiting(plpy: Any, request: Request, answer: Answer) -> None:
-    """Say that rows wait to be embedded: once a session, and of every answer that is short."""
+def _notice_queued_rows(plpy: Any, request: Request, answer: Answer) -> None:
+    """Send a NOTICE of queued rows: once per session, and with every answer that is short."""
     told = (answer.collection.collection_id, 0, "waiting")
     if told in _noticed and len(answer.keys) >= (request.k or 0):
         return
@@ -142,7 +140,6 @@ def _tell_of_waiting(plpy: Any, request: Request, answer: Answer) -> None:
 
 
 def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
-    """One statement reads all that a search must know of its snapshot."""
     purpose = "state by key" if by_key else "state"
     plan = collection.plans.get(purpose)
     if plan is not None:
@@ -160,15 +157,14 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
         f"SELECT {stored} AS query_id, c.generation, p.settled, p.opened,"
         " pg_catalog.pg_current_snapshot()::text AS snapshot,"
         " pg_catalog.row_security_active(c.relation) AS is_restricted"
-        # The table's lock before all others, as those take it who write or drop.
+        # The table's lock comes first, as in statements that write or drop.
         f" FROM siamese.collections AS c LEFT JOIN {collection.relation} AS l ON false"
         " LEFT JOIN LATERAL (SELECT"
         " pg_catalog.array_agg(x.change) FILTER (WHERE x.is_settled) AS settled,"
         " pg_catalog.array_agg(x.change) FILTER (WHERE NOT x.is_settled) AS opened"
         " FROM (SELECT CASE WHEN y.deleted THEN -y.embedding_id ELSE y.embedding_id END AS change,"
         " y.xact_id < pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()) AS is_settled"
-        # The upper bound excludes nothing: a range is what planners expect to be narrow, so that
-        # they take the index.
+        # The upper bound excludes nothing, but planners take ranges for narrow and use the index.
         f" FROM {collection.pending} AS y WHERE y.xact_id >= $2"
         f" AND y.xact_id <= '{MAX_XACT_ID}'::pg_catalog.xid8 LIMIT {MAX_CHANGES + 1}) AS x"
         ") AS p ON c.generation IS NOT NULL"
@@ -181,8 +177,7 @@ def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
 def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
     """Return the collection and its state in this snapshot.
 
-    A collection is remembered by name. Where the statement finds it no longer as it was (renamed,
-    dropped, made anew), it is looked up again.
+    A collection is remembered by name, and looked up again if renamed, dropped or made again.
     """
     name = request.collection_name
     for _ in range(2):
@@ -217,7 +212,7 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
             return collection, state
         del _collections[collection.name]
     assert collection is not None
-    _check_there(plpy, collection)
+    _check_exists(plpy, collection)
     raise SiameseError(
         f'collection "{name}" no longer matches its table',
         sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -226,8 +221,8 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
     )
 
 
-def _check_there(plpy: Any, collection: Collection) -> None:
-    """Refuse a collection that was dropped, or whose table was, while the search waited for it.
+def _check_exists(plpy: Any, collection: Collection) -> None:
+    """Refuse a collection if it, or its table, was dropped while the search waited for it.
 
     The search's snapshot still has both. Names are looked up as they are now.
     """
@@ -246,14 +241,14 @@ def _check_there(plpy: Any, collection: Collection) -> None:
         raise no_table(collection.name)
 
 
-def _with_faiss(
+def _search_faiss(
     plpy: Any,
     request: Request,
     collection: Collection,
     state: Any,
     conditions: Conditions,
 ) -> Answer | None:
-    """Answer by FAISS, or return None where it can't, with a NOTICE if it should have."""
+    """Answer by FAISS. If it can't, return None, with a NOTICE if it should have."""
     required = request.engine == "faiss"
     generation = state["generation"]
     if generation is None:
@@ -298,14 +293,13 @@ def _no_faiss(reason: str) -> SiameseError:
     )
 
 
-def _with_pgvector(
+def _search_pgvector(
     plpy: Any,
     request: Request,
     collection: Collection,
     state: Any,
     conditions: Conditions,
 ) -> Answer:
-    """Scan all rows that qualify; exact."""
     where = conditions.copy()
     embedding = request.embedding(plpy, collection)
     if embedding is not None:
@@ -324,7 +318,7 @@ def _with_pgvector(
     if request.key is not None:
         where.clauses.append(f"{key} <> {where.parameter(_key_type(collection), request.key)}")
     if request.max_distance is not None:
-        # As real, which is what callers see of it.
+        # As real, which is what callers see.
         limit = where.parameter("real", request.max_distance)
         where.clauses.append(f"{distance}::real <= {limit}")
     shown, tie = key, key
@@ -361,7 +355,7 @@ def _candidate_type(collection: Collection) -> str:
 
 
 def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
-    """Open a collection's encoder and index in this session; returns what is ready."""
+    """Open a collection's encoder and index in this session, and return what is ready."""
     request = Request(collection_name=name)
     collection, state = _current_state(plpy, request)
     encoder = models.encoder(plpy, collection.model_id)

@@ -1,7 +1,7 @@
-"""Keeping vectors in step with images: triggers and backfill.
+"""Keep vectors in step with images, by triggers and backfill.
 
-Whatever the event, the table's present content decides, read in the statement's own transaction: a
-row may have been changed again, by other triggers, before ours runs.
+Whatever the event, the table's present content decides, read in the statement's own transaction.
+Other triggers may have changed a row again before ours runs.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 NOTICE_SECONDS = 2.0
 HASHES_AT_ONCE = 1000
-# How far another run of the same model may be from a vector of length one: a cosine of 0.9999.
+# Distance of another run of the same model from a vector of length one: a cosine of 0.9999.
 SAME_VECTOR = 0.014
-# Text only: an exception would hold on to its frames, and so to an open cursor.
+# Text only, since an exception would keep its frames, and so an open cursor.
 Failure = tuple[Any, str, str]
 _key_and_image = itemgetter("key", "image")
 
@@ -49,13 +49,13 @@ def on_change(
 ) -> None:
     """Follow one INSERT, UPDATE, DELETE or TRUNCATE statement on a collection's table.
 
-    Keys are those that the trigger found in its transition tables, which only it sees; as text.
+    Keys are text. The trigger found them in its transition tables, which only it sees.
     """
     collection = collection_of_trigger(plpy, collection_id, relation_oid, versions)
     if event == "INSERT":
         embed_rows(plpy, collection, keys, are_new=True)
     elif event == "UPDATE":
-        _forget(plpy, collection, keys)
+        _delete_vectors(plpy, collection, keys)
         embed_rows(plpy, collection, keys)
     elif event == "DELETE":
         if not keys:
@@ -68,14 +68,14 @@ def on_change(
             " WHERE p.key = o.key)",
             (collection.key_array,),
         )
-        # One that is there again was inserted by the same statement, whose trigger sees to it.
-        _forget(plpy, collection, plan.execute([keys])[0]["keys"])
+        # The same statement inserted those that exist again. Its trigger handles them.
+        _delete_vectors(plpy, collection, plan.execute([keys])[0]["keys"])
     elif event == "TRUNCATE":
         prepare(plpy, "SELECT siamese._forget_all($1)", ("integer",)).execute([collection_id])
 
 
 def _let_owner_read(plpy: Any, collection: Collection, for_lock: bool = False) -> None:
-    """See that the row functions run as the table's owner, and that the owner may read it."""
+    """Make sure that the row functions run as the table's owner, who can read the table."""
     if collection.is_ready and not for_lock:
         return
     prepare(plpy, "SELECT siamese._let_owner_read($1, $2)", ("integer", "boolean")).execute(
@@ -88,8 +88,8 @@ def _keys(plpy: Any, sql: str) -> list[Any]:
     return plpy.execute(sql)[0]["keys"] or []
 
 
-def _forget(plpy: Any, collection: Collection, keys: list[Any] | None) -> None:
-    """Delete the vectors of some keys, and tell the searches that indexes still hold them."""
+def _delete_vectors(plpy: Any, collection: Collection, keys: list[Any] | None) -> None:
+    """Delete the vectors of keys, and tell searches that indexes still hold them."""
     if not keys:
         return
     types = (collection.key_array,)
@@ -101,10 +101,10 @@ def _forget(plpy: Any, collection: Collection, keys: list[Any] | None) -> None:
         f" SELECT embedding_id, true FROM gone",
         types,
     ).execute([keys])
-    _forget_failures(plpy, collection, keys)
+    _delete_failures(plpy, collection, keys)
 
 
-def _forget_failures(plpy: Any, collection: Collection, keys: list[Any]) -> None:
+def _delete_failures(plpy: Any, collection: Collection, keys: list[Any]) -> None:
     if collection.keeps_failures:
         prepare(
             plpy,
@@ -114,7 +114,7 @@ def _forget_failures(plpy: Any, collection: Collection, keys: list[Any]) -> None
         ).execute([keys])
 
 
-def _fetched(
+def _fetch_portions(
     plpy: Any, collection: Collection, keys: list[Any], function: str
 ) -> Iterator[tuple[list[Any], list[Any]]]:
     """Yield keys and rows in portions whose images take a bounded amount of memory."""
@@ -148,16 +148,16 @@ def embed_rows(
 
     Args:
         plpy: PL/Python's module.
-        collection: where they belong.
-        keys: of the rows; those that have none are passed over.
-        is_backfill: lock the rows, leave out those that others have locked, report progress.
+        collection: of the rows.
+        keys: of the rows. Missing rows are skipped.
+        is_backfill: lock the rows, skip those that others have locked, report progress.
         are_new: the rows are inserted, so they have no vectors but left-over ones.
 
     Returns:
         How many vectors were stored.
 
     Raises:
-        SiameseError: a bad image, where the collection rejects them; it names the row.
+        SiameseError: a bad image, if the collection rejects them. It names the row.
     """
     if not keys:
         return 0
@@ -168,10 +168,10 @@ def embed_rows(
     noticed = time.monotonic()
     store = _replace if is_backfill else _add if are_new else _store
     function = "locked_rows" if is_backfill else "rows"
-    for portion, rows in _fetched(plpy, collection, keys, function):
+    for portion, rows in _fetch_portions(plpy, collection, keys, function):
         if are_new and len(rows) < len(portion):
-            # Rows without an image, and those that are gone again, have no vector to come.
-            _forget(plpy, collection, portion)
+            # Rows without an image, and those that are gone again, get no vector.
+            _delete_vectors(plpy, collection, portion)
         if not rows:
             continue
         encoder = encoder or models.encoder(plpy, collection.model_id, collection.sha256)
@@ -185,7 +185,7 @@ def embed_rows(
         )
         hashes = {row["key"]: batches.image_hash(row["image"]) for row in rows}
         if failures and (is_backfill or are_new):
-            _forget(plpy, collection, [key for key, _, _ in failures])
+            _delete_vectors(plpy, collection, [key for key, _, _ in failures])
         stored += store(plpy, collection, done, embeddings, [hashes[key] for key in done])
         _note_failures(plpy, collection, failures)
         seen += len(rows)
@@ -243,16 +243,16 @@ def _add(
 ) -> int:
     """Store the vectors of new rows, in place of vectors that changes without triggers left over.
 
-    These are rare: it is the unique index that finds them, since to look for them before each
-    insert takes longer than to store a vector.
+    These are rare, so the unique index finds them. To look for them before each insert takes longer
+    than to store a vector.
     """
     stored = _store(
         plpy, collection, keys, embeddings, hashes, conflict=" ON CONFLICT (key) DO NOTHING"
     )
     if stored < len(keys):
-        _forget(plpy, collection, keys)
+        _delete_vectors(plpy, collection, keys)
         return _store(plpy, collection, keys, embeddings, hashes)
-    _forget_failures(plpy, collection, keys)
+    _delete_failures(plpy, collection, keys)
     return stored
 
 
@@ -273,7 +273,7 @@ def _replace(
     types = _vector_types(collection)
     values = [keys, [vectors.to_text(vector) for vector in embeddings], hashes]
     schema = collection.vector_schema
-    # Vectors from before there were hashes: where one is right, all that it lacks is its hash.
+    # Vectors from before there were hashes. If such a vector is right, it only lacks its hash.
     verified = prepare(
         plpy,
         f"UPDATE {collection.embeddings} AS e SET image_hash = n.image_hash"
@@ -293,7 +293,7 @@ def _replace(
         " SELECT embedding_id, true FROM gone",
         (collection.key_array, "bytea[]"),
     ).execute([keys, hashes])
-    # A row that was changed after a backfill began has got its vector from the trigger.
+    # A row that was changed after a backfill began has its vector from the trigger.
     stored = _store(
         plpy, collection, keys, embeddings, hashes, conflict=" ON CONFLICT (key) DO NOTHING"
     )
@@ -314,8 +314,8 @@ def _note_failures(plpy: Any, collection: Collection, failures: list[Failure]) -
 def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     """Embed rows without the vector of their image, and drop vectors without a row.
 
-    Rows that other transactions hold locked are left alone, so that backfill never takes part in a
-    deadlock; a NOTICE tells how many remain.
+    Rows that other transactions have locked are skipped, so that backfill never takes part in a
+    deadlock. A NOTICE tells how many remain.
 
     Returns:
         How many rows were embedded.
@@ -324,7 +324,9 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
         raise SiameseError("max_rows must be positive")
     collection = locked_collection(plpy, name)
     _let_owner_read(plpy, collection, for_lock=True)
-    _forget(plpy, collection, _keys(plpy, abandoned_query(collection, "array_agg(e.key) AS keys")))
+    _delete_vectors(
+        plpy, collection, _keys(plpy, abandoned_query(collection, "array_agg(e.key) AS keys"))
+    )
     if collection.embed == "deferred":
         stored = _backfill_deferred(plpy, collection, max_rows)
         keys = []
@@ -337,13 +339,13 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     if space is None or len(keys) < space:
         keys = [*stale_keys(plpy, collection, space), *keys]
     stored += embed_rows(plpy, collection, keys[:space], is_backfill=True)
-    _forget_old_failures(plpy, collection)
+    _delete_old_failures(plpy, collection)
     if max_rows is None and collection.embed == "sync":
-        _tell_of_the_rest(plpy, collection)
+        _notice_skipped_rows(plpy, collection)
     return stored
 
 
-def _tell_of_the_rest(plpy: Any, collection: Collection) -> None:
+def _notice_skipped_rows(plpy: Any, collection: Collection) -> None:
     left = plpy.execute(missing_query(collection, "count(*) AS n") + " AND f.key IS NULL")[0]["n"]
     if left:
         plpy.notice(
@@ -354,7 +356,7 @@ def _tell_of_the_rest(plpy: Any, collection: Collection) -> None:
 
 
 def _backfill_deferred(plpy: Any, collection: Collection, max_rows: int | None) -> int:
-    """Queue what is not, end all waiting for another try, and embed here and now."""
+    """Queue missing rows, end all waits for another try, and embed here and now."""
     plpy.execute(
         f"UPDATE {collection.queue} SET not_before = NULL, attempts = 0"
         " WHERE not_before IS NOT NULL"
@@ -364,14 +366,14 @@ def _backfill_deferred(plpy: Any, collection: Collection, max_rows: int | None) 
 
 
 def stale_keys(plpy: Any, collection: Collection, max_rows: int | None) -> list[Any]:
-    """Return keys whose vector is not known to be that of their image; reads all images.
+    """Return keys whose vector is not known to be that of their image. This reads all images.
 
     Vectors from before there were hashes come first, without a look at their images.
 
     Args:
         plpy: PL/Python's module.
-        collection: whose.
-        max_rows: end after about so many, or None.
+        collection: to check.
+        max_rows: stop after about this number, or None.
     """
     unknown = f"SELECT array_agg(e.key) AS keys FROM {collection.embeddings} AS e"
     found = _keys(plpy, f"{unknown} WHERE e.image_hash IS NULL")
@@ -390,9 +392,9 @@ def compared(
 
     Args:
         plpy: PL/Python's module.
-        collection: whose.
-        keys: of which rows; those of no vector are passed over.
-        max_bytes: leave out the last of them, once their images have so many bytes.
+        collection: to check.
+        keys: of the rows to compare. Those without a vector are skipped.
+        max_bytes: skip the rest once their images have this number of bytes.
 
     Returns:
         How many were compared, and the keys of those whose vector is of another image.
@@ -410,7 +412,7 @@ def compared(
 
 
 def missing_query(collection: Collection, wanted: str) -> str:
-    """Return a query of rows ``k`` without a vector; ``f`` is the failure of such a row."""
+    """Return a query of rows ``k`` without a vector. ``f`` is the failure of such a row."""
     return (
         f"SELECT {wanted} FROM {collection.row_function('keys')}() AS k (key)"
         f" LEFT JOIN siamese.failures AS f"
@@ -427,7 +429,7 @@ def abandoned_query(collection: Collection, wanted: str) -> str:
     )
 
 
-def _forget_old_failures(plpy: Any, collection: Collection) -> None:
+def _delete_old_failures(plpy: Any, collection: Collection) -> None:
     """Remove failures of rows that have a vector now, or are gone."""
     plpy.execute(
         f"DELETE FROM siamese.failures AS f WHERE f.collection_id = {collection.collection_id}"

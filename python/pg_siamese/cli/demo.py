@@ -1,4 +1,4 @@
-"""The demo: real images go in, are embedded by triggers, indexed, searched, and drawn."""
+"""The demo: it loads real images, builds the index, searches, and draws the answers."""
 
 from __future__ import annotations
 
@@ -7,38 +7,46 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psycopg
+import typer
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from rich.markup import escape
 
-from pg_siamese import datasets
+from pg_siamese.cli.options import Dsn
 from pg_siamese.cli.terminal import answer_table, notice_bar, output, progress_bar
-from pg_siamese.client.connection import CommandError, schema_prefix
-from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
-from pg_siamese.client.loading import LoadReport, find_target, load_part
-from pg_siamese.client.queries import (
-    DEFAULT_COLLECTION,
-    Answer,
-    Collection,
-    find_collection,
-    run_search,
-    search_statement,
-    sheet_neighbours,
-)
-from pg_siamese.client.sources import ImageRow, labelled_part
-from pg_siamese.datasets import DataNotFoundError, LabelledImages
+from pg_siamese.client.connection import CommandError, connect, schema_prefix
+from pg_siamese_server.errors import counted
 
+if TYPE_CHECKING:
+    from pg_siamese.client.contact_sheet import SheetRow
+    from pg_siamese.client.queries import Answer, Collection
+    from pg_siamese.client.sources import ImageRow
+    from pg_siamese.datasets import LabelledImages
+
+COLLECTION = "images"
 NEIGHBOURS = 4
 SHEET = Path("contact_sheet.png")
 QUERIES = 4  # in all: one of each data set, or of different classes of the only one
 
 
+def demo(
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="PNG file for the contact sheet.", show_default=False),
+    ] = None,
+    dsn: Dsn = None,
+) -> None:
+    """Load real images, build the index, search it, and draw the answers."""
+    with connect(dsn) as connection:
+        run_demo(connection, sheet)
+
+
 @dataclass(frozen=True)
 class DemoData:
-    """What the demo works with: the encoder's name, and the splits of each data set."""
+    """The encoder's name, and the splits of each data set."""
 
     model: str
     origin: str
@@ -46,11 +54,15 @@ class DemoData:
 
 
 def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> None:
-    """Run the whole demo; a second run stores nothing and only searches.
+    """Run the whole demo. A second run stores nothing and only searches.
 
-    Raises CommandError where no data or no model can be had, or where the collection "images" is
-    another's.
+    Raises:
+        CommandError: no data is available, or the collection "images" has another model.
     """
+    from pg_siamese.client.contact_sheet import contact_sheet
+    from pg_siamese.client.queries import run_search, search_statement
+    from pg_siamese.client.sources import labelled_part
+
     started = time.monotonic()
     console = output()
     data = find_data()
@@ -72,7 +84,7 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
             before = time.monotonic()
             answers = run_search(connection, collection, search)
             seconds += time.monotonic() - before
-            shows = f"test image {place}, which is not stored: {query.label}"
+            shows = f"test image {place} (not stored): {query.label}"
             console.print(f"\n[bold]{test.name}[/] {escape(shows)}")
             console.print(answer_table(collection, answers))
             rows.append(_sheet_row(connection, collection, test, place, query, answers))
@@ -80,9 +92,9 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
     contact_sheet(
         rows, target, title=f"SELECT * FROM similar_images(image => $1, k => {NEIGHBOURS})"
     )
-    console.print(f"\nanswered in {seconds * 1000:.0f} ms, the start-up of the session included")
+    console.print(f"\nanswered in {seconds * 1000:.0f} ms, including session start-up")
     console.print(f"[bold]contact sheet:[/] {escape(_short(target))}", soft_wrap=True)
-    console.print("\n[bold]try it:[/] make psql, or")
+    console.print("\n[bold]try it:[/]")
     console.print(f"psql {shlex.quote(address(connection))}\n", markup=False, soft_wrap=True)
     for comment, statement in things_to_try(connection, prefix).items():
         console.print(f"-- {comment}\n{statement}\n", markup=False, soft_wrap=True)
@@ -90,7 +102,7 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
 
 
 def query_places(test: LabelledImages, count: int) -> list[int]:
-    """Return where the queries are: the first image, and the first ones of further classes.
+    """Return the positions of the queries: the first image, and the first ones of other classes.
 
     Nothing is chosen by hand, so the pictures show what the encoder really does.
     """
@@ -101,20 +113,24 @@ def query_places(test: LabelledImages, count: int) -> list[int]:
 
 
 def find_data() -> DemoData:
-    """MedMNIST from this machine, else downloaded, else Fashion-MNIST; says which it is.
+    """Return MedMNIST, downloaded if it is not on this machine, or else Fashion-MNIST.
 
-    Raises CommandError, saying what to install, where none can be had.
+    Raises:
+        CommandError: none is available. It says what to install.
     """
+    from pg_siamese import datasets
+    from pg_siamese.datasets import DataNotFoundError
+
     console = output()
-    here = any(datasets.find_medmnist(name) for name in datasets.MEDICAL_SETS)
-    if not here:
+    is_local = any(datasets.find_medmnist(name) for name in datasets.MEDICAL_SETS)
+    if not is_local:
         console.print("MedMNIST is not on this machine: downloading it")
     try:
-        # What is here is enough: no waiting for the network because of one set that is not.
-        sets = datasets.load_medical(datasets.SPLITS, download=not here)
+        # What is on this machine is enough: one missing set is no reason to wait for the network.
+        sets = datasets.load_medical(datasets.SPLITS, download=not is_local)
     except DataNotFoundError as error:
         reason = str(error).split("; ")[0]  # of the first set: the others were not tried
-        console.print(f"MedMNIST can't be had: {reason}", markup=False, soft_wrap=True)
+        console.print(f"MedMNIST is not available: {reason}", markup=False, soft_wrap=True)
     else:
         folders = sorted({str(s["train"].files[0].parent) for s in sets.values()})
         console.print(
@@ -127,46 +143,51 @@ def find_data() -> DemoData:
             if name not in sets and datasets.STAND_INS.get(name) not in sets
         ]
         if missing:
-            console.print(f"not found, and left out: {', '.join(missing)}")
+            console.print(f"left out, because not found: {', '.join(missing)}")
         for name, stand_in in datasets.STAND_INS.items():
             if stand_in in sets:
-                console.print(f"{stand_in} stands in for {name}, which is not here")
+                console.print(f"{stand_in} stands in for {name}, which was not found")
         return DemoData("medical", "medmnist", sets)
     try:
         fashion = {split: datasets.load_fashion_mnist(split) for split in ("train", "test")}
     except DataNotFoundError as error:
-        raise CommandError(f"no data for the demo: MedMNIST can't be had; {error}") from error
-    console.print("[bold]data:[/] Fashion-MNIST, from Debian's package, in place of MedMNIST")
+        raise CommandError(f"no data for the demo: MedMNIST is not available; {error}") from error
+    console.print("[bold]data:[/] Fashion-MNIST from Debian's package, instead of MedMNIST")
     return DemoData("fashion_mnist", "idx", {"fashion_mnist": fashion})
 
 
 def prepare_collection(connection: psycopg.Connection[Any], model: str) -> Collection:
-    """Register the shipped encoders and create the collection "images", unless they are there.
+    """Register the shipped encoders and create the collection "images", unless they exist.
 
-    A collection that is there keeps its model. Raises CommandError if that is another one than the
-    data needs: its vectors would say nothing about these images.
+    Raises:
+        CommandError: the collection has another model, whose vectors say nothing of these images.
     """
-    there = connection.execute(
-        "SELECT model FROM siamese.collection_status WHERE collection = %s", (DEFAULT_COLLECTION,)
+    from pg_siamese.client.queries import find_collection
+
+    found = connection.execute(
+        "SELECT model FROM siamese.collection_status WHERE collection = %s", (COLLECTION,)
     ).fetchone()
     console = output()
-    if there is None:
+    if found is None:
         connection.execute("SELECT FROM siamese.register_shipped_models()")
         connection.execute("SELECT siamese.create_collection(model => %s)", (model,))
-        console.print(f'created the collection "{DEFAULT_COLLECTION}" with model "{model}"')
-    elif there[0] != model:
+        console.print(f'created the collection "{COLLECTION}" with model "{model}"')
+    elif found[0] != model:
         raise CommandError(
-            f'the collection "{DEFAULT_COLLECTION}" has model "{there[0]}", the demo needs '
-            f"\"{model}\": drop it (SELECT siamese.drop_collection('{DEFAULT_COLLECTION}')) or "
+            f'the collection "{COLLECTION}" has model "{found[0]}", the demo needs '
+            f"\"{model}\": drop it (SELECT siamese.drop_collection('{COLLECTION}')) or "
             "run the demo in another database"
         )
-    return find_collection(connection, DEFAULT_COLLECTION)
+    return find_collection(connection, COLLECTION)
 
 
 def load_images(
     connection: psycopg.Connection[Any], collection: Collection, data: DemoData
 ) -> None:
     """Insert the train and validation images that are not stored yet, by plain INSERTs."""
+    from pg_siamese.client.loading import LoadReport, find_target, load_part
+    from pg_siamese.client.sources import labelled_part
+
     target = find_target(connection, collection.relation, collection.image_name)
     report = LoadReport()
     started = time.monotonic()
@@ -181,19 +202,19 @@ def load_images(
     console = output()
     if stored := report.stored:
         console.print(
-            f"{stored:,} images inserted and embedded in {seconds:.1f} s "
-            f"({stored / seconds:,.0f} a second)"
+            f"{counted(stored, 'image')} inserted and embedded in {seconds:.1f} s "
+            f"({stored / seconds:,.0f} per second)"
         )
     if report.stored_before:
-        console.print(f"{report.stored_before:,} images were stored already")
+        console.print(f"{counted(report.stored_before, 'image')} already stored")
 
 
 def build_if_needed(connection: psycopg.Connection[Any]) -> None:
-    """Build the index where it isn't there, or where it lacks some vectors."""
+    """Build the index if its file is missing, or if it lacks some vectors."""
     row = connection.execute(
         "SELECT pending, generation, generation_file FROM siamese.collection_status"
         " WHERE collection = %s",
-        (DEFAULT_COLLECTION,),
+        (COLLECTION,),
     ).fetchone()
     if row is not None and row[0] == 0 and row[2] == "present":
         output().print(f"the index is up to date (generation {row[1]})")
@@ -204,7 +225,7 @@ def build_if_needed(connection: psycopg.Connection[Any]) -> None:
 
 
 def things_to_try(connection: psycopg.Connection[Any], prefix: str) -> dict[str, str]:
-    """What to ask next and how: statements that work in psql as they are."""
+    """Return what to ask next, by comment: statements that work in psql as they are."""
     row = connection.execute(
         "SELECT image_id, dataset, label FROM siamese.images ORDER BY image_id LIMIT 1"
     ).fetchone()
@@ -218,17 +239,17 @@ def things_to_try(connection: psycopg.Connection[Any], prefix: str) -> dict[str,
     rows = f"JOIN {prefix}images USING (image_id) ORDER BY rank"
     return {
         "the images most similar to a stored one": (f"SELECT {columns} FROM {nearest}) {rows};"),
-        "the same, only among the rows that qualify": (
+        "the same, only among rows that match a filter": (
             f"SELECT {columns} FROM {nearest}, filter => {condition}) {rows};"
         ),
-        "what an image shows, by the vote of its nearest neighbours": (
+        "classify an image by a vote of its neighbours": (
             f"SELECT * FROM {prefix}classify_image({image}, k => 10);"
         ),
     }
 
 
 def address(connection: psycopg.Connection[Any]) -> str:
-    """The connection string of the database, without a password."""
+    """Return the connection string of the database, without a password."""
     info = connection.info
     return make_conninfo(host=info.host, port=info.port, user=info.user, dbname=info.dbname)
 
@@ -241,6 +262,9 @@ def _sheet_row(
     query: ImageRow,
     answers: Sequence[Answer],
 ) -> SheetRow:
+    from pg_siamese.client.contact_sheet import SheetRow
+    from pg_siamese.client.queries import sheet_neighbours
+
     return SheetRow(
         name=f"{test.name}, test image {place}",
         pixels=test.images[place],

@@ -1,69 +1,112 @@
-"""The body of `pg_siamese evaluate`: figures of several seeds, results file, table, pictures."""
+"""The command that evaluates encoders: figures of several seeds, results file, table, pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import psycopg
+import typer
 from rich.markup import escape
 from rich.table import Table
 
+from pg_siamese.cli.options import Dsn, Threads
 from pg_siamese.cli.terminal import output, progress_bar
 from pg_siamese.client.connection import CommandError, connect
-from pg_siamese.datasets import DataSplits
-from pg_siamese.evaluation.database import ENGINES, database_retrieval, greatest_difference
-from pg_siamese.evaluation.figures import Evaluation, evaluate_model, require_sklearn
-from pg_siamese.evaluation.model import EvaluatedModel, data_specs, open_data, open_model
-from pg_siamese.evaluation.results import (
-    read_results,
-    result,
-    rounded,
-    spread,
-    summary,
-    write_result,
-    write_table,
-)
-from pg_siamese_server.encoding.specification import METRICS
+
+if TYPE_CHECKING:
+    from pg_siamese.datasets import DataSplits
+    from pg_siamese.evaluation.figures import Evaluation
+    from pg_siamese.evaluation.model import EvaluatedModel
+
+
+class EvaluatedSplit(StrEnum):
+    """What is evaluated."""
+
+    TEST = "test"
+    VAL = "val"
 
 
 def evaluate(
-    files: Sequence[Path],
-    *,
-    data: Sequence[str] = (),
-    split: str = "test",
-    results: Path | None = None,
-    table: Path | None = None,
-    pictures: Path | None = None,
-    in_database: bool = False,
-    keep: bool = False,
-    dsn: str | None = None,
-    threads: int = 1,
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            help="ONNX files of one experiment, one per seed.",
+            metavar="MODEL.onnx...",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Data set to evaluate on, e.g. medmnist:breastmnist or folder:photos. Repeatable. "
+            "Default: those that the model was trained on.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[EvaluatedSplit, typer.Option(help="Split to take queries from.")] = (
+        EvaluatedSplit.TEST
+    ),
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help="Results file to write (JSON). Default: results/EXPERIMENT.json.",
+            show_default=False,
+        ),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Markdown file for the table of all results files beside --output.",
+            show_default=False,
+        ),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Folder for pictures of the first model.", show_default=False),
+    ] = None,
+    in_database: Annotated[
+        bool,
+        typer.Option(
+            "--in-database", help="Also retrieve in the database, in a temporary collection."
+        ),
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep that collection.")] = False,
+    threads: Threads = 1,
+    dsn: Dsn = None,
 ) -> None:
-    """Evaluate the model files of one experiment, one for each seed.
+    """Measure encoders by pairs, triples and neighbours.
 
-    Writes `results` (JSON; by default results/EXPERIMENT.json), the table in `table` from all
-    results files beside it, and pictures of the first model. Raises CommandError.
+    The figures go into a results file. Thresholds and calibrations are chosen on validation
+    images. The gallery is the train split. Several files are seeds of one experiment. Their
+    results have mean and spread.
     """
+    from pg_siamese.evaluation.figures import require_sklearn
+    from pg_siamese.evaluation.model import data_specs, open_model
+    from pg_siamese.evaluation.results import read_results, result, write_result, write_table
+
     require_sklearn()
-    models = [open_model(path, threads) for path in files]
-    for model in models[1:]:
-        if model.experiment != models[0].experiment:
+    opened = [open_model(path, threads) for path in models]
+    for model in opened[1:]:
+        if model.experiment != opened[0].experiment:
             raise CommandError(
-                f"{model.path} is of experiment {model.experiment}, {models[0].path} of "
-                f"{models[0].experiment}: evaluate one at a time"
+                f"{model.path} is of experiment {model.experiment}, {opened[0].path} of "
+                f"{opened[0].experiment}: evaluate one at a time"
             )
-    target = results or Path("results") / f"{models[0].experiment}.json"
+    target = results or Path("results") / f"{opened[0].experiment}.json"
     evaluations: list[Evaluation] = []
-    for model in models:
-        evaluation = _evaluate(model, data or data_specs(model), split)
+    for model in opened:
+        evaluation = _evaluate(model, data or data_specs(model), split.value)
         if in_database:
             with connect(dsn) as connection:
                 _add_database(connection, evaluation, keep)
         evaluations.append(evaluation)
-    content = result(evaluations, command_line(files, data, split, in_database))
-    write_result(content, target)
+    command = command_line(models, data or (), split.value, in_database)
+    write_result(result(evaluations, command), target)
     console = output()
     console.print(figure_table(evaluations))
     console.print(f"results: {escape(str(target))}", soft_wrap=True)
@@ -78,6 +121,9 @@ def evaluate(
 
 
 def _evaluate(model: EvaluatedModel, specs: Sequence[str], split: str) -> Evaluation:
+    from pg_siamese.evaluation.figures import evaluate_model
+    from pg_siamese.evaluation.model import open_data
+
     found = open_data(model, specs, split)
     splits = dict.fromkeys(("train", "val", split))
     total = sum(len(getattr(part, name)) for part in found for name in splits)
@@ -88,10 +134,12 @@ def _evaluate(model: EvaluatedModel, specs: Sequence[str], split: str) -> Evalua
 def _add_database(
     connection: psycopg.Connection[tuple[object, ...]], evaluation: Evaluation, keep: bool
 ) -> None:
+    from pg_siamese.evaluation.database import database_retrieval, greatest_difference
+
     model, data, split = evaluation.model, evaluation.data, evaluation.split
     with progress_bar(f"in the database: {model.path}", _steps(data, split)) as advance:
-        there = database_retrieval(connection, model, data, split, keep=keep, advance=advance)
-    for name, engines in there.figures.items():
+        stored = database_retrieval(connection, model, data, split, keep=keep, advance=advance)
+    for name, engines in stored.figures.items():
         figures = evaluation.figures["sets"][name]
         figures["in_database"] = {
             engine: {
@@ -101,15 +149,20 @@ def _add_database(
             for engine, protocol in engines.items()
         }
     if keep:
-        output().print(f"the collection stays: {there.collection}")
+        output().print(f"collection kept: {stored.collection}")
 
 
 def _steps(data: Sequence[DataSplits], split: str) -> int:
+    from pg_siamese.evaluation.database import ENGINES
+
     return sum(len(part.train) + len(ENGINES) * len(getattr(part, split)) for part in data)
 
 
 def command_line(files: Sequence[Path], data: Sequence[str], split: str, in_database: bool) -> str:
-    """The command that gives these figures again; paths outside the current folder lose theirs."""
+    """Return the command that gives these figures again.
+
+    Of paths outside the current folder only the file's name is shown.
+    """
     words = ["pg_siamese evaluate", *(_shown(path) for path in files)]
     words += [f"--data {_shown_spec(spec)}" for spec in data]
     words += [f"--split {split}"] if split != "test" else []
@@ -120,8 +173,8 @@ def command_line(files: Sequence[Path], data: Sequence[str], split: str, in_data
 def _shown(path: Path) -> str:
     if not path.is_absolute():
         return path.as_posix()
-    here = Path.cwd()
-    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
+    folder = Path.cwd()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
 def _shown_spec(spec: str) -> str:
@@ -130,7 +183,10 @@ def _shown_spec(spec: str) -> str:
 
 
 def figure_table(evaluations: Sequence[Evaluation]) -> Table:
-    """The main figures for the terminal: mean, and the spread over the files."""
+    """Return the main figures as a table for the terminal: mean, and spread over the files."""
+    from pg_siamese.evaluation.results import rounded, spread, summary
+    from pg_siamese_server.encoding.specification import METRICS
+
     figures = rounded(summary([e.figures for e in evaluations]))
     seeds = len(evaluations)
     title = f"{evaluations[0].model.experiment}, {seeds} model{'s' if seeds > 1 else ''}"
@@ -153,12 +209,12 @@ def figure_table(evaluations: Sequence[Evaluation]) -> Table:
         variants = {"": values}
         variants |= {f", by {m}": values[f"by_{m}"] for m in METRICS if f"by_{m}" in values}
         for note, own in variants.items():
-            where = f"{escape(name)}{note}"
+            subject = f"{escape(name)}{note}"
             for key, label in (("map5", "mAP@5"), ("mmv5", "mMV@5"), ("acc1", "ACC@1")):
-                table.add_row(f"{where}: {label}, %", spread(own["retrieval"][key], 1, 2))
-            table.add_row(f"{where}: P@10, %", spread(own["precision_at_10"], 100, 2))
-            table.add_row(f"{where}: 5-NN, %", spread(own["knn_accuracy"]["5"], 100, 2))
-        for engine, there in values.get("in_database", {}).items():
+                table.add_row(f"{subject}: {label}, %", spread(own["retrieval"][key], 1, 2))
+            table.add_row(f"{subject}: P@10, %", spread(own["precision_at_10"], 100, 2))
+            table.add_row(f"{subject}: 5-NN, %", spread(own["knn_accuracy"]["5"], 100, 2))
+        for engine, stored in values.get("in_database", {}).items():
             label = f"{escape(name)}: greatest difference in the database, {engine}"
-            table.add_row(label, f"{there['greatest_difference']['max']:.3f}")
+            table.add_row(label, f"{stored['greatest_difference']['max']:.3f}")
     return table

@@ -1,7 +1,8 @@
-"""What the terminal shows: results as tables, progress bars, and the server's notices."""
+"""What the terminal shows: results as tables, progress bars, the server's notices, the log."""
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -31,25 +32,27 @@ if TYPE_CHECKING:
     from pg_siamese.client.queries import Answer, Collection
     from pg_siamese.worker import Totals
 
+LOGGER = logging.getLogger("pg_siamese")
+
 # 'building index of collection "images": 40% (28000 of 70000 vectors)'
 PROGRESS_NOTICE = re.compile(r"^(?P<what>.+): \d+% \((?P<done>\d+) of (?P<total>\d+) \w+\)")
 
 
 def output() -> Console:
-    """The console for results; made anew, since tests exchange ``sys.stdout``."""
+    """Return the console for results. It is made anew, since tests exchange ``sys.stdout``."""
     console = Console(highlight=False)
     # A file or a pipe has no width of its own to wrap at.
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def errors() -> Console:
-    """The console for progress, notices and errors: stderr."""
+    """Return the console for progress, notices, the log and errors: stderr."""
     return Console(stderr=True, highlight=False)
 
 
 @contextmanager
 def progress_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields a function that moves it on by so many steps."""
+    """Show a bar on stderr. Yield a function that moves it on by a number of steps."""
     with _progress(errors()) as progress:
         task = progress.add_task(escape(description), total=total)
         yield lambda count: progress.advance(task, count)
@@ -57,7 +60,7 @@ def progress_bar(description: str, total: int | None) -> Iterator[Callable[[int]
 
 @contextmanager
 def notice_bar(connection: psycopg.Connection[Any], description: str) -> Iterator[None]:
-    """A bar that the server moves by its progress notices; other notices are printed above it."""
+    """Show a bar that the server's progress notices move. Other notices are printed above it."""
     console = errors()
     with _progress(console) as progress:
         task = progress.add_task(escape(description), total=None)
@@ -76,16 +79,39 @@ def notice_bar(connection: psycopg.Connection[Any], description: str) -> Iterato
             yield
         finally:
             connection.remove_notice_handler(show)
-        # The server reports now and then, not at the end; of short work it reports nothing.
+        # The server reports now and then, but not the end, and nothing of short work.
         total = progress.tasks[task].total or 1
         progress.update(task, completed=total, total=total)
 
 
-class WorkerLine:
-    """What a worker shows: lines on what happens, and what it has done, on stderr.
+class _ConsoleHandler(logging.Handler):
+    """Prints records above what moves on a console: ``2026-01-31 12:00:00,123 WARNING …``."""
 
-    On a terminal the latter is one line that moves; else, for a log, a line a minute at most.
-    """
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self.format(record), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def log_to(console: Console) -> Iterator[None]:
+    """Print the client's log on a console while the body runs, from level INFO on."""
+    handler = _ConsoleHandler(console)
+    before = LOGGER.level
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(before)
+
+
+class _WorkerProgress:
+    """What a worker has done: one line that moves, or at most one line per minute in a log."""
 
     LOG_SECONDS = 60.0
 
@@ -94,12 +120,7 @@ class WorkerLine:
         self._task = progress.add_task("waiting for rows", total=None)
         self._began = self._logged = time.monotonic()
 
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self._progress.console.print(escape(text), soft_wrap=True)
-
     def show(self, totals: Totals) -> None:
-        """Show what is done so far."""
         now = time.monotonic()
         rate = totals.stored / max(now - self._began, 1e-3)
         failed = f", {totals.failed:,} failed" if totals.failed else ""
@@ -107,23 +128,24 @@ class WorkerLine:
         self._progress.update(self._task, description=text)
         if not self._progress.console.is_terminal and now - self._logged >= self.LOG_SECONDS:
             self._logged = now
-            self.say(text)
+            LOGGER.info(text)
 
 
 @contextmanager
-def worker_line() -> Iterator[WorkerLine]:
-    """Show what a worker does, while the body runs."""
+def worker_display() -> Iterator[Callable[[Totals], None]]:
+    """Show a worker's log on stderr. Yield a function that shows what it has done so far."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
     console = errors()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
-        yield WorkerLine(p)
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with shown, log_to(console):
+        yield _WorkerProgress(shown).show
 
 
 class _Count(ProgressColumn):
-    """How many of how many, where that is known."""
+    """How many of how many, if that is known."""
 
     def render(self, task: Task) -> Text:
-        """The text for a task."""
+        """Return the text for a task."""
         if task.total is None or task.total <= 1:
             return Text("")
         return Text(f"{task.completed:,.0f} of {task.total:,.0f}")
@@ -141,7 +163,7 @@ def _progress(console: Console) -> Progress:
 
 
 def answer_table(collection: Collection, answers: list[Answer]) -> Table:
-    """The neighbours as a table for the terminal."""
+    """Return the neighbours as a table for the terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("rank", justify="right")
     table.add_column(collection.key_name, justify="right")

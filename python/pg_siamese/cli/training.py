@@ -1,37 +1,43 @@
-"""The commands `train`, `export` and `calibrate-domain`.
+"""The commands that train encoders, export them and calibrate them.
 
-Torch is imported when they run, not when they are shown.
+They import torch when they run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
+from pg_siamese.cli.options import Threads
+from pg_siamese.cli.terminal import output as console
 from pg_siamese.client.connection import CommandError
 from pg_siamese.training.experiments import ExperimentError, experiment_names, load_experiment
 
-app = typer.Typer(help="Train encoders and export them to ONNX.", no_args_is_help=True)
-
 RUNS = Path("build/training")
-Threads = Annotated[int, typer.Option(min=1, help="Threads of the CPU to use.")]
 
 
 @contextmanager
-def _failures() -> Iterator[None]:
-    """Turn what a user can cause into one line."""
+def _train_packages() -> Iterator[None]:
+    """Say which packages to install if the body can't import them."""
     try:
-        import lightning  # noqa: F401
-        import torch  # noqa: F401
+        yield
     except ImportError as error:
         raise CommandError(
-            f"training needs the extra packages of pg_siamese[train]: {error}"
+            f"this needs the extra packages of pg_siamese[train]: {error}"
         ) from error
+
+
+@contextmanager
+def _export_failures() -> Iterator[None]:
+    """Turn what a user can cause into one line."""
+    with _train_packages():
+        import lightning  # noqa: F401
+        import torch  # noqa: F401
     from pg_siamese.training.loop import ExportError
 
     try:
@@ -40,60 +46,56 @@ def _failures() -> Iterator[None]:
         raise CommandError(str(error)) from error
 
 
-@app.command("train")
-def train_command(
+def train(
     experiment: Annotated[
         str,
         typer.Argument(
-            help=f"What to train: {', '.join(experiment_names())}, or the path of a TOML file.",
+            help=f"Experiment: {', '.join(experiment_names())}, or the path of a TOML file.",
+            metavar="EXPERIMENT",
             show_default=False,
         ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Data to train on instead, as folder:PATH, zip:PATH, npz:PATH, idx:FOLDER or "
-            "medmnist:FLAG; can be given again.",
+            help="Data to train on instead: folder:PATH, zip:PATH, npz:PATH, idx:FOLDER or "
+            "medmnist:FLAG. Repeatable.",
             show_default=False,
         ),
     ] = None,
     epochs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Epochs, instead of the experiment's own number.", show_default=False
+            min=1, help="Number of epochs instead of the experiment's.", show_default=False
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="ONNX file to write, with its card beside it, besides the run's own model.onnx.",
+            help="Additional ONNX file to write, with its card beside it.",
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of everything random.", show_default=False)
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default=False)] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")
     ] = False,
     threads: Threads = 2,
-    runs: Annotated[
-        Path, typer.Option(help="Folder of the runs: RUNS/EXPERIMENT/seed-SEED.")
-    ] = RUNS,
+    runs: Annotated[Path, typer.Option(help="Parent folder of EXPERIMENT/seed-SEED.")] = RUNS,
 ) -> None:
     """Train an encoder, export it to ONNX, and write its model card beside it."""
     chosen = load_experiment(experiment)
     command = f"pg_siamese train {experiment}"
     if data:
-        chosen = dataclasses.replace(chosen, data=tuple(data))
+        chosen = chosen.changed(data=tuple(data))
         command += "".join(f" --data {text}" for text in data)
     if epochs is not None:
-        chosen, command = dataclasses.replace(chosen, epochs=epochs), f"{command} --epochs {epochs}"
+        chosen, command = chosen.changed(epochs=epochs), f"{command} --epochs {epochs}"
     if seed is not None:
-        chosen, command = dataclasses.replace(chosen, seed=seed), f"{command} --seed {seed}"
+        chosen, command = chosen.changed(seed=seed), f"{command} --seed {seed}"
     if not chosen.data:
         raise ExperimentError(f"{chosen.name} needs data: --data folder:PATH, for example")
-    with _failures():
+    with _export_failures():
         from pg_siamese.training.loop import run
 
         run(
@@ -107,51 +109,53 @@ def train_command(
         )
 
 
-@app.command("export")
-def export_command(
+def export(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint, or the folder of a run (then the one that it keeps).",
+            help="A checkpoint, or the folder of a run (its best checkpoint, or else its last).",
+            metavar="CHECKPOINT",
             show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
         typer.Option(
-            help="ONNX file to write, with its card; else model.onnx beside the checkpoint.",
+            help="ONNX file to write, with its card. Default: model.onnx beside the checkpoint.",
             show_default=False,
         ),
     ] = None,
     threads: Threads = 2,
 ) -> None:
-    """Export a checkpoint to ONNX: calibrated and evaluated on the data it was trained on."""
+    """Export a checkpoint to ONNX, calibrated and evaluated on its training's data."""
     if not checkpoint.exists():
         raise CommandError(f"{checkpoint}: no such file or folder")
-    with _failures():
+    with _export_failures():
         from pg_siamese.training.loop import export_checkpoint
 
         export_checkpoint(checkpoint, output, threads=threads, say=typer.echo)
 
 
-@app.command("calibrate-domain")
-def calibrate_domain_command(
+def calibrate_domain(
     model: Annotated[
-        Path, typer.Argument(help="ONNX file of an encoder; it is changed.", show_default=False)
+        Path,
+        typer.Argument(
+            help="ONNX file of an encoder, changed in place.", metavar="MODEL", show_default=False
+        ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Data that it was trained on, as medmnist:breastmnist or folder:photos; can be "
-            "given again. Else what the file names.",
+            help="Data that it was trained on, e.g. medmnist:breastmnist or folder:photos. "
+            "Repeatable. Default: what the file names.",
             show_default=False,
         ),
     ] = None,
     outside: Annotated[
         list[str] | None,
         typer.Option(
-            help="Data of other kinds, to count errors by; can be given again. Pages of text, "
-            "noise and plain colours are tried in any case.",
+            help="Data of other kinds, to count errors. Repeatable. Pages of text, noise and plain "
+            "colours are always tried.",
             show_default=False,
         ),
     ] = None,
@@ -159,16 +163,35 @@ def calibrate_domain_command(
 ) -> None:
     """Store in an encoder's file which images its match probability holds for.
 
-    Exported encoders have that already. The graph, and so every embedding, stays the same.
+    Exported encoders already have that. The graph and the embeddings stay the same.
     """
-    try:
-        from pg_siamese.training.domain import calibrate_domain
-    except ImportError as error:
-        raise CommandError(
-            f"this needs the extra packages of pg_siamese[train]: {error}"
-        ) from error
-    calibrate_domain(model, data=data or (), outside=outside or (), threads=threads, say=typer.echo)
+    with _train_packages():
+        from pg_siamese.training import domain
+    domain.calibrate_domain(
+        model, data=data or (), outside=outside or (), threads=threads, say=typer.echo
+    )
 
 
-if __name__ == "__main__":
-    app()
+def baseline(
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Data set to evaluate it on, e.g. medmnist:breastmnist. Repeatable. Default: the "
+            "four medical sets.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[Path, typer.Option("--output", help="ONNX file to write.")] = (
+        RUNS / "efficientnet_lite0" / "model.onnx"
+    ),
+) -> None:
+    """Export the pretrained EfficientNet-lite0, to compare encoders with it.
+
+    Run `pg_siamese evaluate` on the file for its figures under the same protocol.
+    """
+    with _train_packages():
+        from pg_siamese.training.baseline import export_baseline
+    from pg_siamese.datasets import MEDICAL_SETS
+
+    export_baseline(target, data or [f"medmnist:{name}" for name in MEDICAL_SETS])
+    console().print(f"written: {escape(str(target))}", soft_wrap=True)

@@ -10,9 +10,9 @@ CONNECT_TIMEOUT_SECONDS = 10
 
 
 class CommandError(Exception):
-    """A failure that the person at the keyboard can act on: shown as one line, without a traceback.
+    """A failure that a user can act on. It is shown as one line, without a traceback.
 
-    ``exit_code`` is the exit status of the command: 1, or 130 where Ctrl-C stopped it.
+    ``exit_code`` is the exit status of the command: 1, or 130 after Ctrl-C.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -21,19 +21,22 @@ class CommandError(Exception):
 
 
 class NoServerError(CommandError):
-    """No server answers, or it lets nobody in at the moment."""
+    """No server answers, or it accepts no connections at the moment."""
 
 
 def connect(dsn: str | None = None) -> psycopg.Connection[tuple[object, ...]]:
     """Open an autocommit connection to a database that has the extension.
 
-    ``dsn`` is a libpq connection string or URI; what it leaves out comes from the ``PG*``
-    variables. Raises :class:`CommandError` when no server answers (:class:`NoServerError`), the
-    string is malformed or the extension is missing.
+    Args:
+        dsn: libpq connection string or URI. The ``PG*`` variables fill in what it omits.
+
+    Raises:
+        NoServerError: no server answers.
+        CommandError: the string is malformed, or the extension is missing.
     """
     try:
         settings = psycopg.conninfo.conninfo_to_dict(dsn or "", application_name=EXTENSION)
-        # libpq waits for ever by default; PGCONNECT_TIMEOUT and the string itself come first.
+        # libpq waits without a limit by default. PGCONNECT_TIMEOUT and the string take precedence.
         settings.setdefault("connect_timeout", CONNECT_TIMEOUT_SECONDS)
         connection = psycopg.connect(
             psycopg.conninfo.make_conninfo(**settings),  # type: ignore[arg-type]
@@ -66,13 +69,13 @@ def _describe_refusal(message: str) -> str:
     attempts = [line for line in lines if "connection to server" in line or "FATAL:" in line]
     reason = (attempts or lines or ["no reason given"])[0]
     reason = reason.removeprefix("connection failed: ").removeprefix("connection is bad: ")
-    if "FATAL:" in reason:  # A server answered and said no: the advice on starting one is no help.
+    if "FATAL:" in reason:  # A server answered: advice on starting one is no help.
         return reason
-    return f"{reason}; start it (make up), or name another with --dsn or the PG* variables"
+    return f"{reason}; start the server, or name another one with --dsn or the PG* variables"
 
 
 def describe_error(error: psycopg.Error) -> str:
-    """One line for an error of the server: the message, its DETAIL and its HINT."""
+    """Return an error of the server as one line: the message, its DETAIL and its HINT."""
     primary = error.diag.message_primary
     if primary is None:
         return one_line(str(error)) or type(error).__name__
@@ -85,12 +88,12 @@ def describe_error(error: psycopg.Error) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` with every run of white space, line ends included, as one space."""
+    """Return ``text`` with every run of white space, line ends included, as one space."""
     return " ".join(text.split())
 
 
 def schema_prefix(connection: psycopg.Connection[tuple[object, ...]]) -> str:
-    """``'siamese.'``, or nothing where the schema is on the search path: for SQL that is shown."""
+    """Return ``'siamese.'``, or nothing if the schema is on the search path, for SQL to show."""
     row = connection.execute(
         "SELECT %s = ANY (pg_catalog.current_schemas(false))", (SCHEMA,)
     ).fetchone()

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from pg_siamese.files import open_whole
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with any kind of colour vision. The frames differ in line
-# style too, for prints without colour.
+# Okabe and Ito's palette, distinct with any kind of colour vision. The frames also differ in line
+# style, for prints without colour.
 SAME_COLOUR = "#009E73"
 OTHER_COLOUR = "#D55E00"
 NEUTRAL_COLOUR = "#8A8A8A"
@@ -34,9 +36,9 @@ QUERY_GAP_INCHES = 0.3
 TITLE_INCHES = 0.5
 LEGEND_INCHES = 0.15
 LABEL_WIDTH = 22
-# Neighbours beside each other; more go on in the next line.
+# Neighbours per line.
 COLUMNS = 8
-# Below this many pixels a side, blocks are clearer than a blur.
+# Below this many pixels per side, blocks are clearer than a blur.
 SMALL_IMAGE = 160
 
 
@@ -44,7 +46,7 @@ SMALL_IMAGE = 160
 class Neighbour:
     """One answer: pixels uint8 (H, W), (H, W, 1) or (H, W, 3), its label and cosine distance.
 
-    ``similarity`` is the calibrated match probability from 0 to 1, None where the model has none.
+    ``similarity`` is the calibrated match probability from 0 to 1, None if the model has none.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -55,7 +57,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A query image, its label (None: not known) and its neighbours, nearest first."""
+    """A query image, its label (None if unknown) and its neighbours, nearest first."""
 
     name: str
     pixels: npt.NDArray[np.uint8]
@@ -66,29 +68,25 @@ class SheetRow:
 def contact_sheet(
     rows: Sequence[SheetRow], path: str | os.PathLike[str], title: str = "", dpi: int = 150
 ) -> Path:
-    """Draw one line of images per row and write it to ``path`` as PNG; returns the path.
+    """Draw one line of images per row, and write it to ``path`` as PNG. Return the path.
 
-    A neighbour with the query's label has a green solid frame, one with another label an orange
-    dashed one, and a grey one where either label is unknown. Raises ValueError for no rows or an
-    array that is no image, OSError where the file can't be written.
+    Neighbours with the query's label have a solid green frame, those with another label a dashed
+    orange one. If either label is unknown, the frame is grey.
+
+    Raises:
+        ValueError: there are no rows, or an array is not an image.
+        OSError: the file can't be written.
     """
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
     figure = draw_sheet(rows, title)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed, so that a viewer never shows half a picture.
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=dpi)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    with open_whole(path) as file:  # so that a viewer never shows half a picture
+        figure.savefig(file, format="png", dpi=dpi)
+    return Path(path)
 
 
 def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
-    """The figure that :func:`contact_sheet` writes. No pyplot: no display, no global state."""
+    """Return the figure that :func:`contact_sheet` writes, without pyplot and its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -225,7 +223,7 @@ def _draw_legend(figure: Figure, rows: Sequence[SheetRow], height: float) -> Non
     texts = {
         SAME_COLOUR: "same label as the query",
         OTHER_COLOUR: "another label",
-        NEUTRAL_COLOUR: "label not known",
+        NEUTRAL_COLOUR: "unknown label",
     }
     if frames <= {(NEUTRAL_COLOUR, "solid")}:
         return
@@ -247,9 +245,13 @@ def _draw_legend(figure: Figure, rows: Sequence[SheetRow], height: float) -> Non
 
 
 def square(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """``pixels`` centred on a white square: uint8 (S, S) for grey, (S, S, 3) for RGB.
+    """Return pixels centred on a white square: uint8 (S, S) for grey, (S, S, 3) for RGB.
 
-    Takes (H, W), (H, W, 1) and (H, W, 3); raises ValueError for any other shape or type.
+    Args:
+        pixels: uint8 (H, W), (H, W, 1) or (H, W, 3).
+
+    Raises:
+        ValueError: they have another shape or type.
     """
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]

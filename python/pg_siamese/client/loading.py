@@ -1,4 +1,4 @@
-"""Putting images into a table by plain INSERTs, so that the collection's triggers embed them."""
+"""Loading images into a table by plain INSERTs, so that the collection's triggers embed them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from psycopg import sql
 
 from pg_siamese.client.connection import CommandError, describe_error
 from pg_siamese.client.sources import ImageRow, Part
+from pg_siamese_server.errors import counted
 
-# One statement embeds its rows in one go: enough of them to fill the encoder's batches, few enough
-# that the progress bar moves and Ctrl-C loses little.
+# Enough rows per statement to fill the encoder's batches, few enough that the progress bar moves
+# and Ctrl-C loses little.
 BATCH_ROWS = 400
 BATCH_BYTES = 16 * 1024 * 1024
 
-# The columns that say where an image is from, filled where the table has them.
+# The columns that say where an image is from, filled if the table has them.
 DESCRIPTION = ("dataset", "split", "label", "source")
 
-# What the server says of single rows: no image, or one over the model's limits, or a broken
-# constraint of the table's own. Anything else is about the whole load.
+# Errors of single rows: no image, an image over the model's limits, or a violated constraint of the
+# table. Any other error concerns the whole load.
 REJECTIONS = (
     psycopg.DataError,
     psycopg.IntegrityError,
@@ -31,7 +32,7 @@ REJECTIONS = (
 
 @dataclass(frozen=True)
 class Target:
-    """The table that images go into: ``relation`` as the server quotes it (schema.table).
+    """The table to load images into: ``relation`` as the server quotes it (schema.table).
 
     ``columns`` maps the columns among :data:`DESCRIPTION` that the table has to their SQL types.
     """
@@ -43,7 +44,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Rejection:
-    """An image that the server refused, by its name, and the server's reason in one line."""
+    """An image that the server rejected, by its name, and the reason in one line."""
 
     name: str
     reason: str
@@ -61,14 +62,18 @@ class LoadReport:
 def find_target(
     connection: psycopg.Connection[Any], relation: str, image_column: str = "image"
 ) -> Target:
-    """Look up the table's columns; raises CommandError where there is no such table or column."""
+    """Look up the table's columns.
+
+    Raises:
+        CommandError: the table or the image column does not exist.
+    """
     row = connection.execute(
         "SELECT c.oid, c.oid::regclass::text FROM pg_catalog.pg_class AS c"
         " WHERE c.oid = pg_catalog.to_regclass(%s)",
         (relation,),
     ).fetchone()
     if row is None:
-        raise CommandError(f'there is no table "{relation}"')
+        raise CommandError(f'table "{relation}" does not exist')
     oid, name = row
     found = connection.execute(
         "SELECT attname, pg_catalog.format_type(atttypid, atttypmod)"
@@ -83,7 +88,7 @@ def find_target(
 
 
 def stored_sources(connection: psycopg.Connection[Any], target: Target, part: Part) -> set[str]:
-    """The sources of the part's data set and split that the table has; empty without a column."""
+    """Return the sources of the part's data set and split that are stored, if there is a column."""
     if "source" not in target.columns:
         return set()
     conditions: list[sql.Composable] = [sql.SQL("source IS NOT NULL")]
@@ -107,10 +112,10 @@ def load_part(
     skip_rejected: bool = False,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LoadReport:
-    """Insert the images of ``part`` that are not stored yet, by their source; see :func:`store`."""
+    """Insert the images of ``part`` whose source is not stored yet, by :func:`store`."""
     report = report or LoadReport()
-    there = stored_sources(connection, target, part)
-    missing = [index for index, source in enumerate(part.sources) if source not in there]
+    stored = stored_sources(connection, target, part)
+    missing = [index for index, source in enumerate(part.sources) if source not in stored]
     before = len(part) - len(missing)
     report.stored_before += before
     advance(before)
@@ -135,14 +140,26 @@ def store(
     advance: Callable[[int], object] = lambda count: None,
     batch_rows: int = BATCH_ROWS,
 ) -> LoadReport:
-    """Insert ``rows`` in batches, one statement and one transaction each; returns what happened.
+    """Insert ``rows`` in batches, one statement and one transaction each.
 
-    What happens is added to ``report``, that of the loads before it, where one is given.
-    ``advance`` is called with the number of rows dealt with after each statement. Where the server
-    rejects a batch, its halves are tried in turn until the image at fault is alone: the others are
-    stored, and the load stops with a CommandError that names it, or goes on to the next where
-    ``skip_rejected``. Any other failure and Ctrl-C (which cancels the running statement in the
-    server) raise CommandError with the number of images that are stored.
+    If the server rejects a batch, its halves are tried in turn until the image at fault is alone.
+    The others are stored.
+
+    Args:
+        connection: in autocommit mode.
+        target: the table.
+        rows: to insert.
+        report: of earlier loads, to be added to.
+        skip_rejected: continue after an image that the server rejects.
+        advance: called after each statement with the number of rows that it dealt with.
+        batch_rows: largest number of rows per statement.
+
+    Returns:
+        What happened.
+
+    Raises:
+        CommandError: an image was rejected, or the load failed or was interrupted. The message
+            says how many images are stored. Ctrl-C cancels the running statement in the server.
     """
     report = report or LoadReport()
     loader = _Loader(connection, target, report, skip_rejected, advance)
@@ -153,7 +170,7 @@ def store(
         # psycopg has cancelled the statement in the server, and its transaction is rolled back.
         raise CommandError(
             f"interrupted: the running statement was cancelled; {_stored(report)}"
-            + ("; the same command goes on from there" if "source" in target.columns else ""),
+            + ("; run the same command to continue" if "source" in target.columns else ""),
             exit_code=130,
         ) from None
     except psycopg.Error as error:
@@ -205,10 +222,10 @@ class _Loader:
 
 
 def _insert_statement(target: Target) -> sql.Composed:
-    """One INSERT of any number of rows: an array for each column, in the binary format."""
+    """Return one INSERT of any number of rows: an array per column, in the binary format."""
     names = [target.image_column, *target.columns]
     aliases = [sql.Identifier(f"c{number}") for number in range(len(names))]
-    # The description is text; the table's own columns may be of other types (label integer).
+    # The description is text. The table's columns may have other types (label integer).
     values = [aliases[0]] + [
         sql.SQL("{}::{}").format(alias, sql.SQL(kind))
         for alias, kind in zip(aliases[1:], target.columns.values(), strict=True)
@@ -230,7 +247,7 @@ def _insert_statement(target: Target) -> sql.Composed:
 def batches(
     rows: Iterable[ImageRow], batch_rows: int = BATCH_ROWS, batch_bytes: int = BATCH_BYTES
 ) -> Iterator[list[ImageRow]]:
-    """Group ``rows`` in order: at most so many rows, and no more bytes once it has one row."""
+    """Group ``rows`` in order, up to limits of rows and bytes. A batch has at least one row."""
     batch: list[ImageRow] = []
     size = 0
     for row in rows:
@@ -244,4 +261,4 @@ def batches(
 
 
 def _stored(report: LoadReport) -> str:
-    return f"{report.stored:,} image{'' if report.stored == 1 else 's'} stored by this command"
+    return f"{counted(report.stored, 'image')} stored by this command"

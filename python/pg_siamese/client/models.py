@@ -28,7 +28,7 @@ MODEL_SETTINGS = {
     "max_pixels": "bigint",
     "input_range": "double precision[]",
 }
-# As the server's own limit of an ONNX file.
+# The server's limit of an ONNX file.
 MAX_ONNX_BYTES = 512 * 1024 * 1024
 
 
@@ -38,7 +38,7 @@ def register(
     onnx: bytes,
     settings: dict[str, object | None] | None = None,
 ) -> int:
-    """Call siamese.register_model with the settings that are not None; returns the model's id."""
+    """Call siamese.register_model with the settings that are not None. Return the model's id."""
     given = {key: value for key, value in (settings or {}).items() if value is not None}
     arguments = "".join(f", {key} => %s::{MODEL_SETTINGS[key]}" for key in given)
     row = connection.execute(
@@ -52,16 +52,17 @@ def read_model(file: Path) -> bytes:
     """Return an ONNX file with all its weights inside, wherever the exporter has put them.
 
     torch.onnx.export writes them to a file beside the model by default (model.onnx.data). Only
-    files in the model's own folder are read: a model from elsewhere may name any path.
+    files in the model's own folder are read, since a foreign model may name any path.
 
-    Raises CommandError where such a file is missing, elsewhere, too large or too short.
+    Raises:
+        CommandError: such a file is missing, in another folder, too large or too short.
     """
     data = file.read_bytes()
     import onnx  # takes a while
 
     try:
         model = onnx.load_from_string(data)
-    except Exception:  # protobuf's decode errors have no common base; the server says what is wrong
+    except Exception:  # protobuf's errors have no common base, and the server says what is wrong
         return data
     outside = [tensor for tensor in _tensors(model) if _is_outside(tensor)]
     if not outside:
@@ -83,7 +84,7 @@ def _is_outside(tensor: onnx.TensorProto) -> bool:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield the tensors of all graphs and functions, those within nodes, too."""
+    """Yield the tensors of all graphs and functions, including those within nodes."""
     stack: list[Any] = [model.graph, *model.functions]
     while stack:
         graph = stack.pop()
@@ -105,7 +106,7 @@ def _external_bytes(file: Path, tensor: onnx.TensorProto) -> bytes:
     name = about.get("location", "")
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CommandError(
-            f'{file}: tensor "{tensor.name}" lies in "{name}", which is not a file beside the model'
+            f'{file}: tensor "{tensor.name}" is in "{name}", which is not a file beside the model'
         )
     path = file.parent / name
     if path.resolve().parent != file.parent.resolve() and path.is_symlink():
@@ -127,4 +128,4 @@ def _external_bytes(file: Path, tensor: onnx.TensorProto) -> bytes:
             f'{path}: no such file, but {file.name} keeps tensor "{tensor.name}" in it'
         ) from None
     except ValueError:
-        raise CommandError(f'{file}: tensor "{tensor.name}" has no valid place') from None
+        raise CommandError(f'{file}: tensor "{tensor.name}" has no valid offset') from None

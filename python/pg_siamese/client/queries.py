@@ -1,4 +1,4 @@
-"""Collections and searches as the command line sees them: every search is one SQL statement."""
+"""Collections and searches of the command line. Every search is one SQL statement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pg_siamese.client.contact_sheet import Neighbour
 
 DEFAULT_COLLECTION = "images"
-# Pixels a side at most of an image that is shown; larger ones are reduced.
+# Largest side in pixels of an image that is shown. Larger images are reduced.
 DISPLAY_PIXELS = 512
 INTEGER_TYPES = frozenset({"smallint", "integer", "bigint"})
 
@@ -27,8 +27,8 @@ INTEGER_TYPES = frozenset({"smallint", "integer", "bigint"})
 class Collection:
     """A collection's table, as the catalogue has it.
 
-    ``relation``, ``key_column``, ``image_column`` and ``shown_columns`` are quoted where SQL needs
-    it and go into statements as they are; ``key_name`` and ``image_name`` are the plain names.
+    ``relation``, ``key_column``, ``image_column`` and ``shown_columns`` are quoted for SQL if
+    necessary. ``key_name`` and ``image_name`` are the plain names.
     """
 
     name: str
@@ -46,8 +46,8 @@ class Collection:
 class Answer:
     """One neighbour. ``key`` is the row's key as text, ``values`` its columns that are shown.
 
-    ``distance`` is in the model's metric (cosine distance for the models that ship), and
-    ``similarity`` the calibrated match probability, None where the model has none.
+    ``distance`` is in the model's metric (cosine distance for the models that ship).
+    ``similarity`` is the calibrated match probability, None if the model has none.
     """
 
     rank: int
@@ -58,7 +58,7 @@ class Answer:
 
     @property
     def label(self) -> str | None:
-        """The row's label, None where the table has no such column."""
+        """The row's label, None if the table has no such column."""
         return self.values.get("label")
 
 
@@ -71,13 +71,17 @@ class Search:
 
 
 def collection_names(connection: psycopg.Connection[Any]) -> list[str]:
-    """The names of all collections, sorted."""
+    """Return the names of all collections, sorted."""
     rows = connection.execute("SELECT name FROM siamese.collections ORDER BY 1")
     return [str(name) for (name,) in rows]
 
 
 def find_collection(connection: psycopg.Connection[Any], name: str) -> Collection:
-    """Look up a collection; raises CommandError, naming those there are, where it is not there."""
+    """Look up a collection.
+
+    Raises:
+        CommandError: it does not exist. The message names those that do.
+    """
     row = connection.execute(
         """
         SELECT m.name, c.relation::text, quote_ident(c.key_column), c.key_column,
@@ -97,7 +101,7 @@ def find_collection(connection: psycopg.Connection[Any], name: str) -> Collectio
     ).fetchone()
     if row is None:
         known = ", ".join(collection_names(connection)) or "none yet"
-        raise CommandError(f'there is no collection "{name}"; there are: {known}')
+        raise CommandError(f'collection "{name}" does not exist; available: {known}')
     model, relation, key_column, key_name, key_type, image_column, image_name, shown = row
     return Collection(
         name=name,
@@ -113,9 +117,10 @@ def find_collection(connection: psycopg.Connection[Any], name: str) -> Collectio
 
 
 def ensure_collection(connection: psycopg.Connection[Any], name: str, model: str) -> bool:
-    """Create a collection of the ready-made table where there is none; True where it was created.
+    """Create a collection of the ready-made table if there is none. Return whether it is new.
 
-    Raises CommandError where there is one with another model.
+    Raises:
+        CommandError: it exists with another model.
     """
     row = connection.execute(
         "SELECT m.name FROM siamese.collections AS c JOIN siamese.models AS m USING (model_id)"
@@ -128,7 +133,7 @@ def ensure_collection(connection: psycopg.Connection[Any], name: str, model: str
         )
         return True
     if row[0] != model:
-        raise CommandError(f'the collection "{name}" has model "{row[0]}", not "{model}"')
+        raise CommandError(f'collection "{name}" has model "{row[0]}", not "{model}"')
     return False
 
 
@@ -142,11 +147,22 @@ def search_statement(
     engine: str = "auto",
     prefix: str = "siamese.",
 ) -> Search:
-    """The statement that finds the ``k`` rows nearest to an image, or to the stored row ``key``.
+    """Return the statement that finds the ``k`` rows nearest to an image, or to a stored row.
 
-    ``prefix`` qualifies the extension's functions. Result columns: rank, key, distance,
-    similarity, then the collection's ``shown_columns``. Keys of any type work: integers through
-    similar_images, others through similar_rows (which gives no calibrated similarity).
+    Keys of any type work: integers by similar_images, others by similar_rows, which gives no
+    calibrated similarity.
+
+    Args:
+        collection: to search.
+        image: an image file.
+        key: of the stored row, instead of ``image``.
+        k: number of rows.
+        filter: values of columns that the rows must have.
+        engine: auto, faiss or pgvector.
+        prefix: qualifies the extension's functions.
+
+    Returns:
+        A statement with the columns rank, key, distance, similarity and ``shown_columns``.
     """
     if (image is None) == (key is None):
         raise ValueError("give an image or a key, and not both")
@@ -219,7 +235,7 @@ def run_search(
 def stored_images(
     connection: psycopg.Connection[Any], collection: Collection, keys: Sequence[str]
 ) -> dict[str, bytes]:
-    """The image bytes of the rows with these keys (as text), by key."""
+    """Return the image bytes of the rows with these keys (as text), by key."""
     with RawCursor(connection) as cursor:
         cursor.execute(
             f"SELECT {collection.key_column}::text, {collection.image_column}"
@@ -233,7 +249,7 @@ def stored_images(
 def sheet_neighbours(
     connection: psycopg.Connection[Any], collection: Collection, answers: Sequence[Answer]
 ) -> list[Neighbour]:
-    """The answers with their pixels, for a contact sheet; rows deleted meanwhile are left out."""
+    """Return the answers with their pixels, for a contact sheet, without rows deleted meanwhile."""
     from pg_siamese.client.contact_sheet import Neighbour
 
     images = stored_images(connection, collection, [answer.key for answer in answers])
@@ -252,9 +268,10 @@ def sheet_neighbours(
 def stored_image(
     connection: psycopg.Connection[Any], collection: Collection, key: str
 ) -> tuple[bytes, str | None]:
-    """The image and the label (None where the table has none) of the row with this key.
+    """Return the image and the label (None if the table has none) of the row with this key.
 
-    Raises CommandError where there is no such row, or no image in it.
+    Raises:
+        CommandError: there is no such row, or no image in it.
     """
     label = "label::text" if "label" in collection.shown_columns else "NULL"
     with RawCursor(connection) as cursor:
@@ -270,10 +287,12 @@ def stored_image(
 
 
 def display_pixels(data: bytes) -> npt.NDArray[np.uint8]:
-    """Decode an image file for showing: uint8 (H, W, 3), at its own size up to 512 pixels a side.
+    """Decode an image file for showing: uint8 (H, W, 3), with up to 512 pixels per side.
 
-    It is the server's own decoder, so what is shown is what the encoder sees. Raises CommandError
-    for a file that the server would reject.
+    This is the server's decoder, so what is shown is what the encoder sees.
+
+    Raises:
+        CommandError: the server would reject the file.
     """
     from pg_siamese_server.encoding.images import render_image
     from pg_siamese_server.errors import ImageError
@@ -288,4 +307,4 @@ def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise CommandError(f'"{text}" is no key: this collection has integers') from None
+        raise CommandError(f'"{text}" is not a valid key: keys are integers') from None

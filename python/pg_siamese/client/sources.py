@@ -1,7 +1,7 @@
 """What can be loaded: image folders, npz files in MedMNIST's layout and IDX files, in parts.
 
-A part is one split of one data set, whose images are read (and turned into PNG) as they are asked
-for. Files keep their own bytes.
+A part is one split of one data set. Its images are read (and turned into PNG) on demand. Image
+files keep their own bytes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from pg_siamese.datasets import (
     read_idx_images,
     read_npz,
 )
+from pg_siamese_server.errors import counted
 
 
 @dataclass(frozen=True)
 class ImageRow:
     """One image to store: the bytes of an image file, and where it is from.
 
-    ``source`` names the image once and for all ('medmnist:breastmnist/train/17'): a second load
-    leaves out the sources that are stored. ``name`` is what error messages call it.
+    ``source`` identifies the image ('medmnist:breastmnist/train/17'). A second load leaves out the
+    sources that are stored. ``name`` is for error messages.
     """
 
     image: bytes
@@ -50,7 +51,7 @@ class ImageRow:
 class Part:
     """One split of one data set: ``sources`` names its images, ``row(i)`` reads one of them.
 
-    ``split`` is None where the images have none.
+    ``split`` is None if the images have none.
     """
 
     dataset: str
@@ -73,11 +74,18 @@ def read_source(
     dataset: str | None = None,
     leave_out: Callable[[LeftOut], object] = lambda file: None,
 ) -> list[Part]:
-    """Find out what ``path`` is and return its parts, only those of ``splits`` where given.
+    """Find out what ``path`` is, and return its parts.
 
-    ``leave_out`` is called with each file of a folder that can't be loaded.
+    Args:
+        path: a folder, an npz file or an IDX file.
+        splits: to read. All by default.
+        labels: IDX file of the labels.
+        dataset: name of the data set, instead of that of ``path``.
+        leave_out: called with each file of a folder that can't be loaded.
 
-    Raises CommandError for what can't be loaded, and as the readers in :mod:`.datasets` do.
+    Raises:
+        CommandError: ``path`` can't be loaded.
+        DataFormatError: a file is broken.
     """
     if path.is_dir():
         return folder_parts(path, splits=splits, dataset=dataset, leave_out=leave_out)
@@ -98,7 +106,7 @@ def read_source(
 
 
 def labelled_part(images: LabelledImages, origin: str) -> Part:
-    """The images of a data set as PNG files; ``origin`` is the first word of their sources."""
+    """Return the images of a data set as PNG files. ``origin`` begins their sources."""
 
     def row(index: int) -> ImageRow:
         source = sources[index]
@@ -122,11 +130,13 @@ def folder_parts(
     dataset: str | None = None,
     leave_out: Callable[[LeftOut], object] = lambda file: None,
 ) -> list[Part]:
-    """The images of a folder, a part for each split in it; see ``datasets.list_image_folder``."""
+    """Return the images of a folder, one part per split; see ``datasets.list_image_folder``."""
     folder = folder.resolve()
     name = dataset or folder.name
     if not is_text(name):
-        raise CommandError(f"{printable(folder)}: its name is not UTF-8: give it one by --dataset")
+        raise CommandError(
+            f"{printable(folder)}: its name is not UTF-8, specify one with --dataset"
+        )
     files: dict[str | None, list[ImageFile]] = {}
     for file in list_image_folder(folder, leave_out):
         if splits is not None and file.split not in splits:
@@ -142,7 +152,7 @@ def folder_parts(
 
 
 def is_text(name: str) -> bool:
-    """Whether a file name is UTF-8, as PostgreSQL takes it: others come with lone surrogates."""
+    """Return whether a file name is UTF-8, as PostgreSQL needs it. Others have lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -151,18 +161,17 @@ def is_text(name: str) -> bool:
 
 
 def printable(path: Path) -> str:
-    """A path for messages, whatever its bytes are."""
+    """Return a path for messages, whatever its bytes are."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def counted(left_out: Iterable[LeftOut]) -> str:
-    """How many files were left out, by kind: '3 files left out: 2 .heic, 1 hidden'; or nothing."""
+def count_left_out(left_out: Iterable[LeftOut]) -> str:
+    """Return how many files were left out, by kind: '3 files left out: 2 .heic, 1 hidden'."""
     kinds = Counter(file.kind for file in left_out)
     if not kinds:
         return ""
-    total = kinds.total()
     each = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-    return f"{total:,} file{'' if total == 1 else 's'} left out: {each}"
+    return f"{counted(kinds.total(), 'file')} left out: {each}"
 
 
 def _folder_part(folder: Path, dataset: str, split: str | None, files: list[ImageFile]) -> Part:
@@ -182,7 +191,7 @@ def _folder_part(folder: Path, dataset: str, split: str | None, files: list[Imag
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """The PNG file of uint8 pixels (H, W) or (H, W, 3): lossless, so any reader gets them back."""
+    """Return a PNG file, which is lossless, of uint8 pixels (H, W) or (H, W, 3)."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return file.getvalue()

@@ -1,15 +1,15 @@
 """Labelled images from files: npz in MedMNIST's layout, IDX, CIFAR-10, image folders and zips.
 
-Used by the loader, the demo, the training and the evaluation, so nothing here imports torch.
-Everything comes back as `LabelledImages`: one split of one data set, as uint8 pixels with class
-labels; `open_dataset` gives the three splits of what a short text like `medmnist:breastmnist` or
-`folder:photos` names.
+The loader, the demo, the training and the evaluation use them, so nothing here imports torch.
+Everything comes back as ``LabelledImages``: one split of one data set, as uint8 pixels with class
+labels. ``open_dataset`` gives the three splits of a data set, by a short text such as
+``medmnist:breastmnist`` or ``folder:photos``.
 
-MedMNIST is taken from `MEDMNIST_ROOT`, `~/.medmnist` or `../shared/data/medmnist` beside the
-project, and else downloaded. `ham10000_28.npz` (HAM10000, the source of DermaMNIST, at
-28 x 28) stands in for `dermamnist.npz` where only the former is found; it keeps its own name.
-Fashion-MNIST is taken from Debian's package `dataset-fashion-mnist`. The other sets with a name of
-their own are looked for in `PG_SIAMESE_DATA` and in `../shared/data`.
+MedMNIST is taken from ``MEDMNIST_ROOT``, ``~/.medmnist`` or ``../shared/data/medmnist``, and is
+downloaded otherwise. ``ham10000_28.npz`` (HAM10000, the source of DermaMNIST, at 28 x 28) stands in
+for ``dermamnist.npz`` if only the former is found. It keeps its own name. Fashion-MNIST is taken
+from Debian's package ``dataset-fashion-mnist``. The other sets with a name of their own are looked
+for in ``PG_SIAMESE_DATA`` and in ``../shared/data``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from pg_siamese.datasets.base import (
     DataFormatError,
     DataNotFoundError,
     DataSplits,
+    JoinedLabels,
     LabelledImages,
     Labels,
     Pixels,
     hold_out,
+    join_labels,
     sha256,
     split_at_random,
 )
@@ -52,6 +54,7 @@ from pg_siamese.datasets.medmnist import (
 from pg_siamese.datasets.names import CLASS_NAMES, LICENCES
 from pg_siamese.datasets.npz import npz_splits, read_npz
 from pg_siamese.datasets.places import data_folders
+from pg_siamese.datasets.resizing import resized
 from pg_siamese.datasets.specs import SPECS, open_dataset
 from pg_siamese.datasets.zipped import list_image_zip
 
@@ -68,6 +71,7 @@ __all__ = [
     "DataNotFoundError",
     "DataSplits",
     "ImageFile",
+    "JoinedLabels",
     "LabelledImages",
     "Labels",
     "LeftOut",
@@ -78,6 +82,7 @@ __all__ = [
     "find_fashion_mnist",
     "find_medmnist",
     "hold_out",
+    "join_labels",
     "list_image_folder",
     "list_image_zip",
     "load_fashion_mnist",
@@ -92,6 +97,7 @@ __all__ = [
     "read_idx_images",
     "read_image_folder",
     "read_npz",
+    "resized",
     "sha256",
     "split_at_random",
 ]

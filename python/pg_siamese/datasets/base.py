@@ -1,4 +1,4 @@
-"""What every data set comes as: labelled images in splits; splitting what has none."""
+"""Labelled images in splits, which every data set comes as, and splitting what has none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 SPLITS = ("train", "val", "test")
-# What is held out where a data set has no such split.
+# What is held out if a data set has no such split.
 VAL_SHARE = 0.15
 TEST_SHARE = 0.15
 # From this many images on, every class has a pair in each part.
@@ -23,7 +23,7 @@ PAIR_FROM = 8
 
 
 class DataNotFoundError(FileNotFoundError):
-    """A data set is in none of the places where it is looked for, and can't be downloaded."""
+    """A data set is in none of its folders and can't be downloaded."""
 
 
 class DataFormatError(ValueError):
@@ -34,10 +34,16 @@ class DataFormatError(ValueError):
 class LabelledImages:
     """One split of one data set.
 
-    `images` is uint8 of shape (N, H, W) for grey and (N, H, W, 3) for RGB images; `labels` is
-    int64 of shape (N,), each an index into `classes`. `files` are the files it was read from.
+    Attributes:
+        name: the data set's name.
+        split: ``train``, ``val`` or ``test``.
+        images: uint8 (N, H, W) for grey and (N, H, W, 3) for RGB images.
+        labels: int64 (N,), each an index into ``classes``.
+        classes: names of the classes.
+        files: the files it was read from.
 
-    Raises `DataFormatError` where shapes, types or label numbers don't fit together.
+    Raises:
+        DataFormatError: shapes, types or label numbers don't fit together.
     """
 
     name: str
@@ -81,9 +87,37 @@ class LabelledImages:
         return self.classes[int(self.labels[index])]
 
     def select(self, indices: Sequence[int] | npt.NDArray[Any] | slice) -> LabelledImages:
-        """Return the images at `indices` (numbers, a mask or a slice), in that order."""
+        """Return the images at ``indices`` (numbers, a mask or a slice), in that order."""
         chosen: Any = indices if isinstance(indices, slice) else np.asarray(indices)
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class JoinedLabels:
+    """The labels of several data sets in a row.
+
+    Attributes:
+        labels: int64 (N,), each an index into ``classes``.
+        sets: int64 (N,), the number of each image's data set.
+        classes: "set: class" for every class of every set.
+        starts: number of each set's first class.
+    """
+
+    labels: Labels
+    sets: Labels
+    classes: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+def join_labels(parts: Sequence[LabelledImages]) -> JoinedLabels:
+    """Number the classes of several data sets through: "which class of which set"."""
+    starts = [sum(len(before.classes) for before in parts[:place]) for place in range(len(parts))]
+    return JoinedLabels(
+        labels=np.concatenate([p.labels + start for p, start in zip(parts, starts, strict=True)]),
+        sets=np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        classes=tuple(f"{part.name}: {name}" for part in parts for name in part.classes),
+        starts=tuple(starts),
+    )
 
 
 def sha256(path: Path | str) -> str:
@@ -94,7 +128,10 @@ def sha256(path: Path | str) -> str:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """The three splits of one data set; `spec` is what `open_dataset` gives it for."""
+    """The three splits of one data set.
+
+    ``spec`` is the text that ``open_dataset`` opened it by.
+    """
 
     train: LabelledImages
     val: LabelledImages
@@ -116,10 +153,19 @@ class DataSplits:
 def hold_out(
     images: LabelledImages, count: int, seed: int, *, split: str = "val"
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Split off about `count` images as another part, stratified by class.
+    """Split off some images as another part, stratified by class.
 
-    For data sets without that split. Returns (the rest, the held out part); the same seed gives
-    the same parts. A class of at least `PAIR_FROM` images gives at least two.
+    For data sets without that split. The same seed gives the same parts. A class of at least
+    ``PAIR_FROM`` images gives at least two.
+
+    Args:
+        images: what to split.
+        count: about how many images to split off.
+        seed: seed of the choice.
+        split: name of the part.
+
+    Returns:
+        The rest, and the part that was held out.
     """
     random = np.random.default_rng(seed)
     share = count / max(len(images), 1)
@@ -132,7 +178,7 @@ def hold_out(
 
 
 def split_at_random(images: LabelledImages, seed: int) -> DataSplits:
-    """Split 70 / 15 / 15, stratified by class and seeded, what has no splits of its own."""
+    """Split a data set without splits 70 / 15 / 15, stratified by class and seeded."""
     whole = replace(images, split="train")
     count = len(images)
     rest, test = hold_out(whole, round(TEST_SHARE * count), seed, split="test")

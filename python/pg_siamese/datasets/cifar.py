@@ -19,19 +19,27 @@ _PLANES = (3, 32, 32)
 
 
 def find_cifar10() -> Path:
-    """Return the npz or the archive's folder; raises `DataNotFoundError` where there is none."""
+    """Return the npz or the archive's folder.
+
+    Raises:
+        DataNotFoundError: there is none.
+    """
     found = find_data("cifar10", "cifar10*.npz", "test_batch*", "cifar-10-batches-*/test_batch*")
     return found if found.suffix == ".npz" else found.parent
 
 
 def read_cifar10(path: Path | str, split: str) -> LabelledImages:
-    """Read one split ("train" or "test") of CIFAR-10: 32 x 32 RGB, ten classes.
+    """Read one split of CIFAR-10: 32 x 32 RGB, ten classes.
 
-    `path` is an npz in MedMNIST's layout or a folder with `data_batch_1` … `test_batch` (the
-    python archive) or the same with the suffix .bin (the binary archive).
+    Args:
+        path: an npz in MedMNIST's layout, or a folder with ``data_batch_1`` … ``test_batch`` (the
+            python archive) or the same with the suffix .bin (the binary archive).
+        split: ``train`` or ``test``.
 
-    Raises `DataFormatError` where a file isn't what it should be, `OSError` where it can't be
-    read, and `ValueError` for any other split.
+    Raises:
+        DataFormatError: a file isn't what it should be.
+        OSError: a file can't be read.
+        ValueError: the set has no such split.
     """
     path = Path(path)
     if split not in _BATCHES:
@@ -79,7 +87,7 @@ class _ArraysOnly(pickle.Unpickler):
     )
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """Give NumPy's arrays; anything else isn't CIFAR-10."""
+        """Give NumPy's arrays. Anything else isn't CIFAR-10."""
         if (module_name, global_name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is not allowed")
         return super().find_class(module_name.replace("numpy.core", "numpy._core"), global_name)

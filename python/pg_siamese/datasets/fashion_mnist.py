@@ -17,10 +17,15 @@ def find_fashion_mnist() -> Path | None:
 
 
 def load_fashion_mnist(split: str, folder: Path | str | None = None) -> LabelledImages:
-    """Load Fashion-MNIST: 60,000 images in `train`, 10,000 in `test`, 28 x 28 grey.
+    """Load one split of Fashion-MNIST: 28 x 28 grey.
 
-    Raises `DataNotFoundError` where the files aren't there, naming the package to install, and
-    `ValueError` for any other split: the set has no validation part of its own.
+    Args:
+        split: ``train`` (60,000 images) or ``test`` (10,000). There is no validation split.
+        folder: the four files' folder, by default that of Debian's package.
+
+    Raises:
+        DataNotFoundError: the files are missing. The message names the package to install.
+        ValueError: the set has no such split.
     """
     if split not in ("train", "test"):
         raise ValueError(f'Fashion-MNIST has no split "{split}"')

@@ -36,7 +36,10 @@ _SPLIT_FOLDERS = {"train": "train", "val": "val", "test": "test"} | dict.fromkey
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One file of an image folder: its class (the sub-folder) and split, where it has them."""
+    """One file of an image folder.
+
+    Its class is the sub-folder. Class and split are None if it has none.
+    """
 
     path: Path
     label: str | None
@@ -45,9 +48,12 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file of a folder that is not taken: ``kind`` groups it with others like it.
+    """A file of a folder that is not taken.
 
-    ``reason`` is None where nobody would take the file for a picture.
+    Attributes:
+        path: the file.
+        kind: groups it with others like it.
+        reason: why it is not taken. None if nobody would take the file for a picture.
     """
 
     path: Path
@@ -57,7 +63,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Member:
-    """One image by its name in a folder or archive, with class and split where it has them."""
+    """One image by its name in a folder or archive.
+
+    Class and split are None if it has none.
+    """
 
     name: str
     label: str | None
@@ -76,13 +85,16 @@ def list_image_folder(
 ) -> list[ImageFile]:
     """List the images of a folder, in the order of their paths.
 
-    Images may lie in the folder itself (no class), in `class/` or in `split/class/`, where the
-    splits are `train`, `val` (or `valid`, `validation`) and `test`. A deeper path keeps its
-    first folder (below the split) as the class. Hidden files and folders are left out.
+    Images may lie in the folder itself (no class), in ``class/`` or in ``split/class/``. Splits are
+    ``train``, ``val`` (or ``valid``, ``validation``) and ``test``. A deeper path keeps its first
+    folder (below the split) as the class. Hidden files and folders are left out.
 
-    `leave_out` is called with each file that is left out.
+    Args:
+        folder: the folder.
+        leave_out: called with each file that is left out.
 
-    Raises `DataNotFoundError` where there is no such folder or no image in it.
+    Raises:
+        DataNotFoundError: there is no such folder or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -113,14 +125,22 @@ def read_image_folder(
     split: str | None = None,
     name: str | None = None,
 ) -> LabelledImages:
-    """Decode an image folder by class (see `list_image_folder`) to one size.
+    """Decode an image folder by class (see ``list_image_folder``) to one size.
 
-    `spec` says size and resize mode: the pixels are exactly those that the server would give an
-    encoder with this input specification. With `split`, only that split's files are read. The
-    classes are those of the whole folder, sorted.
+    The pixels are exactly those that the server would give an encoder.
 
-    Raises `DataNotFoundError` where there is no image, `DataFormatError` where an image has no
-    class or can't be decoded (naming the file).
+    Args:
+        folder: the folder.
+        spec: the encoder's input: size and resize mode.
+        split: read only this split's files.
+        name: the data set's name, by default that of the folder.
+
+    Returns:
+        The images. The classes are those of the whole folder, sorted.
+
+    Raises:
+        DataNotFoundError: there is no image.
+        DataFormatError: an image has no class or can't be decoded. The message names the file.
     """
     folder = Path(folder)
     everything = [
@@ -141,7 +161,11 @@ def read_image_folder(
 
 
 def classes_of(members: Sequence[Member]) -> tuple[str, ...]:
-    """Return the classes, sorted; raises `DataFormatError` for an image in no class folder."""
+    """Return the classes, sorted.
+
+    Raises:
+        DataFormatError: an image lies in no class folder.
+    """
     without = next((member.name for member in members if member.label is None), None)
     if without is not None:
         raise DataFormatError(f"{without}: lies in no class folder")
@@ -158,9 +182,12 @@ def decode_members(
     classes: tuple[str, ...],
     files: tuple[Path, ...],
 ) -> LabelledImages:
-    """Decode images one by one, as the server does; `read` gives the bytes of a name.
+    """Decode images one by one, as the server does.
 
-    Raises `DataFormatError` where one can't be decoded, naming it.
+    ``read`` gives the bytes of a name.
+
+    Raises:
+        DataFormatError: an image can't be decoded. The message names it.
     """
     from pg_siamese_server.encoding.images import decode_image
     from pg_siamese_server.errors import ImageError

@@ -29,7 +29,9 @@ def read_idx(path: Path | str) -> npt.NDArray[Any]:
     """Read one IDX file (MNIST's format), gzipped or not, as an array in native byte order.
 
     Source of the format: LeCun, Cortes, Burges, "The MNIST database of handwritten digits".
-    Raises `DataFormatError` where the header is wrong or the data is short or too long.
+
+    Raises:
+        DataFormatError: the header is wrong, or the data is short or too long.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -66,7 +68,8 @@ def read_idx_images(
 ) -> LabelledImages:
     """Read a pair of IDX files: images of shape (N, H, W) or (N, H, W, 3), and labels (N,).
 
-    Raises as `read_idx`, and `DataFormatError` where the two files don't fit together.
+    Raises:
+        DataFormatError: as in ``read_idx``, or the two files don't fit together.
     """
     pixels, numbers = read_idx(images), label_vector(read_idx(labels), Path(labels))
     count = int(numbers.max()) + 1 if numbers.size else 0
@@ -89,8 +92,12 @@ def read_idx_folder(
 ) -> LabelledImages:
     """Read one split of a folder with MNIST's four files (or two), gzipped or not.
 
-    `split` is "train" (`train-…`) or "test" (`t10k-…`). Raises as `read_idx_images`,
-    `DataNotFoundError` where a file isn't there, `ValueError` for any other split.
+    ``split`` is ``train`` (``train-…``) or ``test`` (``t10k-…``).
+
+    Raises:
+        DataFormatError: as in ``read_idx_images``.
+        DataNotFoundError: a file is missing.
+        ValueError: such folders have no such split.
     """
     folder = Path(folder)
     prefix = {"train": "train", "test": "t10k"}.get(split)

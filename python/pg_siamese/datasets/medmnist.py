@@ -1,13 +1,12 @@
-"""MedMNIST: where its files are found, and their download."""
+"""MedMNIST: the places of its files, and their download."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import io
 import os
-import shutil
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
@@ -17,13 +16,14 @@ from typing import Any
 from pg_siamese.datasets.base import DataNotFoundError, LabelledImages
 from pg_siamese.datasets.npz import read_npz
 from pg_siamese.datasets.places import data_folders
+from pg_siamese.files import write_whole
 
 MEDICAL_SETS = ("breastmnist", "dermamnist", "pneumoniamnist", "retinamnist")
 STAND_INS = {"dermamnist": "ham10000_28"}
 
 
 def medmnist_folders() -> list[Path]:
-    """Return the folders where MedMNIST files are looked for, in order."""
+    """Return the folders to look for MedMNIST files in, in order."""
     root = os.environ.get("MEDMNIST_ROOT")
     first = [Path(root).expanduser()] if root else []
     *own, beside = data_folders("medmnist")
@@ -31,7 +31,7 @@ def medmnist_folders() -> list[Path]:
 
 
 def _folders() -> list[Path]:
-    # By the package's name for it, so that whoever replaces that one is heard.
+    # By the package's name for it, so that a replacement of that one counts.
     from pg_siamese import datasets
 
     return datasets.medmnist_folders()
@@ -50,10 +50,9 @@ def find_medmnist(name: str) -> Path | None:
 
 
 def medmnist_info() -> dict[str, dict[str, Any]] | None:
-    """Return what the package `medmnist` knows of its sets, or None where it isn't installed."""
-    # medmnist's own download() needs torchvision, and its package prints an advert for its
-    # other dependencies where torch is missing; addresses, checksums and names are all that is
-    # used of it.
+    """Return what the package ``medmnist`` knows of its sets, or None if it isn't installed."""
+    # medmnist's own download() needs torchvision. If torch is missing, the package prints an advert
+    # for its other dependencies. Only addresses, checksums and names are used of it.
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             from medmnist.info import INFO
@@ -64,14 +63,21 @@ def medmnist_info() -> dict[str, dict[str, Any]] | None:
 
 
 def download_medmnist(name: str, folder: Path | str | None = None, timeout: float = 20) -> Path:
-    """Download a MedMNIST set at 28 x 28 from the address, and checked by the MD5, that the
-    package `medmnist` states; return the file's path.
+    """Download a MedMNIST set at 28 x 28, and check it.
 
-    `folder` is `MEDMNIST_ROOT` or else `~/.medmnist` by default; `timeout` is in seconds, for
-    each network operation. The file gets its name only when it is whole.
+    The package ``medmnist`` states address and MD5. The file appears whole or not at all.
 
-    Raises `DataNotFoundError` where the package `medmnist` isn't installed or doesn't know the
-    set, and where the download fails.
+    Args:
+        name: the set's name.
+        folder: by default ``MEDMNIST_ROOT`` or else ``~/.medmnist``.
+        timeout: seconds for each network operation.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        DataNotFoundError: the package isn't installed or doesn't know the set, or the download
+            fails.
     """
     info = medmnist_info()
     if info is None:
@@ -83,43 +89,36 @@ def download_medmnist(name: str, folder: Path | str | None = None, timeout: floa
         raise DataNotFoundError(f'medmnist knows no data set "{name}"')
     root = folder or os.environ.get("MEDMNIST_ROOT") or Path.home() / ".medmnist"
     target = Path(root).expanduser() / f"{name}.npz"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=target.parent)
     try:
-        with (
-            os.fdopen(handle, "wb") as file,
-            urllib.request.urlopen(info[name]["url"], timeout=timeout) as response,
-        ):
-            shutil.copyfileobj(response, file)
-        with Path(temporary).open("rb") as file_:
-            found = hashlib.file_digest(file_, lambda: hashlib.md5(usedforsecurity=False))
-        if found.hexdigest() != info[name]["MD5"]:
+        with urllib.request.urlopen(info[name]["url"], timeout=timeout) as response:
+            content = response.read()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != info[name]["MD5"]:
             raise DataNotFoundError(f"{name}.npz: the download's MD5 is not that of MedMNIST")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except (urllib.error.URLError, OSError) as error:
+        write_whole(target, content)
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         if isinstance(error, DataNotFoundError):
             raise
         raise DataNotFoundError(f"{name}.npz could not be downloaded: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return target
 
 
 def load_medmnist(name: str, split: str, *, download: bool = True) -> LabelledImages:
     """Load one split of a MedMNIST set (or of its stand-in): local file first, else download.
 
-    The result's name is the file's: `ham10000_28` where that stands in for `dermamnist`.
+    The result's name is the file's: ``ham10000_28`` if that stands in for ``dermamnist``.
 
-    Raises `DataNotFoundError` where it can't be had, `DataFormatError` where a file is broken.
+    Raises:
+        DataNotFoundError: the set is not available.
+        DataFormatError: the file is broken.
     """
     return read_npz(medmnist_file(name, download=download), split)
 
 
 def medmnist_file(name: str, *, download: bool = True) -> Path:
-    """Return the file of a MedMNIST set or of its stand-in, downloaded where it isn't here.
+    """Return the file of a MedMNIST set or of its stand-in, downloaded if it is missing.
 
-    Raises `DataNotFoundError` where it can't be had.
+    Raises:
+        DataNotFoundError: the set is not available.
     """
     path = find_medmnist(name)
     if path is None and not download:
@@ -130,10 +129,14 @@ def medmnist_file(name: str, *, download: bool = True) -> Path:
 def load_medical(
     splits: Iterable[str], *, download: bool = True
 ) -> dict[str, dict[str, LabelledImages]]:
-    """Load breast, derma (or its stand-in), pneumonia and retina: {set name: {split: images}}.
+    """Load breast, derma (or its stand-in), pneumonia and retina.
 
-    Sets that can't be had are left out, so compare the result with `MEDICAL_SETS`; raises
-    `DataNotFoundError` where none can be had.
+    Returns:
+        The images by set and split. Sets that are not available are left out, so compare the keys
+        with ``MEDICAL_SETS``.
+
+    Raises:
+        DataNotFoundError: no set is available.
     """
     splits = tuple(splits)
     found: dict[str, dict[str, LabelledImages]] = {}
@@ -143,7 +146,7 @@ def load_medical(
             parts = {split: load_medmnist(name, split, download=download) for split in splits}
         except DataNotFoundError as error:
             reasons.append(str(error))
-            download = False  # one refusal is enough: don't wait for four time-outs
+            download = False  # one refusal is enough: no four time-outs
             continue
         found[next(iter(parts.values())).name] = parts
     if not found:

@@ -58,7 +58,7 @@ LICENCES: dict[str, str] = {
 
 
 def class_names(name: str, count: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the names of `count` classes: those given, else the set's own, else their numbers."""
+    """Return the names of ``count`` classes: those given, the set's own, or their numbers."""
     if classes is not None:
         return tuple(classes)
     known = CLASS_NAMES.get(name, ())

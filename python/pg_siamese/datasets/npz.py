@@ -1,4 +1,4 @@
-"""Files in MedMNIST's layout: one npz with `train_images`, `train_labels` and so on."""
+"""Files in MedMNIST's layout: one npz with ``train_images``, ``train_labels`` and so on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pg_siamese.datasets.names import class_names
 
 
 def npz_splits(path: Path | str) -> tuple[str, ...]:
-    """Return the splits that an npz file in MedMNIST's layout holds, in the order of `SPLITS`."""
+    """Return the splits that an npz file in MedMNIST's layout holds, in the order of ``SPLITS``."""
     with _open_npz(Path(path)) as file:
         return tuple(s for s in SPLITS if f"{s}_images" in file and f"{s}_labels" in file)
 
@@ -28,21 +28,27 @@ def read_npz(
     name: str | None = None,
     classes: Sequence[str] | None = None,
 ) -> LabelledImages:
-    """Read one split of an npz file in MedMNIST's layout: `train_images`, `train_labels`, ….
+    """Read one split of an npz file in MedMNIST's layout: ``train_images``, ``train_labels``, ….
 
-    `name` is the file's own name by default; class names are MedMNIST's where the name is one
-    of its sets, else the label numbers. Labels may be (N,) or (N, 1).
+    Labels may be (N,) or (N, 1). Pickled arrays are refused.
 
-    Raises `DataFormatError` where the file isn't such an npz or lacks the split, and `OSError`
-    where it can't be read. Pickled arrays are refused.
+    Args:
+        path: the file.
+        split: the split.
+        name: the data set's name, by default that of the file.
+        classes: names of the classes. By default those of a known set, or the label numbers.
+
+    Raises:
+        DataFormatError: the file isn't such an npz or lacks the split.
+        OSError: the file can't be read.
     """
     path = Path(path)
     name = name or path.stem
     with _open_npz(path) as file:
         if f"{split}_images" not in file or f"{split}_labels" not in file:
-            there = [s for s in SPLITS if f"{s}_images" in file and f"{s}_labels" in file]
+            splits = [s for s in SPLITS if f"{s}_images" in file and f"{s}_labels" in file]
             raise DataFormatError(
-                f'{path}: no split "{split}"; there are: {", ".join(there) or "none"}'
+                f'{path}: no split "{split}"; there are: {", ".join(splits) or "none"}'
             )
         try:
             images, labels = file[f"{split}_images"], file[f"{split}_labels"]
@@ -76,7 +82,11 @@ def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
 
 
 def label_vector(labels: npt.NDArray[Any], path: Path) -> Labels:
-    """Return labels as int64 (N,); raises `DataFormatError` for others than integers."""
+    """Return labels as int64 (N,).
+
+    Raises:
+        DataFormatError: the labels are no integers.
+    """
     if labels.dtype.kind not in "iu":
         raise DataFormatError(f"{path}: labels are {labels.dtype}, not integers")
     return labels.reshape(-1).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Where data is looked for on this machine."""
+"""The places of data on this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pg_siamese.datasets.base import DataNotFoundError
 
 
 def data_folders(name: str) -> list[Path]:
-    """Return the folders where the files of one data set are looked for, in order.
+    """Return the folders to look for the files of one data set in, in order.
 
-    These are `name` in the folder that the environment variable `PG_SIAMESE_DATA` names, and
-    `../shared/data/name`.
+    These are ``name`` in the folder that the environment variable ``PG_SIAMESE_DATA`` names, and
+    ``../shared/data/name``.
     """
     root = os.environ.get("PG_SIAMESE_DATA")
     own = [Path(root).expanduser() / name] if root else []
@@ -22,7 +22,8 @@ def data_folders(name: str) -> list[Path]:
 def find_data(name: str, *patterns: str) -> Path:
     """Return the first file that matches one of the glob patterns in the folders of a data set.
 
-    Raises `DataNotFoundError`, which names the folders and what would be found in them.
+    Raises:
+        DataNotFoundError: there is none. The message names the folders and the patterns.
     """
     folders = data_folders(name)
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Data sets by a short text: `medmnist:breastmnist`, `folder:photos`, `mnist`, …"""
+"""Data sets by a short text: ``medmnist:breastmnist``, ``folder:photos``, ``mnist``, …"""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pg_siamese.datasets.base import (
@@ -28,12 +27,13 @@ from pg_siamese.datasets.medmnist import medmnist_file, medmnist_info
 from pg_siamese.datasets.names import CLASS_NAMES
 from pg_siamese.datasets.npz import npz_splits, read_npz
 from pg_siamese.datasets.places import data_folders, find_data
+from pg_siamese.datasets.resizing import resized
 from pg_siamese.datasets.zipped import list_image_zip, open_zip, read_member
 
 if TYPE_CHECKING:
     from pg_siamese_server.encoding.specification import InputSpec
 
-# What is held out of train where only the validation split is missing.
+# What is held out of train if only the validation split is missing.
 MISSING_VAL_SHARE = 0.1
 MISSING_VAL_MOST = 5000
 _MAX_BYTES = 32 * 1024 * 1024
@@ -42,24 +42,28 @@ _MAX_BYTES = 32 * 1024 * 1024
 def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = None) -> DataSplits:
     """Open the data set that a text names, in its three splits.
 
-    - `medmnist:FLAG`: any 2-D set of MedMNIST with one label an image (local file, else download);
-      `medmnist:ham10000_28` is a local-only stand-in for `medmnist:dermamnist`.
-    - `npz:PATH`: a file in MedMNIST's layout.
-    - `idx:FOLDER`: MNIST's four files; `mnist`, `fashion_mnist`: those sets, where they are found.
-    - `cifar10`: as npz or as the folder of its python or binary archive.
-    - `imagenette`: a zip or folder of it by class, where it is found.
-    - `folder:PATH`, `zip:PATH`: images by class in sub-folders, below `train`, `val` and `test`
-      where there are such.
+    - ``medmnist:FLAG``: any 2-D set of MedMNIST with one label per image (local file, else
+      download). ``medmnist:ham10000_28`` is a local-only stand-in for ``medmnist:dermamnist``.
+    - ``npz:PATH``: a file in MedMNIST's layout.
+    - ``idx:FOLDER``: MNIST's four files. ``mnist`` and ``fashion_mnist`` are those sets.
+    - ``cifar10``: as npz or as the folder of its python or binary archive.
+    - ``imagenette``: a zip or folder of it by class.
+    - ``folder:PATH``, ``zip:PATH``: images by class in sub-folders, below ``train``, ``val`` and
+      ``test`` if there are such.
 
-    What has no splits is split 70 / 15 / 15. A missing validation split is held out of train; of
-    `train` and `val` alone, the latter is what nobody trains on, so it becomes `test`. All of
-    this is stratified by class and seeded with `seed`.
+    A data set without splits is split 70 / 15 / 15. A missing validation split is held out of
+    train. If there are only ``train`` and ``val``, nobody trains on the latter, so it becomes
+    ``test``. All of this is stratified by class and seeded.
 
-    `input_spec` is the input of an encoder: images of any size are brought to it, exactly as the
-    server does it. Without one they keep their size, which must be the same for all.
+    Args:
+        spec: the text.
+        seed: seed of the splits.
+        input_spec: an encoder's input. Images of any size are brought to it, exactly as the server
+            does it. Without one they keep their size, which must be the same for all.
 
-    Raises `DataNotFoundError` where the data can't be had, `DataFormatError` where the text names
-    no data set or a file isn't what it should be; both say which and what to do.
+    Raises:
+        DataNotFoundError: the data is not available. The message says what to do.
+        DataFormatError: the text names no data set, or a file isn't what it should be.
     """
     kind, _, argument = spec.partition(":")
     opener = _OPENERS.get(kind)
@@ -94,16 +98,10 @@ def _fill(parts: Mapping[str, LabelledImages], seed: int, spec: str) -> DataSpli
 def _resized(images: LabelledImages, spec: InputSpec | None) -> LabelledImages:
     if spec is None or images.images.shape[1:3] == (spec.height, spec.width):
         return images
-    from pg_siamese_server.encoding.images import decode_image
-
-    # By way of a file: that is the one place where the server's way of resizing is written down.
-    pixels = np.empty((len(images), spec.height, spec.width, *images.images.shape[3:]), np.uint8)
-    wanted = replace(spec, channels=1 if images.images.ndim == 3 else 3)
-    for i, image in enumerate(images.images):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, format="BMP")
-        pixels[i] = decode_image(file.getvalue(), wanted).reshape(pixels.shape[1:])
-    return replace(images, images=pixels)
+    grey = images.images.ndim == 3
+    wanted = replace(spec, channels=1 if grey else 3)
+    pixels = resized(images.images, wanted, f"{images.name} ({images.split})")
+    return replace(images, images=pixels[..., 0] if grey else pixels)
 
 
 # --- one opener for each kind -----------------------------------------------------------------
@@ -115,7 +113,7 @@ def _medmnist(name: str, spec: InputSpec | None) -> Parts:
     info = (medmnist_info() or {}).get(name, {})
     task = str(info.get("task", ""))
     if name.endswith("3d") or "multi-label" in task:
-        raise DataFormatError(f"medmnist:{name}: only 2-D sets with one label an image can be used")
+        raise DataFormatError(f"medmnist:{name}: only 2-D sets with one label per image will do")
     path = medmnist_file(name)
     names = info.get("label", {})
     known = [str(names[key]) for key in sorted(names, key=int)] if path.stem == name else []

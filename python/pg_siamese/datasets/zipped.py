@@ -14,7 +14,12 @@ from pg_siamese.datasets.folder import IMAGE_SUFFIXES, Member, class_and_split
 
 @contextmanager
 def open_zip(path: Path | str) -> Iterator[zipfile.ZipFile]:
-    """Open a zip file; raises `DataFormatError` where it is none, `OSError` as usual."""
+    """Open a zip file.
+
+    Raises:
+        DataFormatError: it is none.
+        OSError: it can't be read.
+    """
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
@@ -24,13 +29,14 @@ def open_zip(path: Path | str) -> Iterator[zipfile.ZipFile]:
 
 
 def list_image_zip(path: Path | str, archive: zipfile.ZipFile) -> list[Member]:
-    """List the images of a zip file, in the order of their names, as `list_image_folder` does.
+    """List the images of a zip file, in the order of their names, as ``list_image_folder`` does.
 
-    One folder around everything is left out of account. A name that leaves the archive
-    (absolute, a drive's, or with `..`) is refused, although nothing is extracted: such a
-    file was made to harm.
+    One folder around everything does not count. Names that leave the archive (absolute, a drive's,
+    or with ``..``) are refused, although nothing is extracted: such a file was made to harm.
 
-    Raises `DataFormatError` for such a name, `DataNotFoundError` where there is no image.
+    Raises:
+        DataFormatError: a name leaves the archive.
+        DataNotFoundError: there is no image.
     """
     names = []
     for info in archive.infolist():
@@ -55,7 +61,7 @@ def list_image_zip(path: Path | str, archive: zipfile.ZipFile) -> list[Member]:
 
 
 def _folder_around(places: list[PurePosixPath]) -> int:
-    """Return 1 where all images lie in one folder that can't be their class, else 0."""
+    """Return 1 if all images lie in one folder that can't be their class, else 0."""
     first = {place.parts[0] for place in places}
     return int(
         len(first) == 1
@@ -65,9 +71,10 @@ def _folder_around(places: list[PurePosixPath]) -> int:
 
 
 def read_member(path: Path | str, archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
-    """Return the bytes of a member, at most `max_bytes`, whatever its header says of its size.
+    """Return the bytes of a member, whatever its header says of its size.
 
-    Raises `DataFormatError` where it is larger, encrypted or damaged.
+    Raises:
+        DataFormatError: it is larger than ``max_bytes``, encrypted or damaged.
     """
     try:
         with archive.open(name) as file:

@@ -1,4 +1,4 @@
-"""The same retrieval figures, computed where the images live: by `similar_images`."""
+"""The same retrieval figures, computed inside the database by ``similar_images``."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ from pg_siamese.evaluation.model import Advance, EvaluatedModel
 from pg_siamese.evaluation.retrieval import Integers, Retrieval, retrieval
 
 NEIGHBOURS = 5
-# The exact scan, which must give the very figures that are got offline, and what a search uses by
-# default: a graph, approximate, where that is quicker.
+# The exact scan must give the very figures that were computed offline. By default a search uses a
+# graph, which is approximate, if that is quicker.
 EXACT, DEFAULT = "pgvector", "auto"
 ENGINES = (EXACT, DEFAULT)
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """A collection of its own, with its table, schema and model; `name` is that of all of them."""
+    """A collection of its own, with its table, schema and model.
+
+    ``name`` is that of all of them.
+    """
 
     name: str
 
     @property
     def relation(self) -> str:
-        """The table, as SQL needs it."""
+        """Return the table's name, as SQL needs it."""
         return f"{self.name}.images"
 
 
@@ -44,7 +47,10 @@ class Workplace:
 def workplace(
     connection: psycopg.Connection[Any], model: EvaluatedModel, keep: bool = False
 ) -> Iterator[Workplace]:
-    """Register the model and make a collection of its own; all is removed again, unless `keep`."""
+    """Register the model and make a collection of its own.
+
+    All is removed again, unless ``keep``.
+    """
     place = Workplace(f"evaluation_{secrets.token_hex(4)}")
     try:
         register(connection, place.name, model.path.read_bytes())
@@ -95,13 +101,23 @@ def database_retrieval(
     keep: bool = False,
     advance: Advance = lambda count: None,
 ) -> DatabaseFigures:
-    """The retrieval protocol of each data set, by one `similar_images` a query and engine.
+    """Score data sets by the retrieval protocol, with one ``similar_images`` per query and engine.
 
     The galleries of all sets go into one collection through its trigger, as PNG files, and its
-    index is built; the query for one set has a filter on the column dataset. Each query is asked
-    of every engine in `ENGINES`. `advance` is called for each image that goes in and each query.
-    With `keep`, the collection stays; its name is in the result. Raises CommandError and
-    psycopg.Error.
+    index is built. The query for one set has a filter on the column dataset. Each query is asked of
+    every engine in ``ENGINES``.
+
+    Args:
+        connection: the database.
+        model: the encoder.
+        data: the data sets.
+        split: the split of the queries.
+        keep: let the collection stay. Its name is in the result.
+        advance: called for each image that goes in and each query.
+
+    Raises:
+        CommandError: a search found too few neighbours.
+        psycopg.Error: the database refused.
     """
     figures: dict[str, dict[str, Retrieval]] = {}
     with workplace(connection, model, keep) as place:
@@ -153,5 +169,5 @@ def _search(
 
 
 def greatest_difference(offline: dict[str, float], database: dict[str, float]) -> float:
-    """How far the figures (in per cent) lie apart at most."""
+    """Return how far the figures (in per cent) lie apart at most."""
     return max(abs(offline[key] - database[key]) for key in offline)

@@ -1,4 +1,4 @@
-"""What an encoder is calibrated for: fitting the domain to its images, and counting its errors."""
+"""What an encoder is calibrated for: fitting the domain to its images, and counting errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 MOST_CENTRES = 32
 MOST_DIRECTIONS = 32
 IMAGES_PER_CENTRE = 20
-# A ball's size is the distance within which so many of its images lie; all balls are then widened
+# A ball's size is the distance within which so many of its images lie. All balls are then widened
 # by one factor, so that this share of the validation images is inside.
 SPREAD = 0.95
 ACCEPTED = 0.99
@@ -106,7 +106,11 @@ def domain_errors(
 ) -> dict[str, Any]:
     """Return the errors of a domain in per cent: what it wrongly refuses and wrongly accepts.
 
-    `known` are embeddings by split and data set, `others` those of other kinds of images.
+    Args:
+        domain: the domain.
+        metric: the encoder's metric.
+        known: embeddings by split and data set.
+        others: embeddings of other kinds of images.
     """
     return {
         "refused": {
@@ -124,8 +128,8 @@ def other_images(
 ) -> Iterator[tuple[str, Pixels]]:
     """Yield kinds of images that an encoder does not know: names and uint8 pixels (N, H, W, 3).
 
-    Made ones first: pages of text, noise, plain colours. Then the test splits of data sets that
-    `specs` name; those that can't be had are left out.
+    Generated ones come first: pages of text, noise, plain colours. Then come the test splits of the
+    data sets that ``specs`` name. Those that are not available are left out, with a line.
     """
     random = np.random.default_rng(0)
     shape = (GENERATED_IMAGES, size.height, size.width, 3)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.datasets import DataSplits
+from pg_siamese.datasets import DataSplits, join_labels
 from pg_siamese.evaluation.model import Advance, EvaluatedModel, embed_joined
 from pg_siamese.evaluation.pairs import (
     Calibration,
@@ -26,8 +26,11 @@ from pg_siamese.evaluation.retrieval import (
     Integers,
     distances,
     nearest,
+    nearest_sets,
     precision_at,
     retrieval,
+    retrieval_by_set,
+    right_set,
     votes,
 )
 from pg_siamese.evaluation.triples import triple_distances
@@ -45,8 +48,15 @@ OTHER_METRIC = {"cosine": "l2", "l2": "cosine"}
 class Evaluation:
     """What one model gave: its figures, and what pictures are drawn from.
 
-    `gallery` is the train split, `queries` the evaluated one; `found` (Q, 10) are places in the
-    gallery of the query's own data set, nearest first. `pairs` are distances and matches.
+    Attributes:
+        model: the encoder.
+        data: the data sets.
+        split: the split that was evaluated.
+        gallery: embeddings of the train split.
+        queries: embeddings of the evaluated split.
+        found: by data set, places (Q, 10) in its own gallery, nearest first.
+        pairs: distances and matches.
+        figures: all figures.
     """
 
     model: EvaluatedModel
@@ -67,9 +77,10 @@ def evaluate_model(
 ) -> Evaluation:
     """Embed train, validation and the split to evaluate, and compute every figure.
 
-    Shares are from 0 to 1, but the retrieval protocol and `right_set` are in per cent as
-    published. Raises CommandError where a data set is too small for a figure, or scikit-learn
-    isn't installed.
+    Shares are from 0 to 1. The retrieval protocol and ``right_set`` are in per cent, as published.
+
+    Raises:
+        CommandError: a data set is too small for a figure, or scikit-learn isn't installed.
     """
     require_sklearn()
     gallery = embed_joined(model, [part.train for part in data], advance)
@@ -82,9 +93,9 @@ def evaluate_model(
     metric = model.metric
     figures: dict[str, Any] = {}
     try:
-        own = (by_set(validation), by_set(queries)) if model.labels == "set" else None
+        own = (validation.by_set(), queries.by_set()) if model.labels == "set" else None
         chosen, scored = own or (validation, queries)
-        pairs = pair_distances(scored, PAIRS, SCORING_SEED, metric)
+        pairs = draw_pairs(scored, model.labels, metric, SCORING_SEED)
         figures["pairs"] = pair_figures(pairs, _calibration(model, chosen))
         if len(data) > 1:
             figures |= set_figures(gallery, validation, queries, metric)
@@ -94,17 +105,21 @@ def evaluate_model(
         figures["triples"] = triples
     found: dict[str, Integers] = {}
     figures["sets"] = {}
+    starts = join_labels([part.train for part in data]).starts
     for number, part in enumerate(data):
-        there, here = gallery.of_set(number), queries.of_set(number)
-        if len(there.labels) < NEIGHBOURS:
+        own_gallery, own_queries = gallery.of_set(number), queries.of_set(number)
+        if len(own_gallery.labels) < NEIGHBOURS:
             raise CommandError(
-                f'data set "{part.name}" has {len(there.labels)} train images: at least '
+                f'data set "{part.name}" has {len(own_gallery.labels)} train images: at least '
                 f"{NEIGHBOURS} are needed as a gallery"
             )
-        found[part.name] = nearest(here.vectors, there.vectors, NEIGHBOURS, metric)
-        start = sum(len(other.train.classes) for other in data[:number])
+        found[part.name] = nearest(own_queries.vectors, own_gallery.vectors, NEIGHBOURS, metric)
         # The set's own class numbers.
-        neighbours, wanted = there.labels[found[part.name]] - start, here.labels - start
+        start = starts[number]
+        neighbours, wanted = (
+            own_gallery.labels[found[part.name]] - start,
+            own_queries.labels - start,
+        )
         figures["sets"][part.name] = {
             **neighbour_figures(neighbours, wanted),
             "report": class_report(wanted, votes(neighbours, VOTERS), part.train.classes),
@@ -112,37 +127,75 @@ def evaluate_model(
         if not normalised(gallery):
             # Of vectors that have a length, the two metrics order neighbours differently.
             other = OTHER_METRIC[metric]
-            again = nearest(here.vectors, there.vectors, NEIGHBOURS, other)
+            again = nearest(own_queries.vectors, own_gallery.vectors, NEIGHBOURS, other)
             figures["sets"][part.name][f"by_{other}"] = neighbour_figures(
-                there.labels[again] - start, wanted
+                own_gallery.labels[again] - start, wanted
             )
     return Evaluation(model, list(data), split, gallery, queries, found, pairs, figures)
 
 
 def require_sklearn() -> None:
-    """Raise CommandError, saying what to do, where scikit-learn isn't installed."""
+    """Check that scikit-learn is installed.
+
+    Raises:
+        CommandError: it isn't. The message says what to do.
+    """
     try:
         import sklearn  # noqa: F401
     except ImportError:
         raise CommandError(
             "evaluation needs scikit-learn, which comes with the extra packages of "
-            "pg_siamese[train] (make deps-test installs them)"
+            "pg_siamese[train]"
         ) from None
 
 
-def by_set(embedded: Embedded) -> Embedded:
-    """The same embeddings with 'which set' as their label."""
-    return replace(embedded, labels=embedded.sets)
+def draw_pairs(embedded: Embedded, labels: str, metric: str, seed: int) -> tuple[Floats, Flags]:
+    """Draw pairs, half of which match: return their distances and whether they match.
+
+    ``labels`` says what matches: two images of one ``class``, or of one ``set``.
+    """
+    asked = embedded.by_set() if labels == "set" else embedded
+    return pair_distances(asked, PAIRS, seed, metric)
+
+
+def stated_figures(
+    gallery: Embedded,
+    queries: Embedded,
+    calibration: Calibration,
+    *,
+    names: Sequence[str],
+    labels: str,
+    metric: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the figures that a model's file and its card state of one split.
+
+    Args:
+        gallery: embeddings of the train split.
+        queries: embeddings of the split.
+        calibration: what pairs are judged by.
+        names: names of the data sets.
+        labels: what matches, ``class`` or ``set``.
+        metric: ``cosine`` or ``l2``.
+        seed: seed of the experiment.
+    """
+    pairs = score_pairs(*draw_pairs(queries, labels, metric, seed + SCORING_SEED), calibration)
+    retrieved = retrieval_by_set(gallery, queries, names, metric, labels)
+    return {
+        "retrieval": {name: score.as_dict() for name, score in retrieved.items()},
+        "right_set": round(right_set(gallery, queries, metric), 3),
+        "pairs": {key: round(value, 4) for key, value in asdict(pairs).items()},
+    }
 
 
 def normalised(embedded: Embedded) -> bool:
-    """Whether the encoder gives unit vectors."""
+    """Return whether the encoder gives unit vectors."""
     lengths = np.linalg.norm(embedded.vectors, axis=1)
     return bool(np.abs(lengths - 1).max() < 1e-3)
 
 
 def _calibration(model: EvaluatedModel, validation: Embedded) -> Calibration:
-    """The model's own calibration, as the database uses it; what it lacks, from validation."""
+    """Return the model's own calibration, as the database uses it, completed from validation."""
     spec = model.spec
     if spec.weight is not None and spec.bias is not None and spec.threshold is not None:
         return Calibration(spec.weight, spec.bias, spec.threshold)
@@ -153,11 +206,11 @@ def _calibration(model: EvaluatedModel, validation: Embedded) -> Calibration:
 
 
 def _fitted(validation: Embedded, metric: str) -> Calibration:
-    return calibrate(*pair_distances(validation, PAIRS, CHOOSING_SEED, metric))
+    return calibrate(*draw_pairs(validation, "class", metric, CHOOSING_SEED))
 
 
 def pair_figures(pairs: tuple[Floats, Flags], calibration: Calibration) -> dict[str, Any]:
-    """Accuracy, losses, area under the ROC curve, and the report for match and no match."""
+    """Return accuracy, losses, area under the ROC curve, and the report for match and no match."""
     apart, match = pairs
     return {
         "count": len(match),
@@ -174,27 +227,32 @@ def pair_figures(pairs: tuple[Floats, Flags], calibration: Calibration) -> dict[
 def set_figures(
     gallery: Embedded, validation: Embedded, queries: Embedded, metric: str
 ) -> dict[str, Any]:
-    """Which set is an image of? `right_set`, and pairs that match when both are of one set.
+    """Answer which set an image is of: ``right_set``, and pairs that match if both are of one set.
 
-    Pairs are judged by their distance, with a calibration fitted on validation pairs, and
-    (`accuracy_by_neighbour`) by whether the nearest gallery images of the two are of one set.
+    Pairs are judged by their distance, with a calibration fitted on validation pairs. They are also
+    judged (``accuracy_by_neighbour``) by whether the nearest gallery images of the two are of one
+    set.
     """
-    labelled = by_set(queries)
+    labelled = queries.by_set()
     first, second, match = balanced_pairs(labelled.labels, labelled.sets, PAIRS, SCORING_SEED)
     apart = distances(queries.vectors[first], queries.vectors[second], metric)
-    guessed = gallery.sets[nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]]
+    guessed = nearest_sets(gallery, queries, metric)
     agree = (guessed[first] == guessed[second]) == match
     return {
         "right_set": 100 * float((guessed == queries.sets).mean()),
         "set_pairs": {
-            **pair_figures((apart, match), _fitted(by_set(validation), metric)),
+            **pair_figures((apart, match), _fitted(validation.by_set(), metric)),
             "accuracy_by_neighbour": float(agree.mean()),
         },
     }
 
 
 def triple_figures(validation: Embedded, queries: Embedded, metric: str) -> dict[str, Any] | None:
-    """Do at least two of three match? None where there are fewer than three labels."""
+    """Answer whether at least two of three match.
+
+    Returns:
+        The figures, None if there are fewer than three labels.
+    """
     if len(np.unique(validation.labels)) < 3 or len(np.unique(queries.labels)) < 3:
         return None
     threshold = best_threshold(*triple_distances(validation, TRIPLES, CHOOSING_SEED, metric))
@@ -212,7 +270,7 @@ def triple_figures(validation: Embedded, queries: Embedded, metric: str) -> dict
 
 
 def neighbour_figures(neighbours: Integers, wanted: Integers) -> dict[str, Any]:
-    """The figures of neighbours' labels (Q, 10) for queries' labels (Q,)."""
+    """Return the figures of neighbours' labels (Q, 10) for queries' labels (Q,)."""
     return {
         "retrieval": asdict(retrieval(neighbours[:, :5], wanted)),
         "precision_at_10": precision_at(neighbours, wanted, NEIGHBOURS),
@@ -223,7 +281,7 @@ def neighbour_figures(neighbours: Integers, wanted: Integers) -> dict[str, Any]:
 
 
 def class_report(wanted: Integers, given: Integers, classes: Sequence[str]) -> dict[str, Any]:
-    """Precision, recall, F1 and support of each class, their plain means, and the accuracy."""
+    """Return precision, recall, F1 and support of each class, and their plain means."""
     from sklearn.metrics import classification_report
 
     report: dict[str, Any] = classification_report(

@@ -11,13 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.client.sources import png
-from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
+from pg_siamese.datasets import (
+    DataSplits,
+    LabelledImages,
+    join_labels,
+    open_dataset,
+    resized,
+)
 from pg_siamese.evaluation.retrieval import Embedded
+from pg_siamese.evaluation.runtime import open_session
 from pg_siamese_server.encoding.encoder import Encoder, metadata_of
-from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import ModelSpec
-from pg_siamese_server.errors import ImageError, ModelError
+from pg_siamese_server.errors import ModelError
 
 # Images that are resized and embedded in one go: 150 MB at 224 pixels.
 BATCH_IMAGES = 1024
@@ -38,17 +43,17 @@ class EvaluatedModel:
 
     @property
     def metric(self) -> str:
-        """How distances are measured: "cosine" or "l2"."""
+        """How distances are measured: ``cosine`` or ``l2``."""
         return self.spec.metric
 
     @property
     def labels(self) -> str:
-        """What makes two images match: the same "class" of the same set, or the same "set"."""
+        """What makes two images match: the same ``class`` of the same set, or the same ``set``."""
         return str(self.metadata.get("labels", "class"))
 
     @property
     def seed(self) -> int:
-        """The seed that it was trained with, and its data split with where they have no splits."""
+        """The seed that it was trained with. Data without splits was split by it."""
         return int(self.metadata.get("training", {}).get("seed") or 0)
 
     @property
@@ -59,15 +64,14 @@ class EvaluatedModel:
 
 
 def open_model(path: Path, threads: int = 1) -> EvaluatedModel:
-    """Open an ONNX file of this project; raises CommandError where it is none, naming the file."""
-    import onnxruntime
+    """Open an ONNX file of this project.
 
+    Raises:
+        CommandError: it is none. The message names the file.
+    """
     onnx = path.read_bytes()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        session = open_session(onnx)
     except Exception as error:  # ONNX Runtime has no common base for its errors
         reason = str(error).splitlines()[0][:200]
         raise CommandError(f"{path}: not a model that ONNX Runtime opens: {reason}") from None
@@ -88,7 +92,11 @@ def open_model(path: Path, threads: int = 1) -> EvaluatedModel:
 
 
 def data_specs(model: EvaluatedModel) -> list[str]:
-    """The data sets that the model was trained on; raises CommandError where it doesn't say."""
+    """Return the data sets that the model was trained on.
+
+    Raises:
+        CommandError: the model names none.
+    """
     items = model.metadata.get("training", {}).get("data", [])
     specs = list(dict.fromkeys(str(item["spec"]) for item in items if "spec" in item))
     if not specs:
@@ -99,7 +107,10 @@ def data_specs(model: EvaluatedModel) -> list[str]:
 def open_data(model: EvaluatedModel, specs: Sequence[str], split: str) -> list[DataSplits]:
     """Open data sets as the model was trained on them, by its seed and its input's size.
 
-    Raises CommandError for an empty split and for two sets of one name, and as open_dataset does.
+    Raises:
+        CommandError: a split is empty, or two sets have one name.
+        DataNotFoundError: as in ``open_dataset``.
+        DataFormatError: as in ``open_dataset``.
     """
     found = []
     for spec in specs:
@@ -119,28 +130,24 @@ def open_data(model: EvaluatedModel, specs: Sequence[str], split: str) -> list[D
 
 
 def model_pixels(images: LabelledImages, spec: ModelSpec) -> npt.NDArray[np.uint8]:
-    """The images as the server would give them to the encoder: uint8 (N, H, W, C).
+    """Return the images as the server would give them to the encoder: uint8 (N, H, W, C).
 
-    Raises CommandError for an image over the model's limits.
+    Raises:
+        DataFormatError: an image is over the model's limits.
     """
     size = (spec.input.height, spec.input.width)
     if images.images.shape[1:3] == size and spec.input.channels == 3:
         return images.rgb()
-    # By way of an image file, so that every step is the server's own.
-    pixels = np.empty((len(images), *size, spec.input.channels), np.uint8)
-    for place, image in enumerate(images.images):
-        try:
-            decoded = decode_image(png(image), spec.input)
-        except ImageError as error:
-            raise CommandError(f"{images.name}, {images.split} image {place}: {error}") from None
-        pixels[place] = decoded if decoded.ndim == 3 else decoded[..., None]
-    return pixels
+    return resized(images.images, spec.input, f"{images.name} ({images.split})")
 
 
 def embed_images(
     model: EvaluatedModel, images: LabelledImages, advance: Advance = lambda count: None
 ) -> npt.NDArray[np.float32]:
-    """Embed images in their order: float32 (N, d); `advance` is called with numbers of images."""
+    """Embed images in their order: float32 (N, d).
+
+    ``advance`` is called with numbers of images.
+    """
     parts = []
     for start in range(0, len(images), BATCH_IMAGES):
         part = images.select(slice(start, start + BATCH_IMAGES))
@@ -158,12 +165,10 @@ def embed_images(
 def embed_joined(
     model: EvaluatedModel, parts: Sequence[LabelledImages], advance: Advance = lambda count: None
 ) -> Embedded:
-    """Embed one split of several data sets in a row; labels are 'which class of which set'."""
-    starts = np.cumsum([0, *(len(part.classes) for part in parts)])
-    return Embedded(
-        vectors=np.concatenate([embed_images(model, part, advance) for part in parts]),
-        labels=np.concatenate(
-            [part.labels + start for part, start in zip(parts, starts[:-1], strict=True)]
-        ),
-        sets=np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
-    )
+    """Embed one split of several data sets in a row.
+
+    Labels are "which class of which set".
+    """
+    vectors = np.concatenate([embed_images(model, part, advance) for part in parts])
+    joined = join_labels(parts)
+    return Embedded(vectors, joined.labels, joined.sets)

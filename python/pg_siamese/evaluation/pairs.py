@@ -14,7 +14,7 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Calibration:
-    """P(match) = sigmoid(weight * distance + bias); a match up to `threshold`.
+    """P(match) = sigmoid(weight * distance + bias), and a match up to ``threshold``.
 
     Distance is that of the model's metric: 1 - cosine, from 0 to 2, or the Euclidean one.
     """
@@ -28,7 +28,7 @@ class Calibration:
 class PairScores:
     """How well distances tell matching pairs: shares from 0 to 1, and mean losses.
 
-    `contrastive_loss` is mean((1 - y) p² + y max(1 - p, 0)²) with p = P(different) and y = 1 for
+    ``contrastive_loss`` is mean((1 - y) p² + y max(1 - p, 0)²) with p = P(different) and y = 1 for
     a pair that doesn't match. Since p is never above 1 it is the Brier score of p.
     """
 
@@ -41,15 +41,23 @@ class PairScores:
 def balanced_pairs(
     labels: Integers, sets: Integers, count: int, seed: int
 ) -> tuple[Integers, Integers, Flags]:
-    """Draw `count` pairs of images, half of which match (same label).
+    """Draw ``count`` pairs of images, half of which match (same label).
 
-    The first image comes from each set equally often. Of the pairs that don't match, half are
-    of one set (where there are other classes in it) and half of two sets (where there are other
-    sets): so neither the easy nor the hard ones are all there is.
+    The first image comes from each set equally often. Of the pairs that don't match, half are of
+    one set (if there are other classes in it) and half of two sets (if there are other sets). So
+    neither the easy nor the hard ones are all there is.
 
-    `labels` (N,) are joined labels and `sets` (N,) set numbers. Returns first and second index
-    (count,) and whether they match (count,). Raises ValueError where there is no pair of either
-    kind.
+    Args:
+        labels: joined labels (N,).
+        sets: set numbers (N,).
+        count: number of pairs.
+        seed: seed of the draw.
+
+    Returns:
+        First and second index (count,), and whether they match (count,).
+
+    Raises:
+        ValueError: there is no pair of one kind.
     """
     random = np.random.default_rng(seed)
     if len(np.unique(labels)) < 2:
@@ -124,7 +132,7 @@ def score_pairs(distances: Floats, match: Flags, calibration: Calibration) -> Pa
 def contrastive_loss(logit: Floats, match: Flags) -> float:
     """Return mean((1 - y) p² + y max(1 - p, 0)²): p = sigmoid(-logit) = P(different), y = ~match.
 
-    `logit` (N,) is that of a match.
+    ``logit`` (N,) is that of a match.
     """
     different = np.exp(-np.logaddexp(0, logit))
     loss = np.where(match, different**2, np.maximum(1 - different, 0) ** 2)

@@ -1,4 +1,4 @@
-"""Results as JSON, one file an experiment, and the table in the docs that is made from them."""
+"""Results as JSON, one file per experiment, and the table in the docs that is made from them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import sha256
 from pg_siamese.evaluation.database import ENGINES
 from pg_siamese.evaluation.figures import Evaluation
+from pg_siamese.files import write_whole
 
 FORMAT = 1
 DIGITS = 5
@@ -20,16 +21,17 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 HEADING = """\
 # Results
 
-Mean over the seeds, with the standard deviation where there are several. The text between the two
+Mean over the seeds, with the standard deviation if there are several. The text between the two
 marks is written by `pg_siamese evaluate --table`, from the files in `results/`.
 
 """
 
 
 def result(evaluations: Sequence[Evaluation], command: str) -> dict[str, Any]:
-    """The content of a results file: one experiment, a model file for each seed.
+    """Return the content of a results file: one experiment, a model file for each seed.
 
-    Raises CommandError where they were evaluated on different data.
+    Raises:
+        CommandError: they were evaluated on different data.
     """
     first = evaluations[0]
     for other in evaluations[1:]:
@@ -71,9 +73,9 @@ def _counts(evaluation: Evaluation) -> dict[str, dict[str, int]]:
 
 
 def summary(figures: Sequence[Any]) -> Any:
-    """Mean, sd, min and max of each number in dictionaries of the same form.
+    """Return mean, sd, min and max of each number in dictionaries of the same form.
 
-    `sd` is the sample standard deviation, None for one file.
+    ``sd`` is the sample standard deviation, None for one file.
     """
     if isinstance(figures[0], dict):
         shared = [key for key in figures[0] if all(key in item for item in figures)]
@@ -87,7 +89,11 @@ def summary(figures: Sequence[Any]) -> Any:
 
 
 def rounded(value: Any) -> Any:
-    """The same with five decimals at most; raises ValueError for a number that JSON has not."""
+    """Return the same with five decimals at most.
+
+    Raises:
+        ValueError: a number is not finite, which JSON can't hold.
+    """
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, float):
@@ -98,22 +104,16 @@ def rounded(value: Any) -> Any:
 
 
 def write_result(content: dict[str, Any], path: Path) -> None:
-    """Write a results file; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a results file."""
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results files of a folder, by name; raises CommandError for one that is none."""
+    """Read all results files of a folder, by name.
+
+    Raises:
+        CommandError: a file is none.
+    """
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -127,23 +127,26 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_table(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the tables into a Markdown file, between its two marks; what is around them stays."""
+    """Write the tables into a Markdown file, between its two marks. The text around them stays.
+
+    Raises:
+        CommandError: the file lacks the marks.
+    """
     text = path.read_text(encoding="utf-8") if path.exists() else f"{HEADING}{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise CommandError(f"{path}: lacks the marks {BEGIN} and {END}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, f"{before}{BEGIN}\n{tables(results)}{END}{after}")
+    write_whole(path, f"{before}{BEGIN}\n{tables(results)}{END}{after}".encode())
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
-    """The tables as Markdown: experiments, retrieval by data set, and the commands."""
+    """Return the tables as Markdown: experiments, retrieval by data set, and the commands."""
     lines = [
         "## Do images match?",
         "",
         "Pairs and triples half and half. A pair matches when both images are of one class of one "
-        "data set, or of one data set (column *match*); losses are of P(different), the "
+        "data set, or of one data set (column *match*). Losses are of P(different). The "
         "contrastive one is mean((1 − y) p² + y (1 − p)²). Of a triple, do at least two match? By "
         "distance alone, with thresholds from validation images.",
         "",
@@ -172,12 +175,12 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         "",
         "## Nearest neighbours",
         "",
-        "Gallery: the train split of the data set; queries: another split, by default the test "
-        "split; relevant: the same class. Per cent. mAP@5, mMV@5 and ACC@k as in Mahbod et al. "
-        "(2025); P@10 is the precision among the ten nearest, kNN the accuracy of the vote of "
+        "Gallery: the train split of the data set. Queries: another split, by default the test "
+        "split. Relevant: the same class. Per cent. mAP@5, mMV@5 and ACC@k are as in Mahbod et al. "
+        "(2025). P@10 is the precision among the ten nearest, kNN the accuracy of the vote of "
         "the nearest. The last columns are the greatest differences to the same figures computed "
-        "in the database, through `similar_images`: by its exact scan, and as it searches by "
-        "default, where a large index is approximate.",
+        "in the database, through `similar_images`. One is by its exact scan. The other is as it "
+        "searches by default, approximately in a large index.",
         "",
         "| experiment | data set | queries | mAP@5 | mMV@5 | ACC@1 | ACC@3 | ACC@5 | P@10 | 5-NN | "
         "10-NN | in the database, exact | by default |",
@@ -191,13 +194,17 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             }
             for note, values in variants.items():
                 protocol, knn = values["retrieval"], values["knn_accuracy"]
-                there = values.get("in_database")
+                in_database = values.get("in_database")
                 cells = [_name(item), f"{name}{note}", f"{item['data'][name]['queries']:,}"]
                 cells += [spread(protocol[k], 1, 2) for k in _PROTOCOL]
                 cells += [spread(values["precision_at_10"], 100, 2)]
                 cells += [spread(knn[k], 100, 2) for k in ("5", "10")]
                 for engine in ENGINES:
-                    cells += [f"{there[engine]['greatest_difference']['max']:.3f}" if there else ""]
+                    cells += [
+                        f"{in_database[engine]['greatest_difference']['max']:.3f}"
+                        if in_database
+                        else ""
+                    ]
                 lines.append(_row(cells))
     joined = [item for item in results if "right_set" in item["summary"]]
     if joined:
@@ -237,8 +244,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def spread(figure: Mapping[str, float | None], scale: float, decimals: int) -> str:
-    """'98.58 ± 0.12', or the mean alone where there is one file."""
+    """Return '98.58 ± 0.12', or the mean alone if there is one file."""
     mean, sd = figure["mean"], figure["sd"]
-    assert mean is not None  # only `sd` may be
+    assert mean is not None  # only ``sd`` may be
     text = f"{mean * scale:.{decimals}f}"
     return text if sd is None else f"{text} ± {sd * scale:.{decimals}f}"

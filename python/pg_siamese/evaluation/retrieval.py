@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,16 @@ class Embedded:
 
     def of_set(self, number: int) -> Embedded:
         """Return the part that belongs to one data set."""
-        here = self.sets == number
-        return Embedded(self.vectors[here], self.labels[here], self.sets[here])
+        own = self.sets == number
+        return Embedded(self.vectors[own], self.labels[own], self.sets[own])
+
+    def by_set(self) -> Embedded:
+        """Return the same embeddings with "which set" as their label."""
+        return replace(self, labels=self.sets)
+
+    def as_one_set(self) -> Embedded:
+        """Return the same embeddings as those of one data set."""
+        return replace(self, sets=np.zeros_like(self.sets))
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Retrieval:
     """Retrieval figures in per cent: mAP@5, mMV@5, ACC@1, ACC@3, ACC@5.
 
     Protocol of Mahbod et al., Engineering Applications of Artificial Intelligence 150 (2025)
-    110571: gallery = train split, queries = another split, cosine similarity; a neighbour is
+    110571: gallery = train split, queries = another split, cosine similarity. A neighbour is
     relevant when its class equals the query's.
     """
 
@@ -54,21 +62,26 @@ class Retrieval:
 def nearest(queries: Vectors, gallery: Vectors, k: int, metric: str = "cosine") -> Integers:
     """Return the indices (Q, k) of the nearest gallery vectors, nearest first.
 
-    `queries` (Q, d) and `gallery` (G, d) need not be unit vectors; `metric` is "cosine" or "l2".
     With k > G there are only G columns. Ties go to the lower index.
+
+    Args:
+        queries: vectors (Q, d) of any length.
+        gallery: vectors (G, d) of any length.
+        k: number of neighbours.
+        metric: ``cosine`` or ``l2``.
     """
-    # Doubles: cosines of a few dimensions are so near to one that float32 makes ties of them.
-    here, there = queries.astype(np.float64), gallery.astype(np.float64)
+    # Doubles: cosines of a few dimensions are so close to one that float32 makes ties of them.
+    asked, known = queries.astype(np.float64), gallery.astype(np.float64)
     if metric == "cosine":
-        here, there = unit(here), unit(there)
+        asked, known = unit(asked), unit(known)
         penalty = 0.0
     else:
-        penalty = (there**2).sum(axis=1) / 2  # order by q.g - |g|²/2 is order by |q - g|
-    k = min(k, len(there))
-    step = max(1, BLOCK_NUMBERS // max(1, len(there)))
+        penalty = (known**2).sum(axis=1) / 2  # order by q.g - |g|²/2 is order by |q - g|
+    k = min(k, len(known))
+    step = max(1, BLOCK_NUMBERS // max(1, len(known)))
     parts = [
-        _best(here[start : start + step] @ there.T - penalty, k)
-        for start in range(0, len(here), step)
+        _best(asked[start : start + step] @ known.T - penalty, k)
+        for start in range(0, len(asked), step)
     ]
     return np.concatenate(parts) if parts else np.empty((0, k), np.int64)
 
@@ -80,7 +93,7 @@ def _best(similarity: Floats, k: int) -> Integers:
     values = np.take_along_axis(similarity, chosen, axis=1)
     order = np.lexsort((chosen, -values), axis=1)
     chosen = np.take_along_axis(chosen, order, axis=1)
-    # Where the last place is a tie, the partition may have picked a higher index.
+    # If the last place is a tie, the partition may have picked a higher index.
     least = values.min(axis=1, keepdims=True)
     crowded = (similarity >= least).sum(axis=1) > k
     for row in np.flatnonzero(crowded):
@@ -89,7 +102,7 @@ def _best(similarity: Floats, k: int) -> Integers:
 
 
 def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return vectors (N, d) of length one; a vector of length zero stays as it is."""
+    """Return vectors (N, d) of length one. A vector of length zero stays as it is."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     scaled: npt.NDArray[Any] = vectors / np.where(lengths > 0, lengths, 1)
     return scaled
@@ -97,11 +110,11 @@ def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def distances(first: Vectors, second: Vectors, metric: str = "cosine") -> Floats:
     """Return the distances (N,) of rows: 1 - cosine (0 to 2), or the Euclidean distance."""
-    here, there = first.astype(np.float64), second.astype(np.float64)
+    left, right = first.astype(np.float64), second.astype(np.float64)
     if metric == "cosine":
-        apart: Floats = 1.0 - np.einsum("nd,nd->n", unit(here), unit(there))
+        apart: Floats = 1.0 - np.einsum("nd,nd->n", unit(left), unit(right))
         return apart
-    lengths: Floats = np.linalg.norm(here - there, axis=1)
+    lengths: Floats = np.linalg.norm(left - right, axis=1)
     return lengths
 
 
@@ -109,7 +122,7 @@ def retrieval(neighbour_labels: Integers, query_labels: Integers) -> Retrieval:
     """Score the labels (Q, 5) of each query's five nearest against the queries' labels (Q,).
 
     AP@5 = sum over relevant positions i of precision at i, divided by the number of relevant
-    positions among the five; 0 where there is none. mMV@5 counts a query whose label is among
+    positions among the five. It is 0 if there is none. mMV@5 counts a query whose label is among
     the most frequent of the five.
     """
     relevant = neighbour_labels == query_labels[:, None]
@@ -143,20 +156,36 @@ def votes(neighbour_labels: Integers, k: int) -> Integers:
 
 
 def retrieval_by_set(
-    gallery: Embedded, queries: Embedded, names: Sequence[str], metric: str = "cosine"
+    gallery: Embedded,
+    queries: Embedded,
+    names: Sequence[str],
+    metric: str = "cosine",
+    labels: str = "class",
 ) -> dict[str, Retrieval]:
-    """Score retrieval within each data set: its queries against its own gallery."""
+    """Score retrieval within each data set: its queries against its own gallery.
+
+    If ``labels`` is ``set``, score which set an image is of, under the name ``all``: all queries
+    against all galleries.
+    """
+    if labels == "set":
+        gallery, queries = gallery.by_set().as_one_set(), queries.by_set().as_one_set()
+        names = ("all",)
     figures = {}
     for number, name in enumerate(names):
-        there, here = gallery.of_set(number), queries.of_set(number)
-        found = nearest(here.vectors, there.vectors, 5, metric)
-        figures[name] = retrieval(there.labels[found], here.labels)
+        own_gallery, own_queries = gallery.of_set(number), queries.of_set(number)
+        found = nearest(own_queries.vectors, own_gallery.vectors, 5, metric)
+        figures[name] = retrieval(own_gallery.labels[found], own_queries.labels)
     return figures
 
 
 def right_set(gallery: Embedded, queries: Embedded, metric: str = "cosine") -> float:
-    """Return the share of queries, in per cent, whose nearest of the whole joined gallery is of
-    their own data set.
+    """Return the share of queries, in per cent, whose nearest image is of their own data set.
+
+    The nearest image is that of all galleries together.
     """
-    found = nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]
-    return 100 * float((gallery.sets[found] == queries.sets).mean())
+    return 100 * float((nearest_sets(gallery, queries, metric) == queries.sets).mean())
+
+
+def nearest_sets(gallery: Embedded, queries: Embedded, metric: str = "cosine") -> Integers:
+    """Return the data set (Q,) of each query's nearest image of all galleries together."""
+    return gallery.sets[nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]]

@@ -9,14 +9,22 @@ from pg_siamese.evaluation.retrieval import Embedded, Floats, Integers, distance
 
 
 def balanced_triples(labels: Integers, count: int, seed: int) -> tuple[Integers, Flags]:
-    """Draw `count` triples of images; in half of them two match, in the others none do.
+    """Draw ``count`` triples of images: in half of them two match, in the others none do.
 
-    Labels are drawn uniformly, so that rare classes count as much as others. Where two match, the
-    third is of another label: three of one label would be easier. `labels` (N,); returns indices
-    (count, 3) in random order within a triple, and whether two match (count,).
+    Labels are drawn uniformly, so that rare classes count as much as others. If two match, the
+    third is of another label: three of one label would be easier.
 
-    Raises ValueError where there are fewer than three labels (of three images of two classes, two
-    always match) or no label with two images.
+    Args:
+        labels: labels (N,).
+        count: number of triples.
+        seed: seed of the draw.
+
+    Returns:
+        Indices (count, 3), in random order within a triple, and whether two match (count,).
+
+    Raises:
+        ValueError: there are fewer than three labels, or no label with two images. Of three images
+            of two classes, two always match.
     """
     random = np.random.default_rng(seed)
     members = {int(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
@@ -55,6 +63,6 @@ def least_distances(embedded: Embedded, triples: Integers, metric: str = "cosine
 def triple_distances(
     embedded: Embedded, count: int, seed: int, metric: str = "cosine"
 ) -> tuple[Floats, Flags]:
-    """Draw triples, half and half; return their least distances and whether two match."""
+    """Draw triples, half and half: return their least distances and whether two match."""
     triples, match = balanced_triples(embedded.labels, count, seed)
     return least_distances(embedded, triples, metric), match

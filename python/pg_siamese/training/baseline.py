@@ -1,7 +1,7 @@
 """A baseline to compare trained encoders with: the pretrained EfficientNet-lite0, as it is.
 
-Its mean features (1,280 numbers, of unit length) of images enlarged to 224 pixels, by cosine. It
-becomes an ONNX file like any other, so that `pg_siamese evaluate` measures it in the same way.
+Its mean features (1,280 dimensions, of unit length) of images enlarged to 224 pixels, by cosine. It
+becomes an ONNX file like any other, so that ``pg_siamese evaluate`` measures it in the same way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class _Features(nn.Module):
 
 
 def export_baseline(path: Path, specs: Sequence[str]) -> None:
-    """Write the pretrained network as ONNX; `specs` are the data sets to evaluate it on."""
+    """Write the pretrained network as ONNX.
+
+    ``specs`` are the data sets to evaluate it on.
+    """
     torch.manual_seed(0)
     metadata = {
         "format": 1,

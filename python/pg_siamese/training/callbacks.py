@@ -1,4 +1,4 @@
-"""What a run writes while it goes: lines, the figures of each epoch, snapshots of the embedding."""
+"""What a run writes: lines, the figures of each epoch, snapshots of the embedding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import lightning
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 
+from pg_siamese.files import write_whole
 from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.learner import embed
 
@@ -17,7 +18,7 @@ SNAPSHOT_IMAGES = 2000
 
 
 class EpochLines(Callback):
-    """One line an epoch, for logs and other places where a progress bar makes no sense."""
+    """Prints one line per epoch, for logs and terminals in which a progress bar makes no sense."""
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -30,10 +31,10 @@ class EpochLines(Callback):
 
 
 class EpochFigures(Callback):
-    """Keeps `metrics.json`: a list with an object an epoch, {"epoch": 1, "train_loss": …, …}.
+    """Keeps ``metrics.json``: a list with an object per epoch, {"epoch": 1, "train_loss": …, …}.
 
-    Figures of validation stand where the epoch ended with one. The file is always whole; a resumed
-    run goes on with it.
+    Figures of validation are in epochs that ended with one. The file is always whole. A resumed run
+    continues it.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -61,17 +62,14 @@ class EpochFigures(Callback):
             if validated or not name.startswith("val_")
         }
         self.rows.append({"epoch": epoch, **figures})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, (json.dumps(self.rows, indent=1) + "\n").encode())
 
 
 class Snapshots(Callback):
-    """Keeps `snapshots.npz`: how the embedding of the validation images forms over the training.
+    """Keeps ``snapshots.npz``: how the embedding of the validation images forms over the training.
 
-    `points` float16 (S, N, 2), `labels` int64 (N,), `epochs` float32 (S,), S evenly spaced by
-    steps and N at most 2,000. A resumed run starts anew with them.
+    ``points`` float16 (S, N, 2), ``labels`` int64 (N,), ``epochs`` float32 (S,), S evenly spaced by
+    steps and N at most 2,000. A resumed run begins them again.
     """
 
     def __init__(self, path: Path, images: JoinedImages, count: int, seed: int) -> None:
@@ -95,7 +93,7 @@ class Snapshots(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep the embedding now and then."""
+        """Keep the embedding if a snapshot is due."""
         total = int(trainer.estimated_stepping_batches)
         due = len(self.points) * total / max(self.count - 1, 1)
         if trainer.global_step >= due or trainer.global_step == total:

@@ -12,17 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pg_siamese.datasets import LabelledImages
-from pg_siamese.training.experiments import Augmentation
+from pg_siamese.datasets import LabelledImages, join_labels
+from pg_siamese.training.experiments.settings import Augmentation
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class JoinedImages(Dataset[Batch]):
-    """Several data sets in a row; the label is 'which class of which set', or 'which set'.
+    """Several data sets in a row.
 
-    Holds `pixels` uint8 (N, H, W, 3), `labels` int64 (N,) with an index into `classes`
-    ("set: class", or the set's name), and `sets` int64 (N,) with an index into `names`.
+    The label is "which class of which set", or "which set".
+
+    Attributes:
+        pixels: uint8 (N, H, W, 3).
+        labels: int64 (N,), each an index into ``classes``.
+        classes: "set: class", or the set's name.
+        sets: int64 (N,), each an index into ``names``.
+        names: names of the sets.
+
+    Raises:
+        ValueError: the data sets have images of different sizes.
     """
 
     def __init__(self, parts: Sequence[LabelledImages], labels: str = "class") -> None:
@@ -31,26 +40,17 @@ class JoinedImages(Dataset[Batch]):
             raise ValueError(f"the data sets have images of different sizes: {sorted(sizes)}")
         self.names = tuple(part.name for part in parts)
         self.pixels = torch.from_numpy(np.concatenate([part.rgb() for part in parts]))
-        self.sets = torch.from_numpy(
-            np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        )
-        if labels == "set":
-            self.classes = self.names
-            self.labels = self.sets.clone()
-            return
-        self.classes = tuple(f"{part.name}: {name}" for part in parts for name in part.classes)
-        starts = np.cumsum([0] + [len(part.classes) for part in parts])
-        self.labels = torch.from_numpy(
-            np.concatenate(
-                [part.labels + start for part, start in zip(parts, starts[:-1], strict=True)]
-            )
-        )
+        joined = join_labels(parts)
+        by_set = labels == "set"
+        self.classes = self.names if by_set else joined.classes
+        self.sets = torch.from_numpy(joined.sets)
+        self.labels = torch.from_numpy(joined.sets if by_set else joined.labels).clone()
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: int | list[int]) -> Batch:
-        """Return one image, or (in three gathers instead of one call an image) a whole batch."""
+        """Return one image, or a whole batch in three gathers instead of one call per image."""
         chosen = torch.as_tensor(index)
         return self.pixels[chosen], self.labels[chosen], self.sets[chosen]
 
@@ -59,14 +59,17 @@ class JoinedImages(Dataset[Batch]):
         return self[indices]
 
     def some(self, count: int, seed: int) -> JoinedImages:
-        """Return `count` of the images, drawn at random; all of them for 0 or fewer images."""
+        """Return ``count`` of the images, drawn at random.
+
+        Return all of them if ``count`` is 0 or there are no more.
+        """
         if not 0 < count < len(self):
             return self
         generator = torch.Generator().manual_seed(seed)
         return self._with(torch.randperm(len(self), generator=generator)[:count].sort().values)
 
     def with_pixels(self, pixels: Tensor, times: int = 1) -> JoinedImages:
-        """Return a copy with something else for the pixels, `times` as many as before."""
+        """Return a copy with other pixels, ``times`` as many as before."""
         copied = self._with(torch.arange(len(self)).repeat(times), pixels=False)
         copied.pixels = pixels
         return copied
@@ -82,7 +85,7 @@ class JoinedImages(Dataset[Batch]):
 class Augmenter:
     """Random flips, rotation, shift, zoom, brightness and contrast, drawn per image on a batch.
 
-    Each data set has its own `Augmentation`: a chest X-ray has no upside-down.
+    Each data set has its own ``Augmentation``: a chest X-ray has no upside-down.
     """
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Augmentation]) -> None:
@@ -90,14 +93,21 @@ class Augmenter:
         self.idle = all(row == Augmentation() for row in rows)
         self.table = {
             field: torch.tensor([float(getattr(row, field)) for row in rows])
-            for field in Augmentation.__dataclass_fields__
+            for field in Augmentation.__struct_fields__
         }
 
     def __call__(self, pixels: Tensor, sets: Tensor) -> Tensor:
-        """Take uint8 (N, H, W, 3) pixels and their set numbers (N,); return float32 in 0..255.
+        """Change a batch at random.
 
-        Anything else than pixels (cached features) is returned as it is, and so is all where
-        there is nothing to change.
+        Anything else than pixels (cached features) is returned as it is. So are pixels if nothing
+        is to be changed.
+
+        Args:
+            pixels: uint8 (N, H, W, 3).
+            sets: the images' set numbers (N,).
+
+        Returns:
+            float32 (N, H, W, 3) in 0..255.
         """
         if self.idle or pixels.ndim != 4:
             return pixels

@@ -1,4 +1,4 @@
-"""The body of `pg_siamese calibrate-domain`: a domain for an encoder that is trained already."""
+"""The body of ``pg_siamese calibrate-domain``: a domain for an encoder that is already trained."""
 
 from __future__ import annotations
 
@@ -32,10 +32,19 @@ def calibrate_domain(
     threads: int = 1,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Write a domain into the metadata of an ONNX file, and into the card beside it, if any.
+    """Write a domain into the metadata of an ONNX file, and into its card if there is one.
 
-    `data` are the data sets that it was trained on, by default those that it names, `outside`
-    others by which errors are counted. The graph stays as it is. Raises CommandError.
+    The graph stays as it is.
+
+    Args:
+        path: the ONNX file.
+        data: the data sets that it was trained on, by default those that it names.
+        outside: data sets by which errors are counted.
+        threads: threads of ONNX Runtime.
+        say: called with lines of progress.
+
+    Raises:
+        CommandError: the file has no calibration, or a data set does not fit.
     """
     require_sklearn()
     model = open_model(path, threads)

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pg_siamese.evaluation.runtime import open_session
+
 OPSET = 18
-LEAST_HALVED = 1024  # numbers: below, nothing is saved that counts
+LEAST_HALVED = 1024  # weights: smaller ones save nothing that counts
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
@@ -37,10 +38,11 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 def to_onnx(
     encoder: nn.Module, size: tuple[int, int] = (28, 28), half: bool = False
 ) -> onnx.ModelProto:
-    """Return an encoder as ONNX: uint8 `image` (batch, H, W, 3) to float32 `embedding` (batch, d).
+    """Return an encoder as ONNX: uint8 ``image`` (batch, H, W, 3) to float32 ``embedding`` (batch,
+    d).
 
-    With `half`, its weights are kept as float16, to be made float32 when it is opened; one that
-    float16 can't hold stays as it is.
+    With ``half``, weights are kept as float16 and made float32 when the file is opened. A weight
+    that float16 can't hold stays as it is.
     """
     example = torch.zeros((2, *size, 3), dtype=torch.uint8)
     # The exporter warns that torchvision, of which nothing is used here, is not installed.
@@ -95,18 +97,10 @@ def _halve_weights(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
-    """Open an encoder, a file or its bytes, in ONNX Runtime on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def embed_onnx(
     model: Path | bytes, pixels: npt.NDArray[np.uint8], batch_size: int = 64, threads: int = 1
 ) -> npt.NDArray[np.float32]:
-    """Embed uint8 pixels (N, H, W, 3) in ONNX Runtime; float32 (N, d)."""
+    """Embed uint8 pixels (N, H, W, 3) in ONNX Runtime: float32 (N, d)."""
     session = open_session(model, threads)
     return np.concatenate(
         [
@@ -126,9 +120,9 @@ def least_cosine(encoder: nn.Module, path: Path, pixels: npt.NDArray[np.uint8]) 
 
 
 def images_per_second(path: Path, batch_size: int = 32, seconds: float = 2.0) -> float:
-    """Measure one thread of ONNX Runtime: images a second of CPU time, best of ten stretches.
+    """Measure one thread of ONNX Runtime: images per second of CPU time, best of ten stretches.
 
-    CPU time, so that what else the machine is doing counts little.
+    CPU time, so that other work on the machine counts little.
     """
     session = open_session(path)
     shape = session.get_inputs()[0].shape[1:]

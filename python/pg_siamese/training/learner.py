@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import lightning
+import msgspec
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from pg_siamese.evaluation.retrieval import Embedded, retrieval_by_set
 from pg_siamese.training.data import Augmenter, Batch
-from pg_siamese.training.experiments import Experiment, parse_experiment
-from pg_siamese.training.networks import build_network
-from pg_siamese.training.objectives import build_objective
+from pg_siamese.training.experiments.settings import Experiment, parse_experiment
+from pg_siamese.training.registry import build_network, build_objective
 from pg_siamese.training.sampling import draw_pairs, draw_triplets
 
 CHECKPOINT_KEY = "pg_siamese"
@@ -27,7 +26,7 @@ class MetricLearner(lightning.LightningModule):
     """Trains an encoder with an objective.
 
     Validation is the retrieval protocol itself: dataloader 0 is the gallery, dataloader 1 the
-    queries; `val_map5` is the mean over the data sets. `val_loss` and `val_accuracy` are the
+    queries. ``val_map5`` is the mean over the data sets. ``val_loss`` and ``val_accuracy`` are the
     objective's own, on images, pairs or triplets of the queries, the same every time.
     """
 
@@ -48,12 +47,13 @@ class MetricLearner(lightning.LightningModule):
             experiment.metric,
             experiment.objective.options,
             sets_of(names, classes),
+            self.encoder.parts,
         )
         self.augment = Augmenter(names, {name: experiment.augmentation_of(name) for name in names})
         self._seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def encode(self, batch: Tensor) -> Tensor:
-        """Embed pixels (N, H, W, 3), or the features (N, F) that a frozen network gave for them."""
+        """Embed pixels (N, H, W, 3), or the features (N, F) of a frozen network."""
         encoder: Any = self.encoder
         half = self.training and self.experiment.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -85,10 +85,8 @@ class MetricLearner(lightning.LightningModule):
         self._validate_objective()
         gallery, queries = (joined(self._seen[number]) for number in (0, 1))
         self._seen = {}
-        if self.experiment.labels == "set":
-            gallery, queries = (as_one_set(part) for part in (gallery, queries))
-        names = self.names if self.experiment.labels == "class" else ("all",)
-        figures = retrieval_by_set(gallery, queries, names, self.experiment.metric)
+        metric, matching = self.experiment.metric, self.experiment.labels
+        figures = retrieval_by_set(gallery, queries, self.names, metric, matching)
         for name, score in figures.items():
             self.log(f"val_map5/{name}", score.map5)
         mean = float(np.mean([score.map5 for score in figures.values()]))
@@ -112,9 +110,10 @@ class MetricLearner(lightning.LightningModule):
             self.log("val_accuracy", outcome.accuracy)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Set up the optimiser, and its rate: constant, halved where validation gets no better
-        ("plateau"), falling to zero along a cosine, or first rising for a tenth of the steps
-        ("one_cycle").
+        """Set up the optimiser and its rate.
+
+        The rate is constant, halved when validation gets no better ("plateau"), falling to zero
+        along a cosine, or first rising for a tenth of the steps ("one_cycle").
         """
         settings = self.experiment.optimiser
         # Norms and biases are not decayed, as is usual.
@@ -169,9 +168,9 @@ class MetricLearner(lightning.LightningModule):
             torch.manual_seed(self.experiment.seed * 10_000 + self.current_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what the encoder was made from, for `load_learner`."""
+        """Store what the encoder was made from, for ``load_learner``."""
         checkpoint[CHECKPOINT_KEY] = {
-            "experiment": dataclasses.asdict(self.experiment),
+            "experiment": msgspec.to_builtins(self.experiment),
             "names": list(self.names),
             "classes": list(self.classes),
         }
@@ -189,10 +188,13 @@ def sets_of(names: tuple[str, ...], classes: tuple[str, ...]) -> list[int]:
 
 
 def load_learner(path: Any) -> MetricLearner:
-    """Read a checkpoint: the learner as it was, with the averaged weights where they were averaged.
+    """Read a checkpoint: the learner as it was, with the averaged weights if there are any.
 
-    Only tensors and plain values are read, no code. Raises `ValueError` where it's no checkpoint
-    of this project, `OSError` where it can't be read.
+    Only tensors and plain values are read, no code.
+
+    Raises:
+        ValueError: it is no checkpoint of this project.
+        OSError: it can't be read.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -210,8 +212,9 @@ def load_learner(path: Any) -> MetricLearner:
 
 
 class AverageWeights(WeightAveraging):
-    """Exponential moving average of the weights (and batch-norm statistics): what is validated
-    and exported. It makes up for the noise of the small validation splits.
+    """Exponential moving average of the weights (and batch-norm statistics).
+
+    It is what is validated and exported. It makes up for the noise of the small validation splits.
     """
 
     def __init__(self, decay: float) -> None:
@@ -229,14 +232,9 @@ def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Embedded:
     return Embedded(vectors, labels, sets)
 
 
-def as_one_set(embedded: Embedded) -> Embedded:
-    """Return the same embeddings as those of one data set."""
-    return Embedded(embedded.vectors, embedded.labels, np.zeros_like(embedded.sets))
-
-
 @torch.inference_mode()
 def embed(encoder: torch.nn.Module, pixels: Tensor, batch_size: int = 256) -> np.ndarray:
-    """Embed uint8 pixels (N, H, W, 3) with an encoder in evaluation mode; float32 (N, d)."""
+    """Embed uint8 pixels (N, H, W, 3) with an encoder in evaluation mode: float32 (N, d)."""
     encoder.eval()
     parts = [encoder(part) for part in torch.split(pixels, batch_size)]
     return torch.cat(parts).cpu().numpy()

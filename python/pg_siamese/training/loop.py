@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import msgspec
 import onnx
 import torch
 from lightning.pytorch.callbacks import (
@@ -28,7 +29,8 @@ from pg_siamese.datasets import DataFormatError, DataNotFoundError, DataSplits, 
 from pg_siamese.training.callbacks import EpochFigures, EpochLines, Snapshots
 from pg_siamese.training.card import write_card
 from pg_siamese.training.data import Batch, JoinedImages
-from pg_siamese.training.experiments import Experiment, ExperimentError
+from pg_siamese.training.experiments import ExperimentError
+from pg_siamese.training.experiments.settings import Experiment
 from pg_siamese.training.export import images_per_second, least_cosine, to_onnx
 from pg_siamese.training.files import write_model
 from pg_siamese.training.learner import AverageWeights, MetricLearner, load_learner
@@ -74,12 +76,24 @@ def run(
     threads: int = 2,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Train an experiment and write `model.onnx` and its card `model.md` into the run's folder.
+    """Train an experiment and write ``model.onnx`` and its card ``model.md`` into the run's folder.
 
-    With `output`, model and card are written there as well (the card with the suffix .md). Returns
-    the metadata written into the file. Raises `DataNotFoundError` where the data can't be had,
-    `ExperimentError` where the experiment doesn't fit it, and `ExportError` where ONNX Runtime and
-    PyTorch differ.
+    Args:
+        experiment: what to train.
+        command: the command line, for the metadata.
+        runs: folder of all runs.
+        output: another file to write the model to, with its card.
+        resume: continue from the run's last checkpoint, if there is one.
+        threads: threads of the CPU.
+        say: called with lines of progress.
+
+    Returns:
+        The metadata written into the file.
+
+    Raises:
+        DataNotFoundError: the data is not available.
+        ExperimentError: the experiment doesn't fit the data.
+        ExportError: ONNX Runtime and PyTorch differ.
     """
     folder = run_folder(runs, experiment)
     trained = fit(
@@ -91,7 +105,7 @@ def run(
 def write(
     trained: Trained, path: Path, output: Path | None = None, *, say: Say = print
 ) -> dict[str, Any]:
-    """Export an encoder to `path` (and `output`), check it, and write the model card beside it."""
+    """Export an encoder to ``path`` (and ``output``), check it, and write its model cards."""
     write_model(trained.model, path, trained.metadata)
     cosine = check(trained, path)
     speed = images_per_second(path)
@@ -117,8 +131,10 @@ def fit(
     test: bool = True,
     say: Say = print,
 ) -> Trained:
-    """Train, calibrate on validation pairs and evaluate; `test=False` leaves the test split
-    alone, for choosing settings. `resume` goes on from the last checkpoint in `folder`, if any.
+    """Train, calibrate on validation pairs and evaluate.
+
+    ``test=False`` leaves the test split alone, for choosing settings. ``resume`` continues from the
+    last checkpoint in ``folder``, if there is one.
     """
     torch.set_num_threads(threads)
     _quiet()
@@ -132,7 +148,7 @@ def fit(
     for part in (train, val):
         if not len(part):
             raise DataFormatError(
-                f"{experiment.name}: too few images: none is left for the validation split; each "
+                f"{experiment.name}: too few images: none is left for the validation split. Each "
                 "class needs some eight"
             )
     drawn = Batches(
@@ -167,7 +183,7 @@ def fit(
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         ),
-        # Of its own: `save_last` of the one above keeps the last of the best. After all else of
+        # Of its own: ``save_last`` of the one above keeps the last of the best. After all else of
         # the epoch, so that a resumed run starts with the next one.
         ModelCheckpoint(
             folder,
@@ -222,18 +238,20 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Export a checkpoint, or that of a run's folder which its experiment keeps.
 
-    The data is opened again, for calibration and figures. Raises `ExportError` where there is no
-    checkpoint, and as `run` does.
+    The data is opened again, for calibration and figures.
+
+    Raises:
+        ExportError: there is no checkpoint, or as in ``run``.
     """
     torch.set_num_threads(threads)
     _quiet()
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if checkpoint.is_dir():
-        there = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
-        if not there:
+        found = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
+        if not found:
             raise ExportError(f"{folder}: neither {BEST} nor {LAST} is in this folder")
-        keep = load_learner(there[0]).experiment.validation.keep
-        checkpoint = folder / (BEST if keep == "best" and folder / BEST in there else there[0].name)
+        keep = load_learner(found[0]).experiment.validation.keep
+        checkpoint = folder / (BEST if keep == "best" and folder / BEST in found else found[0].name)
     try:
         learner = load_learner(checkpoint)
     except ValueError as error:
@@ -273,17 +291,13 @@ def finish(
 def open_splits(experiment: Experiment, say: Say = print) -> list[DataSplits]:
     """Open the experiment's data sets, at its input's size.
 
-    Raises `DataNotFoundError` where one can't be had, or with `skip_missing` where none can.
+    Raises:
+        DataNotFoundError: a set is not available. With ``skip_missing``: no set is available.
+        ExperimentError: the experiment names no data, or two sets have one name.
     """
     if not experiment.data:
         raise ExperimentError(f"{experiment.name} needs data: --data folder:PATH, for example")
-    size = experiment.input
-    spec = InputSpec(
-        width=size.width,
-        height=size.height,
-        resize=size.resize,
-        interpolation=size.interpolation,
-    )
+    spec = InputSpec(**msgspec.structs.asdict(experiment.input))
     found, missing = [], []
     for text in experiment.data:
         try:
@@ -302,7 +316,14 @@ def open_splits(experiment: Experiment, say: Say = print) -> list[DataSplits]:
 
 
 def check(trained: Trained, path: Path) -> float:
-    """Compare the file with PyTorch on test images of each set; return the least cosine."""
+    """Compare the file with PyTorch on test images of each set.
+
+    Returns:
+        The least cosine.
+
+    Raises:
+        ExportError: the cosine is too low.
+    """
     cosine = min(
         least_cosine(trained.encoder, path, s.test.rgb()[:CHECKED_IMAGES]) for s in trained.splits
     )
@@ -312,7 +333,7 @@ def check(trained: Trained, path: Path) -> float:
 
 
 def as_it_is(batch: Any) -> Any:
-    """Collate nothing: `JoinedImages` gives whole batches."""
+    """Collate nothing: ``JoinedImages`` gives whole batches."""
     return batch
 
 

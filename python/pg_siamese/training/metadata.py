@@ -7,25 +7,19 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 
 from pg_siamese.datasets import DataFormatError, DataSplits, sha256
 from pg_siamese.evaluation.domain import domain_errors, fit_domain, other_images
-from pg_siamese.evaluation.pairs import (
-    Calibration,
-    Flags,
-    calibrate,
-    pair_distances,
-    score_pairs,
-)
-from pg_siamese.evaluation.retrieval import Embedded, Floats, Vectors, retrieval_by_set, right_set
+from pg_siamese.evaluation.figures import CHOOSING_SEED, draw_pairs, stated_figures
+from pg_siamese.evaluation.pairs import calibrate
+from pg_siamese.evaluation.retrieval import Embedded
 from pg_siamese.training.data import JoinedImages
-from pg_siamese.training.experiments import Experiment
+from pg_siamese.training.experiments.settings import Experiment
 from pg_siamese.training.export import embed_onnx
-from pg_siamese.training.learner import as_one_set
 from pg_siamese_server.encoding.specification import InputSpec
 
-PAIRS = 20_000
 # Figures are of at most so many images of train: retrieval compares all with all.
 GALLERY = 60_000
 
@@ -46,13 +40,23 @@ def describe(
     test: bool = True,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Return the metadata of a trained encoder, a JSON object; its figures are those of `model`,
-    the bytes of an ONNX file, as they are found by whoever has it.
+    """Return the metadata of a trained encoder, a JSON object.
 
-    `head` is weight and bias of the Siamese head, which is the calibration where there is one;
-    otherwise a logistic regression is fitted on validation pairs. The threshold is always chosen
-    on these. The domain is fitted to train and validation images. Raises `DataFormatError` where
-    there are no such pairs.
+    Its figures are those of the ONNX file, as anyone who has it finds them. The threshold is chosen
+    on validation pairs. The domain is fitted to train and validation images.
+
+    Args:
+        experiment: what was trained.
+        model: the bytes of the ONNX file.
+        splits: the data sets.
+        command: the command line that made it.
+        head: weight and bias of the Siamese head, which then are the calibration. Otherwise a
+            logistic regression is fitted on validation pairs.
+        test: state figures of the test split, too.
+        say: called with lines of progress.
+
+    Raises:
+        DataFormatError: there are no such pairs.
     """
     joined = {
         part: JoinedImages([getattr(s, part) for s in splits], experiment.labels)
@@ -62,14 +66,23 @@ def describe(
     gallery = embed_joined(model, train.some(GALLERY, experiment.seed))
     queries = embed_joined(model, joined["val"])
     try:
-        calibration = calibrate(*_pairs(queries, experiment, 0))
+        pairs = draw_pairs(queries, experiment.labels, metric, experiment.seed + CHOOSING_SEED)
+        calibration = calibrate(*pairs)
         if head is not None:
             calibration = dataclasses.replace(calibration, weight=head[0], bias=head[1])
         parts = {"validation": queries}
         if test:
             parts["test"] = embed_joined(model, joined["test"])
         metrics = {
-            part: _figures(gallery, embedded, train.names, experiment, calibration)
+            part: stated_figures(
+                gallery,
+                embedded,
+                calibration,
+                names=train.names,
+                labels=experiment.labels,
+                metric=metric,
+                seed=experiment.seed,
+            )
             for part, embedded in parts.items()
         }
     except ValueError as error:
@@ -78,12 +91,15 @@ def describe(
             "images of a class at least"
         ) from error
     domain = fit_domain(gallery.vectors, queries.vectors, metric, experiment.seed)
-    size = InputSpec(**dataclasses.asdict(experiment.input))
+    size = InputSpec(**msgspec.structs.asdict(experiment.input))
     others = {
         name: embed_onnx(model, pixels, threads=torch.get_num_threads())
         for name, pixels in other_images(experiment.outside, size, say)
     }
-    known = {part: _by_set(embedded, train.names) for part, embedded in parts.items()}
+    known = {
+        part: {name: embedded.of_set(place).vectors for place, name in enumerate(train.names)}
+        for part, embedded in parts.items()
+    }
     return {
         "format": 1,
         "name": experiment.name,
@@ -113,40 +129,11 @@ def describe(
     }
 
 
-def _by_set(embedded: Embedded, names: tuple[str, ...]) -> dict[str, Vectors]:
-    return {name: embedded.vectors[embedded.sets == place] for place, name in enumerate(names)}
-
-
-def _pairs(embedded: Embedded, experiment: Experiment, shift: int) -> tuple[Floats, Flags]:
-    # Where the set is what matches, all pairs that don't are of two sets; `pair_distances` would
-    # look for some of one set.
-    if experiment.labels == "set":
-        embedded = as_one_set(embedded)
-    return pair_distances(embedded, PAIRS, experiment.seed + shift, experiment.metric)
-
-
-def _figures(
-    gallery: Embedded,
-    embedded: Embedded,
-    names: tuple[str, ...],
-    experiment: Experiment,
-    calibration: Calibration,
-) -> dict[str, Any]:
-    pairs = score_pairs(*_pairs(embedded, experiment, 1), calibration)
-    known = names if experiment.labels == "class" else ("all",)
-    whole = gallery, embedded
-    if experiment.labels == "set":
-        whole = as_one_set(gallery), as_one_set(embedded)
-    retrieved = retrieval_by_set(*whole, known, experiment.metric)
-    return {
-        "retrieval": {name: score.as_dict() for name, score in retrieved.items()},
-        "right_set": round(right_set(gallery, embedded, experiment.metric), 3),
-        "pairs": {k: round(v, 4) for k, v in dataclasses.asdict(pairs).items()},
-    }
-
-
 def _sources(splits: DataSplits) -> list[dict[str, str]]:
-    """Name the files of a data set; of a folder of images only how it was named."""
+    """Name the files of a data set.
+
+    Of a folder of images, say only how it was named.
+    """
     same = {"name": splits.name, "spec": splits.spec}
     files = splits.files
     if len(files) > 16:

@@ -1,4 +1,4 @@
-"""Which images are drawn for the batches of training: seeded, and anew for each epoch."""
+"""Which images are drawn for the batches of training: seeded, and again for each epoch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.utils.data import Sampler, WeightedRandomSampler
 
 from pg_siamese.datasets import DataFormatError
 from pg_siamese.evaluation.pairs import balanced_pairs
-from pg_siamese.training.experiments import ExperimentError, Sampling
+from pg_siamese.training.experiments import ExperimentError
+from pg_siamese.training.experiments.settings import Sampling
 
 __all__ = ["Batches", "balanced_pairs", "class_sampler", "draw_pairs", "draw_triplets"]
 
@@ -24,7 +25,7 @@ Integers = npt.NDArray[np.int64]
 def class_sampler(
     labels: Tensor, balance: float, seed: int, count: int = 0
 ) -> WeightedRandomSampler:
-    """Draw as many images as there are (or `count`), rare classes more often than their share.
+    """Draw as many images as there are (or ``count``), rare classes more often than their share.
 
     A class of n images is drawn in proportion to n ** (1 - balance): 0 leaves the data's own
     shares, 1 draws all classes equally often. In between, a class of 66 images among 4,000 is
@@ -72,12 +73,16 @@ class _Members:
 
 
 def draw_pairs(labels: Integers, count: int, seed: int) -> tuple[Integers, Integers]:
-    """Draw `count` pairs of images in random order, half of which match (same label).
+    """Draw ``count`` pairs of images in random order, half of which match (same label).
 
-    Labels are drawn uniformly, so that rare ones count as much as others; one with a single image
-    is only in pairs that don't match. Returns first and second index, each (count,).
+    Labels are drawn uniformly, so that rare ones count as much as others. One with a single image
+    is only in pairs that don't match.
 
-    Raises `DataFormatError` where there is no pair of one kind.
+    Returns:
+        First and second index, each (count,).
+
+    Raises:
+        DataFormatError: there is no pair of one kind.
     """
     random = np.random.default_rng(seed)
     members = _Members(labels)
@@ -85,17 +90,22 @@ def draw_pairs(labels: Integers, count: int, seed: int) -> tuple[Integers, Integ
     first, second = np.empty(count, np.int64), np.empty(count, np.int64)
     same = random.choice(members.paired, int(match.sum()))
     first[match], second[match] = members.two(same, random)
-    here = random.choice(members.known, count - len(same))
-    first[~match] = members.one(here, random)
-    second[~match] = members.one(members.other(here, random), random)
+    label = random.choice(members.known, count - len(same))
+    first[~match] = members.one(label, random)
+    second[~match] = members.one(members.other(label, random), random)
     return first, second
 
 
 def draw_triplets(labels: Integers, count: int, seed: int) -> tuple[Integers, Integers, Integers]:
-    """Draw `count` triplets: anchor, positive (same label), negative (another one).
+    """Draw ``count`` triplets: anchor, positive (same label), negative (another one).
 
-    Labels are drawn uniformly among those with two images. Returns three indices, each (count,).
-    Raises `DataFormatError` where there is no such triplet.
+    Labels are drawn uniformly among those with two images.
+
+    Returns:
+        Three indices, each (count,).
+
+    Raises:
+        DataFormatError: there is no such triplet.
     """
     random = np.random.default_rng(seed)
     members = _Members(labels)
@@ -107,8 +117,11 @@ def draw_triplets(labels: Integers, count: int, seed: int) -> tuple[Integers, In
 class Batches(Sampler[list[int]]):
     """Draws the batches of an epoch, each a list of image numbers in the objective's order.
 
-    Every epoch has a draw of its own, which depends on `seed` and the epoch's number alone: so a
-    run that goes on from a checkpoint draws what it would have drawn.
+    Every epoch has a draw of its own, which depends on ``seed`` and the epoch's number alone. So a
+    run that continues from a checkpoint draws what it would have drawn.
+
+    Raises:
+        ExperimentError: the objective takes another kind, or there are too few images.
     """
 
     def __init__(
@@ -137,7 +150,7 @@ class Batches(Sampler[list[int]]):
         return self.count // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw for this epoch from now on; Lightning calls it."""
+        """Draw for this epoch from now on. Lightning calls it."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -147,7 +160,7 @@ class Batches(Sampler[list[int]]):
             yield part.reshape(-1).tolist()
 
     def _draw(self) -> Integers:
-        """Return image numbers (1, 2 or 3; count): single images, pairs or triplets."""
+        """Return image numbers (1, 2 or 3, count): single images, pairs or triplets."""
         seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
         labels = self.labels.numpy()
         if self.sampling.kind == "pairs":

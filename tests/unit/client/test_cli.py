@@ -13,27 +13,19 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pg_siamese.cli.main import app, expected
+from pg_siamese.cli.failures import describe_failure
+from pg_siamese.cli.main import app
+from pg_siamese.cli.reference import commands, reference
 from pg_siamese.cli.terminal import PROGRESS_NOTICE
 from pg_siamese.client.connection import CommandError, connect, describe_error
 from pg_siamese.client.queries import Collection, display_pixels, search_statement
 from pg_siamese.client.sources import png
+from tools.project import ROOT
 
 if TYPE_CHECKING:
     from typer.testing import Result
 
-COMMANDS = (
-    "load",
-    "query",
-    "status",
-    "build-index",
-    "rebuild-file",
-    "register-model",
-    "demo",
-    "train",
-    "evaluate",
-    "baseline",
-)
+COMMANDS = [name for name, _ in commands()]
 
 
 def run(*arguments: str) -> Result:
@@ -72,6 +64,13 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage" in result.stdout
 
 
+def test_the_reference_is_up_to_date(pytestconfig: pytest.Config) -> None:
+    file = ROOT / "docs" / "cli.md"
+    if pytestconfig.getoption("renew_golden"):
+        file.write_text(reference(), encoding="utf-8")
+    assert file.read_text(encoding="utf-8") == reference(), "renew it with --renew-golden"
+
+
 def test_start_up_imports_nothing_heavy() -> None:
     script = (
         "import sys, pg_siamese.cli.main;"
@@ -95,7 +94,7 @@ def test_no_server_is_one_line(arguments: list[str], no_server: str) -> None:
     line = fails(*arguments, "--dsn", no_server)
     assert "connection to server" in line
     assert "--dsn" in line
-    assert "make up" in line
+    assert "start the server" in line
 
 
 def test_the_pg_variables_say_where_the_server_is(
@@ -159,10 +158,10 @@ def test_bad_model_options(option: str, value: str, message: str, tmp_path: Path
 
 
 def test_bugs_keep_their_traceback() -> None:
-    assert expected(KeyError("x")) is None
-    assert expected(ValueError("x")) is None
-    assert expected(psycopg.errors.UndefinedTable("no table")) == "no table"
-    assert expected(CommandError("so")) == "so"
+    assert describe_failure(KeyError("x")) is None
+    assert describe_failure(ValueError("x")) is None
+    assert describe_failure(psycopg.errors.UndefinedTable("no table")) == "no table"
+    assert describe_failure(CommandError("so")) == "so"
 
 
 def test_errors_of_the_server_are_one_line() -> None:
@@ -239,7 +238,7 @@ def test_other_keys_go_through_similar_rows() -> None:
 
 
 def test_a_key_of_the_wrong_kind_is_said_so() -> None:
-    with pytest.raises(CommandError, match='"abc" is no key'):
+    with pytest.raises(CommandError, match='"abc" is not a valid key: keys are integers'):
         search_statement(collection(), key="abc")
 
 

@@ -17,7 +17,14 @@ from PIL import Image
 
 from pg_siamese.client.connection import CommandError
 from pg_siamese.client.loading import LoadReport, Target, batches, load_part, store
-from pg_siamese.client.sources import ImageRow, counted, labelled_part, png, printable, read_source
+from pg_siamese.client.sources import (
+    ImageRow,
+    count_left_out,
+    labelled_part,
+    png,
+    printable,
+    read_source,
+)
 from pg_siamese.datasets import DataFormatError, DataNotFoundError, LabelledImages, LeftOut
 
 if TYPE_CHECKING:
@@ -149,7 +156,9 @@ def test_other_errors_end_the_load_at_once_and_say_what_is_stored() -> None:
 
 def test_ctrl_c_says_what_is_stored() -> None:
     server = Server(failure=KeyboardInterrupt())
-    with pytest.raises(CommandError, match=r"20 images stored.*goes on from there") as caught:
+    with pytest.raises(
+        CommandError, match=r"20 images stored.*run the same command to continue"
+    ) as caught:
         store(server.connection, TARGET, many(50), batch_rows=10)
     assert caught.value.exit_code == 130
     assert len(server.images) == 20
@@ -298,11 +307,11 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
         "pets/cat/caf\\xe9.png": "its name is not UTF-8",
         "pets/b\\xfcrste/h.png": "its name is not UTF-8",
     }
-    assert counted(left_out) == (
+    assert count_left_out(left_out) == (
         "8 files left out: 2 .heic, 2 of a name that is not UTF-8, 1 hidden, 1 without a suffix,"
         " 1 .dcm, 1 .txt"
     )
-    assert counted([]) == ""
+    assert count_left_out([]) == ""
 
 
 def test_a_folder_of_no_text(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_missing_or_short(tmp_path: Path) -> None:
     for about in ({"length": "400"}, {"offset": "99"}, {"offset": "-1"}, {"length": "-2"}):
         with pytest.raises(CommandError, match="too short"):
             read_model(written(tmp_path, **about))
-    with pytest.raises(CommandError, match="no valid place"):
+    with pytest.raises(CommandError, match="no valid offset"):
         read_model(written(tmp_path, offset="x"))
 
 

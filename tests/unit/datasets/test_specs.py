@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_siamese import datasets
 from pg_siamese.datasets import (
     DataFormatError,
     DataNotFoundError,
@@ -290,7 +289,7 @@ def test_a_pickle_that_runs_code_is_refused(
         ("folder", "needs something after a colon"),
         ("mnist:x", "stands alone"),
         ("medmnist:organmnist3d", "only 2-D sets"),
-        ("medmnist:chestmnist", "one label an image"),
+        ("medmnist:chestmnist", "one label per image"),
     ],
 )
 def test_texts_that_name_nothing(spec: str, message: str) -> None:
@@ -301,7 +300,8 @@ def test_texts_that_name_nothing(spec: str, message: str) -> None:
 def test_sets_that_are_not_there_say_where_they_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets.places, "PROJECT", tmp_path / "project")
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
     monkeypatch.setenv("PG_SIAMESE_DATA", str(tmp_path / "own"))
     for name in ("mnist", "cifar10", "imagenette"):
         with pytest.raises(DataNotFoundError, match=f"{tmp_path / 'own' / name}"):

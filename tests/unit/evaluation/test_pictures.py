@@ -14,7 +14,7 @@ from PIL import Image
 from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import LabelledImages
 from pg_siamese.evaluation.figures import Evaluation
-from pg_siamese.evaluation.pictures import write_pictures
+from pg_siamese.evaluation.pictures import style, write_pictures
 from pg_siamese.evaluation.pictures.collages import (
     Shown,
     Triplet,
@@ -163,15 +163,18 @@ def test_ten_nearest_of_each_query() -> None:
     assert "0.900" in texts(figure)
 
 
-def test_a_picture_that_would_be_large_is_reduced(tmp_path: Path) -> None:
-    figure = new_figure(8, 8)
-    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)
+def test_a_picture_that_would_be_large_is_reduced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(style, "MOST_BYTES", 20_000)
+    figure = new_figure(3, 3)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
     figure.subplots().imshow(noise, interpolation="nearest")
     path = save(figure, tmp_path / "new" / "noise.png")
     with Image.open(path) as picture:
         assert picture.mode == "P"
     # Noise can't be packed, so it ends with the least size.
-    assert size_of(path)[0] < 600
+    assert size_of(path)[0] < 3 * 120 * 0.6
 
 
 # --- all that apply ---------------------------------------------------------------------------

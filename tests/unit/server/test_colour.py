@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from PIL import Image
 from pg_siamese_server.encoding import colour
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import InputSpec
-from tests import profiles
-from tests.support import Array
-from tests.tiff_files import Tiff
+from tests.support import Array, saved
+from tests.unit.server import profiles
+from tests.unit.server.tiff_files import Tiff
 
 WIDTH, HEIGHT = 24, 18
 SPEC = InputSpec(WIDTH, HEIGHT)
@@ -30,12 +29,7 @@ def pixels() -> Array:
     return noise
 
 
-def save(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
+@pytest.mark.law(13)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize(
     ("profile", "colorants", "gamma"),
@@ -46,7 +40,7 @@ def test_colours_are_those_of_the_profile(
     kind: str, profile: bytes, colorants: Array, gamma: float | None, pixels: Array
 ) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
-    data = save(Image.fromarray(pixels), kind, icc_profile=profile, **options)
+    data = saved(Image.fromarray(pixels), kind, icc_profile=profile, **options)
     found = decode_image(data, SPEC).astype(int)
     expected = profiles.converted(pixels, colorants, gamma)
     difference = np.abs(found - expected)
@@ -57,8 +51,8 @@ def test_colours_are_those_of_the_profile(
 def test_jpeg_and_its_part_of_the_size(pixels: Array) -> None:
     soft = Image.fromarray(pixels // 4 + 96)
     large = soft.resize((WIDTH * 20, HEIGHT * 20), Image.Resampling.BICUBIC)
-    plain = decode_image(save(large, "JPEG", quality=95), SPEC)
-    found = decode_image(save(large, "JPEG", quality=95, icc_profile=P3), SPEC)
+    plain = decode_image(saved(large, "JPEG", quality=95), SPEC)
+    found = decode_image(saved(large, "JPEG", quality=95, icc_profile=P3), SPEC)
     expected = profiles.converted(plain, profiles.DISPLAY_P3, None)
     assert np.abs(found - expected).mean() < 2
 
@@ -69,7 +63,7 @@ def test_large_pictures_are_reduced_first(
 ) -> None:
     soft = Image.fromarray(pixels // 2 + 64).convert(mode)
     large = soft.resize((WIDTH * 12 + 5, HEIGHT * 12 + 7), Image.Resampling.BICUBIC)
-    data = save(large, "PNG", icc_profile=P3)
+    data = saved(large, "PNG", icc_profile=P3)
     for resize in ("stretch", "crop", "pad"):
         spec = InputSpec(WIDTH, HEIGHT, resize=resize)
         found = decode_image(data, spec).astype(int)
@@ -83,16 +77,16 @@ def test_alpha_and_palette(pixels: Array) -> None:
     alpha = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
     alpha[:9] = 0
     layered = Image.fromarray(np.concatenate([pixels, alpha], axis=2))
-    found = decode_image(save(layered, "PNG", icc_profile=P3), SPEC)
+    found = decode_image(saved(layered, "PNG", icc_profile=P3), SPEC)
     assert (found[:9] == 255).all()
     expected = profiles.converted(pixels, profiles.DISPLAY_P3, None)
     assert np.abs(found[9:] - expected[9:]).max() <= 3
     palette = Image.fromarray(pixels).quantize(16)
-    found = decode_image(save(palette, "PNG", icc_profile=P3), SPEC)
+    found = decode_image(saved(palette, "PNG", icc_profile=P3), SPEC)
     expected = profiles.converted(np.asarray(palette.convert("RGB")), profiles.DISPLAY_P3, None)
     assert np.abs(found - expected).max() <= 3
     clear = int(np.asarray(palette)[0, 0])
-    found = decode_image(save(palette, "PNG", icc_profile=P3, transparency=clear), SPEC)
+    found = decode_image(saved(palette, "PNG", icc_profile=P3, transparency=clear), SPEC)
     assert (found[np.asarray(palette) == clear] == 255).all()
 
 
@@ -105,7 +99,7 @@ def test_tiff_of_sixteen_bits(pixels: Array) -> None:
 
 
 def test_to_one_channel(pixels: Array) -> None:
-    data = save(Image.fromarray(pixels), "PNG", icc_profile=P3)
+    data = saved(Image.fromarray(pixels), "PNG", icc_profile=P3)
     found = decode_image(data, InputSpec(WIDTH, HEIGHT, channels=1))[..., 0]
     luma = decode_image(data, SPEC) @ [0.299, 0.587, 0.114]
     assert np.abs(found - luma).max() <= 1
@@ -114,15 +108,15 @@ def test_to_one_channel(pixels: Array) -> None:
 def test_printing() -> None:
     """All inks but black give a dark grey in print, as only the profile knows."""
     inks = Image.new("CMYK", (WIDTH, HEIGHT), (255, 255, 255, 0))
-    data = save(inks, "JPEG", quality=95, icc_profile=profiles.press(255))
+    data = saved(inks, "JPEG", quality=95, icc_profile=profiles.press(255))
     found = decode_image(data, SPEC).astype(int)
     assert np.abs(found - 94).max() <= 4  # L of 40
-    assert (decode_image(save(inks, "JPEG", quality=95), SPEC) < 4).all()
+    assert (decode_image(saved(inks, "JPEG", quality=95), SPEC) < 4).all()
 
 
 def test_grey_is_left_as_it_is(pixels: Array) -> None:
     image = Image.fromarray(pixels[..., 0])
-    data = save(image, "PNG", icc_profile=profiles.grey(1.0))
+    data = saved(image, "PNG", icc_profile=profiles.grey(1.0))
     assert (decode_image(data, SPEC)[..., 0] == pixels[..., 0]).all()
 
 
@@ -142,7 +136,7 @@ def test_grey_is_left_as_it_is(pixels: Array) -> None:
     ids=range(9),
 )
 def test_what_is_no_profile_of_the_picture_is_ignored(profile: bytes, pixels: Array) -> None:
-    data = save(Image.fromarray(pixels), "TIFF", icc_profile=profile)
+    data = saved(Image.fromarray(pixels), "TIFF", icc_profile=profile)
     np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
 
 
@@ -155,15 +149,15 @@ def test_damaged_profiles_never_fail(pixels: Array) -> None:
             mutated = np.frombuffer(profile, np.uint8).copy()
             places = generator.integers(0, len(mutated), 6)
             mutated[places] = generator.integers(0, 256, 6)
-            data = save(image, "TIFF", icc_profile=mutated.tobytes())
+            data = saved(image, "TIFF", icc_profile=mutated.tobytes())
             assert decode_image(data, SPEC).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_srgb_changes_nothing_and_is_known(pixels: Array, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = save(Image.fromarray(pixels), "PNG", icc_profile=SRGB)
+    data = saved(Image.fromarray(pixels), "PNG", icc_profile=SRGB)
     np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
     # Nothing is built or applied the next time.
-    monkeypatch.setattr(colour, "_made", None)
+    monkeypatch.setattr(colour, "_build_transform", None)
     np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
 
 
@@ -171,7 +165,7 @@ def test_transforms_are_kept_but_few(pixels: Array) -> None:
     colour._transforms.clear()
     for number in range(colour.MAX_TRANSFORMS + 5):
         profile = profiles.screen(profiles.DISPLAY_P3, 1.5 + number / 50)
-        decode_image(save(Image.fromarray(pixels), "PNG", icc_profile=profile), SPEC)
+        decode_image(saved(Image.fromarray(pixels), "PNG", icc_profile=profile), SPEC)
     assert len(colour._transforms) == colour.MAX_TRANSFORMS
 
 

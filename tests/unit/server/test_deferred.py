@@ -143,6 +143,7 @@ def test_nothing_to_do() -> None:
     assert fake.stored is None
 
 
+@pytest.mark.law(5)
 def test_leaving_in_the_middle_stores_nothing() -> None:
     class Left(BaseException):
         pass

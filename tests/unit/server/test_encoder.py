@@ -49,8 +49,9 @@ def test_one_channel(noise: Array) -> None:
     np.testing.assert_allclose(Encoder(model, spec).embed(grey), expected, atol=1e-5)
 
 
+@pytest.mark.law(8)
 def test_equals_onnx_runtime_alone(onnx: bytes, pictures: Pictures) -> None:
-    """Law 8: the same pixels give the same vector."""
+    """The same pixels give the same vector."""
     spec, _, _ = inspect_model(onnx, {})
     pixels = pictures.pixels[:100]
     if pixels.ndim == 3:
@@ -61,6 +62,7 @@ def test_equals_onnx_runtime_alone(onnx: bytes, pictures: Pictures) -> None:
     assert (found * expected).sum(axis=1).min() >= 0.9999
 
 
+@pytest.mark.law(5)
 def test_batches_are_bounded_in_time(noise: Array) -> None:
     model = grid_encoder(("n", 3, 8, 16), pool=4)
     spec, _, _ = inspect_model(model, {})
@@ -72,6 +74,7 @@ def test_batches_are_bounded_in_time(noise: Array) -> None:
     assert 200 / 64 <= len(polls) <= 200
 
 
+@pytest.mark.law(5)
 def test_leaving_between_batches(noise: Array) -> None:
     class CancelledError(Exception):
         pass

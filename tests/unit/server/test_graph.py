@@ -151,7 +151,7 @@ def test_no_graph_where_it_misses_the_recall(
     index, measured = graph.build(ordered, levels, options(), progress, no_poll)
     assert isinstance(index, faiss.IndexFlatL2)
     assert (index.ntotal, measured) == (3000, None)
-    assert "recall of 0.700 only" in progress.plpy.notices[0]
+    assert "recall of only 0.700" in progress.plpy.notices[0]
 
 
 def test_exact_neighbours(clusters: Array) -> None:

@@ -157,6 +157,7 @@ def test_nothing_but_the_two_files(directory: Path) -> None:
     assert sorted(path.name for path in directory.iterdir()) == ["5.faiss", "5.meta"]
 
 
+@pytest.mark.law(6)
 def test_files_are_new_ones_each_time(directory: Path, matrix: Array) -> None:
     """A published file is never changed: a backend may have it mapped."""
     before = index_file.read(directory, IDENTITY, no_poll)
@@ -168,6 +169,7 @@ def test_files_are_new_ones_each_time(directory: Path, matrix: Array) -> None:
     np.testing.assert_array_equal(after.index.reconstruct_n(0, 60), -matrix)
 
 
+@pytest.mark.law(6)
 def test_failed_write_publishes_nothing(
     tmp_path: Path, matrix: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,7 @@ def test_failed_write_publishes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.law(6)
 def test_no_room_for_the_second_file(
     tmp_path: Path, matrix: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +302,7 @@ def test_remove_others(directory: Path) -> None:
     assert sorted(path.name for path in directory.iterdir()) == ["5.faiss", "5.meta", "6.faiss"]
 
 
+@pytest.mark.law(5)
 def test_reading_can_be_left(directory: Path) -> None:
     class CancelledError(Exception):
         pass

@@ -121,8 +121,8 @@ def jpeg(marker: int, bits: int = 8) -> bytes:
     [
         (jpeg(0xC3), "lossless coding"),
         (jpeg(0xF7), "JPEG-LS coding"),
-        (jpeg(0xC1, 12), "12 bits a channel"),
-        (jpeg(0xC3, 16), "16 bits a channel"),
+        (jpeg(0xC1, 12), "12 bits per channel"),
+        (jpeg(0xC3, 16), "16 bits per channel"),
     ],
 )
 def test_jpeg_of_other_codings(data: bytes, what: str) -> None:

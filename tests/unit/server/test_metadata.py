@@ -7,7 +7,6 @@ import itertools
 import struct
 import warnings
 import zlib
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from PIL import Image
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
-from tests.support import Array
+from tests.scenarios.mutations import chunk
+from tests.support import Array, encode
 
 WIDTH, HEIGHT = 97, 64
 SPEC = InputSpec(WIDTH, HEIGHT)
@@ -27,12 +27,6 @@ TURNED = InputSpec(HEIGHT, WIDTH)
 def pixels() -> Array:
     noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
-
-
-def save(pixels: Array, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
-    return file.getvalue()
 
 
 def ifd(*entries: tuple[int, int, int, bytes], cut: int | None = None) -> bytes:
@@ -73,28 +67,23 @@ def with_segments(jpeg: bytes, *segments: bytes) -> bytes:
     return jpeg[:2] + b"".join(segments) + jpeg[2:]
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    checksum = struct.pack(">I", zlib.crc32(kind + content))
-    return struct.pack(">I", len(content)) + kind + content + checksum
-
-
 def with_chunks(png: bytes, *chunks: bytes) -> bytes:
     return png[:33] + b"".join(chunks) + png[33:]
 
 
 def with_exif(kind: str, pixels: Array, exif: bytes) -> bytes:
     if kind == "JPEG":
-        return with_segments(save(pixels, kind, quality=95), segment(0xE1, exif))
+        return with_segments(encode(pixels, kind, quality=95), segment(0xE1, exif))
     if kind == "PNG":
-        return with_chunks(save(pixels, kind), chunk(b"eXIf", exif[6:]))
-    return save(pixels, kind, lossless=True, exif=exif[6:] or b"?")
+        return with_chunks(encode(pixels, kind), chunk(b"eXIf", exif[6:]))
+    return encode(pixels, kind, lossless=True, exif=exif[6:] or b"?")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("name", ODD_EXIF)
 def test_odd_exif_keeps_its_orientation(kind: str, name: str, pixels: Array) -> None:
     data = with_exif(kind, pixels, ODD_EXIF[name])
-    plain = save(pixels, kind, **({"quality": 95} if kind == "JPEG" else {"lossless": True}))
+    plain = encode(pixels, kind, **({"quality": 95} if kind == "JPEG" else {"lossless": True}))
     expected = np.rot90(decode_image(plain, SPEC), -1)
     np.testing.assert_array_equal(decode_image(data, TURNED), expected)
 
@@ -103,7 +92,7 @@ def test_odd_exif_keeps_its_orientation(kind: str, name: str, pixels: Array) -> 
 @pytest.mark.parametrize("name", HOPELESS_EXIF)
 def test_hopeless_exif_is_ignored(kind: str, name: str, pixels: Array) -> None:
     data = with_exif(kind, pixels, HOPELESS_EXIF[name])
-    plain = save(pixels, kind, **({"quality": 95} if kind == "JPEG" else {"lossless": True}))
+    plain = encode(pixels, kind, **({"quality": 95} if kind == "JPEG" else {"lossless": True}))
     np.testing.assert_array_equal(decode_image(data, SPEC), decode_image(plain, SPEC))
 
 
@@ -127,7 +116,7 @@ def test_hopeless_exif_is_ignored(kind: str, name: str, pixels: Array) -> None:
     ids=lambda segments: repr(segments[0][4:16]),
 )
 def test_odd_segments_of_jpeg(segments: list[bytes], pixels: Array) -> None:
-    plain = save(pixels, "JPEG", quality=95)
+    plain = encode(pixels, "JPEG", quality=95)
     found = decode_image(with_segments(plain, *segments), SPEC)
     np.testing.assert_array_equal(found, decode_image(plain, SPEC))
 
@@ -152,13 +141,13 @@ def test_odd_segments_of_jpeg(segments: list[bytes], pixels: Array) -> None:
     ids=lambda chunks: repr(chunks[0][4:12]),
 )
 def test_odd_chunks_of_png(chunks: list[bytes], pixels: Array) -> None:
-    data = with_chunks(save(pixels, "PNG"), *chunks)
+    data = with_chunks(encode(pixels, "PNG"), *chunks)
     np.testing.assert_array_equal(decode_image(data, SPEC), pixels)
 
 
 def test_fuzzed_metadata(pixels: Array) -> None:
     generator = np.random.default_rng(0)
-    jpeg = save(pixels, "JPEG", quality=95)
+    jpeg = encode(pixels, "JPEG", quality=95)
     expected = decode_image(jpeg, SPEC)
     blocks = [ifd(ORIENTATION, (0x8769, 4, 1, struct.pack("<I", 8))), *ODD_EXIF.values()]
     for number, block in itertools.product(range(30), blocks):
@@ -180,15 +169,15 @@ def test_fuzzed_metadata(pixels: Array) -> None:
 
 def kinds(pixels: Array) -> dict[str, bytes]:
     return {
-        "PNG": save(pixels, "PNG"),
-        "GIF": save(pixels, "GIF"),
-        "WEBP": save(pixels, "WEBP", lossless=True),
-        "BMP": save(pixels, "BMP"),
-        "JPEG": save(pixels, "JPEG", quality=90),
-        "JPEG progressive": save(pixels, "JPEG", quality=90, progressive=True),
-        "JPEG 4:2:0": save(pixels, "JPEG", quality=90, subsampling=2),
-        "JPEG restarts": save(pixels, "JPEG", quality=90, restart_marker_rows=1),
-        "JPEG grey": save(pixels[..., 0], "JPEG", quality=90),
+        "PNG": encode(pixels, "PNG"),
+        "GIF": encode(pixels, "GIF"),
+        "WEBP": encode(pixels, "WEBP", lossless=True),
+        "BMP": encode(pixels, "BMP"),
+        "JPEG": encode(pixels, "JPEG", quality=90),
+        "JPEG progressive": encode(pixels, "JPEG", quality=90, progressive=True),
+        "JPEG 4:2:0": encode(pixels, "JPEG", quality=90, subsampling=2),
+        "JPEG restarts": encode(pixels, "JPEG", quality=90, restart_marker_rows=1),
+        "JPEG grey": encode(pixels[..., 0], "JPEG", quality=90),
     }
 
 
@@ -253,7 +242,7 @@ def test_padding_of_webp() -> None:
     odd = 0
     for size in range(20, 30):
         noise = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        data = save(noise, "WEBP", lossless=True)
+        data = encode(noise, "WEBP", lossless=True)
         if struct.unpack_from("<I", data, 16)[0] % 2:
             odd += 1
             spec = InputSpec(size, size)
@@ -283,7 +272,7 @@ def test_part_of_the_size_gives_the_same(
 ) -> None:
     large = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
     exif = ifd((0x0112, 3, 1, struct.pack("<HH", orientation, 0)))
-    data = with_segments(save(large, "JPEG", quality=92), segment(0xE1, exif))
+    data = with_segments(encode(large, "JPEG", quality=92), segment(0xE1, exif))
     for channels, side in ((3, 32), (1, 28)):
         spec = InputSpec(side, side + 5, channels=channels, resize=resize)
         found = decode_image(data, spec).astype(int)
@@ -306,7 +295,7 @@ def test_single_pixels_are_taken_from_the_whole(
     pixels: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = np.asarray(Image.fromarray(pixels).resize((1000, 800), Image.Resampling.BICUBIC))
-    data = save(large, "JPEG", quality=92)
+    data = encode(large, "JPEG", quality=92)
     spec = InputSpec(28, 28, interpolation="nearest")
     np.testing.assert_array_equal(decode_image(data, spec), full(data, spec, monkeypatch))
 
@@ -314,7 +303,7 @@ def test_single_pixels_are_taken_from_the_whole(
 def test_limits_are_those_of_the_whole(pixels: Array) -> None:
     large = np.asarray(Image.fromarray(pixels).resize((1000, 800)))
     with pytest.raises(ImageError, match="1000 x 800 pixels is too large"):
-        decode_image(save(large, "JPEG"), InputSpec(28, 28, max_pixels=799_999))
+        decode_image(encode(large, "JPEG"), InputSpec(28, 28, max_pixels=799_999))
 
 
 def test_no_warning_reaches_the_log(pixels: Array) -> None:

@@ -82,6 +82,7 @@ def test_not_onnx(data: bytes) -> None:
     refuse(data, "model")
 
 
+@pytest.mark.law(7)
 def test_external_data() -> None:
     model = onnx.load_from_string(grid_encoder(("n", 3, 8, 8), pool=4))
     tensor = model.graph.initializer[0]
@@ -90,6 +91,7 @@ def test_external_data() -> None:
     refuse(model.SerializeToString(), "another file")
 
 
+@pytest.mark.law(7)
 def test_external_data_inside_a_branch() -> None:
     tensor = helper.make_tensor("hidden", FLOAT, [1], [0.0])
     tensor.external_data.add(key="location", value="weights.bin")
@@ -106,6 +108,7 @@ def test_external_data_inside_a_branch() -> None:
     refuse(graph(nodes), "another file")
 
 
+@pytest.mark.law(7)
 def test_custom_operator() -> None:
     node = helper.make_node("Evil", ["image"], ["embedding"], domain="custom.example")
     error = refuse(graph([node], domains=["custom.example"]), 'unknown domain "custom.example"')

@@ -33,6 +33,7 @@ def environment_after(code: str, *options: str, **variables: str) -> dict[str, s
     return found
 
 
+@pytest.mark.law(10)
 @pytest.mark.parametrize("package", ["pg_siamese_server", "pg_siamese", "bench", "tests"])
 @pytest.mark.parametrize("inherited", [None, "", "0", "2"])
 def test_every_package_switches_it_off(package: str, inherited: str | None) -> None:
@@ -79,6 +80,7 @@ def test_what_was_left_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert not ok and f'"{left}"' in detail
 
 
+@pytest.mark.law(10)
 def test_caches_are_set_aside(tmp_path: Path) -> None:
     """Into one folder that the libraries make, and that is gone at the end; chosen ones stay."""
     code = """

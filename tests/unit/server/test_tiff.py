@@ -14,7 +14,7 @@ from pg_siamese_server.encoding.images import decode_image, render_image
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
 from tests.support import Array
-from tests.tiff_files import CODECS, Tiff, join
+from tests.unit.server.tiff_files import CODECS, Tiff, join
 
 WIDTH, HEIGHT = 21, 10
 SPEC = InputSpec(WIDTH, HEIGHT)
@@ -60,6 +60,7 @@ def check(page: Tiff, low: float, high: float, spec: InputSpec = SPEC) -> None:
     assert np.abs(found - shown(page, low, high)).max() <= (2 if page.photometric == 5 else 0)
 
 
+@pytest.mark.law(13)
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("photometric", CHANNELS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 10, 12, 14, 16])
@@ -96,6 +97,7 @@ def test_big_tiff(order: str) -> None:
 OPEN_RANGES = [("i", 8), ("i", 16), ("i", 32), ("u", 32), ("f", 16), ("f", 32), ("f", 64)]
 
 
+@pytest.mark.law(13)
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize(("kind", "bits"), OPEN_RANGES)
 def test_samples_without_a_range_need_one(kind: str, bits: int, order: str) -> None:
@@ -131,6 +133,7 @@ def test_input_range_of_sixteen_bits() -> None:
     check(Tiff(samples(8), 8), 0, 255, InputSpec(WIDTH, HEIGHT, input_range=(0, 999)))
 
 
+@pytest.mark.law(13)
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("photometric", [1, 2])
@@ -213,6 +216,7 @@ def test_fax(compression: str, photometric: int) -> None:
     np.testing.assert_array_equal(found[..., 0] == 255, SMOOTH > 90)
 
 
+@pytest.mark.law(13)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -239,7 +243,7 @@ def test_refused_by_name(options: dict[str, Any], message: str) -> None:
         (Tiff(samples(8, 3), 8, photometric=2, tags={258: (3, (8, 8, 16))}), "different bits"),
         (Tiff(samples(16), 16, photometric=3), "palette and 16-bit unsigned"),
         (Tiff(samples(8, 4), 8, photometric=5, tags={332: (3, (2,))}), "inks that are not CMYK"),
-        (Tiff(samples(8, 2), 8, photometric=2), "2 samples a pixel"),
+        (Tiff(samples(8, 2), 8, photometric=2), "2 samples per pixel"),
         (Tiff(samples(8), 8, tags={255: (3, (2,)), 330: (4, (8,))}), "SubIFDs"),
         (Tiff(samples(8), 8, tags={259: (3, (9999,))}), r"compression 9999 \(unknown\)"),
     ],

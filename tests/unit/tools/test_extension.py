@@ -46,6 +46,7 @@ def run_pgspot(folder: Path, text: str, *options: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.law(7)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_pgspot(name: str, tmp_path: Path) -> None:
     text = extension.files(PLACE)[name]

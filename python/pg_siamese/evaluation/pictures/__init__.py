@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pg_siamese.client.contact_sheet import Neighbour, SheetRow, draw_sheet
-from pg_siamese.datasets import LabelledImages
+from pg_siamese.datasets import LabelledImages, join_labels
 from pg_siamese.evaluation.figures import VOTERS, Evaluation
 from pg_siamese.evaluation.pictures.collages import (
     Shown,
@@ -48,10 +48,14 @@ CLASS_TITLES = {
 
 
 def write_pictures(evaluations: Sequence[Evaluation], folder: Path) -> Iterator[Path]:
-    """Write the pictures that apply into `folder`, as EXPERIMENT-what.png; yields their paths.
+    """Write the pictures that apply into ``folder``, as EXPERIMENT-what.png, and yield their paths.
 
-    The curves have a line for every model, from `metrics.json` beside its file; all others show
-    the first model. Raises CommandError for a broken file of the run, OSError as it comes.
+    The curves have a line for every model, from ``metrics.json`` in its folder. All others show the
+    first model.
+
+    Raises:
+        CommandError: a file of the run is broken.
+        OSError: a file can't be read or written.
     """
     first = evaluations[0]
     name = first.model.experiment
@@ -112,7 +116,7 @@ class _Shown:
         self.queries = [getattr(part, evaluation.split) for part in evaluation.data]
 
     def image(self, parts: Sequence[LabelledImages], place: int, distance: float = 0.0) -> Shown:
-        """The image at a place of the joined splits."""
+        """Return the image at a place of the joined splits."""
         for part in parts:
             if place < len(part):
                 return Shown(part.images[place], self.label(part, place), distance)
@@ -120,27 +124,27 @@ class _Shown:
         raise IndexError(place)
 
     def label(self, part: LabelledImages, place: int) -> str:
-        """What makes images match: the set, or the class (and of which set, if there are more)."""
+        """Return what makes images match: the set, or the class (and of which set)."""
         if self.by_set:
             return part.name
         name = _title(part.class_of(place))
         return name if len(self.gallery) == 1 else f"{part.name}: {name}"
 
     def places(self, count: int) -> list[int]:
-        """The first query of each data set; of a single one, the first of each class."""
+        """Return the first query of each data set, or of each class if there is one set."""
         queries = self.evaluation.queries
         groups = queries.sets if len(self.gallery) > 1 else queries.labels
         first = {int(groups[place]): place for place in range(len(groups) - 1, -1, -1)}
         return [first[group] for group in sorted(first)][:count]
 
     def found(self, places: Sequence[int], k: int) -> list[tuple[Shown, list[Shown]]]:
-        """Queries and their k nearest in the joined gallery."""
+        """Return queries and their k nearest in the joined gallery."""
         gallery, queries = self.evaluation.gallery, self.evaluation.queries
         rows = []
         near = nearest(queries.vectors[list(places)], gallery.vectors, k, self.metric)
         for place, neighbours in zip(places, near, strict=True):
-            here = np.repeat(queries.vectors[place][None], len(neighbours), axis=0)
-            apart = distances(here, gallery.vectors[neighbours], self.metric)
+            repeated = np.repeat(queries.vectors[place][None], len(neighbours), axis=0)
+            apart = distances(repeated, gallery.vectors[neighbours], self.metric)
             shown = [
                 self.image(self.gallery, int(n), float(d))
                 for n, d in zip(neighbours, apart, strict=True)
@@ -149,7 +153,7 @@ class _Shown:
         return rows
 
     def sheet_rows(self) -> list[SheetRow]:
-        """Queries and their four nearest, for a contact sheet."""
+        """Return queries and their four nearest, for a contact sheet."""
         spec = self.evaluation.model.spec
         return [
             SheetRow(
@@ -165,11 +169,11 @@ class _Shown:
         ]
 
     def ten_nearest(self) -> list[tuple[Shown, list[Shown]]]:
-        """Queries and their ten nearest."""
+        """Return queries and their ten nearest."""
         return self.found(self.places(TEN_QUERIES), TEN)
 
     def triplets(self) -> list[Triplet]:
-        """Triplets of the evaluated split: anchors of different labels, the rest at random."""
+        """Return triplets of the split: anchors of different labels, the rest at random."""
         queries = self.evaluation.queries
         labels = queries.sets if self.by_set else queries.labels
         random = np.random.default_rng(TRIPLET_SEED)
@@ -180,8 +184,8 @@ class _Shown:
             label = order[number % len(order)]
             anchor, positive = random.choice(np.flatnonzero(labels == label), 2, replace=False)
             negative = random.choice(np.flatnonzero(labels != label))
-            here = np.repeat(queries.vectors[anchor][None], 2, axis=0)
-            apart = distances(here, queries.vectors[[positive, negative]], self.metric)
+            repeated = np.repeat(queries.vectors[anchor][None], 2, axis=0)
+            apart = distances(repeated, queries.vectors[[positive, negative]], self.metric)
             triplets.append(
                 Triplet(
                     self.image(self.queries, int(anchor)),
@@ -192,7 +196,7 @@ class _Shown:
         return triplets
 
     def confusions(self) -> list[Confusion]:
-        """Of the classes within each data set; where sets are told apart, of the sets."""
+        """Return the confusions of the classes within each data set, or of the sets."""
         gallery, queries = self.evaluation.gallery, self.evaluation.queries
         names = [part.name for part in self.gallery]
         if self.by_set:
@@ -200,12 +204,13 @@ class _Shown:
             given = votes(gallery.sets[near], VOTERS)
             return [confusion("data sets", names, queries.sets, given)]
         parts = []
-        start = 0
-        for number, part in enumerate(self.gallery):
-            there, here = gallery.of_set(number), queries.of_set(number)
-            labels: Integers = there.labels[self.evaluation.found[part.name]] - start
+        for number, start in enumerate(join_labels(self.gallery).starts):
+            part = self.gallery[number]
+            own_gallery, own_queries = gallery.of_set(number), queries.of_set(number)
+            labels: Integers = own_gallery.labels[self.evaluation.found[part.name]] - start
             parts.append(
-                confusion(part.name, _titles(part), here.labels - start, votes(labels, VOTERS))
+                confusion(
+                    part.name, _titles(part), own_queries.labels - start, votes(labels, VOTERS)
+                )
             )
-            start += len(part.classes)
         return parts

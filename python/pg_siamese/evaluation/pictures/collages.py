@@ -36,7 +36,7 @@ class Shown:
 
 
 def brief(distance: float) -> str:
-    """Return a distance to three decimals, or its order of magnitude where these would say 0."""
+    """Return a distance to three decimals, or its order of magnitude if these would say 0."""
     return f"{distance:.3f}" if distance == 0 or distance >= 0.0005 else f"{distance:.0e}"
 
 
@@ -50,7 +50,10 @@ class Triplet:
 
 
 def triplet_collage(triplets: Sequence[Triplet], threshold: float, title: str) -> Figure:
-    """Triplets, two in a line; a distance on the wrong side of the threshold is dashed orange."""
+    """Draw triplets, two in a line.
+
+    A distance on the wrong side of the threshold is dashed orange.
+    """
     lines = -(-len(triplets) // TRIPLETS_BESIDE)
     figure = new_figure(
         TRIPLETS_BESIDE * 3 * (CELL_INCHES + 0.12) + 0.5, lines * (CELL_INCHES + 0.75) + 0.7, title
@@ -77,14 +80,14 @@ def triplet_collage(triplets: Sequence[Triplet], threshold: float, title: str) -
             image_cell(axes, shown.pixels, colour, below, dashed=not right)
             axes.set_title(role, size=8.5, pad=4)
     figure.supxlabel(
-        f"green: on the right side of the threshold {threshold:.3g}; dashed: on the wrong one",
+        f"green: on the right side of the threshold {threshold:.3g}, dashed: on the wrong one",
         size=8.5,
     )
     return figure
 
 
 def neighbour_collage(rows: Sequence[tuple[Shown, Sequence[Shown]]], title: str) -> Figure:
-    """A line for each query: the query, then its neighbours, nearest first, with distances."""
+    """Draw a line for each query: the query, then its neighbours, nearest first, with distances."""
     columns = 1 + max(len(neighbours) for _, neighbours in rows)
     cell = 0.95
     figure = new_figure(columns * cell + 1.3, len(rows) * (cell + 0.22) + 0.7, title)
@@ -112,8 +115,8 @@ def neighbour_collage(rows: Sequence[tuple[Shown, Sequence[Shown]]], title: str)
             colour = SAME_COLOUR if same else OTHER_COLOUR
             image_cell(axes, shown.pixels, colour, brief(shown.distance), dashed=not same)
     figure.supxlabel(
-        "left: the query; then its nearest, with their distance; green: the same label, "
-        "dashed orange: another one",
+        "left: the query, then its nearest with their distance (green: the same label, "
+        "dashed orange: another one)",
         size=8.5,
     )
     return figure

@@ -32,9 +32,12 @@ QUALITY = (
 
 
 def read_epochs(folder: Path) -> Epochs | None:
-    """The epochs of a run, None where the folder has none; raises CommandError for a broken file.
+    """Return the epochs of a run, None if the folder has none.
 
-    Each is a dictionary with "epoch" and figures as "train_loss", "val_loss", "val_accuracy".
+    Each is a dictionary with "epoch" and figures such as "train_loss", "val_loss", "val_accuracy".
+
+    Raises:
+        CommandError: the file is broken.
     """
     path = folder / METRICS_FILE
     if not path.is_file():
@@ -51,9 +54,10 @@ def read_epochs(folder: Path) -> Epochs | None:
 
 
 def curves(runs: Sequence[Epochs], title: str) -> Figure | None:
-    """Loss (left) and accuracy (right) over the epochs, a line for each run.
+    """Draw loss (left) and accuracy (right) over the epochs, a line for each run.
 
-    None where nothing was logged.
+    Returns:
+        The figure, None if nothing was logged.
     """
     have = {key for epochs in runs for item in epochs for key in item}
     losses = [key for key in ("train_loss", "val_loss") if key in have]
@@ -100,7 +104,7 @@ def _number(item: dict[str, Any], key: str) -> bool:
 
 
 def roc(pairs: tuple[Floats, Flags], threshold: float, title: str) -> Figure:
-    """The ROC curve of pairs, told by their distance, with the model's threshold on it."""
+    """Draw the ROC curve of pairs, judged by their distance, with the model's threshold on it."""
     from sklearn.metrics import auc, roc_curve
 
     apart, match = pairs
@@ -120,7 +124,7 @@ def roc(pairs: tuple[Floats, Flags], threshold: float, title: str) -> Figure:
     axes.set_ylabel("matching pairs found, %")
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     if area > 0.99:
-        # The corner where all of it happens.
+        # All of it happens in a corner.
         inset = axes.inset_axes((0.36, 0.4, 0.5, 0.42))
         plain_axes(inset)
         _roc_lines(inset, false, true, point, "", "")

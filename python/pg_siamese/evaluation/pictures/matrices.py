@@ -35,7 +35,10 @@ def confusion(name: str, classes: Sequence[str], wanted: Integers, given: Intege
 
 
 def confusion_matrices(parts: Sequence[Confusion], title: str) -> Figure:
-    """One matrix a data set; colours and numbers are per cent of the true class."""
+    """Draw one matrix per data set.
+
+    Colours and numbers are per cent of the true class.
+    """
     columns = min(COLUMNS, len(parts))
     rows = -(-len(parts) // columns)
     side = 5.4 if len(parts) == 1 else 4.4

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.evaluation.pictures.style import PALETTE, new_figure, plain_axes, rendered, write
+from pg_siamese.evaluation.pictures.style import PALETTE, new_figure, plain_axes, rendered
+from pg_siamese.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ Points = npt.NDArray[Any]
 
 
 def scatter(points: Points, labels: npt.NDArray[Any], classes: Sequence[str], title: str) -> Figure:
-    """Points (N, 2) in the colours of their classes, each class named at its middle."""
+    """Draw points (N, 2) in the colours of their classes, each class named at its middle."""
     figure = new_figure(6.4, 6.4, title)
     axes = figure.subplots()
     _draw(axes, points, labels, classes, size=3)
@@ -78,7 +79,11 @@ class Snapshots:
 
 
 def read_snapshots(folder: Path) -> Snapshots | None:
-    """The snapshots of a run, None where it has none; raises CommandError for a broken file."""
+    """Return the snapshots of a run, None if it has none.
+
+    Raises:
+        CommandError: the file is broken.
+    """
     path = folder / SNAPSHOTS_FILE
     if not path.is_file():
         return None
@@ -94,9 +99,10 @@ def read_snapshots(folder: Path) -> Snapshots | None:
 
 
 def animate(snapshots: Snapshots, classes: Sequence[str], title: str, path: Path) -> Path:
-    """Write a GIF with one frame a snapshot (of many, 40 at even distances), the last one longer.
+    """Write a GIF with one frame per snapshot, the last one longer.
 
-    The axes stay the same throughout, so that growing apart is seen as such.
+    Of many snapshots, 40 at even distances are taken. The axes stay the same throughout, so that
+    growing apart is seen as such.
     """
     count = len(snapshots.epochs)
     chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_FRAMES)).round().astype(int))
@@ -125,14 +131,15 @@ def animate(snapshots: Snapshots, classes: Sequence[str], title: str, path: Path
         loop=0,
         optimize=False,
     )
-    write(path, file.getvalue())
+    write_whole(path, file.getvalue())
     return path
 
 
 def _gif_palette() -> Image.Image:
-    """One palette for all frames, else colours flicker: those of the classes and greys, in tints.
+    """Return one palette for all frames: the colours of the classes and greys, in tints.
 
-    A palette made from a frame would merge classes, since most of a frame is white.
+    With a palette per frame colours would flicker. A palette made from a frame would merge classes,
+    since most of a frame is white.
     """
     from matplotlib.colors import to_rgb
     from PIL import Image

@@ -17,13 +17,14 @@ from pg_siamese.client.contact_sheet import (
     SAME_COLOUR,
     square,
 )
+from pg_siamese.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any kind of colour vision, in an order of good contrast;
-# two greys make it ten. Classes are named in the picture too, so colour is never all there is.
+# Okabe and Ito's palette, told apart with any kind of colour vision, in an order of good contrast.
+# Two greys make it ten. Classes are named in the picture too, so colour is never all there is.
 PALETTE = (
     "#0072B2",
     "#E69F00",
@@ -59,7 +60,7 @@ __all__ = [
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """A white figure of so many inches, with a title at the top left and a tight layout."""
+    """Return a white figure of so many inches, with a title at the top left and a tight layout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,7 +72,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def plain_axes(axes: Axes) -> None:
-    """Axes with no more lines than needed: left and bottom, and a faint grid."""
+    """Give axes no more lines than needed: left and bottom, and a faint grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(color="#E4E4E4", linewidth=0.7)
@@ -82,7 +83,7 @@ def plain_axes(axes: Axes) -> None:
 def image_cell(
     axes: Axes, pixels: npt.NDArray[np.uint8], colour: str, below: str = "", dashed: bool = False
 ) -> None:
-    """An image with a coloured frame and a text below; small images as sharp blocks."""
+    """Draw an image with a coloured frame and a text below. Small images are sharp blocks."""
     image = square(pixels)
     smooth = "nearest" if max(image.shape[:2]) < 160 else "antialiased"
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
@@ -98,12 +99,12 @@ def image_cell(
 
 
 def wrapped(text: str, width: int, lines: int = 2) -> str:
-    """`text` in lines of at most `width` characters."""
+    """Return ``text`` in lines of at most ``width`` characters."""
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …") or [""])
 
 
 def rendered(figure: Figure, dpi: int = DPI) -> Any:
-    """The figure as a Pillow image, RGB."""
+    """Return the figure as a Pillow image, RGB."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -114,7 +115,7 @@ def rendered(figure: Figure, dpi: int = DPI) -> Any:
 def save(figure: Figure, path: Path, dpi: int = DPI) -> Path:
     """Write a figure as PNG and return the path.
 
-    One over 300 kB is reduced to 256 colours, and then in size, down to 60 dots an inch.
+    One over 300 kB is reduced to 256 colours, and then in size, down to 60 dots per inch.
     """
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi, pil_kwargs={"optimize": True})
@@ -122,16 +123,5 @@ def save(figure: Figure, path: Path, dpi: int = DPI) -> Path:
         file = io.BytesIO()
         rendered(figure, dpi).quantize(256).save(file, format="png", optimize=True)
         dpi = int(dpi * 0.85)
-    write(path, file.getvalue())
+    write_whole(path, file.getvalue())
     return path
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

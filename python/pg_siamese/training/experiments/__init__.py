@@ -1,38 +1,12 @@
 """The experiments: what is trained on what, and how. Declarations only, no torch.
 
-Each is a TOML file in this folder; a new experiment is a new file, here or anywhere.
+Each is a TOML file, here, in a folder of ``reproductions/`` or at any other path. ``settings`` says
+what it can hold, and needs the extra ``train``.
 """
 
 from __future__ import annotations
 
-from pg_siamese.training.experiments.files import (
-    experiment_names,
-    load_experiment,
-    parse_experiment,
-)
-from pg_siamese.training.experiments.settings import (
-    Augmentation,
-    Experiment,
-    ExperimentError,
-    ImageSize,
-    Network,
-    ObjectiveChoice,
-    Optimiser,
-    Sampling,
-    Validation,
-)
+from pg_siamese.training.experiments.errors import ExperimentError
+from pg_siamese.training.experiments.files import experiment_names, load_experiment
 
-__all__ = [
-    "Augmentation",
-    "Experiment",
-    "ExperimentError",
-    "ImageSize",
-    "Network",
-    "ObjectiveChoice",
-    "Optimiser",
-    "Sampling",
-    "Validation",
-    "experiment_names",
-    "load_experiment",
-    "parse_experiment",
-]
+__all__ = ["ExperimentError", "experiment_names", "load_experiment"]

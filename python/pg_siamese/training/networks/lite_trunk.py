@@ -16,15 +16,15 @@ MOMENTUM = 0.1
 
 
 class LiteTrunk(nn.Module):
-    """uint8 or float pixels in 0..255, (N, H, W, 3), to features (N, `channels`) by each branch.
+    """uint8 or float pixels in 0..255, (N, H, W, 3), to features (N, ``channels``) by each branch.
 
-    Images are enlarged to `size` x `size` pixels, since the first filters were learned on
-    photographs of 224 pixels; the first `blocks` of the 16 blocks follow, and their mean. What
+    Images are enlarged to ``size`` x ``size`` pixels, since the first filters were learned on
+    photographs of 224 pixels. The first ``blocks`` of the 16 blocks follow, and their mean. What
     early layers have learned of edges, colours and textures serves other images as well (Yosinski
-    et al. 2014, arXiv 1411.1792); the later ones, which know ImageNet's classes, hold most of the
-    weights and are left out. The first `frozen` blocks stay as they were learned, batch norms
-    included: they are as good for any image, and most of the work of training. All `branches` share
-    them, and have the other blocks each for itself.
+    et al. 2014, arXiv 1411.1792). The later layers, which know ImageNet's classes, hold most of the
+    weights and are left out. The first ``frozen`` blocks stay as they were learned, batch norms
+    included: they are as good for any image, and most of the work of training. All ``branches``
+    share them. Each branch has its own copy of the other blocks.
     """
 
     def __init__(self, blocks: int = 8, size: int = 56, frozen: int = 0, branches: int = 1) -> None:
@@ -46,7 +46,7 @@ class LiteTrunk(nn.Module):
                 part.momentum = MOMENTUM
 
     def train(self, mode: bool = True) -> LiteTrunk:
-        """Set the mode; frozen layers stay in evaluation mode, and so do their batch norms."""
+        """Set the mode. Frozen layers, with their batch norms, stay in evaluation mode."""
         super().train(mode)
         self.frozen.eval()
         return self
@@ -62,6 +62,6 @@ class LiteTrunk(nn.Module):
         return result
 
     def features(self, branch: int, shared: Tensor) -> Tensor:
-        """Return one branch's features, of what `shared` gave."""
+        """Return one branch's features, of what ``shared`` gave."""
         found: Tensor = self.branches[branch](shared)
         return found.mean(dim=(2, 3))

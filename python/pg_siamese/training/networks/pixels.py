@@ -1,4 +1,4 @@
-"""From uint8 pixels to what a convolution takes; part of the exported graph."""
+"""From uint8 pixels to the input of a convolution, as a part of the exported graph."""
 
 from __future__ import annotations
 

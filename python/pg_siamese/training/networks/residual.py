@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.pixels import centred
 
 
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """Return a convolution with batch norm; the norm is folded into it at export."""
+    """Return a convolution with batch norm, which is folded into it at export."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(outputs),
@@ -17,8 +18,10 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> 
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut (He et al. 2016; average-pooled shortcut as in
-    ResNet-D, He et al. 2019). (N, inputs, H, W) to (N, outputs, H / stride, W / stride).
+    """Two 3 x 3 convolutions and a shortcut: (N, inputs, H, W) to (N, outputs, H / stride, W /
+    stride).
+
+    He et al. 2016. The average-pooled shortcut is that of ResNet-D (He et al. 2019).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -38,10 +41,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualTrunk(nn.Module):
-    """uint8 or float pixels in 0..255, (N, H, W, 3), to features (N, `channels`).
+    """uint8 or float pixels in 0..255, (N, H, W, 3), to features (N, ``channels``).
 
-    `stem` is (channels, stride) of the first convolution; `stages` is (channels, stride) of each
-    residual block. Any height and width that the strides leave something of will do.
+    ``stem`` is (channels, stride) of the first convolution, ``stages`` (channels, stride) of each
+    residual block. Height and width can be any of which the strides leave something.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class ResidualTrunk(nn.Module):
         return found.mean(dim=(2, 3))
 
 
-class ResidualEncoder(ResidualTrunk):
+class ResidualEncoder(ResidualTrunk, Network):
     """uint8 or float pixels in 0..255, (N, H, W, 3), to float32 unit vectors (N, dimension)."""
+
+    summary = "small residual CNN with batch norm, mean over the image, linear layer"
 
     def __init__(
         self,

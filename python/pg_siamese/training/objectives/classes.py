@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import CosFaceLoss
 from torch import Tensor, nn
 
-from pg_siamese.training.networks.ensemble import member_dimension
 from pg_siamese.training.objectives.base import Objective, Outcome
 
 LEAST_CHANCE = 1e-30  # its logarithm is finite
@@ -20,6 +19,8 @@ class CosFace(Objective):
 
     Its class vectors are thrown away after training.
     """
+
+    summary = "Cosine-margin softmax (CosFace)"
 
     def __init__(
         self,
@@ -33,19 +34,24 @@ class CosFace(Objective):
         self.loss = CosFaceLoss(classes, dimension, margin=margin, scale=scale)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge single images; right is the class whose vector is nearest, without the margin."""
+        """Judge single images. Right is the class whose vector is nearest, without the margin."""
         loss: Tensor = self.loss(embeddings, labels)
         right = self.loss.get_logits(embeddings.detach()).argmax(dim=1) == labels
         return Outcome(loss, right.float().mean())
 
 
 class CosFaceParts(Objective):
-    """Cross-entropy on an embedding's first part, the sets; CosFace on the others, the classes.
+    """Cross-entropy on an embedding's first part, the sets, and CosFace on the others, the classes.
 
-    For `Ensemble`, with its `set_dimension`: its first part is a softmax made a unit vector, which
-    is undone here. `sets` gives each class's data set, as a number. A member is not judged by
-    rows in which all its numbers are 0: they are other members'.
+    For ``Ensemble``, whose first part is a softmax made a unit vector. That is undone here. Rows in
+    which all numbers of a member are 0 do not judge it: they belong to other members. ``sets``
+    gives each class's data set, as a number. ``parts`` are the parts' dimensions.
     """
+
+    summary = (
+        "Cosine-margin softmax (CosFace) on each member's part of the vector,"
+        " cross-entropy on that of the data sets"
+    )
 
     def __init__(
         self,
@@ -53,25 +59,23 @@ class CosFaceParts(Objective):
         classes: int,
         metric: str,
         sets: Sequence[int],
-        members: int = 2,
-        set_dimension: int = 2,
+        parts: Sequence[int],
         margin: float = 0.2,
         scale: float = 16.0,
     ) -> None:
         super().__init__(dimension, classes, metric)
-        own = member_dimension(dimension, set_dimension, members)
-        self.sizes = [set_dimension, *[own] * members]
+        if len(parts) < 2 or sum(parts) != dimension:
+            raise ValueError(f"the network has no parts that make {dimension} dimensions")
+        self.sizes = list(parts)
         self.register_buffer("sets", torch.tensor(sets), persistent=False)
-        if max(sets) >= set_dimension:
-            raise ValueError(
-                f"set_dimension is {set_dimension}: there are {max(sets) + 1} data sets"
-            )
+        if max(sets) >= parts[0]:
+            raise ValueError(f"set_dimension is {parts[0]}: there are {max(sets) + 1} data sets")
         self.losses = nn.ModuleList(
-            CosFaceLoss(classes, own, margin=margin, scale=scale) for _ in range(members)
+            CosFaceLoss(classes, own, margin=margin, scale=scale) for own in parts[1:]
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge single images; right is the class that most of the members' logits speak for."""
+        """Judge single images. Right is the class that most of the members' logits speak for."""
         parts = torch.split(embeddings, self.sizes, dim=1)
         sets: Tensor = self.sets  # type: ignore[assignment]
         chances = parts[0] / parts[0].sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Three convolutions and a global average: the metric learning on CIFAR-10."""
+"""Three convolutions and a global average."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.pixels import centred
 
 
-class Conv3Gap(nn.Module):
+class Conv3Gap(Network):
     """Three 3 x 3 convolutions of stride 2 with ReLU, global average pooling, a unit vector.
 
     After "Metric learning for image similarity search" of Keras's examples (Kelly 2020).
     """
+
+    summary = "three convolutions of stride 2 with ReLU, global average pooling, linear layer"
 
     def __init__(self, dimension: int, channels: Sequence[int] = (32, 64, 128)) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Objectives on triplets: the anchor is nearer to its positive than to its negative."""
+"""Objectives on triplets: is the anchor nearer to its positive than to its negative?"""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import Tensor, nn
 
-from pg_siamese.training.objectives.base import Objective, Outcome, distance
+from pg_siamese.training.objectives.base import Objective, Outcome
+from pg_siamese.training.reproductions.pairs import distance
 
 
 class Triplet(Objective):
     """Triplet loss with a margin, of pytorch-metric-learning (Schroff et al. 2015).
 
-    `mining` "none" takes the triplets that the sampler drew; "semihard", "hard" and "all" look for
-    them in a batch of single images (the library's TripletMarginMiner).
+    ``mining`` "none" takes the triplets that the sampler drew. "semihard", "hard" and "all" look
+    for them in a batch of single images (the library's TripletMarginMiner).
     """
+
+    summary = "Triplet loss"
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class Triplet(Objective):
         return first, second, third
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge triplets; right is one whose anchor is nearer to its positive."""
+        """Judge triplets. Right is one whose anchor is nearer to its positive."""
         anchor, positive, negative = chosen = self.indices(embeddings, labels)
         loss: Tensor = self.loss(embeddings, labels, chosen)
         if not len(anchor):
@@ -65,9 +68,11 @@ class Triplet(Objective):
 class TripletCrossEntropy(Triplet):
     """Triplet loss and the categorical cross entropy of a linear layer on the embedding.
 
-    The layer's inputs are multiplied by `scale`: those of a unit vector are too small for a
-    softmax to become sure of anything. `weight` is that of the cross entropy.
+    The layer's inputs are multiplied by ``scale``: those of a unit vector are too small for a
+    softmax to become sure of anything. ``weight`` is that of the cross entropy.
     """
+
+    summary = "Triplet loss and categorical cross entropy"
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class TripletCrossEntropy(Triplet):
         self.scale = scale
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge triplets and classes; right is a class that the linear layer tells."""
+        """Judge triplets and classes. Right is a class that the linear layer tells."""
         logits = self.classifier(embeddings * self.scale)
         loss = super().forward(embeddings, labels).loss
         loss = loss + self.weight * F.cross_entropy(logits, labels)

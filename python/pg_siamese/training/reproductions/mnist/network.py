@@ -1,4 +1,4 @@
-"""Five convolutions with pooling down to a point in the plane: the Siamese network on MNIST."""
+"""Five convolutions with pooling, down to a point in the plane."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.pixels import centred
 from pg_siamese.training.networks.residual import convolution
 
 
-class Conv5(nn.Module):
-    """Five convolution layers, each followed by a 2 x 2 pooling; the last gives the embedding.
+class Conv5(Network):
+    """Five convolution layers, each followed by a 2 x 2 pooling. The last gives the embedding.
 
     The network of the many "Siamese MNIST" demonstrations of Hadsell, Chopra and LeCun 2006:
     kernels of 7, 5, 3, 1 and 1 pixels, ReLU between them, none at the end. Five poolings take 28
-    pixels to one; where a larger image leaves more, their mean is the embedding. `batch_norm`
-    puts one after each convolution but the last: it learns in a fraction of the epochs.
+    pixels to one. If a larger image leaves more, their mean is the embedding. ``batch_norm`` puts
+    one after each convolution but the last: the network then learns in a fraction of the epochs.
     """
+
+    summary = "five convolutions, each followed by max pooling"
+    unit_vectors = False
 
     def __init__(
         self,

@@ -6,16 +6,20 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.pixels import channels_first
 
 
-class SiameseCnn(nn.Module):
+class SiameseCnn(Network):
     """Batch norm, two 5 x 5 convolutions with tanh and average pooling, a linear layer.
 
     After the "Siamese network with a contrastive loss" of Keras's examples (Singh Saluja 2021),
     whose channels are 4 and 16. Embeddings are compared by their Euclidean distance, so they are
     not normalised. The linear layer fixes the image's size (height, width).
     """
+
+    summary = "batch norm, two 5 x 5 convolutions with tanh and average pooling, linear layer"
+    unit_vectors = False
 
     def __init__(
         self, dimension: int, size: tuple[int, int], channels: Sequence[int] = (4, 16)

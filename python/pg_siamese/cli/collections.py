@@ -1,0 +1,307 @@
+"""Commands on collections: load images, search them, maintain the index."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import psycopg
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from pg_siamese.cli.failures import INTERRUPTED, describe_failure
+from pg_siamese.cli.options import CollectionName, Dsn
+from pg_siamese.cli.terminal import answer_table, errors, notice_bar, output, progress_bar
+from pg_siamese.client.connection import CommandError, connect
+from pg_siamese_server.errors import counted
+
+if TYPE_CHECKING:
+    from pg_siamese.client.queries import Answer, Collection
+    from pg_siamese.datasets import LeftOut
+
+SHEET_NEIGHBOURS = 64  # a sheet is for looking at
+
+
+class Engine(StrEnum):
+    """What answers a search."""
+
+    AUTO = "auto"
+    FAISS = "faiss"
+    PGVECTOR = "pgvector"
+
+
+def load(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder (its sub-folders are the labels), an npz file in MedMNIST's layout, "
+            "or an IDX file (with --labels).",
+            metavar="SOURCE",
+            show_default=False,
+        ),
+    ],
+    collection: CollectionName = "images",
+    table: Annotated[
+        str | None,
+        typer.Option(help="Insert into this table instead of a collection's.", show_default=False),
+    ] = None,
+    image_column: Annotated[
+        str, typer.Option(help="Image column of --table (not needed with --collection).")
+    ] = "image",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Load only this split: train, val or test. Repeatable.", show_default=False
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="IDX file of labels.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Name of the data set. Default: the name of SOURCE.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="If the collection does not exist, create it on siamese.images with this model.",
+            show_default=False,
+        ),
+    ] = None,
+    skip_rejected: Annotated[
+        bool,
+        typer.Option("--skip-rejected", help="Skip images that the server rejects."),
+    ] = False,
+    dsn: Dsn = None,
+) -> None:
+    """Load images into a collection.
+
+    The collection's triggers embed the images. Image files are stored unchanged, pixels of npz and
+    IDX files as PNG. The columns dataset, split, label and source are filled if the table has them.
+    Images whose source is already stored are left out, so a second run continues the first one.
+    """
+    from pg_siamese.client.loading import LoadReport, find_target, load_part
+    from pg_siamese.client.queries import ensure_collection, find_collection
+    from pg_siamese.client.sources import count_left_out, printable, read_source
+
+    if model is not None and table is not None:
+        raise CommandError("--model can't be used with --table")
+    left_out: list[LeftOut] = []
+    parts = read_source(
+        source, splits=split, labels=labels, dataset=dataset, leave_out=left_out.append
+    )
+    for file in left_out:
+        if file.reason is not None:
+            errors().print(
+                f"[yellow]left out:[/] {escape(printable(file.path))}: {file.reason}",
+                soft_wrap=True,
+            )
+    report = LoadReport()
+    with connect(dsn) as connection:
+        if table is None:
+            if model is not None:
+                ensure_collection(connection, collection, model)
+            found = find_collection(connection, collection)
+            target = find_target(connection, found.relation, found.image_name)
+        else:
+            target = find_target(connection, table, image_column)
+        for part in parts:
+            with progress_bar(str(part), len(part)) as advance:
+                load_part(
+                    connection,
+                    target,
+                    part,
+                    report=report,
+                    skip_rejected=skip_rejected,
+                    advance=advance,
+                )
+    for rejection in report.rejected:
+        errors().print(
+            f"[yellow]rejected:[/] {escape(rejection.name)}: {escape(rejection.reason)}",
+            soft_wrap=True,
+        )
+    before = f" (already stored: {report.stored_before:,})" if report.stored_before else ""
+    images = counted(report.stored, "image")
+    output().print(f"{images} stored in {escape(target.relation)}{before}")
+    if left_out:
+        output().print(escape(count_left_out(left_out)), soft_wrap=True)
+
+
+def query(
+    image: Annotated[
+        Path | None,
+        typer.Argument(help="Image file to search with.", metavar="IMAGE", show_default=False),
+    ] = None,
+    id: Annotated[
+        str | None,
+        typer.Option(
+            "--id", help="Search with the stored image that has this key.", show_default=False
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Number of neighbours.")] = 10,
+    collection: CollectionName = "images",
+    filter: Annotated[
+        str | None,
+        typer.Option(
+            help='Return only rows with these column values, as JSON: \'{"label": "pneumonia"}\'.',
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="Engine that answers.")] = Engine.AUTO,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the query and up to 64 neighbours into this PNG file.", show_default=False
+        ),
+    ] = None,
+    dsn: Dsn = None,
+) -> None:
+    """Find the stored images most similar to an image file, or to a stored image (--id)."""
+    from pg_siamese.client.queries import (
+        find_collection,
+        run_search,
+        search_statement,
+        stored_image,
+    )
+
+    if (image is None) == (id is None):
+        raise CommandError("specify an image file, or --id with the key of a stored image")
+    condition = _json_object(filter)
+    data, label = None if image is None else image.read_bytes(), None
+    with connect(dsn) as connection:
+        found = find_collection(connection, collection)
+        search = search_statement(
+            found, image=data, key=id, k=k, filter=condition, engine=engine.value
+        )
+        if id is not None:
+            data, label = stored_image(connection, found, id)
+        try:
+            answers = run_search(connection, found, search)
+        except Exception as error:
+            # The server can't know the file's name.
+            if image is None or (reason := describe_failure(error)) is None:
+                raise
+            raise CommandError(f"{image}: {reason}") from error
+        output().print(answer_table(found, answers))
+        if sheet is not None and data is not None:
+            name = image.name if image is not None else f"{found.key_name} {id}"
+            _write_sheet(connection, found, answers, name, data, label, sheet)
+            output().print(f"contact sheet: {escape(str(sheet))}", soft_wrap=True)
+
+
+def _write_sheet(
+    connection: psycopg.Connection[Any],
+    collection: Collection,
+    answers: list[Answer],
+    name: str,
+    data: bytes,
+    label: str | None,
+    sheet: Path,
+) -> None:
+    from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
+    from pg_siamese.client.queries import display_pixels, sheet_neighbours
+
+    neighbours = sheet_neighbours(connection, collection, answers[:SHEET_NEIGHBOURS])
+    contact_sheet([SheetRow(name, display_pixels(data), label, neighbours)], sheet)
+
+
+def _json_object(text: str | None) -> dict[str, object] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CommandError(f"--filter is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CommandError('--filter is not a JSON object such as {"label": "pneumonia"}')
+    return value
+
+
+def status(dsn: Dsn = None) -> None:
+    """Show each collection with its table, model, vectors and index."""
+    from psycopg.rows import dict_row
+
+    with connect(dsn) as connection, connection.cursor(row_factory=dict_row) as cursor:
+        version = cursor.execute(
+            "SELECT extversion AS version FROM pg_catalog.pg_extension WHERE extname = 'pg_siamese'"
+        ).fetchone()
+        rows = cursor.execute(
+            "SELECT * FROM siamese.collection_status ORDER BY collection"
+        ).fetchall()
+    console = output()
+    console.print(f"pg_siamese {version['version'] if version else '?'}")
+    if not rows:
+        console.print("no collections yet: SELECT siamese.create_collection(), or pg_siamese demo")
+    for row in rows:
+        console.print(f"\n[bold]{escape(str(row.pop('collection')))}[/]")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column(overflow="fold")
+        for name, value in row.items():
+            grid.add_row(f"  {name}", escape(_readable(value)))
+        console.print(grid)
+
+
+def _readable(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return value.astimezone().isoformat(" ", "seconds")
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def build_index(collection: CollectionName = "images", dsn: Dsn = None) -> None:
+    """Build a new generation of a collection's FAISS index.
+
+    Searches continue during the build.
+    """
+    from pg_siamese.client.queries import find_collection
+
+    with connect(dsn) as connection:
+        find_collection(connection, collection)
+        try:
+            with notice_bar(connection, f"building the index of {collection}"):
+                row = connection.execute("SELECT siamese.build_index(%s)", (collection,)).fetchone()
+        except KeyboardInterrupt:
+            raise CommandError(
+                "interrupted: the build was cancelled, and the previous index stays in use",
+                INTERRUPTED,
+            ) from None
+    output().print(f"generation {row[0] if row else '?'} of {escape(collection)} is current")
+
+
+def rebuild_file(
+    collection: Annotated[
+        str | None,
+        typer.Option(
+            "--collection", "-c", help="Only this collection. Default: all.", show_default=False
+        ),
+    ] = None,
+    dsn: Dsn = None,
+) -> None:
+    """Rebuild a standby's own index files of the current generations.
+
+    Files that are intact stay.
+    """
+    from pg_siamese.client.queries import collection_names, find_collection
+
+    with connect(dsn) as connection:
+        if collection is not None:
+            find_collection(connection, collection)
+        for name in [collection] if collection is not None else collection_names(connection):
+            with notice_bar(connection, f"rebuilding the index file of {name}"):
+                row = connection.execute("SELECT siamese.rebuild_file(%s)", (name,)).fetchone()
+            generation = row[0] if row else None
+            output().print(
+                f"{escape(name)}: no generation yet"
+                if generation is None
+                else f"{escape(name)}: generation {generation} is present"
+            )

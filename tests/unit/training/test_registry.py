@@ -1,0 +1,87 @@
+"""What an experiment can name."""
+
+# ruff: noqa: E402 - what is imported below needs what is skipped over above
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("pytorch_metric_learning")
+pytest.importorskip("efficientnet_lite_pytorch")
+
+from pg_siamese.training.experiments import ExperimentError, experiment_names, load_experiment
+from pg_siamese.training.registry import NETWORKS, build_network, build_objective
+from pg_siamese.training.sampling import Batches
+
+NAMES = (
+    "cifar10_8d",
+    "cifar10_8d_improved",
+    "fashion_mnist",
+    "folder",
+    "folder_pretrained",
+    "imagenette_pretrained",
+    "imagenette_scratch",
+    "medical",
+    "medmnist_siamese",
+    "medmnist_siamese_128",
+    "mnist_2d",
+)
+
+
+def test_the_experiments_are_there() -> None:
+    assert tuple(experiment_names()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_can_be_built(name: str) -> None:
+    experiment = load_experiment(name)
+    assert experiment.name == name
+    assert experiment.labels == "class" or len(experiment.data) > 1
+    size = (experiment.input.height, experiment.input.width)
+    network = experiment.network
+    encoder: Any = build_network(network.name, network.dimension, size, network.options)
+    objective: Any = build_objective(
+        experiment.objective.name,
+        network.dimension,
+        10,
+        experiment.metric,
+        experiment.objective.options,
+        parts=encoder.parts,
+    )
+    labels = torch.arange(200) % 10
+    Batches(labels, experiment.sampling, experiment.batch_size, objective.takes, seed=0)
+    with torch.inference_mode():
+        embedding = encoder.eval()(torch.zeros((2, *size, 3), dtype=torch.uint8))
+    assert embedding.shape == (2, network.dimension)
+    assert embedding.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"siamese_cnn", "conv5"}))
+def test_networks_for_cosine_give_unit_vectors(name: str) -> None:
+    encoder: Any = build_network(name, 12, (64, 64), {}).eval()
+    with torch.inference_mode():
+        vectors = encoder(torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8))
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_unknown_networks_and_options() -> None:
+    with pytest.raises(ExperimentError, match='no network "x"; there are: residual'):
+        build_network("x", 2, (28, 28), {})
+    with pytest.raises(ExperimentError, match='"conv5" has no option "depth"; there are: channels'):
+        build_network("conv5", 2, (28, 28), {"depth": 3})
+
+
+def test_every_set_of_an_experiment_has_its_augmentation() -> None:
+    medical = load_experiment("medical").augmentation
+    assert set(medical) == {
+        "breastmnist",
+        "dermamnist",
+        "ham10000_28",
+        "pneumoniamnist",
+        "retinamnist",
+    }
+    assert set(load_experiment("fashion_mnist").augmentation) == {"fashion_mnist"}
+    assert medical["pneumoniamnist"].flip_vertical == 0
