@@ -108,6 +108,12 @@ CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 
 CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real);
 
+CREATE TABLE siamese.dicom_keywords (
+    keyword text PRIMARY KEY,
+    shown boolean NOT NULL DEFAULT true
+);
+SELECT pg_catalog.pg_extension_config_dump('siamese.dicom_keywords', '');
+
 CREATE TYPE siamese.embedding_result AS (
     key text, digest bytea, embedding text, sqlstate text, message text, may_retry boolean
 );

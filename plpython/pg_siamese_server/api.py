@@ -486,6 +486,40 @@ def _labels(plpy: Any, answer: Answer, label_column: str) -> list[str | None]:
 
 
 @_entry_point
+def dicom_tags(
+    plpy: Any, image: bytes | None, more: list[str], less: list[str]
+) -> tuple[str | None]:
+    """Body of ``dicom_tags``: keywords are the list's, with some more and some less."""
+    from pg_siamese_server.encoding.dicom import tags
+
+    for keyword in (*more, *less):
+        tags.check_keyword(keyword)
+    keywords = [name for name in dict.fromkeys((*tags.KEYWORDS, *more)) if name not in less]
+    found = tags.read(image, keywords, functools.partial(interrupts.check, plpy))
+    return (None if found is None else _json(found),)
+
+
+@_entry_point
+def dicom_tag(plpy: Any, image: bytes | None, keyword: str | None) -> tuple[str | None]:
+    """Body of ``dicom_tag``: text of a single value, JSON of anything else."""
+    if keyword is None:
+        return (None,)
+    from pg_siamese_server.encoding.dicom import tags
+
+    tags.check_keyword(keyword)
+    found = tags.read(image, [keyword], functools.partial(interrupts.check, plpy)) or {}
+    value = found.get(keyword)
+    if isinstance(value, dict) and list(value) == ["Alphabetic"]:
+        value = value["Alphabetic"]
+    return (value if value is None or isinstance(value, str) else _json(value),)
+
+
+def _json(value: Any) -> str:
+    """Return JSON text; jsonb has no character zero, and text none either."""
+    return json.dumps(value, ensure_ascii=False).replace("\\u0000", "")
+
+
+@_entry_point
 def compare_images(
     plpy: Any, function: str, images: list[bytes | None] | None, model: str | None
 ) -> tuple[str | None]:

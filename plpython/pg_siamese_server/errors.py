@@ -98,6 +98,11 @@ FILE_ERRORS = {
 }
 
 
+def is_database_error(error: Exception) -> bool:
+    """Whether an error is PostgreSQL's, such as a cancel, and must pass untouched."""
+    return hasattr(error, "sqlstate") or type(error).__module__ in ("plpy", "plpy.spiexceptions")
+
+
 def counted(number: int, thing: str) -> str:
     """Return a number with what it counts, such as "1 row" or "2,000 rows"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -26,6 +26,8 @@ PUBLIC_FUNCTIONS = {
     "register_shipped_models",
     "renew_collections",
     "renew_grants",
+    "dicom_tag",
+    "dicom_tags",
     "same_class",
     "self_check",
     "similar_images",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -70,6 +71,17 @@ def test_the_documentation(db: Connection) -> None:
     assert [(row[0], row[2]) for row in found] == [(1, pytest.approx(0, abs=1e-6))]
 
 
+def test_the_documentation_of_tags(db: Connection) -> None:
+    text = (ROOT / "docs" / "dicom.md").read_text()
+    block = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)[1]
+    db.execute(block.encode())
+    db.execute("INSERT INTO films (id, image) VALUES (1, %s)", (tagged(),))
+    row = db.execute("SELECT patient, taken FROM films").fetchone()
+    assert row == ("p 17", "2024-02-29")
+    found = tags(db, tagged())
+    assert found["StudyDate"] == "2024-02-29" and "Manufacturer" not in found
+
+
 def test_a_bad_one_is_refused_by_name(db: Connection) -> None:
     whole = dicom(pictures(1)[0])
     insert = "INSERT INTO siamese.images (image) VALUES (%s)"
@@ -92,3 +104,82 @@ def test_a_cancel_ends_a_long_file(db: Connection) -> None:
     with db.transaction(), pytest.raises(psycopg.errors.QueryCanceled):
         db.execute("SET LOCAL statement_timeout = '50ms'")
         db.execute("SELECT siamese.embed_image(%s)", (data,))
+
+
+# --- tags ----------------------------------------------------------------------------------------
+
+
+def tagged(**elements: Any) -> bytes:
+    given = {
+        "PatientName": "Müller^Anna",
+        "PatientID": "p 17",
+        "StudyDate": "20240229",
+        "StudyTime": "101530.5",
+        "Modality": "MG",
+        "Manufacturer": "Maker",
+        "PixelSpacing": ["0.5", "0.25"],
+        "KVP": "28",
+        "SpecificCharacterSet": "ISO_IR 192",
+        **elements,
+    }
+    data = dicom_files.dataset(pictures(1)[0], **given)
+    block = data.private_block(0x0009, "maker", create=True)
+    block.add_new(1, "LO", "secret")
+    return dicom_files.written(data)
+
+
+def tags(db: Connection, image: bytes) -> Any:
+    row = db.execute("SELECT siamese.dicom_tags(%s)", (image,)).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def test_tags_of_the_list(db: Connection) -> None:
+    found = tags(db, tagged())
+    assert found["Modality"] == "MG" and found["KVP"] == 28
+    assert found["PixelSpacing"] == [0.5, 0.25] and found["Rows"] == 64
+    text = str(found)
+    for private in ("Anna", "p 17", "secret", "2024", "PixelData"):
+        assert private not in text
+    db.execute(
+        "INSERT INTO siamese.dicom_keywords VALUES ('PatientName', true), ('StudyDate', true),"
+        " ('StudyTime', true), ('Manufacturer', false)"
+    )
+    found = tags(db, tagged())
+    assert found["PatientName"] == {"Alphabetic": "Müller^Anna"}
+    assert found["StudyDate"] == "2024-02-29" and found["StudyTime"] == "10:15:30.5"
+    assert "Manufacturer" not in found and "PatientID" not in found
+    db.execute("INSERT INTO siamese.dicom_keywords VALUES ('Patient', true)")
+    with sql_error("22023", '"Patient" is not a DICOM keyword', "PS3.6"):
+        tags(db, tagged())
+
+
+def test_tags_of_what_is_no_dicom(db: Connection) -> None:
+    assert tags(db, png(pictures(1)[0])) is None
+    assert tags(db, tagged()[:200]) is None
+    broken = tagged(KVP="28").replace(b"DS\x02\x0028", b"DS\x02\x00xy")
+    found = tags(db, broken)
+    assert "KVP" not in found and found["Modality"] == "MG"
+
+
+def test_a_tag_in_a_generated_column(db: Connection) -> None:
+    db.execute(
+        "CREATE TABLE public.films (id bigint PRIMARY KEY, image bytea,"
+        " patient text GENERATED ALWAYS AS (siamese.dicom_tag(image, 'PatientID')) STORED)"
+    )
+    db.execute(
+        "INSERT INTO public.films (id, image) VALUES (1, %s), (2, %s), (3, NULL)",
+        (tagged(), png(pictures(1)[0])),
+    )
+    rows = db.execute("SELECT id, patient FROM public.films ORDER BY id").fetchall()
+    assert rows == [(1, "p 17"), (2, None), (3, None)]
+    for keyword, expected in (
+        ("PatientName", "Müller^Anna"),
+        ("StudyDate", "2024-02-29"),
+        ("PixelSpacing", "[0.5, 0.25]"),
+        ("KVP", "28"),
+        ("PixelData", None),
+        ("BodyPartExamined", None),
+    ):
+        row = db.execute("SELECT siamese.dicom_tag(%s, %s)", (tagged(), keyword)).fetchone()
+        assert row == (expected,)

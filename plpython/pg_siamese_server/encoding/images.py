@@ -24,6 +24,7 @@ from pg_siamese_server.errors import (
     PROGRAM_LIMIT_EXCEEDED,
     ImageError,
     ImageSizeError,
+    is_database_error,
 )
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
@@ -147,7 +148,7 @@ def _decode(data: bytes | None, decoder: _Decoder) -> NDArray[np.uint8]:
     except Exception as error:
         # Pillow's plugins raise whatever their parsers meet. PostgreSQL's own errors, such as a
         # cancel during poll, must pass unchanged.
-        if _is_database_error(error):
+        if is_database_error(error):
             raise
         raise _unreadable(data, error) from None
 
@@ -176,10 +177,6 @@ def _too_large(data: bytes, spec: InputSpec) -> ImageError:
     return ImageSizeError(
         f"image of {size[0]} x {size[1]} pixels is too large", spec.max_pixels, MAX_SIDE
     )
-
-
-def _is_database_error(error: Exception) -> bool:
-    return hasattr(error, "sqlstate") or type(error).__module__ in ("plpy", "plpy.spiexceptions")
 
 
 def _unreadable(data: bytes, error: Exception) -> ImageError:
@@ -261,7 +258,7 @@ class _Decoder:
         except (ImageError, ImportError, Image.DecompressionBombError, MemoryError):
             raise
         except Exception as error:
-            if _is_database_error(error):
+            if is_database_error(error):
                 raise
             opened = self.open_bare(data, error)
         return self.finish(opened)
@@ -307,7 +304,7 @@ class _Decoder:
         except ImageError:
             raise
         except Exception as second:
-            raise (second if _is_database_error(second) else error) from None
+            raise (second if is_database_error(second) else error) from None
 
     def opened(self, data: bytes) -> Image.Image:
         scans = _jpeg_scans(data)

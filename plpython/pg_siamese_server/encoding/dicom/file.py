@@ -208,9 +208,28 @@ def _is_empty(value: Any) -> bool:
 
 def read(data: bytes, spec: InputSpec, poll: Poll) -> File:
     """Read all elements before the pixels, and check what a picture must have."""
+    whole, elements, syntax, place = read_elements(data, spec, poll)
+    _check_syntax(syntax)
+    found = _pixels(whole, place, syntax)
+    _check_class(elements, found is not None)
+    assert found is not None
+    result = File(whole, elements, syntax, *found)
+    check_size(result.columns, result.rows, spec)
+    if result.samples not in (1, 3):
+        raise ImageError(f"DICOM image of {result.samples} samples per pixel is not supported")
+    _check_tiles(result)
+    return result
+
+
+def read_elements(data: bytes, spec: InputSpec, poll: Poll) -> tuple[bytes, Dataset, uid.UID, int]:
+    """Read all elements before the pixels, whatever the object is.
+
+    Returns:
+        The file, inflated if it was deflated, its elements, its transfer syntax, and where reading
+        ended.
+    """
     whole = data if data[PREAMBLE : PREAMBLE + 4] == MAGIC else _with_preamble(data)
     syntax, start = _transfer_syntax(whole)
-    _check_syntax(syntax)
     if syntax == uid.DeflatedExplicitVRLittleEndian:
         whole = _header(uid.ExplicitVRLittleEndian) + _inflated(whole[start:], spec)
     reader = _Reader(whole, poll)
@@ -222,15 +241,7 @@ def read(data: bytes, spec: InputSpec, poll: Poll) -> File:
         raise ImageError(
             "DICOM file has sequences that are nested too deeply", sqlstate=PROGRAM_LIMIT_EXCEEDED
         ) from None
-    found = _pixels(whole, reader.tell(), syntax)
-    _check_class(elements, found is not None)
-    assert found is not None
-    result = File(whole, elements, syntax, *found)
-    check_size(result.columns, result.rows, spec)
-    if result.samples not in (1, 3):
-        raise ImageError(f"DICOM image of {result.samples} samples per pixel is not supported")
-    _check_tiles(result)
-    return result
+    return whole, elements, syntax, reader.tell()
 
 
 def _with_preamble(data: bytes) -> bytes:

@@ -1,0 +1,66 @@
+-- DICOM: tags of the files in image columns.
+
+-- === Tables ===
+
+CREATE TABLE siamese.dicom_keywords (
+    keyword text PRIMARY KEY,
+    shown boolean NOT NULL DEFAULT true
+);
+COMMENT ON TABLE siamese.dicom_keywords IS 'changes to the list of dicom_tags, by administrators';
+COMMENT ON COLUMN siamese.dicom_keywords.shown IS 'false takes a keyword off the list';
+SELECT pg_catalog.pg_extension_config_dump('siamese.dicom_keywords', '');
+
+-- === Public functions ===
+
+CREATE FUNCTION siamese.dicom_tags(image bytea) RETURNS jsonb
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    answer text[] := siamese._dicom_tags(
+        image,
+        ARRAY(SELECT k.keyword FROM siamese.dicom_keywords AS k WHERE k.shown ORDER BY k.keyword),
+        ARRAY(SELECT k.keyword FROM siamese.dicom_keywords AS k WHERE NOT k.shown));
+BEGIN
+    PERFORM siamese._raise(answer);
+    RETURN answer[2];
+END
+$$;
+COMMENT ON FUNCTION siamese.dicom_tags(bytea) IS 'tags of a DICOM file, by keyword';
+
+CREATE FUNCTION siamese.dicom_tag(image bytea, keyword text) RETURNS text
+LANGUAGE plpgsql IMMUTABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    answer text[] := siamese._dicom_tag(image, keyword);
+BEGIN
+    PERFORM siamese._raise(answer);
+    RETURN answer[2];
+END
+$$;
+COMMENT ON FUNCTION siamese.dicom_tag(bytea, text) IS 'one tag of a DICOM file, for generated columns';
+
+-- === Private functions ===
+
+CREATE FUNCTION siamese._dicom_tags(image bytea, more text[], less text[]) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].dicom_tags(plpy, image, more, less)
+$python$;
+COMMENT ON FUNCTION siamese._dicom_tags(bytea, text[], text[]) IS 'tags of a DICOM file, or an error';
+
+CREATE FUNCTION siamese._dicom_tag(image bytea, keyword text) RETURNS text[]
+LANGUAGE plpython3u IMMUTABLE PARALLEL UNSAFE
+AS $python$
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+return GD['pg_siamese @VERSION@'].dicom_tag(plpy, image, keyword)
+$python$;
+COMMENT ON FUNCTION siamese._dicom_tag(bytea, text) IS 'one tag of a DICOM file, or an error';
