@@ -138,7 +138,7 @@ CREATE FUNCTION siamese.similar_images(
     exclude siamese.filter DEFAULT '{}',
     group_by text DEFAULT '',
     per_group bigint DEFAULT 1,
-    own_group boolean DEFAULT true
+    own_group boolean DEFAULT TRUE
 ) RETURNS SETOF siamese.similar_image
 -- SQL without settings of its own, so that the planner makes it part of the query that calls it: as PL/pgSQL it
 -- would take as long again as the search.
@@ -187,7 +187,7 @@ CREATE FUNCTION siamese.similar_rows(
     exclude siamese.filter DEFAULT '{}',
     group_by text DEFAULT '',
     per_group bigint DEFAULT 1,
-    own_group boolean DEFAULT true
+    own_group boolean DEFAULT TRUE
 ) RETURNS TABLE (item anyelement, distance real)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
 SET jit = off
