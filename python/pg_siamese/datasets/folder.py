@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset(
     (
         *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png"),
-        *(".tif", ".tiff", ".webp"),
+        *(".tif", ".tiff", ".webp", ".dcm", ".dicom", ".ima"),
     )
 )
 # Pictures, too, but the server can't decode them: each is worth a line.
 OTHER_IMAGE_SUFFIXES = frozenset(
     (
-        *(".ai", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dicom", ".dng", ".eps", ".exr"),
+        *(".ai", ".arw", ".avif", ".cr2", ".cr3", ".dng", ".eps", ".exr"),
         *(".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".nef", ".nii", ".orf"),
         *(".pbm", ".pdf", ".pgm", ".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga"),
     )
@@ -107,7 +107,7 @@ def list_image_folder(
         suffix = path.suffix.lower()
         if any(part.startswith(".") for part in parts):
             leave_out(LeftOut(path, "hidden"))
-        elif suffix in IMAGE_SUFFIXES:
+        elif suffix in IMAGE_SUFFIXES or _is_dicom(path):
             files.append(ImageFile(path, *class_and_split(parts[:-1])))
         elif suffix in OTHER_IMAGE_SUFFIXES:
             leave_out(LeftOut(path, suffix, f"{suffix} files are not supported"))
@@ -116,6 +116,15 @@ def list_image_folder(
     if not files:
         raise DataNotFoundError(f"{folder}: no image in this folder")
     return files
+
+
+def _is_dicom(path: Path) -> bool:
+    """Return whether a file says so itself: archives name DICOM files by numbers, if at all."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
+    except OSError:
+        return False
 
 
 def read_image_folder(

@@ -282,7 +282,7 @@ def folder_of_all_kinds(folder: Path) -> Path:
     for name in ("cat/a.png", "cat/b.JFIF", "cat/c.jpe", "dog/d.jpeg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"picture")
-    for name in ("cat/e.heic", "dog/f.HEIC", "dog/g.dcm", "notes.txt", ".DS_Store", "LICENSE"):
+    for name in ("cat/e.heic", "dog/f.HEIC", "dog/g.nii", "notes.txt", ".DS_Store", "LICENSE"):
         (folder / name).write_bytes(b"other")
     Path(os.fsdecode(os.fsencode(folder) + b"/cat/caf\xe9.png")).write_bytes(b"picture")
     latin = Path(os.fsdecode(os.fsencode(folder) + b"/b\xfcrste"))
@@ -300,7 +300,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert reasons == {
         "pets/cat/e.heic": ".heic files are not supported",
         "pets/dog/f.HEIC": ".heic files are not supported",
-        "pets/dog/g.dcm": ".dcm files are not supported",
+        "pets/dog/g.nii": ".nii files are not supported",
         "pets/notes.txt": None,
         "pets/.DS_Store": None,
         "pets/LICENSE": None,
@@ -309,7 +309,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     }
     assert count_left_out(left_out) == (
         "8 files left out: 2 .heic, 2 of a name that is not UTF-8, 1 hidden, 1 without a suffix,"
-        " 1 .dcm, 1 .txt"
+        " 1 .nii, 1 .txt"
     )
     assert count_left_out([]) == ""
 

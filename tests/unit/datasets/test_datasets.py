@@ -361,3 +361,19 @@ def test_importing_datasets_imports_no_torch() -> None:
     code = "import sys, pg_siamese.datasets, pg_siamese.cli.training; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_dicom_files_of_any_name(tmp_path: Path) -> None:
+    data = bytes(128) + b"DICM" + bytes(20)
+    for name in ("a/1.dcm", "a/IM_0001", "b/1.2.840.113619", "DICOMDIR"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "b" / "README").write_text("no picture")
+    left_out: list[datasets.LeftOut] = []
+    found = datasets.list_image_folder(tmp_path, left_out.append)
+    assert [(file.path.name, file.label) for file in found] == [
+        ("1.dcm", "a"),
+        ("IM_0001", "a"),
+        ("1.2.840.113619", "b"),
+    ]
+    assert sorted(file.path.name for file in left_out) == ["DICOMDIR", "README"]
