@@ -240,13 +240,17 @@ CREATE FUNCTION siamese.classify_image(
     k bigint DEFAULT 10,
     collection text DEFAULT 'images',
     label_column text DEFAULT 'label',
-    image_id siamese.key DEFAULT NULL
+    image_id siamese.key DEFAULT NULL,
+    filter siamese.filter DEFAULT '{}',
+    exclude siamese.filter DEFAULT '{}',
+    group_by text DEFAULT '',
+    own_group boolean DEFAULT TRUE
 ) RETURNS TABLE (label text, votes integer, share real)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 5
 AS $$
 DECLARE
     answer text[] := siamese._classify_image(
-        image, image_id::pg_catalog.text, k, collection, label_column);
+        image, image_id::pg_catalog.text, k, collection, label_column, filter, exclude, group_by, own_group);
 BEGIN
     PERFORM siamese._raise(answer);
     RETURN QUERY SELECT s.label, s.votes, s.share
@@ -255,7 +259,9 @@ BEGIN
     ) AS s (label, votes, share);
 END
 $$;
-COMMENT ON FUNCTION siamese.classify_image(bytea, bigint, text, text, siamese.key)
+COMMENT ON FUNCTION siamese.classify_image(
+    bytea, bigint, text, text, siamese.key, siamese.filter, siamese.filter, text, boolean
+)
 IS 'labels of the k nearest images, with votes';
 
 -- === Private functions ===
@@ -317,7 +323,15 @@ $$;
 COMMENT ON FUNCTION siamese._no_collection(oid, text) IS 'raise why similar_rows has no collection';
 
 CREATE FUNCTION siamese._classify_image(
-    image bytea, key text, k bigint, collection text, label_column text
+    image bytea,
+    key text,
+    k bigint,
+    collection text,
+    label_column text,
+    filter siamese.filter,
+    exclude siamese.filter,
+    group_by text,
+    own_group boolean
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
@@ -325,9 +339,12 @@ if 'pg_siamese @VERSION@' not in GD:
     failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
     if failure:
         return failure
-return GD['pg_siamese @VERSION@'].classify_image(plpy, image, key, k, collection, label_column)
+return GD['pg_siamese @VERSION@'].classify_image(
+    plpy, image, key, k, collection, label_column, filter, exclude, group_by, own_group)
 $python$;
-COMMENT ON FUNCTION siamese._classify_image(bytea, text, bigint, text, text) IS 'classify an image';
+COMMENT ON FUNCTION siamese._classify_image(
+    bytea, text, bigint, text, text, siamese.filter, siamese.filter, text, boolean
+) IS 'classify an image';
 
 -- A search, which is STABLE, may not run EXPLAIN. This function is VOLATILE, and has the rights of whoever
 -- searches. It explains what the search that calls it has noted in the session's memory, and nothing else.

@@ -457,14 +457,27 @@ def classify_image(
     k: int | None,
     collection: str | None,
     label_column: str | None,
+    filter_: str | None,
+    exclude: str | None,
+    group_by: str | None,
+    own_group: bool | None,
 ) -> tuple[str, str, str]:
-    """Body of ``classify_image``."""
+    """Body of ``classify_image``. Of a group, the nearest row votes."""
     _check_given(label_column=label_column)
     stored, _ = _cast_keys(plpy, collection, key, None)
-    request = _request(image, stored, k, collection)
-    labels = _labels(plpy, _search.search(plpy, request), str(label_column))
+    request = _request(
+        image,
+        stored,
+        k,
+        collection,
+        filter_,
+        exclude=exclude,
+        group_by=group_by,
+        own_group=own_group,
+    )
+    labels = _labels(plpy, _search_or_explain(plpy, request), str(label_column))
     if None in labels:  # rows without a label have no vote
-        request.filter = json.dumps({label_column: {"<>": None}})
+        request.filter = _with_label(request.filter, str(label_column))
         labels = _labels(plpy, _search.search(plpy, request), str(label_column))
     # In order of distance, so that the nearer label comes first if votes are equal.
     votes = Counter(label for label in labels if label is not None)
@@ -475,6 +488,16 @@ def classify_image(
         _array(str(count) for _, count in found),
         _array(f"{count / total:.9g}" for _, count in found),
     )
+
+
+def _with_label(text: str | None, label_column: str) -> str:
+    """Return a filter with one more condition: a label."""
+    wanted = json.loads(text or "{}")
+    given = wanted.get(label_column, {"<>": None})
+    operators = (
+        given if isinstance(given, dict) else {"in" if isinstance(given, list) else "=": given}
+    )
+    return json.dumps(wanted | {label_column: operators | {"<>": None}})
 
 
 def _labels(plpy: Any, answer: Answer, label_column: str) -> list[str | None]:

@@ -200,6 +200,25 @@ def test_rows_that_the_caller_may_not_see(
         same(answer, exact(patients, key, 10, 1, "s.id %% 4 <> 1"))
 
 
+def test_one_vote_per_patient(patients: Connection) -> None:
+    for arguments, condition in (
+        ("", "true"),
+        (', exclude => \'{"side": "left"}\'', "side IS DISTINCT FROM 'left'"),
+        (', filter => \'{"side": ["left", null]}\'', "(side = 'left' OR side IS NULL)"),
+    ):
+        rows = patients.execute(
+            "SELECT label, votes FROM siamese.classify_image(image_id => '170', k => 12,"
+            f" collection => 'scans', label_column => 'side', group_by => 'patient'{arguments})"
+        ).fetchall()
+        wanted = [
+            key for key, _ in exact(patients, 170, 12, 1, f"{condition} AND side IS NOT NULL")
+        ]
+        sides = patients.execute(
+            "SELECT side, count(*) FROM scans WHERE id = ANY(%s) GROUP BY 1", (wanted,)
+        ).fetchall()
+        assert dict(rows) == dict(sides)
+
+
 def test_the_documentation(patients: Connection, images: Gallery) -> None:
     text = (ROOT / "docs" / "dicom.md").read_text()
     blocks = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)
