@@ -321,18 +321,17 @@ def _request(
         )
     if image is not None and key is not None:
         raise SiameseError("an image and the key of a stored one are given", hint="Give one.")
-    given = {
-        "k": k,
-        "collection": collection,
-        "filter": filter_,
-        "max_distance": max_distance,
-        "engine": engine,
-        "exclude": exclude,
-        "group_by": group_by,
-        "per_group": per_group,
-        "own_group": own_group,
-    }
-    _check_given(**given)
+    if None in (k, collection, filter_, max_distance, engine, exclude, group_by, own_group):
+        _check_given(
+            k=k,
+            collection=collection,
+            filter=filter_,
+            max_distance=max_distance,
+            engine=engine,
+            exclude=exclude,
+            group_by=group_by,
+            own_group=own_group,
+        )
     assert max_distance is not None and group_by is not None
     while candidates and isinstance(candidates[0], list):  # of several dimensions
         candidates = [one for part in candidates for one in part]
