@@ -102,7 +102,7 @@ def cases(
     for count in CANDIDATES:
         generator = np.random.default_rng(count)
         lists = [
-            np.sort(generator.choice(len(vectors.ids), count, replace=False))
+            np.sort(generator.choice(len(vectors.ids), min(count, len(vectors.ids)), replace=False))
             for _ in range(len(own) if count < 100_000 else LEAST)
         ]
         data = [_array(vectors.ids[item]) for item in lists]

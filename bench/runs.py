@@ -14,6 +14,7 @@ from bench import (
     data,
     deferred,
     filtered,
+    grouped,
     groups,
     insert,
     machine,
@@ -30,6 +31,7 @@ from pg_siamese_server.encoding.images import decode_image
 PENDING_ROWS = 5_000
 # Queries per filtered search. Their true neighbours are found one by one.
 FILTERED = 240
+GROUPED = 200
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,10 @@ def large(size: Size, console: Console) -> Report:
         filters = filtered.filtered(cluster, "large", vectors, columns, own[:FILTERED])
         report.lines += filters
         report.bars += filtered.bars(filters)
+        console.print("Searching by group …")
+        best = grouped.grouped(cluster, vectors, columns, own[:GROUPED])
+        report.lines += best
+        report.bars += grouped.bars(best, grouped.cases(vectors, columns))
         mine = report.line(build.SECTION, build.OURS)
         theirs = report.line(build.SECTION, search.PGVECTOR)
         report.bars.append(
