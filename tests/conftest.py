@@ -26,6 +26,8 @@ MODELS = ROOT / "models"
 TEMPLATE = "template_siamese"
 
 Connection = psycopg.Connection[Any]
+Connect = Callable[..., Connection]
+NewRole = Callable[[], str]
 _numbers = itertools.count(1)
 
 
@@ -140,7 +142,7 @@ def dsn(cluster: Cluster | ExternalServer, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def connect(dsn: str) -> Iterator[Callable[..., Connection]]:
+def connect(dsn: str) -> Iterator[Connect]:
     """Open connections (autocommit) to the test's database; closed after the test.
 
     Keyword arguments are connection parameters, as ``user="reader"``.
@@ -158,7 +160,7 @@ def connect(dsn: str) -> Iterator[Callable[..., Connection]]:
 
 
 @pytest.fixture
-def db(connect: Callable[..., Connection]) -> Connection:
+def db(connect: Connect) -> Connection:
     """One superuser connection to the test's database."""
     return connect()
 

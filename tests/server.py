@@ -41,6 +41,15 @@ def login_role(name: str) -> sql.Composed:
     return create + sql.SQL(" PASSWORD {}").format(sql.Literal(password))
 
 
+def pg_environment(dsn: str) -> dict[str, str]:
+    """Return the variables of libpq that mean a connection string."""
+    known = {"dbname": "database"}
+    return {
+        f"PG{known.get(name, name).upper()}": str(value)
+        for name, value in conninfo_to_dict(dsn).items()
+    }
+
+
 def path_of(path: str) -> Path:
     """Return where a path of the server is on this machine; skips the test where it is not."""
     if not DSN:

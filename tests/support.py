@@ -48,10 +48,20 @@ def assert_plain(error: psycopg.Error) -> None:
 
 
 def one(db: Connection, query: str, *values: Any) -> Any:
-    """Return the first column of a query's first row."""
+    """Return the first column of the first row of a query."""
     row = db.execute(query, values or None).fetchone()
     assert row is not None, query
     return row[0]
+
+
+def rows_of(db: Connection, query: str, *values: Any) -> list[Any]:
+    """Return a query's rows."""
+    return db.execute(query, values or None).fetchall()
+
+
+def column_of(db: Connection, query: str, *values: Any) -> list[Any]:
+    """Return the first column of a query's rows."""
+    return [row[0] for row in rows_of(db, query, *values)]
 
 
 def notices_of(db: Connection) -> list[str]:

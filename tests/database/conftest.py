@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import psycopg
 import pytest
 
-from tests.conftest import Connection, copied_database
+from tests.conftest import Connection, NewRole, copied_database
 from tests.server import ExternalServer, login_role
 from tools.cluster import Cluster
 
@@ -25,8 +25,14 @@ def shared(cluster: Cluster | ExternalServer, template: str) -> Iterator[Connect
         yield connection
 
 
+@pytest.fixture(params=["sync", "deferred"])
+def embed(request: pytest.FixtureRequest) -> str:
+    """When a collection's images are embedded."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def new_role(cluster: Cluster | ExternalServer) -> Iterator[Callable[[], str]]:
+def new_role(cluster: Cluster | ExternalServer) -> Iterator[NewRole]:
     """Make login roles, of names of their own, that live as long as the cluster."""
     with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
 

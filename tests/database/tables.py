@@ -2,9 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 from tests.conftest import Connection
+from tests.support import column_of, grid_encoder, one
+
+# A function that must not run as superuser.
+EVIL = """
+CREATE FUNCTION public.evil(int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$
+BEGIN
+    IF (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user) THEN
+        RAISE EXCEPTION 'ran as superuser' USING ERRCODE = 'SIAM1';
+    END IF;
+    RETURN true;
+END $$;
+"""
+
+
+def make_collection(
+    db: Connection, name: str = "t", key: str = "integer", more: str = "", **options: Any
+) -> None:
+    """Make a table (id, image and ``more``) with a collection of its name."""
+    db.execute(f"CREATE TABLE public.{name} (id {key} PRIMARY KEY, image bytea{more})")
+    given = "".join(f", {option} => %s" for option in options)
+    call = f"siamese.create_collection('{name}', 'public.{name}'{given})"
+    db.execute(f"SELECT {call}", list(options.values()))
+
+
+def insert_rows(db: Connection, keys: Iterable[int], files: Sequence[bytes | None]) -> None:
+    """Insert rows into table ``t`` in one statement."""
+    insert = "INSERT INTO t (id, image) SELECT * FROM unnest(%s::int[], %s::bytea[])"
+    db.execute(insert, (list(keys), list(files)))
+
+
+def register_grid(db: Connection) -> None:
+    """Register model ``grid``, of another metric and dimension than the medical one."""
+    model = grid_encoder(("n", 3, 28, 28), pool=7)
+    db.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
+
+
+@contextmanager
+def without_triggers(db: Connection) -> Iterator[None]:
+    """Write as logical replication and pg_restore --disable-triggers do."""
+    db.execute("SET session_replication_role = replica")
+    yield
+    db.execute("RESET session_replication_role")
+
+
+def blocks_read(db: Connection, table: str) -> int:
+    """Return the number of blocks of TOAST that were read so far."""
+    db.execute("SELECT pg_stat_force_next_flush()")
+    blocks = "SELECT toast_blks_read + toast_blks_hit FROM pg_statio_user_tables"
+    return int(one(db, f"{blocks} WHERE relname = %s", table))
 
 
 class Table:
@@ -15,16 +66,15 @@ class Table:
         self.files = files
 
     @classmethod
-    def create(cls, db: Connection, files: list[bytes], options: str = "") -> Self:
-        """Make the table and its collection. ``options`` are more arguments of the latter."""
-        db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, note text)")
-        db.execute(f"SELECT create_collection('t', 't' {options})")
+    def create(cls, db: Connection, files: list[bytes], **options: Any) -> Self:
+        """Make the table and its collection. ``options`` are arguments of the latter."""
+        make_collection(db, more=", note text", **options)
         return cls(db, files)
 
     @classmethod
-    def indexed(cls, db: Connection, files: list[bytes], options: str = "") -> Self:
+    def indexed(cls, db: Connection, files: list[bytes], **options: Any) -> Self:
         """Make the table with rows 0 to 9, all of them in an index."""
-        table = cls.create(db, files, options)
+        table = cls.create(db, files, **options)
         table.insert(*range(10))
         table.embed()
         db.execute("SELECT build_index('t')")
@@ -32,10 +82,7 @@ class Table:
 
     def insert(self, *places: int) -> None:
         """Insert pictures under their place as key, in one statement."""
-        self.db.execute(
-            "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])",
-            (list(places), [self.files[place] for place in places]),
-        )
+        insert_rows(self.db, places, [self.files[place] for place in places])
 
     def value(self, statement: str, *values: object) -> Any:
         """Return the first value of an answer."""
@@ -82,9 +129,9 @@ class Deferred(Table):
     """The same with a deferred collection."""
 
     @classmethod
-    def create(cls, db: Connection, files: list[bytes], options: str = "") -> Self:
+    def create(cls, db: Connection, files: list[bytes], **options: Any) -> Self:
         """Make the table and its deferred collection."""
-        return super().create(db, files, f", embed => 'deferred' {options}")
+        return super().create(db, files, embed="deferred", **options)
 
     def embed(self) -> int:
         """Embed what is queued; return how many rows."""
@@ -96,8 +143,7 @@ class Deferred(Table):
 
     def queued(self) -> list[int]:
         """Return the queued keys."""
-        rows = self.db.execute("SELECT DISTINCT unnest(keys) FROM siamese.queue_2 ORDER BY 1")
-        return [row[0] for row in rows]
+        return column_of(self.db, "SELECT DISTINCT unnest(keys) FROM siamese.queue_2 ORDER BY 1")
 
     def check_vectors(self) -> None:
         """Each vector is that of its row's image; each row without one is queued or failed."""

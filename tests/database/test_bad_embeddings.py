@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 
 from pg_siamese.worker import Options, Worker
 from tests.conftest import Connection
-from tests.support import Array, encode, graph, sql_error
+from tests.database.tables import insert_rows, without_triggers
+from tests.support import Array, column_of, encode, graph, one, sql_error
 
 FLOAT = TensorProto.FLOAT
 BLACK = encode(np.zeros((8, 8, 3), np.uint8))
@@ -49,19 +50,15 @@ def create(db: Connection, **options: str) -> None:
 
 
 def insert(db: Connection, images: list[bytes]) -> None:
-    db.execute(
-        "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])",
-        (list(range(1, len(images) + 1)), images),
-    )
+    insert_rows(db, range(1, len(images) + 1), images)
 
 
 IMAGES = [picture(1), BLACK, picture(3)]
 
 
 def stored(db: Connection) -> list[int]:
-    row = db.execute("SELECT collection_id FROM siamese.collections WHERE name = 't'").fetchone()
-    assert row
-    return [key for (key,) in db.execute(f"SELECT key FROM siamese.embedding_{row[0]} ORDER BY 1")]
+    number = one(db, "SELECT collection_id FROM siamese.collections WHERE name = 't'")
+    return column_of(db, f"SELECT key FROM siamese.embedding_{number} ORDER BY 1")
 
 
 def failed(db: Connection) -> list[Any]:
@@ -100,10 +97,9 @@ def test_rows_that_were_there_before(table: Connection) -> None:
 
 def test_backfill(table: Connection) -> None:
     create(table, on_error="quarantine")
-    table.execute("SET session_replication_role = replica")
-    insert(table, IMAGES)
-    table.execute("SET session_replication_role = origin")
-    assert table.execute("SELECT backfill('t')").fetchone() == (2,)
+    with without_triggers(table):
+        insert(table, IMAGES)
+    assert one(table, "SELECT backfill('t')") == 2
     assert stored(table) == [1, 3] and failed(table) == FAILURE
 
 
@@ -111,7 +107,7 @@ def test_backfill(table: Connection) -> None:
 def test_deferred(table: Connection) -> None:
     create(table, embed="deferred")
     insert(table, IMAGES)
-    assert table.execute("SELECT embed_pending('t')").fetchone() == (2,)
+    assert one(table, "SELECT embed_pending('t')") == 2
     assert stored(table) == [1, 3] and failed(table) == FAILURE
 
 
@@ -128,15 +124,10 @@ def test_queries(table: Connection) -> None:
     for call in (
         "embed_image(%(black)s, 'dividing')",
         "image_distance(%(black)s, %(good)s, 'dividing')",
-        "similar_keys",
+        "similar_images(image => %(black)s, k => 1, collection => 't')",
     ):
-        statement = f"SELECT {call}"
-        if call == "similar_keys":
-            statement = (
-                "SELECT * FROM similar_images(image => %(black)s, k => 1, collection => 't')"
-            )
         with sql_error("22P03", "not finite"):
-            table.execute(statement, {"black": BLACK, "good": picture(1)})
+            table.execute(f"SELECT * FROM {call}", {"black": BLACK, "good": picture(1)})
 
 
 def test_vectors_from_elsewhere(table: Connection) -> None:

@@ -5,16 +5,14 @@ In full: ``python -m tests.scenarios images --count 20000``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.conftest import Connection
+from tests.conftest import Connect
 from tests.scenarios.bad_images import BadImages
 from tests.scenarios.process import private_bytes
 
 
-def test_damaged_files_and_bombs(connect: Callable[[], Connection]) -> None:
+def test_damaged_files_and_bombs(connect: Connect) -> None:
     try:
         private_bytes(connect().info.backend_pid)
     except OSError as error:

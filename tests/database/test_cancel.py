@@ -5,19 +5,18 @@ In full: ``python -m tests.scenarios cancel``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import psycopg
 import pytest
 
-from tests.conftest import Connection
+from tests.conftest import Connect, Connection
 from tests.scenarios.cancel import Cancel
 from tests.scenarios.gallery import gallery, insert
+from tests.support import one
 
 
 @pytest.mark.law(5)
-def test_long_statements_stop_within_a_second(connect: Callable[[], Connection]) -> None:
+def test_long_statements_stop_within_a_second(connect: Connect) -> None:
     Cancel(connect, gallery(500), rows=15_000, vectors=12_000, moments=4, layers=15).run()
 
 
@@ -40,6 +39,6 @@ def test_a_timeout_never_strikes_the_next_statement(db: Connection) -> None:
             struck += 1
         db.execute("SET statement_timeout = 0")
         db.execute("SELECT count(*) FROM siamese.images")
-    assert db.execute("SELECT count(*) FROM siamese.images").fetchone() == (300,)
+    assert one(db, "SELECT count(*) FROM siamese.images") == 300
     if not struck:
         pytest.skip("this machine is too quick for the time-outs tried")

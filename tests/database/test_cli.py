@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +25,8 @@ from pg_siamese.cli.main import app
 from pg_siamese.client.connection import connect, schema_prefix
 from pg_siamese.client.sources import png
 from tests.conftest import Connection
-from tests.server import login_role
-from tests.support import grid_encoder
+from tests.server import login_role, pg_environment
+from tests.support import graph, grid_encoder, one, rows_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,19 +34,21 @@ if TYPE_CHECKING:
     from typer.testing import Result
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+def run(dsn: str, *arguments: str) -> Result:
+    """Run a command on a database, or on that of the PG variables."""
+    options = ["--dsn", dsn] if dsn else []
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, *options])
 
 
-def works(*arguments: str) -> str:
-    result = run(*arguments)
+def works(dsn: str, *arguments: str) -> str:
+    result = run(dsn, *arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
-def fails(*arguments: str) -> str:
+def fails(dsn: str, *arguments: str) -> str:
     """Run a command that must fail as it should; return its error, which is one line."""
-    result = run(*arguments)
+    result = run(dsn, *arguments)
     assert result.exit_code == 1, result.output
     # Progress bars are on stderr too.
     lines = [line for line in result.stderr.splitlines() if not re.search(r"━|\d% ", line)]
@@ -57,9 +58,7 @@ def fails(*arguments: str) -> str:
 
 
 def count(db: Connection, table: str = "siamese.images") -> int:
-    row = db.execute(f"SELECT count(*) FROM {table}").fetchone()
-    assert row is not None
-    return int(row[0])
+    return int(one(db, f"SELECT count(*) FROM {table}"))
 
 
 def picture(number: int) -> bytes:
@@ -94,7 +93,7 @@ def medical_set(file: Path, counts: tuple[int, int, int] = (30, 10, 5)) -> Path:
 
 def test_a_folder_goes_in_with_its_own_bytes(dsn: str, db: Connection, tmp_path: Path) -> None:
     folder = picture_folder(tmp_path / "pets")
-    assert "6 images stored" in works("load", str(folder), "--dsn", dsn)
+    assert "6 images stored" in works(dsn, "load", str(folder))
     rows = db.execute(
         "SELECT source, label, dataset, split, image FROM siamese.images ORDER BY image_id"
     ).fetchall()
@@ -103,24 +102,19 @@ def test_a_folder_goes_in_with_its_own_bytes(dsn: str, db: Connection, tmp_path:
         file = folder / source.removeprefix("file:pets/")
         assert image == file.read_bytes()
         assert (label, dataset, split) == (file.parent.name, "pets", None)
-
-
-def test_what_goes_in_is_embedded_by_the_trigger(dsn: str, db: Connection, tmp_path: Path) -> None:
-    works("load", str(picture_folder(tmp_path / "pets")), "--dsn", dsn)
-    status = db.execute("SELECT rows_embedded, pending FROM siamese.collection_status").fetchone()
-    assert status == (6, 6)
+    # The trigger has embedded them.
+    status = "SELECT rows_embedded, pending FROM siamese.collection_status"
+    assert db.execute(status).fetchone() == (6, 6)
 
 
 def test_npz_splits_and_a_second_run(dsn: str, db: Connection, tmp_path: Path) -> None:
     file = str(medical_set(tmp_path / "breastmnist.npz"))
-    assert "10 images stored" in works("load", file, "--split", "val", "--dsn", dsn)
+    assert "10 images stored" in works(dsn, "load", file, "--split", "val")
     db.execute("DELETE FROM siamese.images WHERE source = 'medmnist:breastmnist/val/4'")
-    output = works("load", file, "--split", "train", "--split", "val", "--dsn", dsn)
+    output = works(dsn, "load", file, "--split", "train", "--split", "val")
     assert "31 images stored" in output
     assert "already stored: 9" in output
-    assert "0 images stored" in works(
-        "load", file, "--split", "train", "--split", "val", "--dsn", dsn
-    )
+    assert "0 images stored" in works(dsn, "load", file, "--split", "train", "--split", "val")
     assert count(db) == 40
     labels = db.execute("SELECT DISTINCT label FROM siamese.images ORDER BY 1").fetchall()
     assert labels == [("malignant",), ("normal, benign",)]
@@ -130,11 +124,11 @@ def test_a_rejected_image_names_its_file(dsn: str, db: Connection, tmp_path: Pat
     folder = picture_folder(tmp_path / "pets")
     broken = folder / "dog" / "1.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    line = fails("load", str(folder), "--dsn", dsn)
+    line = fails(dsn, "load", str(folder))
     assert str(broken) in line
     assert "4 images stored" in line
     assert count(db) == 4
-    result = run("load", str(folder), "--skip-rejected", "--dsn", dsn)
+    result = run(dsn, "load", str(folder), "--skip-rejected")
     assert result.exit_code == 0
     assert f"rejected: {broken}" in result.stderr
     assert "1 image stored" in result.stdout
@@ -147,7 +141,7 @@ def test_file_names_of_any_bytes(dsn: str, db: Connection, tmp_path: Path) -> No
     (folder / "cat" / "new.heic").write_bytes(b"heic")
     (folder / "cat" / "notes.txt").write_bytes(b"text")
     Path(os.fsdecode(os.fsencode(folder) + b"/cat/caf\xe9.png")).write_bytes(picture(6))
-    result = run("load", str(folder), "--dsn", dsn)
+    result = run(dsn, "load", str(folder))
     assert result.exit_code == 0, result.output
     assert "3 images stored" in result.stdout
     assert "3 files left out: " in result.stdout and "1 .heic" in result.stdout
@@ -161,7 +155,7 @@ def test_images_over_a_limit_are_named_too(dsn: str, db: Connection, tmp_path: P
     folder = picture_folder(tmp_path / "pets")
     huge = folder / "cat" / "9.png"
     Image.new("1", (6000, 6000)).save(huge)
-    assert str(huge) in fails("load", str(folder), "--dsn", dsn)
+    assert str(huge) in fails(dsn, "load", str(folder))
     assert count(db) == 3
 
 
@@ -173,27 +167,24 @@ def test_own_tables(dsn: str, db: Connection, tmp_path: Path) -> None:
     )
     file = str(medical_set(tmp_path / "other.npz"))
     table = ["--table", '"My scans"', "--image-column", "the image"]
-    assert "10 images stored" in works("load", file, "--split", "val", *table, "--dsn", dsn)
+    assert "10 images stored" in works(dsn, "load", file, "--split", "val", *table)
     db.execute(
         "SELECT siamese.create_collection('scans', '\"My scans\"', 'scan', 'the image', 'medical')"
     )
-    works("load", file, "--split", "test", "-c", "scans", "--dsn", dsn)
+    works(dsn, "load", file, "--split", "test", "-c", "scans")
     assert count(db, '"My scans"') == 15
-    row = db.execute('SELECT scan, label FROM "My scans" LIMIT 1').fetchone()
-    assert row is not None
-    output = works("query", "--id", str(row[0]), "-k", "3", "-c", "scans", "--dsn", dsn)
+    scan = one(db, 'SELECT scan FROM "My scans" LIMIT 1')
+    output = works(dsn, "query", "--id", str(scan), "-k", "3", "-c", "scans")
     keys = [uuid.UUID(line.split()[1]) for line in output.splitlines()[1:]]
-    assert len(keys) == 3
-    assert row[0] not in keys
+    assert len(keys) == 3 and scan not in keys
 
 
 def test_what_cannot_be_loaded_into(dsn: str, tmp_path: Path) -> None:
     folder = str(picture_folder(tmp_path / "pets"))
-    assert 'table "nothing" does not exist' in fails(
-        "load", folder, "--table", "nothing", "--dsn", dsn
-    )
-    assert 'no column "image"' in fails("load", folder, "--table", "pg_class", "--dsn", dsn)
-    line = fails("load", folder, "--collection", "nothing", "--dsn", dsn)
+    line = fails(dsn, "load", folder, "--table", "nothing")
+    assert 'table "nothing" does not exist' in line
+    assert 'no column "image"' in fails(dsn, "load", folder, "--table", "pg_class")
+    line = fails(dsn, "load", folder, "--collection", "nothing")
     assert 'collection "nothing" does not exist; available: images' in line
 
 
@@ -223,13 +214,9 @@ def test_ctrl_c_cancels_in_the_server_and_says_what_is_stored(
     )
 
     def sleepers() -> int:
-        row = db.execute(sleeping).fetchone()
-        assert row is not None
-        return int(row[0])
+        return int(one(db, sleeping))
 
-    deadline = time.monotonic() + 60
-    while not sleepers() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: sleepers() or process.poll() is not None)
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 130, stderr
@@ -246,7 +233,7 @@ def test_ctrl_c_cancels_in_the_server_and_says_what_is_stored(
 def loaded(dsn: str, tmp_path: Path) -> str:
     """A database with 40 images of two labels."""
     file = medical_set(tmp_path / "breastmnist.npz")
-    works("load", str(file), "--split", "train", "--split", "val", "--dsn", dsn)
+    works(dsn, "load", str(file), "--split", "train", "--split", "val")
     return dsn
 
 
@@ -259,38 +246,33 @@ def answers(output: str) -> list[list[str]]:
 def test_a_stored_image_finds_itself_by_file_but_not_by_id(
     loaded: str, db: Connection, tmp_path: Path
 ) -> None:
-    row = db.execute("SELECT image_id, image FROM siamese.images LIMIT 1").fetchone()
-    assert row is not None
+    ((key, stored),) = rows_of(db, "SELECT image_id, image FROM siamese.images LIMIT 1")
     file = tmp_path / "query.png"
-    file.write_bytes(row[1])
-    by_file = answers(works("query", str(file), "-k", "5", "--dsn", loaded))
+    file.write_bytes(stored)
+    by_file = answers(works(loaded, "query", str(file), "-k", "5"))
     assert [cells[0] for cells in by_file] == ["1", "2", "3", "4", "5"]
-    assert by_file[0][1] == str(row[0])
+    assert by_file[0][1] == str(key)
     assert float(by_file[0][2]) == pytest.approx(0, abs=1e-3)
-    by_id = answers(works("query", "--id", str(row[0]), "-k", "5", "--dsn", loaded))
+    by_id = answers(works(loaded, "query", "--id", str(key), "-k", "5"))
     assert len(by_id) == 5
-    assert str(row[0]) not in [cells[1] for cells in by_id]
+    assert str(key) not in [cells[1] for cells in by_id]
 
 
 @pytest.mark.parametrize("engine", ["auto", "pgvector"])
 def test_filters_hold_for_every_row(loaded: str, db: Connection, engine: str) -> None:
-    row = db.execute(
-        "SELECT min(image_id) FROM siamese.images WHERE label <> 'malignant'"
-    ).fetchone()
-    assert row is not None
+    key = one(db, "SELECT min(image_id) FROM siamese.images WHERE label <> 'malignant'")
     options = ["--filter", '{"label": "malignant"}', "--engine", engine]
-    found = answers(works("query", "--id", str(row[0]), *options, "-k", "30", "--dsn", loaded))
+    found = answers(works(loaded, "query", "--id", str(key), *options, "-k", "30"))
     assert len(found) == 20
     assert {cells[-1] for cells in found} == {"malignant"}
 
 
 def test_the_sheet(loaded: str, db: Connection, tmp_path: Path) -> None:
-    row = db.execute("SELECT image_id, image FROM siamese.images LIMIT 1").fetchone()
-    assert row is not None
+    ((key, stored),) = rows_of(db, "SELECT image_id, image FROM siamese.images LIMIT 1")
     file, sheet = tmp_path / "query.png", tmp_path / "new" / "sheet.png"
-    file.write_bytes(row[1])
-    for query in ([str(file)], ["--id", str(row[0])]):
-        output = works("query", *query, "-k", "3", "--sheet", str(sheet), "--dsn", loaded)
+    file.write_bytes(stored)
+    for query in ([str(file)], ["--id", str(key)]):
+        output = works(loaded, "query", *query, "-k", "3", "--sheet", str(sheet))
         assert str(sheet) in output
         with Image.open(sheet) as image:
             assert image.format == "PNG"
@@ -301,76 +283,66 @@ def test_the_sheet(loaded: str, db: Connection, tmp_path: Path) -> None:
 def test_bad_queries_are_one_line(loaded: str, tmp_path: Path) -> None:
     junk = tmp_path / "junk.png"
     junk.write_bytes(b"no image")
-    assert str(junk) in fails("query", str(junk), "--dsn", loaded)
-    assert "999999" in fails("query", "--id", "999999", "--dsn", loaded)
-    assert "not a valid key" in fails("query", "--id", "abc", "--dsn", loaded)
-    fails("query", "--id", "1", "-k", "0", "--dsn", loaded)
-    fails("query", "--id", "1", "--filter", '{"colour": 1}', "--dsn", loaded)
+    assert str(junk) in fails(loaded, "query", str(junk))
+    assert "999999" in fails(loaded, "query", "--id", "999999")
+    assert "not a valid key" in fails(loaded, "query", "--id", "abc")
+    fails(loaded, "query", "--id", "1", "-k", "0")
+    fails(loaded, "query", "--id", "1", "--filter", '{"colour": 1}')
     # No index has been built yet.
-    fails("query", "--id", "1", "--engine", "faiss", "--dsn", loaded)
+    fails(loaded, "query", "--id", "1", "--engine", "faiss")
 
 
 # --- status, build-index, register-model ---------------------------------------------------------
 
 
 def test_status_and_build_index(loaded: str) -> None:
-    before = works("status", "--dsn", loaded)
+    before = works(loaded, "status")
     assert re.search(r"pending +40\b", before)
     assert re.search(r"model +medical\b", before)
-    result = run("build-index", "--dsn", loaded)
+    result = run(loaded, "build-index")
     assert result.exit_code == 0, result.output
     assert "is current" in result.stdout
     assert "100%" in result.stderr
-    after = works("status", "--dsn", loaded)
+    after = works(loaded, "status")
     assert re.search(r"pending +0\b", after)
-    assert len(answers(works("query", "--id", "1", "--engine", "faiss", "--dsn", loaded))) == 10
+    assert len(answers(works(loaded, "query", "--id", "1", "--engine", "faiss"))) == 10
 
 
-def test_build_index_of_what_is_not_there(dsn: str) -> None:
-    assert 'collection "nothing" does not exist' in fails(
-        "build-index", "-c", "nothing", "--dsn", dsn
-    )
+@pytest.mark.parametrize("command", ["build-index", "rebuild-file"])
+def test_a_collection_that_is_not_there(dsn: str, command: str) -> None:
+    missing = 'collection "nothing" does not exist'
+    assert missing in fails(dsn, command, "-c", "nothing")
 
 
 def test_rebuild_file_is_for_standbys(dsn: str) -> None:
     """What it does there, tests/operations shows."""
-    assert "not a standby" in fails("rebuild-file", "--dsn", dsn)
-    assert 'collection "nothing" does not exist' in fails(
-        "rebuild-file", "-c", "nothing", "--dsn", dsn
-    )
+    assert "not a standby" in fails(dsn, "rebuild-file")
 
 
 def foreign_encoder(file: Path) -> Path:
     """Write an encoder that says nothing of its input: float32, channels first, any size."""
-    from onnx import TensorProto, helper, save
-
-    graph = helper.make_graph(
-        [
-            helper.make_node("GlobalAveragePool", ["pixels"], ["pooled"]),
-            helper.make_node("Flatten", ["pooled"], ["vector"], axis=1),
-        ],
-        "colours",
-        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 3, "h", "w"])],
-        [helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["n", 3])],
-    )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="test"
-    )
-    save(model, str(file))
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["pixels"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["vector"], axis=1),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    model = graph(nodes, [("pixels", kind, ["n", 3, "h", "w"])], [("vector", kind, ["n", 3])])
+    file.write_bytes(model)
     return file
 
 
 def test_a_foreign_encoder_with_its_input(dsn: str, db: Connection, tmp_path: Path) -> None:
     file = str(foreign_encoder(tmp_path / "colours.onnx"))
     options = ["--size", "64x32", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
-    options += ["--resize", "crop", "--dsn", dsn]
-    first = works("register-model", file, *options)
+    options += ["--resize", "crop"]
+    first = works(dsn, "register-model", file, *options)
     assert 'model "colours" is registered' in first
-    assert works("register-model", file, *options) == first
-    works("register-model", file, "--name", "other", *options)
-    row = db.execute("SELECT siamese.embed_image(%s, 'colours')::text", (picture(1),)).fetchone()
-    assert row is not None
-    assert len(row[0].split(",")) == 3
+    assert works(dsn, "register-model", file, *options) == first
+    works(dsn, "register-model", file, "--name", "other", *options)
+    assert (
+        len(one(db, "SELECT siamese.embed_image(%s, 'colours')::text", picture(1)).split(",")) == 3
+    )
 
 
 def test_a_model_with_its_weights_beside_it(dsn: str, db: Connection, tmp_path: Path) -> None:
@@ -382,13 +354,12 @@ def test_a_model_with_its_weights_beside_it(dsn: str, db: Connection, tmp_path: 
     tensor.external_data.add(key="location", value="m.onnx.data")
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     works(
-        *("register-model", str(tmp_path / "m.onnx"), "--input-range", "0,4095", "--dsn", dsn),
+        *(dsn, "register-model", str(tmp_path / "m.onnx"), "--input-range", "0,4095"),
         *("--threshold", "0.5", "--mean", "0.1,0.2,0.3"),
     )
-    row = db.execute(
+    assert db.execute(
         "SELECT specification -> 'input' -> 'input_range', dimension FROM models WHERE name = 'm'"
-    ).fetchone()
-    assert row == ([0, 4095], 12)
+    ).fetchone() == ([0, 4095], 12)
     with pytest.raises(psycopg.errors.InvalidParameterValue) as caught:
         data = (tmp_path / "m.onnx").read_bytes()
         db.execute("SELECT register_model('other', %s)", (data,))
@@ -398,31 +369,27 @@ def test_a_model_with_its_weights_beside_it(dsn: str, db: Connection, tmp_path: 
 def test_what_is_no_model_is_one_line(dsn: str, tmp_path: Path) -> None:
     file = tmp_path / "junk.onnx"
     file.write_bytes(b"junk")
-    fails("register-model", str(file), "--dsn", dsn)
+    fails(dsn, "register-model", str(file))
 
 
 # --- the connection ------------------------------------------------------------------------------
 
 
 def test_the_extension_may_be_missing(dsn: str) -> None:
-    line = fails("status", "--dsn", make_conninfo(dsn, dbname="template1"))
+    line = fails(make_conninfo(dsn, dbname="template1"), "status")
     assert "CREATE EXTENSION" in line
 
 
 def test_a_database_that_is_not_there(dsn: str) -> None:
-    line = fails("status", "--dsn", make_conninfo(dsn, dbname="not there"))
+    line = fails(make_conninfo(dsn, dbname="not there"), "status")
     assert 'database "not there" does not exist' in line
     assert "start the server" not in line
 
 
 def test_the_pg_variables_are_enough(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = psycopg.conninfo.conninfo_to_dict(dsn)
-    names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
-    names["password"] = "PGPASSWORD"
-    for name, variable in names.items():
-        if name in settings:
-            monkeypatch.setenv(variable, str(settings[name]))
-    assert "images" in works("status")
+    for variable, value in pg_environment(dsn).items():
+        monkeypatch.setenv(variable, value)
+    assert "images" in works("", "status")
 
 
 # --- the demo ----------------------------------------------------------------------------------
@@ -435,7 +402,7 @@ def test_the_demo_twice(
         medical_set(tmp_path / f"{name}.npz", (60, 20, 10))
     monkeypatch.setattr(datasets, "medmnist_folders", lambda: [tmp_path])
     sheet = tmp_path / "sheet.png"
-    first = works("demo", "--sheet", str(sheet), "--dsn", dsn)
+    first = works(dsn, "demo", "--sheet", str(sheet))
     assert "ham10000_28 stands in for dermamnist" in first
     assert "left out, because not found: pneumoniamnist" in first
     assert "240 images inserted" in first
@@ -445,13 +412,12 @@ def test_the_demo_twice(
     assert "make " not in first
     assert sheet.stat().st_size > 10_000
     sheet.unlink()
-    second = works("demo", "--sheet", str(sheet), "--dsn", dsn)
+    second = works(dsn, "demo", "--sheet", str(sheet))
     assert "240 images already stored" in second
     assert "the index is up to date" in second
     assert sheet.exists()
     assert count(db) == 240
-    row = db.execute("SELECT pending FROM siamese.collection_status").fetchone()
-    assert row == (0,)
+    assert one(db, "SELECT pending FROM siamese.collection_status") == 0
     # What it says to try works as it stands.
     with connect(dsn) as connection:
         statements = things_to_try(connection, schema_prefix(connection))
@@ -466,8 +432,8 @@ def test_the_demo_goes_on_where_it_stopped(
 ) -> None:
     file = medical_set(tmp_path / "breastmnist.npz")
     monkeypatch.setattr(datasets, "medmnist_folders", lambda: [tmp_path])
-    works("load", str(file), "--split", "val", "--dsn", dsn)
-    output = works("demo", "--sheet", str(tmp_path / "sheet.png"), "--dsn", dsn)
+    works(dsn, "load", str(file), "--split", "val")
+    output = works(dsn, "demo", "--sheet", str(tmp_path / "sheet.png"))
     assert "30 images inserted" in output
     assert "10 images already stored" in output
     assert count(db) == 40
@@ -476,8 +442,8 @@ def test_the_demo_goes_on_where_it_stopped(
 def test_the_demo_leaves_a_collection_of_another_model_alone(
     dsn: str, db: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    works("register-model", str(foreign_encoder(tmp_path / "colours.onnx")), "--size", "28",
-          "--dsn", dsn)  # fmt: skip
+    file = str(foreign_encoder(tmp_path / "colours.onnx"))
+    works(dsn, "register-model", file, "--size", "28")
     db.execute("SELECT siamese.drop_collection('images')")
     db.execute(
         "SELECT siamese.create_collection('images', 'siamese.images', 'image_id',"
@@ -485,15 +451,11 @@ def test_the_demo_leaves_a_collection_of_another_model_alone(
     )
     medical_set(tmp_path / "breastmnist.npz")
     monkeypatch.setattr(datasets, "medmnist_folders", lambda: [tmp_path])
-    line = fails_at_the_end("demo", "--dsn", dsn)
+    result = run(dsn, "demo")
+    assert result.exit_code == 1, result.output
+    line = result.stderr.splitlines()[-1]
     assert 'has model "colours", the demo needs "medical"' in line
     assert count(db) == 0
-
-
-def fails_at_the_end(*arguments: str) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    return result.stderr.splitlines()[-1]
 
 
 # --- other roles ---------------------------------------------------------------------------------
@@ -513,10 +475,10 @@ def reader(loaded: str, db: Connection) -> Iterator[str]:
 
 def test_a_reader_can_query_and_nothing_else(reader: str, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
-    found = answers(works("query", "--id", "1", "-k", "3", "--sheet", str(sheet), "--dsn", reader))
+    found = answers(works(reader, "query", "--id", "1", "-k", "3", "--sheet", str(sheet)))
     assert len(found) == 3
     assert sheet.exists()
-    assert "permission denied" in fails("build-index", "--dsn", reader)
-    assert "rows_embedded" in works("status", "--dsn", reader)
+    assert "permission denied" in fails(reader, "build-index")
+    assert "rows_embedded" in works(reader, "status")
     folder = str(picture_folder(tmp_path / "pets"))
-    assert "permission denied" in fails("load", folder, "--dsn", reader)
+    assert "permission denied" in fails(reader, "load", folder)

@@ -6,7 +6,6 @@ import os
 import signal
 import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,21 +13,16 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tools.cluster import THROWAWAY, Cluster, create_database
+from tools.cluster import Cluster, create_database
 from tools.report import SetupError
 
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Cluster]:
     """A cluster of these tests' own, which they stop and break."""
-    folder = Path(tempfile.mkdtemp(prefix="pg_siamese-", dir="/tmp"))
-    cluster = Cluster(folder, settings=THROWAWAY | {"work_mem": "5MB"})
-    try:
-        cluster.start()
+    with Cluster.temporary({"work_mem": "5MB"}) as cluster:
         yield cluster
-    finally:
-        cluster.destroy()
-    assert not folder.exists()
+    assert not cluster.folder.exists()
 
 
 @pytest.fixture
@@ -101,13 +95,8 @@ def test_a_taken_socket_is_refused(up: Cluster, tmp_path: Path) -> None:
         def socket_folder(self) -> Path:
             return up.socket_folder
 
-    folder = Path(tempfile.mkdtemp(prefix="pg_siamese-", dir="/tmp"))
-    neighbour = Neighbour(folder, settings=THROWAWAY)
-    try:
-        with pytest.raises(SetupError, match="another server listens on"):
-            neighbour.start()
-    finally:
-        neighbour.destroy()
+    with pytest.raises(SetupError, match="another server listens on"), Neighbour.temporary():
+        pass
     assert up.sql("SELECT 1", "postgres") == "1"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -10,17 +9,17 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.conftest import Connection, Pictures, insert_images
-from tests.support import grid_encoder, sql_error
+from tests.conftest import Connect, Connection, Pictures, insert_images
+from tests.database.tables import make_collection, register_grid
+from tests.support import column_of, grid_encoder, one, rows_of, sql_error
 
 
 def rows_near(db: Connection, table: str, image: bytes, **options: object) -> list[object]:
     """Keys (column ``id``) that similar_rows finds, nearest first."""
     extra = "".join(f", {name} => {value}" for name, value in options.items())
-    found = db.execute(
-        f"SELECT (item).id FROM similar_rows(NULL::{table}, %s, k => 100{extra})", (image,)
+    return column_of(
+        db, f"SELECT (item).id FROM similar_rows(NULL::{table}, %s, k => 100{extra})", image
     )
-    return [row[0] for row in found]
 
 
 KEYS: dict[str, list[Any]] = {
@@ -55,7 +54,7 @@ def test_key_types(db: Connection, pictures: Pictures, key_type: str) -> None:
     db.execute(
         f"INSERT INTO t SELECT * FROM unnest(%s::{array}, %s::bytea[])", (keys[:2], files[:2])
     )
-    assert db.execute("SELECT create_collection('t', 't')").fetchone() == (2,)
+    assert one(db, "SELECT create_collection('t', 't')") == 2
     db.execute("SELECT build_index('t')")
     db.execute("INSERT INTO t VALUES (%s, %s)", (keys[2], files[2]))
     for engine in ("'faiss'", "'pgvector'"):
@@ -73,8 +72,7 @@ def test_key_types(db: Connection, pictures: Pictures, key_type: str) -> None:
 
 
 def test_similar_images_is_for_integer_keys(db: Connection, pictures: Pictures) -> None:
-    db.execute("CREATE TABLE t (id uuid PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't')")
+    make_collection(db, key="uuid")
     for query in ("image_id => 1", "%(image)s", "%(image)s, candidates => '{1}'"):
         with sql_error("0A000", 'collection "t" has keys of type uuid', "similar_rows"):
             db.execute(
@@ -83,13 +81,11 @@ def test_similar_images_is_for_integer_keys(db: Connection, pictures: Pictures) 
 
 
 def test_integer_keys_by_similar_images(db: Connection, pictures: Pictures) -> None:
-    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't')")
+    make_collection(db)
     db.execute("INSERT INTO t SELECT 1, %s UNION SELECT 2, %s", pictures.files[:2])
-    found = db.execute(
-        "SELECT image_id FROM similar_images(image_id => 2, collection => 't')"
-    ).fetchall()
-    assert found == [(1,)]
+    assert rows_of(db, "SELECT image_id FROM similar_images(image_id => 2, collection => 't')") == [
+        (1,)
+    ]
     with sql_error("P0002", "image 99999999999 is not in"):
         db.execute("SELECT similar_images(image_id => 99999999999, collection => 't')")
     found = db.execute(
@@ -126,10 +122,9 @@ def test_odd_names(db: Connection, pictures: Pictures) -> None:
         (pictures.files[1],),
     ).fetchall()
     assert found[0] == ("k'1!",) and len(found) == 3
-    assert db.execute("SELECT bool_and(ok) FROM self_check()").fetchone() == (True,)
+    assert one(db, "SELECT bool_and(ok) FROM self_check()") is True
     labels = "SELECT label FROM classify_image(%s, 1, %s, %s)"
-    found = db.execute(labels, (pictures.files[1], name, 'Key "1"; --')).fetchall()
-    assert found == [("k'1!",)]
+    assert rows_of(db, labels, pictures.files[1], name, 'Key "1"; --') == [("k'1!",)]
     db.execute("SELECT drop_collection(%s)", (name,))
 
 
@@ -138,93 +133,60 @@ def test_rows_that_are_there_already(db: Connection, pictures: Pictures) -> None
     for place in range(10):
         db.execute("INSERT INTO t VALUES (%s, %s)", (place, pictures.files[place]))
     sql = "SELECT create_collection(%s, 't', backfill => %s)"
-    assert db.execute(sql, ("later", False)).fetchone() == (0,)
-    assert db.execute(sql, ("now", True)).fetchone() == (10,)
+    assert one(db, sql, "later", False) == 0
+    assert one(db, sql, "now", True) == 10
     assert len(rows_near(db, "t", pictures.files[0], collection="'later'")) == 0
     assert len(rows_near(db, "t", pictures.files[0], collection="'now'")) == 10
 
 
+PLAIN = "CREATE TABLE t (id int PRIMARY KEY, image bytea)"
+ROW = "SELECT 1 AS id, ''::bytea AS image"
+UNFIT = {
+    "0A000": {
+        "view public.t cannot be a collection": f"CREATE VIEW t AS {ROW}",
+        "materialized view public.t cannot be a collection": f"CREATE MATERIALIZED VIEW t AS {ROW}",
+        "partitioned table public.t cannot be a collection": f"{PLAIN} PARTITION BY RANGE (id)",
+        "foreign table public.t cannot be a collection": (
+            "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w;"
+            " CREATE FOREIGN TABLE t (id int NOT NULL, image bytea) SERVER s"
+        ),
+        "table with forced row-level security public.t cannot": (
+            f"{PLAIN}; ALTER TABLE t FORCE ROW LEVEL SECURITY"
+        ),
+        "ALTER TABLE public.p DETACH PARTITION public.t": (
+            "CREATE TABLE p (id int PRIMARY KEY, image bytea) PARTITION BY RANGE (id);"
+            " CREATE TABLE t PARTITION OF p DEFAULT"
+        ),
+        "ALTER TABLE public.t NO INHERIT public.p": (
+            "CREATE TABLE p (id int PRIMARY KEY, image bytea);"
+            " CREATE TABLE t (PRIMARY KEY (id)) INHERITS (p)"
+        ),
+        "ALTER TABLE public.c NO INHERIT public.t": f"{PLAIN}; CREATE TABLE c () INHERITS (t)",
+        "ALTER TABLE public.t SET LOGGED": PLAIN.replace("TABLE", "UNLOGGED TABLE"),
+        "temporary table": PLAIN.replace("TABLE", "TEMP TABLE"),
+        "has type numeric": PLAIN.replace("int", "numeric"),
+        "type character(5)": PLAIN.replace("int", "char(5)"),
+        "has type public.d": f"CREATE DOMAIN d AS numeric; {PLAIN.replace('int', 'd')}",
+        "nondeterministic collation": (
+            "CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2',"
+            f" deterministic = false); {PLAIN.replace('int', 'text COLLATE ci')}"
+        ),
+    },
+    "42P16": {
+        "table public.t has no primary key of one column": "CREATE TABLE t (id int, image bytea)",
+        "no primary key of one column": (
+            "CREATE TABLE t (id int, n int, image bytea, PRIMARY KEY (id, n))"
+        ),
+        "is not a key": PLAIN.replace("KEY", "KEY DEFERRABLE"),
+    },
+    "42804": {"has type text, not bytea": PLAIN.replace("bytea", "text")},
+    "42703": {'column "image"': PLAIN.replace("image", "picture")},
+}
+
+
 @pytest.mark.parametrize(
     ("statement", "sqlstate", "message"),
-    [
-        (
-            "CREATE VIEW t AS SELECT 1 AS id, ''::bytea AS image",
-            "0A000",
-            "view public.t cannot be a collection",
-        ),
-        (
-            "CREATE MATERIALIZED VIEW t AS SELECT 1 AS id, ''::bytea AS image",
-            "0A000",
-            "materialized view public.t cannot be a collection",
-        ),
-        (
-            "CREATE TABLE t (id int PRIMARY KEY, image bytea) PARTITION BY RANGE (id)",
-            "0A000",
-            "partitioned table public.t cannot be a collection",
-        ),
-        (
-            "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w;"
-            " CREATE FOREIGN TABLE t (id int NOT NULL, image bytea) SERVER s",
-            "0A000",
-            "foreign table public.t cannot be a collection",
-        ),
-        (
-            "CREATE TABLE t (id int PRIMARY KEY, image bytea);"
-            " ALTER TABLE t FORCE ROW LEVEL SECURITY",
-            "0A000",
-            "table with forced row-level security public.t cannot",
-        ),
-        (
-            "CREATE TABLE p (id int PRIMARY KEY, image bytea) PARTITION BY RANGE (id);"
-            " CREATE TABLE t PARTITION OF p DEFAULT",
-            "0A000",
-            "ALTER TABLE public.p DETACH PARTITION public.t",
-        ),
-        (
-            "CREATE TABLE p (id int PRIMARY KEY, image bytea);"
-            " CREATE TABLE t (PRIMARY KEY (id)) INHERITS (p)",
-            "0A000",
-            "ALTER TABLE public.t NO INHERIT public.p",
-        ),
-        (
-            "CREATE TABLE t (id int PRIMARY KEY, image bytea); CREATE TABLE c () INHERITS (t)",
-            "0A000",
-            "ALTER TABLE public.c NO INHERIT public.t",
-        ),
-        (
-            "CREATE UNLOGGED TABLE t (id int PRIMARY KEY, image bytea)",
-            "0A000",
-            "ALTER TABLE public.t SET LOGGED",
-        ),
-        ("CREATE TEMP TABLE t (id int PRIMARY KEY, image bytea)", "0A000", "temporary table"),
-        ("CREATE TABLE t (id int, image bytea)", "42P16", "no primary key of one column"),
-        (
-            "CREATE TABLE t (id int, n int, image bytea, PRIMARY KEY (id, n))",
-            "42P16",
-            "no primary key of one column",
-        ),
-        ("CREATE TABLE t (id numeric PRIMARY KEY, image bytea)", "0A000", "has type numeric"),
-        ("CREATE TABLE t (id char(5) PRIMARY KEY, image bytea)", "0A000", "type character(5)"),
-        (
-            "CREATE DOMAIN d AS numeric; CREATE TABLE t (id d PRIMARY KEY, image bytea)",
-            "0A000",
-            "has type public.d",
-        ),
-        (
-            "CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2',"
-            " deterministic = false);"
-            " CREATE TABLE t (id text COLLATE ci PRIMARY KEY, image bytea)",
-            "0A000",
-            "nondeterministic collation",
-        ),
-        ("CREATE TABLE t (id int PRIMARY KEY, image text)", "42804", "has type text, not bytea"),
-        ("CREATE TABLE t (id int PRIMARY KEY, picture bytea)", "42703", 'column "image"'),
-        (
-            "CREATE TABLE t (id int PRIMARY KEY DEFERRABLE, image bytea)",
-            "42P16",
-            "is not a key",
-        ),
-    ],
+    [(how, state, text) for state, tables in UNFIT.items() for text, how in tables.items()],
 )
 def test_tables_that_cannot_be_collections(
     shared: Connection, statement: str, sqlstate: str, message: str
@@ -257,8 +219,7 @@ def test_columns_that_are_no_keys(shared: Connection, definition: str) -> None:
 @pytest.mark.law(3)
 def test_two_collections_on_one_table(db: Connection, pictures: Pictures) -> None:
     """Each with its own model, kept in step by the same statements."""
-    model = grid_encoder(("n", 3, 28, 28), pool=7)
-    db.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
+    register_grid(db)
     db.execute("SELECT create_collection('grid', 'images', model => 'grid')")
     ids = insert_images(db, pictures.files[:30])
     db.execute("SELECT build_index('images'), build_index('grid')")
@@ -282,13 +243,13 @@ def test_two_collections_on_one_table(db: Connection, pictures: Pictures) -> Non
     with sql_error("42P08", "images has several collections", "Name one"):
         db.execute("SELECT similar_rows(NULL::images, %s)", (pictures.files[0],))
     sql = "SELECT count(*) FROM similar_rows(NULL::images, %s, collection => 'grid')"
-    assert db.execute(sql, (pictures.files[0],)).fetchone() == (10,)
+    assert one(db, sql, pictures.files[0]) == 10
 
 
 def test_drop_collection_leaves_the_table(db: Connection, pictures: Pictures) -> None:
     insert_images(db, pictures.files[:5])
     db.execute("SELECT build_index(); SELECT drop_collection('images')")
-    assert db.execute("SELECT count(*) FROM images").fetchone() == (5,)
+    assert one(db, "SELECT count(*) FROM images") == 5
     insert_images(db, [b"no trigger is left to mind"])
     assert db.execute(
         "SELECT to_regclass('siamese.embedding_1'), to_regclass('siamese.pending_1'),"
@@ -299,7 +260,7 @@ def test_drop_collection_leaves_the_table(db: Connection, pictures: Pictures) ->
 
 
 def test_collection_made_anew_under_its_name(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures
+    db: Connection, connect: Connect, pictures: Pictures
 ) -> None:
     """A session that has used the old one must not go on with it."""
     ids = insert_images(db, pictures.files[:5])
@@ -316,9 +277,7 @@ def test_collection_made_anew_under_its_name(
     assert after == db.execute(search, (pictures.files[0],)).fetchall() != before
 
 
-def test_renamed_table(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures
-) -> None:
+def test_renamed_table(db: Connection, connect: Connect, pictures: Pictures) -> None:
     ids = insert_images(db, pictures.files[:5])
     db.execute("SELECT build_index()")
     other = connect()
@@ -340,9 +299,7 @@ def test_renamed_table(
     assert other.execute(search, (pictures.files[0],)).fetchall() == []
 
 
-def test_renamed_column(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures
-) -> None:
+def test_renamed_column(db: Connection, connect: Connect, pictures: Pictures) -> None:
     ids = insert_images(db, pictures.files[:5])
     db.execute("SELECT build_index()")
     other = connect()
@@ -378,11 +335,8 @@ def test_table_that_becomes_a_child(db: Connection, pictures: Pictures) -> None:
     assert [row[0] for row in found] == [False] and "parent" in found[0][1]
 
 
-def test_dropped_table(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures
-) -> None:
-    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't')")
+def test_dropped_table(db: Connection, connect: Connect, pictures: Pictures) -> None:
+    make_collection(db)
     db.execute("INSERT INTO t VALUES (1, %s)", (pictures.files[0],))
     db.execute("SELECT build_index('t')")
     other = connect()
@@ -401,14 +355,14 @@ def test_dropped_table(
     assert checks == [(False, "its table no longer exists; call drop_collection('t')")]
     with sql_error("42710", 'collection "t" already exists', "drop_collection"):
         db.execute("SELECT create_collection('t')")
-    assert db.execute("SELECT count(*) FROM collection_status").fetchone() == (2,)
+    assert one(db, "SELECT count(*) FROM collection_status") == 2
     db.execute("SELECT drop_collection('t')")
-    assert db.execute("SELECT count(*) FROM collection_status").fetchone() == (1,)
+    assert one(db, "SELECT count(*) FROM collection_status") == 1
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 def test_creation_needs_a_new_snapshot(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures, level: str
+    db: Connection, connect: Connect, pictures: Pictures, level: str
 ) -> None:
     """Rows committed after an older one would get neither trigger nor backfill."""
     db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
@@ -455,11 +409,12 @@ def test_bad_rows_stop_the_creation(db: Connection, pictures: Pictures) -> None:
     db.execute("INSERT INTO t VALUES (1, %s), (2, 'junk')", (pictures.files[0],))
     with sql_error("22P03", "cannot be decoded (row id = 2 of table public.t)"):
         db.execute("SELECT create_collection('t', 't')")
-    assert db.execute("SELECT count(*) FROM siamese.collections").fetchone() == (1,)
+    assert one(db, "SELECT count(*) FROM siamese.collections") == 1
     sql = "SELECT create_collection('t', 't', on_error => 'quarantine')"
-    assert db.execute(sql).fetchone() == (1,)
-    failures = db.execute("SELECT collection, key, sqlstate FROM embedding_failures").fetchall()
-    assert failures == [("t", "2", "22P03")]
+    assert one(db, sql) == 1
+    columns = "collection, key, sqlstate, message, failed_at <= now()"
+    failures = rows_of(db, f"SELECT {columns} FROM embedding_failures")
+    assert failures == [("t", "2", "22P03", "image cannot be decoded", True)]
 
 
 def test_a_key_that_is_not_validated(db: Connection) -> None:
@@ -489,8 +444,7 @@ def test_a_virtual_image(db: Connection) -> None:
 
 def test_integer_keys_that_become_bigint(db: Connection, pictures: Pictures) -> None:
     """PostgreSQL refuses; in one transaction with a new collection it goes."""
-    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't')")
+    make_collection(db)
     db.execute("INSERT INTO t VALUES (1, %s)", (pictures.files[0],))
     alter = "ALTER TABLE t ALTER COLUMN id TYPE bigint"
     with sql_error("0A000", "cannot alter type of a column used"):

@@ -6,12 +6,12 @@ In full: ``python -m tests.scenarios mixed --seconds 120``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import psycopg
 import pytest
 
-from tests.conftest import Connection
+from tests.conftest import Connect
+from tests.database.tables import make_collection, without_triggers
 from tests.scenarios.gallery import (
     Content,
     check_files,
@@ -22,9 +22,7 @@ from tests.scenarios.gallery import (
     prepare,
 )
 from tests.scenarios.mixed import Mixed
-from tests.support import in_threads
-
-Connect = Callable[[], Connection]
+from tests.support import in_threads, one
 
 
 @pytest.mark.law(2)
@@ -36,9 +34,8 @@ def test_backfills_at_the_same_time(connect: Connect) -> None:
     images = gallery(500)
     owner = connect()
     prepare(owner, images)
-    owner.execute("SET session_replication_role = replica")
-    insert(owner, images.files[:400])
-    owner.execute("SET session_replication_role = origin")
+    with without_triggers(owner):
+        insert(owner, images.files[:400])
     sessions = [connect() for _ in range(4)]
     errors = in_threads(*[lambda s=s: s.execute("SELECT backfill()") for s in sessions])
     assert not errors, errors
@@ -49,9 +46,8 @@ def test_backfill_beside_changes(connect: Connect) -> None:
     images = gallery(1500)
     owner, writer, session = connect(), connect(), connect()
     prepare(owner, images)
-    owner.execute("SET session_replication_role = replica")
-    ids = insert(owner, images.files[:500])
-    owner.execute("SET session_replication_role = origin")
+    with without_triggers(owner):
+        ids = insert(owner, images.files[:500])
 
     def change() -> None:
         for number, image_id in enumerate(ids[::4]):
@@ -97,8 +93,7 @@ def test_builds_of_one_collection_wait_for_each_other(connect: Connect) -> None:
     # A REPEATABLE READ transaction that waited can't change what it can't see.
     assert all(isinstance(error, psycopg.errors.SerializationFailure) for error in errors), errors
     Content.read(owner, images).check(owner, images, image=0, engine="faiss", what="after all")
-    row = owner.execute("SELECT generation_file FROM siamese.collection_status").fetchone()
-    assert row == ("present",)
+    assert one(owner, "SELECT generation_file FROM siamese.collection_status") == "present"
     owner.execute("SELECT build_index()")
     check_files(owner)
 
@@ -139,8 +134,7 @@ def test_a_dropped_collection_leaves_no_files(connect: Connect) -> None:
     assert folder.is_dir()
     owner.execute("SELECT drop_collection('images')")
     # Others' snapshots may want them still: the next build of any collection removes them.
-    owner.execute("CREATE TABLE public.other (id serial PRIMARY KEY, image bytea)")
-    owner.execute("SELECT create_collection('other', 'public.other', model => 'medical')")
+    make_collection(owner, "other", key="serial", model="medical")
     owner.execute("SELECT build_index('other')")
     if folder.exists():
         pytest.fail(f"orphans: {sorted(path.name for path in folder.iterdir())}")

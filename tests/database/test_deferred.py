@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from functools import partial
 
 import psycopg
 import pytest
-from psycopg import sql
 
 from pg_siamese_server.writing.deferred import Result
-from tests.conftest import Connection, Pictures, insert_images
-from tests.database.tables import Deferred
-from tests.support import grid_encoder, in_threads, notices_of, sql_error
+from tests.conftest import Connect, Connection, NewRole, Pictures, insert_images
+from tests.database.tables import Deferred, insert_rows, make_collection, register_grid
+from tests.support import column_of, in_threads, notices_of, one, sql_error
 
 
 @pytest.fixture
@@ -57,37 +55,32 @@ def test_tickets_are_few(table: Deferred) -> None:
     ],
 )
 def test_key_types(db: Connection, pictures: Pictures, key_type: str, key: str) -> None:
-    db.execute(f"CREATE TABLE t (id {key_type} PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    make_collection(db, key=key_type, embed="deferred")
     statement = f"INSERT INTO t SELECT {key}, %s FROM generate_series(2, 81) AS i"
     db.execute(statement, (pictures.files[0],))
-    assert db.execute(
-        "SELECT waiting FROM collection_status WHERE embed = 'deferred'"
-    ).fetchone() == (80,)
-    assert db.execute("SELECT embed_pending('t', 70)").fetchone() == (70,)
+    assert one(db, "SELECT waiting FROM collection_status WHERE embed = 'deferred'") == 80
+    assert one(db, "SELECT embed_pending('t', 70)") == 70
     db.execute("UPDATE t SET image = %s", (pictures.files[1],))
-    assert db.execute("SELECT count(*) FROM siamese.embedding_2").fetchone() == (0,)
-    assert db.execute("SELECT embed_pending()").fetchone() == (80,)
+    assert one(db, "SELECT count(*) FROM siamese.embedding_2") == 0
+    assert one(db, "SELECT embed_pending()") == 80
     db.execute(f"DELETE FROM t WHERE id = (SELECT {key} FROM (VALUES (7)) AS v (i))")
     found = db.execute(
         "SELECT e.embedding <=> embed_image(t.image) < 1e-5 FROM t"
         " JOIN siamese.embedding_2 AS e ON e.key = t.id"
     ).fetchall()
     assert found == [(True,)] * 79
-    assert db.execute("SELECT count(*) FROM siamese.embedding_2").fetchone() == (79,)
+    assert one(db, "SELECT count(*) FROM siamese.embedding_2") == 79
 
 
 @pytest.mark.parametrize("key_type", ["text", "bigint"])
 def test_many_rows_in_one_statement(db: Connection, key_type: str) -> None:
     """Each key is in one ticket, and none holds many."""
-    db.execute(f"CREATE TABLE t (id {key_type} PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    make_collection(db, key=key_type, embed="deferred")
     db.execute("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 20001) AS i")
-    row = db.execute(
+    assert db.execute(
         "SELECT count(*), count(DISTINCT key), max(cardinality(keys)), count(DISTINCT ticket)"
         " FROM siamese.queue_2 CROSS JOIN unnest(keys) AS u (key)"
-    ).fetchone()
-    assert row == (20001, 20001, 64, 313)
+    ).fetchone() == (20001, 20001, 64, 313)
 
 
 def test_changes_while_queued(table: Deferred) -> None:
@@ -127,7 +120,7 @@ def test_search_finds_what_is_embedded(table: Deferred) -> None:
 
 
 @pytest.mark.law(2)
-def test_old_image_never_answers(table: Deferred, connect: Callable[..., Connection]) -> None:
+def test_old_image_never_answers(table: Deferred, connect: Connect) -> None:
     """Also for sessions that have read its vector, with an index and without."""
     other = connect()
     search = "SELECT image_id FROM similar_images(%s, k => 100, collection => 't')"
@@ -146,7 +139,7 @@ def test_old_image_never_answers(table: Deferred, connect: Callable[..., Connect
         table.embed()
 
 
-def test_searches_say_that_rows_wait(table: Deferred, connect: Callable[..., Connection]) -> None:
+def test_searches_say_that_rows_wait(table: Deferred, connect: Connect) -> None:
     """Once a session, and of every answer that is short."""
     session = connect()
     notices = notices_of(session)
@@ -168,9 +161,7 @@ def test_searches_say_that_rows_wait(table: Deferred, connect: Callable[..., Con
 def test_bad_images_go_to_the_failures(table: Deferred) -> None:
     """Nothing can be rejected any more, whatever on_error says; the others are not concerned."""
     images = [table.files[20], b"junk", None, table.files[21], b""]
-    table.db.execute(
-        "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])", ([*range(20, 25)], images)
-    )
+    insert_rows(table.db, range(20, 25), images)
     assert table.embed() == 2
     failures = "SELECT key, sqlstate, message FROM embedding_failures ORDER BY key"
     assert table.db.execute(failures).fetchall() == [
@@ -182,22 +173,21 @@ def test_bad_images_go_to_the_failures(table: Deferred) -> None:
     table.db.execute("UPDATE t SET image = %s WHERE id = 21", (table.files[22],))
     table.db.execute("UPDATE t SET note = 'seen'")
     table.db.execute("DELETE FROM t WHERE id = 22")
-    assert [row[0] for row in table.db.execute(failures)] == ["24"]
+    assert column_of(table.db, failures) == ["24"]
     assert table.embed() == 1
     table.db.execute("DELETE FROM t WHERE id = 24")
     table.check()
 
 
-def store(db: Connection, key: str, digest: bytes | None, **given: object) -> int:
+def store(db: Connection, key: str, digest: bytes) -> int:
     """Call _store_vectors for one row that failed and may be tried again."""
-    tickets = [row[0] for row in db.execute("SELECT ticket FROM siamese._take_tickets(2, 10)")]
-    row = db.execute(
-        "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), %s::bigint[],"
-        " %s::text[], %s::siamese.embedding_result[])",
-        (tickets, [key], [(key, digest, None, "XX000", "graph failed", True)]),
-    ).fetchone()
-    assert row is not None
-    return int(row[0])
+    tickets = column_of(db, "SELECT ticket FROM siamese._take_tickets(2, 10)")
+    call = (
+        "siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), %s::bigint[],"
+        " %s::text[], %s::siamese.embedding_result[])"
+    )
+    result = (key, digest, None, "XX000", "graph failed", True)
+    return int(one(db, f"SELECT {call}", tickets, [key], [result]))
 
 
 def test_tries_have_a_limit(table: Deferred) -> None:
@@ -256,9 +246,7 @@ def test_vectors_of_another_model_or_image_are_refused(table: Deferred) -> None:
     table.check()
 
 
-def test_locked_rows_are_left_for_later(
-    table: Deferred, connect: Callable[..., Connection]
-) -> None:
+def test_locked_rows_are_left_for_later(table: Deferred, connect: Connect) -> None:
     table.insert(20, 21)
     other = connect()
     with other.transaction():
@@ -271,11 +259,11 @@ def test_locked_rows_are_left_for_later(
     table.check()
 
 
-def test_no_two_take_the_same(table: Deferred, connect: Callable[..., Connection]) -> None:
+def test_no_two_take_the_same(table: Deferred, connect: Connect) -> None:
     table.insert(*range(100, 200))
     other = connect()
     with other.transaction():
-        assert other.execute("SELECT embed_pending('t', 10)").fetchone() == (10,)
+        assert one(other, "SELECT embed_pending('t', 10)") == 10
         assert table.embed() == 36  # what the first of two tickets leaves
         with sql_error("55P03", "lock"):
             table.db.execute("SELECT FROM siamese.queue_2 FOR UPDATE NOWAIT")
@@ -283,9 +271,7 @@ def test_no_two_take_the_same(table: Deferred, connect: Callable[..., Connection
     table.check()
 
 
-def test_statements_do_not_wait_for_who_embeds(
-    table: Deferred, connect: Callable[..., Connection]
-) -> None:
+def test_statements_do_not_wait_for_who_embeds(table: Deferred, connect: Connect) -> None:
     """Not even those that change the very rows; but for rows whose vector is stored already."""
     table.insert(*range(100, 110))
     other = connect()
@@ -302,7 +288,7 @@ def test_statements_do_not_wait_for_who_embeds(
 
 
 @pytest.mark.law(2)
-def test_repeatable_read(table: Deferred, connect: Callable[..., Connection]) -> None:
+def test_repeatable_read(table: Deferred, connect: Connect) -> None:
     """A vector stored after the transaction's snapshot can't be deleted by it: it must not stay."""
     for change in (
         ("UPDATE t SET image = %s WHERE id = 20", (table.files[30],)),
@@ -326,38 +312,30 @@ def test_repeatable_read(table: Deferred, connect: Callable[..., Connection]) ->
 
 def test_rows_that_are_there_already(db: Connection, pictures: Pictures) -> None:
     db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
-    db.execute(
-        "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])",
-        (list(range(100)), pictures.files[:100]),
-    )
+    insert_rows(db, range(100), pictures.files[:100])
     sql_ = "SELECT create_collection(%s, 't', embed => 'deferred', backfill => %s)"
-    assert db.execute(sql_, ("later", False)).fetchone() == (0,)
-    assert db.execute(sql_, ("now", True)).fetchone() == (100,)
+    assert one(db, sql_, "later", False) == 0
+    assert one(db, sql_, "now", True) == 100
     status = "SELECT collection, waiting FROM embedding_queue_status ORDER BY 1"
     assert db.execute(status).fetchall() == [("later", 0), ("now", 100)]
-    assert db.execute("SELECT count(*) FROM siamese.embedding_3").fetchone() == (0,)
-    assert db.execute("SELECT backfill('later', 30)").fetchone() == (30,)
-    assert db.execute("SELECT backfill('later')").fetchone() == (70,)
-    assert db.execute("SELECT embed_pending()").fetchone() == (100,)
+    assert one(db, "SELECT count(*) FROM siamese.embedding_3") == 0
+    assert one(db, "SELECT backfill('later', 30)") == 30
+    assert one(db, "SELECT backfill('later')") == 70
+    assert one(db, "SELECT embed_pending()") == 100
     assert db.execute(status).fetchall() == [("later", 0), ("now", 0)]
 
 
 def test_a_broken_collection_does_not_block_others(
-    db: Connection, pictures: Pictures, connect: Callable[..., Connection]
+    db: Connection, pictures: Pictures, connect: Connect
 ) -> None:
-    model = grid_encoder(("n", 3, 28, 28), pool=7)
-    db.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
+    register_grid(db)
     for name in ("a", "b", "c"):
-        db.execute(f"CREATE TABLE {name} (id integer PRIMARY KEY, image bytea)")
-        db.execute(
-            "SELECT create_collection(%s, %s, model => %s, embed => 'deferred')",
-            (name, name, "grid" if name == "a" else "medical"),
-        )
+        make_collection(db, name, model="grid" if name == "a" else "medical", embed="deferred")
         db.execute(f"INSERT INTO {name} VALUES (1, %s)", (pictures.files[0],))
     db.execute("UPDATE siamese.models SET onnx = 'x' WHERE name = 'grid'")
     session = connect()
     notices = notices_of(session)
-    assert session.execute("SELECT embed_pending()").fetchone() == (2,)
+    assert one(session, "SELECT embed_pending()") == 2
     assert len(notices) == 1 and 'collection "a" was not embedded' in notices[0]
     with sql_error("XX001", "SHA-256"):
         session.execute("SELECT embed_pending('a')")
@@ -377,7 +355,7 @@ def test_refusals(db: Connection) -> None:
         db.execute("SELECT embed_pending(max_rows => 0)")
 
 
-def test_workers_are_woken_once(table: Deferred, connect: Callable[..., Connection]) -> None:
+def test_workers_are_woken_once(table: Deferred, connect: Connect) -> None:
     """Commits that notify wait for each other, so only the one that finds nothing queued does."""
     listener = connect()
     listener.execute("LISTEN pg_siamese_queue")
@@ -391,9 +369,7 @@ def test_workers_are_woken_once(table: Deferred, connect: Callable[..., Connecti
     assert [item.payload for item in listener.notifies(timeout=10, stop_after=1)] == ["2"]
 
 
-def test_table_of_another_owner(
-    table: Deferred, new_role: Callable[[], str], connect: Callable[..., Connection]
-) -> None:
+def test_table_of_another_owner(table: Deferred, new_role: NewRole, connect: Connect) -> None:
     """Statements of any role queue; who may not read the images sees no vectors either."""
     owner, writer = new_role(), new_role()
     table.db.execute(f"GRANT CREATE ON SCHEMA public TO {owner}; ALTER TABLE t OWNER TO {owner}")
@@ -410,7 +386,7 @@ def test_table_of_another_owner(
 
 @pytest.mark.law(7)
 def test_types_that_bring_code_are_refused(
-    table: Deferred, new_role: Callable[[], str], connect: Callable[..., Connection]
+    table: Deferred, new_role: NewRole, connect: Connect
 ) -> None:
     """Casts and comparisons of the owner's own types would run with the trigger's rights."""
     owner = new_role()
@@ -443,19 +419,6 @@ def test_renamed_column(table: Deferred) -> None:
     table.check()
 
 
-def test_drop_collection_leaves_nothing(table: Deferred) -> None:
-    table.insert(20)
-    table.db.execute("SELECT drop_collection('t')")
-    left = table.db.execute(
-        "SELECT oid::regclass FROM pg_class WHERE relname ~ '_2(_|$)'"
-        " AND relnamespace = 'siamese'::regnamespace"
-        " UNION ALL SELECT tgrelid::regclass FROM pg_trigger WHERE tgname ~ 'pg_siamese_2'"
-    ).fetchall()
-    assert left == []
-    assert table.value("SELECT count(*) FROM siamese.embedding_batches") == 0
-    table.db.execute("INSERT INTO t VALUES (50, 'no trigger is left to mind')")
-
-
 def test_status(table: Deferred) -> None:
     columns = "waiting, oldest_age, retrying, failures, rows_per_second > 0"
     status = f"SELECT {columns} FROM embedding_queue_status"
@@ -479,7 +442,7 @@ def test_sync_collection_beside_a_deferred_one(db: Connection, pictures: Picture
     assert db.execute(counts).fetchall() == [("images", 4, 0), ("later", 4, 0)]
 
 
-def test_many_sessions(table: Deferred, connect: Callable[..., Connection]) -> None:
+def test_many_sessions(table: Deferred, connect: Connect) -> None:
     """Writers and embedders at once, on the same rows: in the end all is in step."""
     stop = threading.Event()
 
@@ -512,7 +475,5 @@ def test_many_sessions(table: Deferred, connect: Callable[..., Connection]) -> N
 
 def test_dump_and_restore_keep_the_queue(table: Deferred) -> None:
     """Tickets are rows of an ordinary table, not the extension's."""
-    rows = table.db.execute(
-        sql.SQL("SELECT FROM pg_depend WHERE objid = 'siamese.queue_2'::regclass AND deptype = 'e'")
-    ).fetchall()
-    assert rows == []
+    members = "SELECT FROM pg_depend WHERE objid = 'siamese.queue_2'::regclass AND deptype = 'e'"
+    assert table.db.execute(members).fetchall() == []

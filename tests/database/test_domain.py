@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
 from pg_siamese_server.encoding.specification import InputSpec
-from tests.conftest import Connection, Pictures, insert_images
-from tests.support import encode, one
+from tests.conftest import Connect, Connection, Pictures, insert_images
+from tests.support import encode, one, saved
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +23,7 @@ def page() -> bytes:
         draw.text(
             (60, 50 + 32 * line), "Findings and impression. " * 4, 0, ImageFont.load_default(22)
         )
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return saved(image, "PNG")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +135,7 @@ def test_similarity_of_rows_that_no_index_holds(
 
 
 def test_models_without_a_domain_are_as_before(
-    connect: Callable[..., Connection], known: list[bytes], page: bytes
+    connect: Connect, known: list[bytes], page: bytes
 ) -> None:
     """As models that an earlier version has registered."""
     connect().execute("UPDATE models SET specification = specification - 'domain'")

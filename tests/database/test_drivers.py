@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from psycopg.types.json import Json, Jsonb
 
 from tests.conftest import Connection, Pictures
 from tests.server import ExternalServer
+from tests.support import column_of, one
 from tools.cluster import Cluster
 
 KEYS = [uuid.UUID(int=number + 1) for number in range(6)]
@@ -49,11 +51,6 @@ def dsn_of_shared(cluster: Cluster | ExternalServer, filled: Connection) -> str:
     return cluster.dsn(filled.info.dbname)
 
 
-def others(number: int, *, keys: Any = range(6)) -> set[int]:
-    """Numbers of ``keys``, but for this one."""
-    return set(keys) - {number}
-
-
 # psycopg 3: parameters of the narrowest type, numbers with a fraction as double precision.
 
 
@@ -61,7 +58,7 @@ def others(number: int, *, keys: Any = range(6)) -> set[int]:
 def test_psycopg(filled: Connection, pictures: Pictures, placeholder: str) -> None:
     def ids(call: str, *values: Any) -> list[int]:
         text = f"SELECT image_id FROM siamese.similar_images({call})".replace("%s", placeholder)
-        return [row[0] for row in filled.execute(text, values)]
+        return column_of(filled, text, *values)
 
     image = pictures.files[0]
     assert ids("%s", image)[0] == 1
@@ -83,7 +80,7 @@ def test_psycopg(filled: Connection, pictures: Pictures, placeholder: str) -> No
 def test_psycopg_similar_rows(filled: Connection, pictures: Pictures) -> None:
     def found(call: str, *values: Any) -> set[uuid.UUID]:
         text = f"SELECT (item).scan_id FROM siamese.similar_rows(NULL::scans, {call})"
-        return {row[0] for row in filled.execute(text, values)}
+        return set(column_of(filled, text, *values))
 
     image = pictures.files[0]
     assert found("%s, %s", image, 1) == {KEYS[0]}
@@ -100,8 +97,8 @@ def test_other_functions_take_wide_numbers(filled: Connection, onnx: bytes) -> N
     call = "siamese.build_index(%s, %s, ef_construction => %s, target_recall => %s, threads => %s)"
     wide = ("images", np.int64(8), np.int64(40), np.float64(0.9), np.int64(1))
     assert filled.execute(f"SELECT {call}", wide).fetchone()
-    assert filled.execute("SELECT siamese.embed_pending('', %s)", (2**40,)).fetchone() == (0,)
-    assert filled.execute("SELECT siamese.backfill('scans', %s)", (2**40,)).fetchone() == (0,)
+    assert one(filled, "SELECT siamese.embed_pending('', %s)", 2**40) == 0
+    assert one(filled, "SELECT siamese.backfill('scans', %s)", 2**40) == 0
 
 
 # psycopg 2 puts values into the text.
@@ -110,8 +107,7 @@ def test_other_functions_take_wide_numbers(filled: Connection, onnx: bytes) -> N
 def test_psycopg2(filled: Connection, dsn_of_shared: str, pictures: Pictures) -> None:
     psycopg2 = pytest.importorskip("psycopg2")
     extras = pytest.importorskip("psycopg2.extras")
-    connection = psycopg2.connect(dsn_of_shared)
-    try:
+    with closing(psycopg2.connect(dsn_of_shared)) as connection:
         extras.register_uuid(conn_or_curs=connection)
         cursor = connection.cursor()
 
@@ -131,8 +127,6 @@ def test_psycopg2(filled: Connection, dsn_of_shared: str, pictures: Pictures) ->
             (KEYS[0], KEYS[:3]),
         )
         assert {row[0] for row in cursor.fetchall()} == set(KEYS[1:3])
-    finally:
-        connection.close()
 
 
 # asyncpg and node-postgres give no types, and ask the server which ones it wants.
@@ -163,9 +157,8 @@ def test_asyncpg(filled: Connection, dsn_of_shared: str, pictures: Pictures) -> 
             assert len(await ids("$1, 5", image)) == 5
             assert len(await ids("$1, $2", image, 3)) == 3
             assert len(await ids("$1, $2, $3", image, 3, "images")) == 3
-            assert set(await ids("image_id => $1, max_distance => $2", 1, 2.0)) == others(
-                1, keys=range(1, 7)
-            )
+            far = await ids("image_id => $1, max_distance => $2", 1, 2.0)
+            assert set(far) == {2, 3, 4, 5, 6}
             assert set(await ids("$1, filter => $2", image, '{"label": "b"}')) == {2, 4, 6}
             assert set(await ids("$1, filter => $2::jsonb", image, '{"label": "b"}')) == {2, 4, 6}
             assert set(await ids("$1, candidates => $2", image, [1, 3])) == {1, 3}
@@ -258,10 +251,8 @@ def test_pg8000(filled: Connection, dsn_of_shared: str, pictures: Pictures) -> N
         where: dict[str, Any] = {"host": given["host"], "port": int(str(given["port"]))}
     else:
         where = {"unix_sock": f"{given['host']}/.s.PGSQL.{given['port']}"}
-    connection = native.Connection(
-        str(given["user"]), database=given["dbname"], password=given.get("password"), **where
-    )
-    try:
+    where |= {"database": given["dbname"], "password": given.get("password")}
+    with closing(native.Connection(str(given["user"]), **where)) as connection:
 
         def ids(call: str, **values: Any) -> set[int]:
             rows = connection.run(f"SELECT image_id FROM siamese.similar_images({call})", **values)
@@ -280,8 +271,6 @@ def test_pg8000(filled: Connection, dsn_of_shared: str, pictures: Pictures) -> N
             chosen=KEYS[:3],
         )
         assert {row[0] for row in rows} == set(KEYS[1:3])
-    finally:
-        connection.close()
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "asyncpg", "pg8000"])
@@ -414,13 +403,11 @@ def test_typed_calls_resolve(filled: Connection, call: str) -> None:
 def test_untyped_calls_resolve(filled: Connection, call: str) -> None:
     """Nothing is ambiguous for parameters without types, and each gets the type that is meant."""
     filled.execute(sql.SQL("PREPARE untyped AS SELECT siamese.{}").format(sql.SQL(call)))
-    row = filled.execute(
-        "SELECT parameter_types::text[] FROM pg_prepared_statements WHERE name = 'untyped'"
-    ).fetchone()
+    query = "SELECT parameter_types::text[] FROM pg_prepared_statements WHERE name = 'untyped'"
+    types = one(filled, query)
     filled.execute("DEALLOCATE untyped")
-    assert row is not None
     if call.startswith("similar_images($1") or call.startswith("classify_image($1"):
-        assert row[0][0] == "bytea"
+        assert types[0] == "bytea"
 
 
 def test_public_functions_have_one_form(filled: Connection) -> None:

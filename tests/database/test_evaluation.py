@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from pg_siamese.cli.main import app
 from pg_siamese.datasets import DataNotFoundError, load_medmnist
 from pg_siamese.evaluation import database
-from pg_siamese.evaluation.model import open_model
+from pg_siamese.evaluation.model import open_data, open_model
 from tests.conftest import MODELS, Connection
+from tests.support import one
 
 MODEL = MODELS / "medical.onnx"
 FIGURES = ("map5", "mmv5", "acc1", "acc3", "acc5")
@@ -74,7 +75,7 @@ def test_the_database_retrieves_what_was_retrieved_offline(
             assert there["greatest_difference"] < 0.005
     assert (tmp_path / "t.md").read_text().count("| 0.000 | 0.000 |") == 2
     assert leftovers(db) == []
-    assert db.execute("SELECT count(*) FROM siamese.collections").fetchone() == (1,)
+    assert one(db, "SELECT count(*) FROM siamese.collections") == 1
 
 
 def test_the_collection_can_be_kept(
@@ -83,11 +84,10 @@ def test_the_collection_can_be_kept(
     text = evaluate(dsn, specs[:1], tmp_path / "r.json", "--keep")
     (name,) = set(leftovers(db))
     assert f"collection kept: {name}" in text
-    row = db.execute(
+    assert db.execute(
         "SELECT rows_embedded, pending FROM siamese.collection_status WHERE collection = %s",
         (name,),
-    ).fetchone()
-    assert row == (120, 0)
+    ).fetchone() == (120, 0)
 
 
 def test_nothing_is_left_after_a_failure(
@@ -99,8 +99,6 @@ def test_nothing_is_left_after_a_failure(
 
     monkeypatch.setattr(database, "_search", broken)
     model = open_model(MODEL)
-    from pg_siamese.evaluation.model import open_data
-
     with pytest.raises(KeyboardInterrupt):
         database.database_retrieval(db, model, open_data(model, specs[:1], "test"), "test")
     assert leftovers(db) == []

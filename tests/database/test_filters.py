@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Connection, Pictures, insert_images
-from tests.support import assert_exact, exact_distances, sql_error
+from tests.database.tables import make_collection
+from tests.support import assert_exact, column_of, exact_distances, sql_error
 
 COLUMNS = """
 CREATE EXTENSION citext SCHEMA public;
@@ -18,33 +19,11 @@ CREATE DOMAIN grade AS integer CHECK (VALUE < 100);
 CREATE TABLE t (
     id integer PRIMARY KEY,
     image bytea,
-    "text" text,
-    "Odd ""name"" $1; --" text,
-    "varchar" varchar(5),
-    "char" char(5),
-    "name" name,
-    "integer" integer,
-    "bigint" bigint,
-    "numeric" numeric,
-    "real" real,
-    "boolean" boolean,
-    "date" date,
-    "timestamptz" timestamptz,
-    "interval" interval,
-    "uuid" uuid,
-    "mood" mood,
-    "flag" flag,
-    "grade" grade,
-    "bit" bit(3),
-    "inet" inet,
-    "jsonb" jsonb,
-    "list" integer[],
-    "json" json,
-    "xml" xml,
-    "point" point,
-    "box" box,
-    "range" int4range,
-    "small" smallint,
+    "text" text, "Odd ""name"" $1; --" text, "varchar" varchar(5), "char" char(5), "name" name,
+    "integer" integer, "bigint" bigint, "numeric" numeric, "real" real, "boolean" boolean,
+    "date" date, "timestamptz" timestamptz, "interval" interval, "uuid" uuid, "mood" mood,
+    "flag" flag, "grade" grade, "bit" bit(3), "inet" inet, "jsonb" jsonb, "list" integer[],
+    "json" json, "xml" xml, "point" point, "box" box, "range" int4range, "small" smallint,
     "citext" citext
 )
 """
@@ -93,12 +72,8 @@ def typed(shared: Connection, pictures: Pictures) -> Connection:
 
 def found(db: Connection, image: bytes, filter_: Any, engine: str = "auto") -> set[int]:
     text = filter_ if isinstance(filter_, str) else json.dumps(filter_)
-    rows = db.execute(
-        "SELECT image_id FROM similar_images(%s, collection => 't', filter => %s::jsonb,"
-        " engine => %s)",
-        (image, text, engine),
-    )
-    return {row[0] for row in rows}
+    call = "similar_images(%s, collection => 't', filter => %s::jsonb, engine => %s)"
+    return set(column_of(db, f"SELECT image_id FROM {call}", image, text, engine))
 
 
 @pytest.mark.parametrize("column", VALUES)
@@ -245,8 +220,7 @@ def test_errors(
 
 def test_dropped_and_added_columns(db: Connection, pictures: Pictures) -> None:
     """In one session, which has used them."""
-    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea, a text, b text)")
-    db.execute("SELECT create_collection('t', 't')")
+    make_collection(db, more=", a text, b text")
     db.execute("INSERT INTO t VALUES (1, %s, 'x', 'y')", (pictures.files[0],))
     image = pictures.files[0]
     assert found(db, image, {"a": "x"}) == {1}

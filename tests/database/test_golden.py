@@ -6,12 +6,11 @@ A change that is meant: ``build/client/bin/python -m pytest tests/database/test_
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tests.catalog import check_golden, objects, privileges
-from tests.conftest import Connection
+from tests.conftest import Connection, NewRole
+from tests.database.tables import make_collection
 
 
 @pytest.fixture
@@ -21,14 +20,12 @@ def renew(request: pytest.FixtureRequest) -> bool:
 
 def test_objects(db: Connection, renew: bool) -> None:
     """With one collection of each kind: 1 is sync, 2 is deferred."""
-    db.execute("CREATE TABLE public.t (id uuid PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    make_collection(db, key="uuid", embed="deferred")
     check_golden("objects", objects(db), renew)
 
 
-def test_privileges(db: Connection, new_role: Callable[[], str], renew: bool) -> None:
-    db.execute("CREATE TABLE public.t (id uuid PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+def test_privileges(db: Connection, new_role: NewRole, renew: bool) -> None:
+    make_collection(db, key="uuid", embed="deferred")
     reader, admin, worker = new_role(), new_role(), new_role()
     db.execute("SELECT grant_usage(%s), grant_admin(%s), grant_worker(%s)", (reader, admin, worker))
     labels = {reader: "reader", admin: "administrator", worker: "worker"}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.conftest import Connection, Pictures
-from tests.database.tables import Table
-from tests.support import sql_error
+from tests.conftest import Connect, Connection, Pictures
+from tests.database.tables import Table, without_triggers
+from tests.support import one, rows_of, sql_error
 
 STALE = "vectors of other images"
 BEHIND = ("SET session_replication_role = replica", "RESET session_replication_role")
@@ -23,37 +22,30 @@ class Checked(Table):
         return int(self.value("SELECT embed_pending()"))
 
     def line(self, what: str, full: bool = False) -> tuple[bool, str]:
-        row = self.db.execute(
-            "SELECT ok, detail FROM self_check(full => %s) WHERE subject = %s",
-            (full, f'collection "t": {what}'),
-        ).fetchone()
-        assert row is not None
-        return row[0], row[1]
+        query = "SELECT ok, detail FROM self_check(full => %s) WHERE subject = %s"
+        ((ok, detail),) = rows_of(self.db, query, full, f'collection "t": {what}')
+        return ok, detail
 
-    def backfill(self, max_rows: int | None = None) -> int:
-        limit = "" if max_rows is None else f", {max_rows}"
-        return int(self.value(f"SELECT backfill('t'{limit})"))
+    def backfill(self, max_rows: int = 1_000_000) -> int:
+        return int(self.value("SELECT backfill('t', %s)", max_rows))
 
     def check(self) -> None:
         """Each row with an image has its vector, with the hash of the image, and no other has."""
-        assert (
-            self.db.execute(
-                "SELECT t.id, e.key FROM (SELECT * FROM t WHERE image IS NOT NULL) AS t"
-                " FULL JOIN siamese.embedding_2 AS e ON e.key = t.id"
-                " WHERE t.id IS NULL OR e.key IS NULL"
-                " OR e.embedding <=> embed_image(t.image) > 1e-5"
-                " OR e.image_hash IS DISTINCT FROM substring(sha256(t.image) FROM 1 FOR 16)"
-            ).fetchall()
-            == []
+        wrong = (
+            "SELECT t.id, e.key FROM (SELECT * FROM t WHERE image IS NOT NULL) AS t"
+            " FULL JOIN siamese.embedding_2 AS e ON e.key = t.id"
+            " WHERE t.id IS NULL OR e.key IS NULL OR e.embedding <=> embed_image(t.image) > 1e-5"
+            " OR e.image_hash IS DISTINCT FROM substring(sha256(t.image) FROM 1 FOR 16)"
         )
+        assert rows_of(self.db, wrong) == []
         for full in (False, True):
             bad = "SELECT subject, detail FROM self_check(full => %s) WHERE NOT ok"
             assert self.db.execute(bad, (full,)).fetchall() == []
 
 
-@pytest.fixture(params=["", ", embed => 'deferred'"], ids=["sync", "deferred"])
-def table(request: pytest.FixtureRequest, db: Connection, pictures: Pictures) -> Checked:
-    return Checked.indexed(db, pictures.files, request.param)
+@pytest.fixture
+def table(db: Connection, pictures: Pictures, embed: str) -> Checked:
+    return Checked.indexed(db, pictures.files, embed=embed)
 
 
 @pytest.mark.law(11)
@@ -94,11 +86,10 @@ def test_changes_behind_the_triggers_back(table: Checked, off_and_on: tuple[str,
 @pytest.mark.law(11)
 def test_images_exchanged_behind_the_triggers_back(table: Checked) -> None:
     """Of equal size, too: nothing but their bytes tells."""
-    table.db.execute(BEHIND[0])
-    table.db.execute(
-        "UPDATE t SET image = o.image FROM t AS o WHERE t.id IN (1, 2) AND o.id = 3 - t.id"
-    )
-    table.db.execute(BEHIND[1])
+    with without_triggers(table.db):
+        table.db.execute(
+            "UPDATE t SET image = o.image FROM t AS o WHERE t.id IN (1, 2) AND o.id = 3 - t.id"
+        )
     assert table.line(STALE) == (False, "2 of 10 rows, drawn by chance; call backfill")
     assert table.backfill() == 2
     table.check()
@@ -106,12 +97,11 @@ def test_images_exchanged_behind_the_triggers_back(table: Checked) -> None:
 
 @pytest.mark.law(11)
 def test_changed_behind_the_triggers_back_while_queued(db: Connection, pictures: Pictures) -> None:
-    table = Checked.indexed(db, pictures.files, ", embed => 'deferred'")
+    table = Checked.indexed(db, pictures.files, embed="deferred")
     db.execute("UPDATE t SET image = %s WHERE id IN (1, 2)", (table.files[20],))
-    db.execute(BEHIND[0])
-    db.execute("UPDATE t SET image = %s WHERE id IN (2, 3)", (table.files[30],))
-    db.execute(BEHIND[1])
-    assert db.execute("SELECT embed_pending()").fetchone() == (2,)
+    with without_triggers(db):
+        db.execute("UPDATE t SET image = %s WHERE id IN (2, 3)", (table.files[30],))
+    assert one(db, "SELECT embed_pending()") == 2
     assert table.line(STALE)[1].startswith("1 of")
     assert table.backfill() == 1
     table.check()
@@ -119,33 +109,31 @@ def test_changed_behind_the_triggers_back_while_queued(db: Connection, pictures:
 
 def test_a_sample_has_its_bounds(db: Connection, pictures: Pictures) -> None:
     """By default a hundred rows at most are read, and no more images than 16 MB together hold."""
-    table = Checked.indexed(db, pictures.files, "")
+    table = Checked.indexed(db, pictures.files)
     db.execute(
         "INSERT INTO t SELECT i, %s FROM generate_series(100, 399) AS i", (pictures.files[0],)
     )
     ok, detail = table.line(STALE)
     assert ok and 60 <= int(detail.split()[2]) <= 100
     assert table.line(STALE, full=True) == (True, "0 of all rows")
-    db.execute(BEHIND[0])
-    db.execute("UPDATE t SET image = %s WHERE id >= 100", (pictures.files[1],))
-    db.execute(BEHIND[1])
+    with without_triggers(db):
+        db.execute("UPDATE t SET image = %s WHERE id >= 100", (pictures.files[1],))
     assert not table.line(STALE)[0]
     assert table.line(STALE, full=True) == (False, "300 of all rows; call backfill")
     assert [table.backfill(max_rows=200) for _ in range(3)] == [200, 100, 0]
     db.execute("TRUNCATE t")
     # Random bytes that nobody decodes: the hashes are made here.
-    db.execute(BEHIND[0])
-    db.execute(
-        "INSERT INTO t SELECT i, decode(repeat(md5(i::text), 65536), 'hex')"
-        " FROM generate_series(1, 40) AS i"
-    )
-    db.execute(
-        "INSERT INTO siamese.embedding_2 (key, embedding, image_hash) SELECT id, (SELECT"
-        " embedding FROM embed_image(%s) AS embedding), substring(sha256(image) FROM 1 FOR 16)"
-        " FROM t",
-        (pictures.files[0],),
-    )
-    db.execute(BEHIND[1])
+    with without_triggers(db):
+        db.execute(
+            "INSERT INTO t SELECT i, decode(repeat(md5(i::text), 65536), 'hex')"
+            " FROM generate_series(1, 40) AS i"
+        )
+        db.execute(
+            "INSERT INTO siamese.embedding_2 (key, embedding, image_hash) SELECT id, (SELECT"
+            " embedding FROM embed_image(%s) AS embedding), substring(sha256(image) FROM 1 FOR 16)"
+            " FROM t",
+            (pictures.files[0],),
+        )
     assert table.line(STALE) == (True, "0 of 16 rows, drawn by chance")
 
 
@@ -169,10 +157,9 @@ def test_vectors_from_before_there_were_hashes(table: Checked) -> None:
 
 @pytest.mark.law(11)
 def test_bad_images_behind_the_triggers_back(db: Connection, pictures: Pictures) -> None:
-    table = Checked.indexed(db, pictures.files, ", on_error => 'quarantine'")
-    db.execute(BEHIND[0])
-    db.execute("UPDATE t SET image = 'junk' WHERE id = 1")
-    db.execute(BEHIND[1])
+    table = Checked.indexed(db, pictures.files, on_error="quarantine")
+    with without_triggers(db):
+        db.execute("UPDATE t SET image = 'junk' WHERE id = 1")
     db.execute("SELECT alter_collection('t', on_error => 'reject')")
     with sql_error("22P03", "row id = 1 of table public.t"):
         table.backfill()
@@ -186,10 +173,9 @@ def test_bad_images_behind_the_triggers_back(db: Connection, pictures: Pictures)
     table.check()
 
 
-def test_locked_rows_are_left_alone(table: Checked, connect: Callable[..., Connection]) -> None:
-    table.db.execute(BEHIND[0])
-    table.db.execute("UPDATE t SET image = %s WHERE id IN (1, 2)", (table.files[20],))
-    table.db.execute(BEHIND[1])
+def test_locked_rows_are_left_alone(table: Checked, connect: Connect) -> None:
+    with without_triggers(table.db):
+        table.db.execute("UPDATE t SET image = %s WHERE id IN (1, 2)", (table.files[20],))
     other = connect()
     with other.transaction():
         other.execute("UPDATE t SET note = 'busy' WHERE id = 1")
@@ -223,18 +209,12 @@ def test_changes_through_a_parent(table: Checked, attach: str) -> None:
     table.check()
 
 
-NO_IMAGE: list[str] = [
-    "",
-    ", on_error => 'quarantine'",
-    ", embed => 'deferred'",
-    ", embed => 'deferred', on_error => 'quarantine'",
-]
-
-
-@pytest.mark.parametrize("settings", NO_IMAGE)
-def test_rows_without_an_image(db: Connection, pictures: Pictures, settings: str) -> None:
+@pytest.mark.parametrize("on_error", ["reject", "quarantine"])
+def test_rows_without_an_image(
+    db: Connection, pictures: Pictures, embed: str, on_error: str
+) -> None:
     """NULL is no bad image: no vector, no failure, no error, nothing that waits."""
-    table = Checked.indexed(db, pictures.files, settings)
+    table = Checked.indexed(db, pictures.files, embed=embed, on_error=on_error)
 
     def state() -> Any:
         return db.execute(
@@ -262,15 +242,16 @@ def test_rows_without_an_image(db: Connection, pictures: Pictures, settings: str
     assert state() == (10, 0, 0)
     table.check()
     # A new collection on the same rows.
-    assert db.execute(f"SELECT create_collection('again', 't'{settings})").fetchone() == (10,)
+    again = "SELECT create_collection('again', 't', embed => %s, on_error => %s)"
+    assert one(db, again, embed, on_error) == 10
     db.execute("SELECT embed_pending()")
     table.check()
 
 
 def test_an_image_that_is_erased_while_queued(db: Connection, pictures: Pictures) -> None:
-    table = Checked.indexed(db, pictures.files, ", embed => 'deferred'")
+    table = Checked.indexed(db, pictures.files, embed="deferred")
     db.execute("INSERT INTO t VALUES (20, %s)", (pictures.files[20],))
     db.execute("UPDATE t SET image = NULL WHERE id = 20")
-    assert db.execute("SELECT embed_pending()").fetchone() == (0,)
+    assert one(db, "SELECT embed_pending()") == 0
     assert db.execute("SELECT waiting, failures FROM embedding_queue_status").fetchone() == (0, 0)
     table.check()

@@ -10,8 +10,8 @@ import pytest
 from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.registration import inspect_model
-from tests.conftest import Connection, Pictures, insert_images
-from tests.support import Array, encode, one, sql_error
+from tests.conftest import Connect, Connection, Pictures, insert_images
+from tests.support import Array, column_of, encode, one, rows_of, sql_error
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_image_distance(
 
 
 @pytest.fixture
-def boundless(connect: Callable[..., Connection]) -> Connection:
+def boundless(connect: Connect) -> Connection:
     """A database whose model claims to know every image, unlike those of test_domain.py."""
     connect().execute("UPDATE models SET specification = specification - 'domain'")
     return connect()
@@ -62,13 +62,13 @@ def boundless(connect: Callable[..., Connection]) -> Connection:
 
 def test_same_class(boundless: Connection, pictures: Pictures) -> None:
     shared = boundless
-    head = shared.execute("SELECT specification -> 'calibration' FROM models").fetchone()
-    assert head
-    weight, bias = head[0]["weight"], head[0]["bias"]
+    head = one(shared, "SELECT specification -> 'calibration' FROM models")
     for other in pictures.files[1:5]:
         distance = one(shared, "SELECT image_distance(%s, %s)", pictures.files[0], other)
         found = one(shared, "SELECT same_class(%s, %s)", pictures.files[0], other)
-        assert found == pytest.approx(1 / (1 + np.exp(-(weight * distance + bias))), rel=1e-4)
+        assert found == pytest.approx(
+            1 / (1 + np.exp(-(head["weight"] * distance + head["bias"]))), rel=1e-4
+        )
     assert one(shared, "SELECT same_class(%s, %s)", *pictures.files[:1] * 2) > 0.5
 
 
@@ -117,14 +117,11 @@ def test_models_without_head(db: Connection, pictures: Pictures, onnx: bytes) ->
 def test_classify_image(db: Connection, pictures: Pictures, queries: Pictures) -> None:
     insert_images(db, pictures.files[:100], pictures.labels[:100])
     query = queries.files[0]
-    labels = [
-        row[0]
-        for row in db.execute(
-            "SELECT label FROM similar_images(%s, k => 9) JOIN images USING (image_id)"
-            " ORDER BY rank",
-            (query,),
-        )
-    ]
+    labels = column_of(
+        db,
+        "SELECT label FROM similar_images(%s, k => 9) JOIN images USING (image_id) ORDER BY rank",
+        query,
+    )
     expected = [(label, labels.count(label)) for label in dict.fromkeys(labels)]
     expected.sort(key=lambda item: -item[1])
     found = db.execute("SELECT * FROM classify_image(%s, k => 9)", (query,)).fetchall()
@@ -135,8 +132,7 @@ def test_classify_image(db: Connection, pictures: Pictures, queries: Pictures) -
 def test_classify_by_other_columns(db: Connection, pictures: Pictures) -> None:
     insert_images(db, pictures.files[:10])
     query = pictures.files[0]
-    found = db.execute("SELECT * FROM classify_image(%s, k => 4)", (query,)).fetchall()
-    assert found == []  # none has a label
+    assert rows_of(db, "SELECT * FROM classify_image(%s, k => 4)", query) == []  # none has a label
     db.execute('ALTER TABLE images ADD "Odd ""one""" int DEFAULT 7')
     sql = "SELECT * FROM classify_image(%s, 4, 'images', 'Odd \"one\"')"
     assert db.execute(sql, (query,)).fetchall() == [("7", 4, 1.0)]

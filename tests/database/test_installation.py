@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.conftest import Connection, Pictures
-from tests.support import one, sql_error
+from tests.conftest import Connect, Connection, NewRole, Pictures
+from tests.database.tables import insert_rows, make_collection
+from tests.support import one, rows_of, sql_error
 from tools.project import ROOT, version
 
 SHIPPED = {file.stem: file.read_bytes() for file in (ROOT / "models").glob("*.onnx")}
@@ -54,15 +53,20 @@ def use(db: Connection, folder: str) -> None:
     db.execute(body.replace(packages(db), folder))
 
 
+def prepare(db: Connection) -> str:
+    """Make the functions above; return the name of the server's Python."""
+    db.execute(LAYOUT)
+    db.execute(PYTHON)
+    return str(one(db, "SELECT pg_temp.python()"))
+
+
 @pytest.fixture
 def moved(db: Connection) -> str:
     """A database whose packages are in a folder of the test's own; returns that of this version.
 
     As on a server that has an installation of its own.
     """
-    db.execute(LAYOUT)
-    db.execute(PYTHON)
-    python = one(db, "SELECT pg_temp.python()")
+    python = prepare(db)
     real = f"{packages(db)}/{version()}/{python}"
     folder = one(db, "SELECT current_setting('data_directory')") + f"/packages-{db.info.dbname}"
     db.execute("SELECT pg_temp.link(%s, %s)", (real, f"{folder}/{version()}/{python}"))
@@ -80,12 +84,10 @@ def test_no_path_of_one_python_is_in_the_catalog(db: Connection) -> None:
 
 
 def test_a_server_without_packages_for_its_python(
-    moved: str, connect: Callable[..., Connection], pictures: Pictures
+    moved: str, connect: Connect, pictures: Pictures
 ) -> None:
     db = connect()
-    db.execute(LAYOUT)
-    db.execute(PYTHON)
-    python = one(db, "SELECT pg_temp.python()")
+    python = prepare(db)
     # Those of the server that it came from are there, and of no use.
     db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/python3.2",))
     db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/{python}",))
@@ -100,23 +102,18 @@ def test_a_server_without_packages_for_its_python(
     # make install brings them; the next call of the same session finds them.
     db.execute("SELECT pg_temp.link(%s, %s)", (installed(db, python), f"{moved}/{python}"))
     session.execute("INSERT INTO images (image) VALUES (%s)", (pictures.files[0],))
-    assert session.execute(SEARCH, (pictures.files[0],)).fetchone() == (1,)
+    assert one(session, SEARCH, pictures.files[0]) == 1
 
 
-@pytest.mark.parametrize("embed", ["sync", "deferred"])
 def test_writes_that_need_no_embedding(
-    moved: str, connect: Callable[..., Connection], pictures: Pictures, embed: str
+    moved: str, connect: Connect, pictures: Pictures, embed: str
 ) -> None:
     """They go on without packages, and what they leave is right when the packages are back."""
     db = connect()
-    db.execute("CREATE TABLE t (id integer PRIMARY KEY, label text, image bytea)")
-    db.execute("SELECT create_collection('t', 't', embed => %s)", (embed,))
-    insert = "INSERT INTO t SELECT n, 'x', i FROM unnest(%s::bytea[]) WITH ORDINALITY AS u (i, n)"
-    db.execute(insert, (pictures.files[:6],))
+    make_collection(db, more=", label text DEFAULT 'x'", embed=embed)
+    insert_rows(db, range(1, 7), pictures.files[:6])
     db.execute("SELECT backfill('t'), build_index('t')")
-    db.execute(LAYOUT)
-    db.execute(PYTHON)
-    python = one(db, "SELECT pg_temp.python()")
+    python = prepare(db)
     db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/{python}",))
     session = connect()
     session.execute("UPDATE t SET label = 'y'")
@@ -125,7 +122,7 @@ def test_writes_that_need_no_embedding(
     session.execute("INSERT INTO t SELECT * FROM t WHERE id = 99")
     if embed == "sync":
         for statement in (
-            "INSERT INTO t VALUES (7, 'z', %s)",
+            "INSERT INTO t VALUES (7, %s, 'z')",
             "UPDATE t SET image = %s WHERE id = 3",
             "MERGE INTO t USING (VALUES (3)) AS v (n) ON t.id = v.n"
             " WHEN MATCHED THEN UPDATE SET image = %s",
@@ -133,34 +130,31 @@ def test_writes_that_need_no_embedding(
             with sql_error("58P01", "could not load the server package"):
                 session.execute(statement, (pictures.files[9],))
     vectors = "SELECT array_agg(key ORDER BY key) FROM siamese.embedding_2"
-    assert db.execute(vectors).fetchone() == ([3, 4, 5, 6],)
+    assert one(db, vectors) == [3, 4, 5, 6]
     db.execute("SELECT pg_temp.link(%s, %s)", (installed(db, python), f"{moved}/{python}"))
     query = "SELECT (item).id FROM similar_rows(NULL::t, %s, 10, 't') ORDER BY 1"
-    found = connect().execute(query, (pictures.files[0],)).fetchall()
-    assert found == [(3,), (4,), (5,), (6,)]
+    assert rows_of(connect(), query, pictures.files[0]) == [(3,), (4,), (5,), (6,)]
     checks = "SELECT subject, detail FROM self_check() WHERE NOT ok"
     assert connect().execute(checks).fetchall() == []
     db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/{python}",))
     connect().execute("TRUNCATE t")
-    assert db.execute(vectors).fetchone() == (None,)
-    assert db.execute("SELECT count(*) FROM siamese.pending_2").fetchone() == (0,)
+    assert one(db, vectors) is None
+    assert one(db, "SELECT count(*) FROM siamese.pending_2") == 0
 
 
 def test_a_reinstallation_leaves_running_sessions_alone(
-    moved: str, connect: Callable[..., Connection], pictures: Pictures
+    moved: str, connect: Connect, pictures: Pictures
 ) -> None:
     """They import the rest from where they began, whatever the link leads to by then."""
     old = connect()
     old.execute("SELECT siamese._load()")
     db = connect()
-    db.execute(LAYOUT)
-    db.execute(PYTHON)
-    python = one(db, "SELECT pg_temp.python()")
+    python = prepare(db)
     db.execute("SELECT pg_temp.link('nowhere', %s)", (f"{moved}/{python}",))
     # Has loaded neither ONNX Runtime nor FAISS yet.
     old.execute("INSERT INTO images (image) VALUES (%s)", (pictures.files[0],))
     old.execute("SELECT build_index()")
-    assert old.execute(SEARCH, (pictures.files[0],)).fetchone() == (1,)
+    assert one(old, SEARCH, pictures.files[0]) == 1
     old.execute(LOADED)
     assert moved not in one(old, "SELECT pg_temp.loaded()")
 
@@ -191,7 +185,7 @@ def test_shipped_models_under_names_that_are_taken(db: Connection, onnx: bytes) 
 
 
 def test_shipped_models_are_administrators_business(
-    db: Connection, connect: Callable[..., Connection], new_role: Callable[[], str]
+    db: Connection, connect: Connect, new_role: NewRole
 ) -> None:
     reader, admin = new_role(), new_role()
     db.execute("SELECT grant_usage(%s), grant_admin(%s)", (reader, admin))

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from tests.conftest import Connection, Pictures, insert_images
-from tests.support import grid_encoder, sql_error
-
-Connect = Callable[..., Connection]
-DEADLINE_SECONDS = 60.0
+from tests.conftest import Connect, Connection, NewRole, Pictures, insert_images
+from tests.database.tables import insert_rows, make_collection, register_grid
+from tests.support import PATIENCE, one, rows_of, sql_error
 
 
 class Running:
@@ -52,18 +49,18 @@ class Running:
 
     def waits(self) -> bool:
         """Let it go on until it waits for a lock or is done; returns which."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while self._thread.is_alive():
             assert time.monotonic() < deadline, "neither done nor waiting"
             query = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
-            if self._watch.execute(query, (self._pid,)).fetchone() == (True,):
+            if one(self._watch, query, self._pid) is True:
                 return True
             time.sleep(0.01)
         return False
 
     def error_at_the_end(self) -> BaseException | None:
         """Wait for the end; returns its error, if any."""
-        self._thread.join(DEADLINE_SECONDS)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "waits without end"
         return self.error
 
@@ -75,31 +72,36 @@ class Running:
         return self.rows
 
 
+def behind(connect: Connect, first: str, *statements: str) -> list[Running]:
+    """Start statements that wait for a transaction of ``first``, and commit that."""
+    holder = connect()
+    holder.execute(f"BEGIN; {first}")
+    late = [Running(connect, statement).start() for statement in statements]
+    assert all([each.waits() for each in late])
+    holder.execute("COMMIT")
+    return late
+
+
 @pytest.fixture
-def t(db: Connection, pictures: Pictures) -> Iterator[Connection]:
+def t(db: Connection, pictures: Pictures) -> Connection:
     """Table ``t`` with deferred collection 2, with an index, vectors beside it, and a queue.
 
     New sessions look for deadlocks at once.
     """
     name = sql.Identifier(db.info.dbname)
     db.execute(sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '50ms'").format(name))
-    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, label text DEFAULT 'x')")
-    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    make_collection(db, more=", label text DEFAULT 'x'", embed="deferred")
     for keys in (range(10), range(10, 15)):
         fill(db, keys, pictures)
         db.execute("SELECT embed_pending()")
         if keys.start == 0:
             db.execute("SELECT build_index('t')")
     fill(db, range(20, 25), pictures)
-    yield db
+    return db
 
 
 def fill(db: Connection, keys: range, pictures: Pictures) -> None:
-    files = [pictures.files[key] for key in keys]
-    db.execute(
-        "INSERT INTO t (id, image) SELECT * FROM unnest(%s::int[], %s::bytea[])",
-        (list(keys), files),
-    )
+    insert_rows(db, keys, [pictures.files[key] for key in keys])
 
 
 def left_over(db: Connection, name: str = "t", number: int = 2) -> list[str]:
@@ -171,12 +173,7 @@ CLEAN = ("42704", "42P01")
 @pytest.mark.parametrize("strong", STRONG)
 @pytest.mark.parametrize("who", ["workers", "searches", "warm searches", "others"])
 def test_who_comes_while_a_strong_lock_is_waited_for(
-    t: Connection,
-    connect: Connect,
-    pictures: Pictures,
-    new_role: Callable[[], str],
-    strong: str,
-    who: str,
+    t: Connection, connect: Connect, pictures: Pictures, new_role: NewRole, strong: str, who: str
 ) -> None:
     insert_images(t, pictures.files[:1])
     t.execute("INSERT INTO siamese.embedding_attempts SELECT 2, ticket, 2 FROM siamese.queue_2")
@@ -235,8 +232,7 @@ TWO_STEPS = {
 def test_drop_while_a_transaction_goes_on(
     t: Connection, connect: Connect, pictures: Pictures, strong: str, steps: str
 ) -> None:
-    t.execute("CREATE TABLE q (id integer PRIMARY KEY, image bytea)")
-    t.execute("SELECT create_collection('q', 'q', on_error => 'quarantine')")
+    make_collection(t, "q", on_error="quarantine")
     session = connect()
     session.execute("BEGIN")
     first, second = TWO_STEPS[steps]
@@ -305,17 +301,16 @@ def test_what_waits_for_a_drop_finds_it_gone(t: Connection, connect: Connect) ->
         "SELECT * FROM similar_images(image_id => 3, collection => 't')",
     )
     late = [Running(connect, statement).start() for statement in statements]
-    for one in late:
-        assert one.waits()
+    for each in late:
+        assert each.waits()
     tickets = Running(connect, "SELECT * FROM siamese._take_tickets(2, 10)").start()
     everything = Running(connect, "SELECT embed_pending()").start()
     status = Running(connect, "SELECT collection, pending FROM collection_status").start()
-    for one in (tickets, everything, status):
-        assert one.waits()
+    assert tickets.waits() and everything.waits() and status.waits()
     dropper.execute("COMMIT")
-    for one in late:
+    for each in late:
         with sql_error("42704", 'collection "t" does not exist'):
-            one.result()
+            each.result()
     assert tickets.result() == []
     assert everything.result() == [(0,)]
     assert ("images", 0) in status.result()
@@ -324,35 +319,23 @@ def test_what_waits_for_a_drop_finds_it_gone(t: Connection, connect: Connect) ->
 def test_two_create_a_collection_of_one_name(t: Connection, connect: Connect) -> None:
     t.execute("SELECT drop_collection('images'); DROP TABLE images")
     create = "SELECT create_collection(model => 'medical')"
-    first = connect()
-    first.execute("BEGIN")
-    first.execute(create)
-    second = Running(connect, create).start()
-    assert second.waits()
-    first.execute("COMMIT")
+    (second,) = behind(connect, create, create)
     with sql_error("42710", 'collection "images" already exists'):
         second.result()
 
 
 def test_a_model_that_is_dropped_while_it_is_chosen(t: Connection, connect: Connect) -> None:
-    model = grid_encoder(("n", 3, 28, 28), pool=7)
-    t.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
+    register_grid(t)
     t.execute("CREATE TABLE u (id integer PRIMARY KEY, image bytea)")
-    create = "SELECT create_collection('u', 'u', model => 'grid')"
-    dropper = connect()
-    dropper.execute("BEGIN; SELECT drop_model('grid')")
-    late = Running(connect, create).start()
-    assert late.waits()
-    dropper.execute("COMMIT")
+    create, drop = (
+        "SELECT create_collection('u', 'u', model => 'grid')",
+        "SELECT drop_model('grid')",
+    )
+    (late,) = behind(connect, drop, create)
     with sql_error("42704", 'model "grid" does not exist'):
         late.result()
-    t.execute("SELECT register_model('grid', %s, metric => 'l2')", (model,))
-    creator = connect()
-    creator.execute("BEGIN")
-    creator.execute(create)
-    late = Running(connect, "SELECT drop_model('grid')").start()
-    assert late.waits()
-    creator.execute("COMMIT")
+    register_grid(t)
+    (late,) = behind(connect, create, drop)
     with sql_error("2BP01", "collections depend on it"):
         late.result()
 
@@ -361,58 +344,45 @@ def test_a_table_that_is_dropped_while_it_becomes_a_collection(
     t: Connection, connect: Connect
 ) -> None:
     t.execute("CREATE TABLE u (id integer PRIMARY KEY, image bytea)")
-    dropper = connect()
-    dropper.execute("BEGIN; DROP TABLE u")
-    create = Running(connect, "SELECT create_collection('u', 'u')").start()
-    assert create.waits()
-    dropper.execute("COMMIT")
+    (create,) = behind(connect, "DROP TABLE u", "SELECT create_collection('u', 'u')")
     with sql_error("42P01", "does not exist"):
         create.result()
 
 
 def test_a_table_that_is_renamed_while_it_is_waited_for(t: Connection, connect: Connect) -> None:
-    owner = connect()
-    owner.execute("BEGIN; ALTER TABLE t RENAME TO v")
-    late = [
-        Running(connect, call).start()
-        for call in ("SELECT backfill('t')", "SELECT embed_pending()")
-    ]
-    for one in late:
-        assert one.waits()
-    owner.execute("COMMIT")
-    assert [len(one.result()) for one in late] == [1, 1]
-    assert t.execute("SELECT count(*) FROM siamese.embedding_2").fetchone() == (20,)
+    calls = ("SELECT backfill('t')", "SELECT embed_pending()")
+    late = behind(connect, "ALTER TABLE t RENAME TO v", *calls)
+    assert [len(each.result()) for each in late] == [1, 1]
+    assert one(t, "SELECT count(*) FROM siamese.embedding_2") == 20
 
 
 def test_all_tables_are_locked_in_one_order(t: Connection, connect: Connect) -> None:
-    t.execute("CREATE TABLE a (id integer PRIMARY KEY, image bytea)")
-    t.execute("SELECT create_collection('a', 'a', embed => 'deferred')")
+    make_collection(t, "a", embed="deferred")
     strong = connect()
     strong.execute("BEGIN; SELECT siamese._lock_table(2, 'EXCLUSIVE')")
     late = [
         Running(connect, f"SELECT {call}").start() for call in ("self_check()", "embed_pending()")
     ]
-    for one in late:
-        assert one.waits()
+    for each in late:
+        assert each.waits()
     strong.execute("SET lock_timeout = '10s'; SELECT siamese._lock_table(3, 'EXCLUSIVE'); COMMIT")
-    for one in late:
-        one.result()
+    for each in late:
+        each.result()
 
 
 def store(session: Connection, is_good: bool = True) -> tuple[int, int]:
     """Take a ticket of one row and store its vector or failure; returns its key, vectors stored."""
-    row = session.execute("SELECT ticket, keys[1] FROM siamese._take_tickets(2, 1)").fetchone()
-    assert row is not None
+    take = "SELECT ticket, keys[1] FROM siamese._take_tickets(2, 1)"
+    ((ticket, key),) = rows_of(session, take)
     good = "siamese.embed_image(t.image)::text, NULL, NULL, NULL"
     bad = "NULL, '22P03', 'bad', false"
-    stored = session.execute(
+    (stored,) = session.execute(
         "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), ARRAY[%(ticket)s],"
         f" ARRAY[%(key)s], ARRAY[(%(key)s, sha256(t.image), {good if is_good else bad})]"
         "::siamese.embedding_result[]) FROM t WHERE t.id = %(key)s::integer",
-        {"ticket": row[0], "key": row[1]},
-    ).fetchone()
-    assert stored is not None
-    return int(row[1]), int(stored[0])
+        {"ticket": ticket, "key": key},
+    ).fetchall()
+    return int(key), int(stored[0])
 
 
 @pytest.mark.parametrize("is_good", [True, False])
@@ -432,10 +402,10 @@ def test_two_workers_meet_the_same_rows(
         session.execute("COMMIT")
     t.execute("UPDATE siamese.queue_2 SET not_before = NULL")
     vectors = "SELECT count(*) FROM siamese.embedding_2 WHERE key IN (3, 4)"
-    assert t.execute(vectors).fetchone() == (2 * is_good,)
-    assert t.execute("SELECT embed_pending('t')").fetchone() == (0 if is_good else 2,)
-    assert t.execute("SELECT count(*) FROM siamese.queue_2").fetchone() == (0,)
-    assert t.execute("SELECT count(*) FROM siamese.failures").fetchone() == (0,)
+    assert one(t, vectors) == 2 * is_good
+    assert one(t, "SELECT embed_pending('t')") == (0 if is_good else 2)
+    assert one(t, "SELECT count(*) FROM siamese.queue_2") == 0
+    assert one(t, "SELECT count(*) FROM siamese.failures") == 0
 
 
 def test_drop_of_a_collection_whose_table_is_gone(t: Connection, connect: Connect) -> None:

@@ -5,17 +5,15 @@ In full: ``python -m tests.scenarios memory``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.conftest import Connection
+from tests.conftest import Connect
 from tests.scenarios.gallery import gallery
 from tests.scenarios.memory import Memory
 from tests.scenarios.process import private_bytes
 
 
-def test_memory_of_a_session(connect: Callable[[], Connection]) -> None:
+def test_memory_of_a_session(connect: Connect) -> None:
     try:
         private_bytes(connect().info.backend_pid)
     except OSError as error:

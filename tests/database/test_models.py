@@ -11,16 +11,16 @@ from onnx import TensorProto
 from PIL import Image
 
 from tests.conftest import Connection, Pictures, insert_images
+from tests.database.tables import insert_rows, make_collection
 from tests.scenarios.gallery import DIMENSION
-from tests.support import Array, encode, grid, grid_encoder, sql_error
+from tests.support import Array, encode, grid, grid_encoder, one, rows_of, sql_error
 
+SMALL = grid_encoder(("n", 3, 8, 8), pool=4)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def embedding(db: Connection, image: bytes, model: str) -> Array:
-    row = db.execute("SELECT embed_image(%s, %s)::real[]", (image, model)).fetchone()
-    assert row
-    return np.array(row[0])
+    return np.array(one(db, "SELECT embed_image(%s, %s)::real[]", image, model))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,7 @@ def test_registering_again(db: Connection, onnx: bytes) -> None:
     with sql_error("42710", 'model "medical" already exists', "under a new name"):
         db.execute("SELECT register_model('medical', %s, resize => 'crop')", (onnx,))
     with sql_error("42710", 'model "medical" already exists'):
-        foreign = grid_encoder(("n", 3, 8, 8), pool=4)
-        db.execute("SELECT register_model('medical', %s)", (foreign,))
+        db.execute("SELECT register_model('medical', %s)", (SMALL,))
 
 
 def test_foreign_encoder(db: Connection, photograph: Array) -> None:
@@ -118,23 +117,19 @@ def test_collection_of_a_foreign_encoder(
     """Whole batches, part batches and single images give the same vectors."""
     model = grid_encoder((batch, 3, 32, 32), pool=8)
     db.execute("SELECT register_model('foreign', %s, metric => 'l2')", (model,))
-    db.execute("CREATE TABLE scans (scan_id integer PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('scans', 'scans', model => 'foreign')")
-    db.execute(
-        "INSERT INTO scans SELECT * FROM unnest(%s::int[], %s::bytea[])",
-        (list(range(70)), pictures.files[:70]),
+    make_collection(db, model="foreign")
+    insert_rows(db, range(70), pictures.files[:70])
+    ((farthest, count),) = rows_of(
+        db,
+        "SELECT max(e.embedding <-> embed_image(t.image, 'foreign')), count(*)"
+        " FROM t JOIN siamese.embedding_2 AS e ON e.key = t.id",
     )
-    rows = db.execute(
-        "SELECT max(e.embedding <-> embed_image(s.image, 'foreign')), count(*)"
-        " FROM scans AS s JOIN siamese.embedding_2 AS e ON e.key = s.scan_id"
-    ).fetchone()
-    assert rows and rows[0] < 1e-4 and rows[1] == 70
+    assert farthest < 1e-4 and count == 70
 
 
 def test_limits_of_a_model(db: Connection, photograph: Array) -> None:
-    model = grid_encoder(("n", 3, 8, 8), pool=4)
-    db.execute("SELECT register_model('small', %s, max_pixels => 5399)", (model,))
-    db.execute("SELECT register_model('short', %s, max_bytes => 100)", (model,))
+    db.execute("SELECT register_model('small', %s, max_pixels => 5399)", (SMALL,))
+    db.execute("SELECT register_model('short', %s, max_bytes => 100)", (SMALL,))
     with sql_error("54000", "image", "is too large", "5399 pixels"):
         embedding(db, encode(photograph), "small")
     with sql_error("54000", "bytes is too large", "100 bytes"):
@@ -177,17 +172,15 @@ def test_refused(shared: Connection, data: bytes, message: str) -> None:
     ],
 )
 def test_wrong_argument(shared: Connection, argument: str, message: str) -> None:
-    model = grid_encoder(("n", 3, 8, 8), pool=4)
     with sql_error("22023", message):
-        shared.execute(f"SELECT register_model('bad', %s, {argument})", (model,))
+        shared.execute(f"SELECT register_model('bad', %s, {argument})", (SMALL,))
 
 
 def test_calibration_given_at_registration(db: Connection, photograph: Array) -> None:
-    model = grid_encoder(("n", 3, 8, 8), pool=4)
     db.execute(
         "SELECT register_model('head', %s, metric => 'l2',"
         """ calibration => '{"weight": -2, "bias": 1}', threshold => 0.25)""",
-        (model,),
+        (SMALL,),
     )
     one, other = encode(photograph), encode(photograph[:, ::-1].copy())
     row: Any = db.execute(
@@ -217,9 +210,8 @@ def test_arguments_as_drivers_send_them(db: Connection) -> None:
 
 def test_input_range(db: Connection) -> None:
     """Values of 12 bits in files of 16, of which nothing in the file tells."""
-    model = grid_encoder(("n", 3, 8, 8), pool=4)
-    db.execute("SELECT register_model('ranged', %s, input_range => ARRAY[0, 4095])", (model,))
-    db.execute("SELECT register_model('full', %s)", (model,))
+    db.execute("SELECT register_model('ranged', %s, input_range => ARRAY[0, 4095])", (SMALL,))
+    db.execute("SELECT register_model('full', %s)", (SMALL,))
     values = np.random.default_rng(0).integers(0, 4096, (8, 8)).astype(np.uint16)
     eight = np.rint(values / 4095 * 255).astype(np.uint8)
     for kind in ("PNG", "TIFF"):
@@ -231,7 +223,7 @@ def test_input_range(db: Connection) -> None:
 def test_drop_model(db: Connection, onnx: bytes) -> None:
     db.execute("SELECT register_model('spare', %s)", (onnx,))
     db.execute("SELECT drop_model('spare')")
-    assert db.execute("SELECT count(*) FROM models").fetchone() == (1,)
+    assert one(db, "SELECT count(*) FROM models") == 1
     with sql_error("42704", 'model "spare" does not exist'):
         db.execute("SELECT drop_model('spare')")
 
@@ -241,7 +233,7 @@ def test_drop_model_in_use(db: Connection, pictures: Pictures) -> None:
     with sql_error("2BP01", 'cannot drop model "medical"', "images"):
         db.execute("SELECT drop_model('medical')")
     db.execute("SELECT drop_collection('images'), drop_model('medical')")
-    assert db.execute("SELECT count(*) FROM models").fetchone() == (0,)
+    assert one(db, "SELECT count(*) FROM models") == 0
 
 
 @pytest.mark.law(3)
@@ -254,15 +246,14 @@ def test_model_whose_bytes_have_changed(db: Connection, pictures: Pictures) -> N
 
 def test_default_model(db: Connection, onnx: bytes, photograph: Array) -> None:
     image = encode(photograph)
-    db.execute("SELECT register_model('other', %s)", (grid_encoder(("n", 3, 8, 8), pool=4),))
+    db.execute("SELECT register_model('other', %s)", (SMALL,))
     row = db.execute("SELECT embed_image(%(i)s) = embed_image(%(i)s, 'medical')", {"i": image})
     assert row.fetchone() == (True,)  # that of collection "images"
     db.execute("SELECT drop_collection('images')")
     with sql_error("22023", "there are 2 models", "Name a model"):
         db.execute("SELECT embed_image(%s)", (image,))
     db.execute("SELECT drop_model('medical')")
-    row = db.execute("SELECT vector_dims(embed_image(%s))", (image,))
-    assert row.fetchone() == (12,)
+    assert one(db, "SELECT vector_dims(embed_image(%s))", image) == 12
     db.execute("SELECT drop_model('other')")
     with sql_error("22023", "there are 0 models", "Register a model first"):
         db.execute("SELECT embed_image(%s)", (image,))

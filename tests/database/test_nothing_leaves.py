@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,9 @@ from PIL import Image
 from tests import server
 from tests.conftest import MODELS, Connection, Pictures, insert_images
 from tests.database import guard
-from tools.cluster import THROWAWAY, Cluster, create_database
+from tests.database.tables import make_collection
+from tests.support import one, rows_of
+from tools.cluster import Cluster, create_database
 from tools.packages import OWN_PYTHON, server_folder
 from tools.project import ROOT
 
@@ -84,14 +85,10 @@ class PlainCluster(Cluster):
 @pytest.fixture(scope="module")
 def plain() -> Iterator[PlainCluster]:
     guard.require_strace()
-    folder = Path(tempfile.mkdtemp(prefix="pg_siamese-", dir="/tmp"))
-    cluster = PlainCluster(folder, settings=THROWAWAY)
-    try:
-        cluster.start()
+    with PlainCluster.temporary() as cluster:
+        assert isinstance(cluster, PlainCluster)
         create_database(cluster)
         yield cluster
-    finally:
-        cluster.destroy()
 
 
 @contextmanager
@@ -157,23 +154,16 @@ def test_the_server_keeps_to_itself(plain: PlainCluster, onnx: bytes, pictures: 
             db.execute("SELECT siamese.create_collection()")
             ids = insert_images(db, pictures.files[:30])
             db.execute("SELECT siamese.build_index(threads => 2)")
-            db.execute(
-                "CREATE TABLE later (id int PRIMARY KEY, image bytea);"
-                "SELECT siamese.create_collection('later', 'later', 'id', 'image', 'medical',"
-                " embed => 'deferred')"
-            )
+            make_collection(db, "later", embed="deferred")
             db.execute("INSERT INTO later VALUES (1, %s)", (pictures.files[0],))
             db.execute("SELECT siamese.embed_pending('later')")
         with session(plain) as db:
             assert db.execute("SELECT siamese.warm_up()").fetchall()
             search = "SELECT count(*) FROM siamese.similar_images({}, k => 5)"
-            by_image = db.execute(search.format("image => %s"), (pictures.files[40],))
-            assert by_image.fetchone() == (5,)
-            by_key = db.execute(search.format("image_id => %s"), (ids[3],))
-            assert by_key.fetchone() == (5,)
+            assert one(db, search.format("image => %s"), pictures.files[40]) == 5
+            assert one(db, search.format("image_id => %s"), ids[3]) == 5
             db.execute("DELETE FROM siamese.images WHERE image_id = %s", (ids[0],))
-            checks = db.execute("SELECT * FROM siamese.self_check() WHERE NOT ok").fetchall()
-            assert checks == []
+            assert rows_of(db, "SELECT * FROM siamese.self_check() WHERE NOT ok") == []
     assert record.strangers(plain.socket_folder) == []
     assert any(path.suffix == ".faiss" for path in record.written), "the guard saw nothing"
     assert list(plain.home.iterdir()) == []
@@ -188,19 +178,11 @@ def test_the_client_keeps_to_itself(
     """Registering, loading, searching with a picture of the answers, and a worker."""
     images = colours(user.work / "photos")
     query = images / "red" / "00.png"
-    with session(plain) as db:
-        db.execute(
-            "CREATE TABLE photos (id bigserial PRIMARY KEY, image bytea, label text);"
-            "CREATE TABLE waiting (id int PRIMARY KEY, image bytea)"
-        )
     dsn = ("--dsn", plain.dsn())
     user.command("register-model", MODELS / "medical.onnx", "--name", "second", *dsn)
     with session(plain) as db:
-        db.execute(
-            "SELECT siamese.create_collection('photos', 'photos', 'id', 'image', 'second');"
-            "SELECT siamese.create_collection('waiting', 'waiting', 'id', 'image', 'second',"
-            " embed => 'deferred')"
-        )
+        make_collection(db, "photos", key="bigserial", more=", label text", model="second")
+        make_collection(db, "waiting", model="second", embed="deferred")
         db.execute("INSERT INTO waiting VALUES (1, %s)", (pictures.files[0],))
     user.command("load", images, "--collection", "photos", *dsn)
     user.command("build-index", "--collection", "photos", *dsn)
@@ -210,13 +192,9 @@ def test_the_client_keeps_to_itself(
     user.command("worker", "--once", *dsn)
     user.command("status", *dsn)
     with session(plain) as db:
-        counts = "SELECT (SELECT count(*) FROM siamese.embedding_{}) FROM siamese.collections"
-        rows = db.execute("SELECT name, collection_id FROM siamese.collections").fetchall()
-        for name, number in rows:
-            if name in ("photos", "waiting"):
-                assert db.execute(counts.format(number)).fetchone() == (
-                    24 if name == "photos" else 1,
-                )
+        numbers = dict(rows_of(db, "SELECT name, collection_id FROM siamese.collections"))
+        for name, rows in (("photos", 24), ("waiting", 1)):
+            assert one(db, f"SELECT count(*) FROM siamese.embedding_{numbers[name]}") == rows
 
 
 @pytest.mark.law(10)

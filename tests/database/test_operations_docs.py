@@ -7,15 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
-from tests.conftest import Connection, Pictures, insert_images
+from tests.conftest import Connect, Connection, Pictures, insert_images
 from tests.messages import Message, all_messages
+from tests.server import pg_environment
+from tests.support import rows_of
 from tools.project import ROOT
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
@@ -59,8 +60,7 @@ def test_sql(filled: Connection, pictures: Pictures) -> None:
             if cursor.description:
                 rows = cursor.fetchall()
                 assert bool(rows) != ("-- none expected" in statement), f"{statement}: {rows}"
-    rows = filled.execute("SELECT embed_pending()").fetchall()
-    assert rows == [(1,)]  # the collection that was made again
+    assert rows_of(filled, "SELECT embed_pending()") == [(1,)]  # the collection that was made again
 
 
 @pytest.mark.parametrize(
@@ -95,15 +95,8 @@ def test_alerts_come(filled: Connection, damage: str, query: str) -> None:
 def test_shell(filled: Connection, dsn: str) -> None:
     for role in ROLES:
         filled.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
-    parameters = conninfo_to_dict(dsn)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PGHOST": str(parameters["host"]),
-        "PGPORT": str(parameters["port"]),
-        "PGUSER": str(parameters["user"]),
-        "PGDATABASE": str(parameters["dbname"]),
-        "PGPASSWORD": str(parameters.get("password", "")),
-    }
+    environment = os.environ | pg_environment(dsn)
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for block in blocks("sh"):
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
@@ -113,9 +106,7 @@ def test_shell(filled: Connection, dsn: str) -> None:
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 
-def test_a_session_of_a_pool(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures
-) -> None:
+def test_a_session_of_a_pool(db: Connection, connect: Connect, pictures: Pictures) -> None:
     """Clients share a session, as PgBouncer lets them, with DISCARD ALL between or without."""
     insert_images(db, pictures.files[:30])
     db.execute("SELECT build_index()")

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import psycopg
 import pytest
 
-from tests.conftest import Connection, Pictures
-from tests.support import sql_error
-
-MODES = ["", ", embed => 'deferred'"]
-
-
-@pytest.fixture(params=MODES, ids=["sync", "deferred"])
-def embed(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+from tests.conftest import Connect, Connection, NewRole, Pictures
+from tests.database.tables import EVIL
+from tests.support import one, rows_of, sql_error
 
 
 class Owned:
@@ -36,26 +28,24 @@ class Owned:
         self.db.execute("SELECT embed_pending('t')" if self.is_deferred() else "SELECT 1")
 
     def is_deferred(self) -> bool:
-        row = self.db.execute("SELECT embed FROM siamese.collections WHERE name = 't'").fetchone()
-        return row == ("deferred",)
+        embed: str = one(self.db, "SELECT embed FROM siamese.collections WHERE name = 't'")
+        return embed == "deferred"
 
     def bad(self) -> list[tuple[str, str]]:
-        rows = self.db.execute("SELECT subject, detail FROM self_check() WHERE NOT ok").fetchall()
-        return [(subject, detail) for subject, detail in rows]
+        return rows_of(self.db, "SELECT subject, detail FROM self_check() WHERE NOT ok")
 
     def check(self) -> None:
         assert self.bad() == []
-        row = self.db.execute("SELECT count(*) FROM siamese.embedding_2").fetchone()
-        assert row == (self.rows,)
+        assert one(self.db, "SELECT count(*) FROM siamese.embedding_2") == self.rows
 
 
 @pytest.fixture
-def owned(db: Connection, new_role: Callable[[], str], pictures: Pictures, embed: str) -> Owned:
+def owned(db: Connection, new_role: NewRole, pictures: Pictures, embed: str) -> Owned:
     first, second = new_role(), new_role()
     db.execute(f"GRANT CREATE ON SCHEMA public TO {first}, {second}")
     db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, note text)")
     db.execute(f"ALTER TABLE t OWNER TO {first}")
-    db.execute(f"SELECT create_collection('t', 't'{embed})")
+    db.execute(f"SELECT create_collection('t', 't', embed => '{embed}')")
     db.execute("INSERT INTO t VALUES (0, %s)", (pictures.files[0],))
     return Owned(db, first, second, pictures)
 
@@ -157,19 +147,12 @@ def test_an_owner_above_row_level_security(owned: Owned) -> None:
 
 @pytest.mark.law(7)
 def test_an_owner_cannot_make_the_superuser_read_the_table(
-    owned: Owned, connect: Callable[..., Connection], pictures: Pictures
+    owned: Owned, connect: Connect, pictures: Pictures
 ) -> None:
     """Code in the owner's indexes must not run as superuser, whatever the owner alters."""
     session = connect(user=owned.first)
     session.execute(
-        """
-        CREATE FUNCTION public.evil(int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$
-        BEGIN
-            IF (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user) THEN
-                RAISE EXCEPTION 'ran as superuser' USING ERRCODE = 'SIAM1';
-            END IF;
-            RETURN true;
-        END $$;
+        f"""{EVIL}
         CREATE INDEX ON t (id) WHERE public.evil(1);
         CREATE FUNCTION public.pg_get_userbyid(oid) RETURNS name LANGUAGE sql
             AS 'SELECT current_user FROM (SELECT public.evil(1)) AS e';
@@ -182,12 +165,10 @@ def test_an_owner_cannot_make_the_superuser_read_the_table(
         """
     )
     for name in ("keys", "present", "rows", "locked_rows", "hashes"):
-        row = session.execute(
-            "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = %s", (f"_{name}_2",)
-        ).fetchone()
-        assert row is not None
+        query = "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = %s"
+        function = one(session, query, f"_{name}_2")
         session.execute(
-            f"ALTER FUNCTION {row[0]} SECURITY INVOKER SET search_path = public, pg_catalog"
+            f"ALTER FUNCTION {function} SECURITY INVOKER SET search_path = public, pg_catalog"
         )
     keys = "'{1}'::integer[]"
     for call in (
@@ -201,14 +182,14 @@ def test_an_owner_cannot_make_the_superuser_read_the_table(
             owned.db.execute(f"SELECT siamese.{call}")
     session.execute("UPDATE t SET image = %s", (pictures.files[5],))
     session.execute("DELETE FROM t")
-    assert owned.db.execute("SELECT backfill('t')").fetchone() == (0,)
+    assert one(owned.db, "SELECT backfill('t')") == 0
     assert owned.bad() == []
 
 
 @pytest.mark.parametrize("column", ["id", "image"])
 @pytest.mark.parametrize("event", ["INSERT", "UPDATE", "DELETE"])
 def test_columns_that_change_under_an_old_snapshot(
-    owned: Owned, connect: Callable[..., Connection], column: str, event: str
+    owned: Owned, connect: Connect, column: str, event: str
 ) -> None:
     """Its catalog shows the former ones; code of the owner's types must not run as superuser."""
     session, other = connect(user=owned.first), connect(user=owned.first)
@@ -241,9 +222,7 @@ def test_columns_that_change_under_an_old_snapshot(
         assert error.sqlstate in ("40001", "22P02"), error
 
 
-def test_two_sessions_after_a_change_of_owner(
-    owned: Owned, connect: Callable[..., Connection]
-) -> None:
+def test_two_sessions_after_a_change_of_owner(owned: Owned, connect: Connect) -> None:
     """The first one mends; the other one, while that is not committed, waits or reads itself."""
     owned.write()
     owned.db.execute(f"ALTER TABLE t OWNER TO {owned.second}")

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import struct
 import zlib
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import InputSpec
-from tests.conftest import Connection
+from tests.conftest import Connect, Connection
 from tests.scenarios.gallery import MODELS
 from tests.scenarios.mutations import chunk, png_file
 from tests.scenarios.parity import Parity, embed_onnxruntime, least_cosine
+from tests.support import encode, one
 
 SPEC = InputSpec(28, 28)
 RAMP = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28) % 256
@@ -30,7 +28,7 @@ RAMP = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28) % 256
 
 @pytest.mark.law(8)
 @pytest.mark.parametrize("model", ["medical", "fashion_mnist"])
-def test_vectors_are_the_same_everywhere(connect: Callable[[], Connection], model: str) -> None:
+def test_vectors_are_the_same_everywhere(connect: Connect, model: str) -> None:
     has_torch = find_spec("torch") is not None
     sets = Parity(connect, model=model, count=120, with_torch=has_torch).run()
     if not sets:
@@ -98,10 +96,9 @@ def golden() -> dict[str, tuple[bytes, np.ndarray]]:
 def test_golden_files(db: Connection, name: str) -> None:
     file, pixels = golden()[name]
     np.testing.assert_array_equal(decode_image(file, SPEC), pixels)
-    row = db.execute("SELECT embed_image(%s)::real[]", (file,), binary=True).fetchone()
-    assert row is not None
+    found = one(db, "SELECT embed_image(%s)::real[]", file)
     expected = embed_onnxruntime(MODELS / "medical.onnx", pixels[None])
-    assert least_cosine(np.array(row), expected) >= 0.9999
+    assert least_cosine(np.array([found]), expected) >= 0.9999
 
 
 @pytest.mark.law(8)
@@ -117,7 +114,4 @@ def test_golden_jpeg(db: Connection, text: str, sha256: str) -> None:
     pixels = decode_image(file, SPEC)
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == sha256
     # Inside: the distance to the same pixels without loss is that of the same vector.
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    row = db.execute("SELECT image_distance(%s, %s)", (file, buffer.getvalue())).fetchone()
-    assert row is not None and abs(row[0]) < 1e-6
+    assert abs(one(db, "SELECT image_distance(%s, %s)", file, encode(pixels))) < 1e-6

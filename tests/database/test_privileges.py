@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
-from tests.conftest import Connection, Pictures, insert_images
+from tests.conftest import Connect, Connection, NewRole, Pictures, insert_images
+from tests.database.tables import EVIL, make_collection
 from tests.server import login_role
-from tests.support import assert_exact, exact_distances, sql_error
+from tests.support import assert_exact, column_of, exact_distances, one, rows_of, sql_error
 
 # Members of the schema, but for those of pgvector, where that is installed in the same one.
 OWN = """
@@ -35,37 +35,12 @@ TABLES = f"""
     WHERE relnamespace = 'siamese'::regnamespace AND relkind = ANY(%s::"char"[]) AND {OWN}
     ORDER BY 1
 """
-FOR_READERS = {
-    "_caller",
-    "_classify_image",
-    "_collection_counts",
-    "_compare_images",
-    "_estimate",
-    "_generation_file",
-    "_is_waiting",
-    "_load",
-    "_match_line",
-    "_may_see",
-    "_model_id",
-    "_no_collection",
-    "_queue_counts",
-    "_raise",
-    "_similar_images",
-    "_similar_keys",
-    "_warm_up",
-    "any_two_match",
-    "classify_image",
-    "embed_image",
-    "image_distance",
-    "dicom_tag",
-    "_dicom_tag",
-    "dicom_tags",
-    "_dicom_tags",
-    "same_class",
-    "similar_images",
-    "similar_rows",
-    "warm_up",
-}
+FOR_READERS = """
+_caller _classify_image _collection_counts _compare_images _dicom_tag _dicom_tags _estimate
+_generation_file _is_waiting _load _match_line _may_see _model_id _no_collection _queue_counts
+_raise _similar_images _similar_keys _warm_up any_two_match classify_image dicom_tag dicom_tags
+embed_image image_distance same_class similar_images similar_rows warm_up
+"""
 
 
 def names(db: Connection, query: str, *values: object) -> list[str]:
@@ -91,12 +66,7 @@ class Roles:
 
 
 @pytest.fixture
-def roles(
-    db: Connection,
-    new_role: Callable[[], str],
-    connect: Callable[..., Connection],
-    pictures: Pictures,
-) -> Roles:
+def roles(db: Connection, new_role: NewRole, connect: Connect, pictures: Pictures) -> Roles:
     """Collection ``images`` with 30 rows; the reader and the administrator have their grants."""
     insert_images(db, pictures.files[:25], pictures.labels[:25])
     db.execute("SELECT build_index()")
@@ -189,7 +159,7 @@ def test_reader_may_not_write_or_administer(roles: Roles, db: Connection) -> Non
     statements += [f"SELECT FROM {table}" for table in views]
     statements += ["SELECT FROM siamese.failures"]
     for function in names(db, FUNCTIONS):
-        if function.removeprefix("siamese.").split("(")[0] not in FOR_READERS:
+        if function.removeprefix("siamese.").split("(")[0] not in FOR_READERS.split():
             statements.append(f"SELECT {function}")
     assert [one for one in statements if not denied(roles.reader, one)] == []
 
@@ -230,11 +200,10 @@ def test_vectors_under_row_level_security(roles: Roles, db: Connection) -> None:
     user = roles.reader.info.user
     db.execute("ALTER TABLE images ENABLE ROW LEVEL SECURITY")
     count = "SELECT count(*) FROM siamese.embedding_1"
-    assert roles.reader.execute(count).fetchone() == (0,)
+    assert one(roles.reader, count) == 0
     db.execute(f"CREATE POLICY few ON images TO {user} USING (image_id <= 5)")
-    rows = roles.reader.execute("SELECT key FROM siamese.embedding_1").fetchall()
-    assert sorted(row[0] for row in rows) == [1, 2, 3, 4, 5]
-    assert db.execute(count).fetchone() == (30,)
+    assert sorted(column_of(roles.reader, "SELECT key FROM siamese.embedding_1")) == [1, 2, 3, 4, 5]
+    assert one(db, count) == 30
 
 
 def test_filters_and_candidates_under_row_level_security(
@@ -249,11 +218,9 @@ def test_filters_and_candidates_under_row_level_security(
         "filter => '{}', max_distance => 2, k => 50",
     ):
         for engine in ("auto", "pgvector"):
-            rows = roles.reader.execute(
-                f"SELECT image_id FROM similar_images(%s, engine => %s, {arguments})",
-                (queries.files[0], engine),
-            ).fetchall()
-            assert rows and all(row[0] <= 5 for row in rows)
+            query = f"SELECT image_id FROM similar_images(%s, engine => %s, {arguments})"
+            keys = column_of(roles.reader, query, queries.files[0], engine)
+            assert keys and max(keys) <= 5
     rows = roles.reader.execute(
         "SELECT (item).image_id FROM similar_rows(NULL::images, %s)", (queries.files[0],)
     ).fetchall()
@@ -267,13 +234,8 @@ def test_writer_under_row_level_security(roles: Roles, db: Connection, pictures:
     db.execute("ALTER TABLE images ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     db.execute(f"CREATE POLICY add ON images FOR INSERT TO {user} WITH CHECK (true)")
     roles.reader.execute("INSERT INTO images (image) VALUES (%s)", (pictures.files[40],))
-    assert roles.reader.execute(
-        "SELECT count(*) FROM similar_images(%s)", (pictures.files[40],)
-    ).fetchone() == (0,)
-    row = db.execute(
-        "SELECT distance FROM similar_images(%s, k => 1)", (pictures.files[40],)
-    ).fetchone()
-    assert row and row[0] < 1e-5
+    assert one(roles.reader, "SELECT count(*) FROM similar_images(%s)", pictures.files[40]) == 0
+    assert one(db, "SELECT distance FROM similar_images(%s, k => 1)", pictures.files[40]) < 1e-5
 
 
 def test_administrator(roles: Roles, pictures: Pictures, onnx: bytes) -> None:
@@ -282,7 +244,7 @@ def test_administrator(roles: Roles, pictures: Pictures, onnx: bytes) -> None:
     admin.execute("SELECT register_model('own', %s)", (onnx,))
     admin.execute("CREATE TABLE public.t (id int PRIMARY KEY, image bytea)")
     admin.execute("INSERT INTO t VALUES (1, %s)", (pictures.files[0],))
-    assert admin.execute("SELECT create_collection('t', 't', model => 'own')").fetchone() == (1,)
+    assert one(admin, "SELECT create_collection('t', 't', model => 'own')") == 1
     admin.execute("INSERT INTO t VALUES (2, %s)", (pictures.files[1],))
     admin.execute("SELECT build_index('t'), backfill('t')")
     for engine in ("faiss", "pgvector"):
@@ -291,9 +253,8 @@ def test_administrator(roles: Roles, pictures: Pictures, onnx: bytes) -> None:
             (pictures.files[1], engine),
         )
         assert rows.fetchall() == [(2,), (1,)]
-    assert admin.execute("SELECT bool_and(ok) FROM self_check()").fetchone() == (True,)
-    views = ("collection_status", "index_generations", "embedding_failures")
-    for view in views:
+    assert one(admin, "SELECT bool_and(ok) FROM self_check()") is True
+    for view in ("collection_status", "index_generations", "embedding_failures"):
         admin.execute(f"SELECT * FROM {view}")
     admin.execute("SELECT grant_usage(%s)", (roles.nobody.info.user,))
     admin.execute("SELECT drop_collection('t'), drop_model('own')")
@@ -306,15 +267,13 @@ def test_administrator_of_the_ready_made_table(roles: Roles, pictures: Pictures)
     )
     roles.admin.execute("DELETE FROM images WHERE image_id = %s", (new[1],))
     roles.admin.execute("SELECT build_index()")
-    rows = roles.admin.execute(
-        "SELECT image_id FROM similar_images(%s, k => 1)", (pictures.files[34],)
-    )
-    assert rows.fetchall() == [(new[0],)]
+    assert rows_of(
+        roles.admin, "SELECT image_id FROM similar_images(%s, k => 1)", pictures.files[34]
+    ) == [(new[0],)]
 
 
 def test_administrator_may_not_touch_tables_of_others(roles: Roles, db: Connection) -> None:
-    db.execute("CREATE TABLE public.secret (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('secret', 'secret')")
+    make_collection(db, "secret")
     with sql_error("42501", "must be owner of table"):
         roles.admin.execute("SELECT create_collection('mine', 'secret')")
     with sql_error("42501", "must be owner of table"):
@@ -347,23 +306,18 @@ def test_ownership_is_that_of_the_role_acted_as(
 def test_roles_granted_before_a_collection_is_made(
     roles: Roles, db: Connection, pictures: Pictures
 ) -> None:
-    db.execute("CREATE TABLE public.t (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't')")
+    make_collection(db)
     db.execute("INSERT INTO t VALUES (1, %s)", (pictures.files[0],))
     db.execute("SELECT build_index('t')")
     db.execute(f"GRANT SELECT ON t TO {roles.reader.info.user}, {roles.admin.info.user}")
     for session in (roles.reader, roles.admin):
-        rows = session.execute(
-            "SELECT image_id FROM similar_images(%s, collection => 't')", (pictures.files[0],)
-        )
-        assert rows.fetchall() == [(1,)]
+        assert rows_of(
+            session, "SELECT image_id FROM similar_images(%s, collection => 't')", pictures.files[0]
+        ) == [(1,)]
 
 
 def test_ready_made_table_made_after_the_grants(
-    db: Connection,
-    new_role: Callable[[], str],
-    connect: Callable[..., Connection],
-    pictures: Pictures,
+    db: Connection, new_role: NewRole, connect: Connect, pictures: Pictures
 ) -> None:
     db.execute("SELECT drop_collection('images'); DROP TABLE siamese.images")
     reader, admin = new_role(), new_role()
@@ -374,7 +328,7 @@ def test_ready_made_table_made_after_the_grants(
     assert len(rows.fetchall()) == 3
 
 
-def test_odd_role_names(db: Connection, connect: Callable[..., Connection]) -> None:
+def test_odd_role_names(db: Connection, connect: Connect) -> None:
     name = 'Dr. "No"; DROP TABLE images; --'
     db.execute(login_role(name))
     db.execute("SELECT grant_usage(%s)", (name,))
@@ -411,8 +365,7 @@ def test_code_in_the_search_path_never_runs(
         session.execute("SELECT similar_images(image_id => 1::bigint), warm_up()")
         session.execute("SELECT similar_rows(NULL::siamese.images, %s)", (queries.files[0],))
         session.execute("SELECT classify_image(%s)", (queries.files[0],))
-    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't')")
+    make_collection(db)
     db.execute("SELECT self_check()")
     db.execute("INSERT INTO t VALUES (1, %s)", (pictures.files[0],))
     db.execute("SELECT build_index('t'), backfill('t'), drop_collection('t')")
@@ -421,8 +374,7 @@ def test_code_in_the_search_path_never_runs(
 def test_a_table_that_became_a_view(roles: Roles, db: Connection) -> None:
     """Before PostgreSQL 16 an empty table can; its functions must not run with our rights."""
     admin = roles.admin
-    admin.execute("CREATE TABLE public.t (id int PRIMARY KEY, image bytea)")
-    admin.execute("SELECT create_collection('t', 't')")
+    make_collection(admin)
     if db.info.server_version >= 160000:
         pytest.skip("tables can't become views any more")
     admin.execute(
@@ -458,20 +410,8 @@ def test_code_of_a_tables_owner_never_runs_as_superuser(
 ) -> None:
     """The planner evaluates such functions, with the rights of whoever reads the table."""
     admin = roles.admin
-    admin.execute("CREATE TABLE public.t (id int PRIMARY KEY, image bytea)")
-    admin.execute("SELECT create_collection('t', 't')")
-    admin.execute(
-        """
-        CREATE FUNCTION public.evil(int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$
-        BEGIN
-            IF (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user) THEN
-                RAISE EXCEPTION 'ran as superuser' USING ERRCODE = 'SIAM1';
-            END IF;
-            RETURN true;
-        END $$
-        """
-    )
-    admin.execute(definition)
+    make_collection(admin)
+    admin.execute(EVIL + definition)
     for statement in (
         "INSERT INTO t VALUES (1, %(image)s)",
         "UPDATE t SET image = %(image)s",

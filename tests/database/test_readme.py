@@ -10,15 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import onnx
-import psycopg
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import Connection, Pictures
+from tests.server import pg_environment
+from tests.support import grid_encoder, one, rows_of
 from tools.project import ROOT
 
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -57,8 +54,7 @@ def test_sql(filled: Connection, queries: Pictures) -> None:
             cursor = filled.execute(statement.replace("%", "%%").replace("$1", "%b"), values)
             if cursor.description and "embedding_failures" not in statement:
                 assert cursor.fetchall(), statement
-    checks = filled.execute("SELECT subject, detail FROM self_check() WHERE NOT ok").fetchall()
-    assert checks == []
+    assert rows_of(filled, "SELECT subject, detail FROM self_check() WHERE NOT ok") == []
 
 
 def test_python(
@@ -79,25 +75,6 @@ def test_python(
     assert len(capsys.readouterr().out.splitlines()) == 10
 
 
-def foreign_encoder(path: Path) -> None:
-    """Write a tiny float32 NCHW encoder: the mean of each channel, mixed."""
-    weights = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    nodes = [
-        helper.make_node("GlobalAveragePool", ["x"], ["mean"]),
-        helper.make_node("Flatten", ["mean"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weights"], ["y"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "encoder",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 64, 64])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])],
-        [numpy_helper.from_array(weights, "weights")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save(model, path)
-
-
 def test_shell(
     filled: Connection, dsn: str, pictures: Pictures, queries: Pictures, tmp_path: Path
 ) -> None:
@@ -106,16 +83,10 @@ def test_shell(
         folder = tmp_path / "pictures" / pictures.labels[place]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{place}.png").write_bytes(pictures.files[place])
-    foreign_encoder(tmp_path / "resnet.onnx")
-    parameters = conninfo_to_dict(dsn)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PGHOST": str(parameters["host"]),
-        "PGPORT": str(parameters["port"]),
-        "PGUSER": str(parameters["user"]),
-        "PGPASSWORD": str(parameters.get("password", "")),
-        "PGDATABASE": str(parameters["dbname"]),
-    }
+    model = grid_encoder(("batch", 3, 64, 64), pool=32)
+    (tmp_path / "resnet.onnx").write_bytes(model)
+    environment = os.environ | pg_environment(dsn)
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for block in blocks("sh"):
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
@@ -129,8 +100,4 @@ def test_shell(
             )
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert (tmp_path / "answer.png").stat().st_size > 1000
-    with psycopg.connect(dsn) as connection:
-        row = connection.execute(
-            "SELECT dimension FROM siamese.models WHERE name = 'resnet'"
-        ).fetchone()
-    assert row == (8,)
+    assert one(filled, "SELECT dimension FROM siamese.models WHERE name = 'resnet'") == 12

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from psycopg import sql
 
-from tests.conftest import Connection, Pictures, insert_images
-from tests.scenarios.gallery import filled_up
-from tests.server import path_of
-from tests.support import assert_exact, exact_distances, grid_encoder, notices_of, sql_error
+from tests.conftest import Connect, Connection, NewRole, Pictures, insert_images
+from tests.database.tables import make_collection, without_triggers
+from tests.scenarios.gallery import filled_up, index_directory
+from tests.support import assert_exact, exact_distances, grid_encoder, notices_of, one, sql_error
 
 ENGINES = ("faiss", "pgvector", "auto")
 
@@ -30,6 +29,11 @@ def search(db: Connection, query: bytes | int, k: int = 10, **options: Any) -> l
     ).fetchall()
 
 
+def check(db: Connection, query: bytes, k: int = 10, **options: Any) -> None:
+    """A search answers what plain SQL does."""
+    assert_exact(search(db, query, k, **options), exact_distances(db, query), k)
+
+
 def keys(rows: list[Any]) -> list[int]:
     return [row[1] for row in rows]
 
@@ -42,18 +46,10 @@ def ids(db: Connection, pictures: Pictures) -> list[int]:
     return first + insert_images(db, pictures.files[250:300], pictures.labels[250:300])
 
 
-@pytest.fixture
-def notices(db: Connection) -> list[str]:
-    """Notices of the first connection."""
-    found = notices_of(db)
-    return found
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_exact(db: Connection, ids: list[int], queries: Pictures, engine: str) -> None:
     for query in queries.files[:10]:
-        truth = exact_distances(db, query)
-        assert_exact(search(db, query, engine=engine), truth, 10)
+        check(db, query, engine=engine)
 
 
 @pytest.mark.law(2)
@@ -61,24 +57,24 @@ def test_exact(db: Connection, ids: list[int], queries: Pictures, engine: str) -
 def test_after_each_kind_of_change(
     db: Connection, ids: list[int], pictures: Pictures, queries: Pictures, engine: str
 ) -> None:
-    def check() -> None:
+    def check_all() -> None:
         for query in queries.files[:4]:
-            assert_exact(search(db, query, 20, engine=engine), exact_distances(db, query), 20)
+            check(db, query, 20, engine=engine)
 
     db.execute("DELETE FROM images WHERE image_id % 5 = 0")
-    check()
+    check_all()
     db.execute(
         "UPDATE images SET image = %s WHERE image_id = ANY(%s)", (queries.files[0], ids[1:4])
     )
-    check()
+    check_all()
     nearest = search(db, queries.files[0], 3, engine=engine)
     assert set(keys(nearest)) == set(ids[1:4])
     insert_images(db, pictures.files[300:330])
-    check()
+    check_all()
     db.execute("SELECT build_index()")
-    check()
+    check_all()
     db.execute("DELETE FROM images WHERE image_id % 2 = 0")
-    check()
+    check_all()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -163,21 +159,17 @@ def test_candidates(db: Connection, ids: list[int], queries: Pictures, engine: s
     assert len(nearest) == 3
 
 
-def test_similarity_is_calibrated(
-    connect: Callable[..., Connection], ids: list[int], queries: Pictures
-) -> None:
+def test_similarity_is_calibrated(connect: Connect, ids: list[int], queries: Pictures) -> None:
     # Whatever pictures stand in for X-rays.
     connect().execute("UPDATE models SET specification = specification - 'domain'")
     db = connect()
-    head = db.execute("SELECT specification -> 'calibration' FROM models").fetchone()
-    assert head
+    head = one(db, "SELECT specification -> 'calibration' FROM models")
     for _, key, distance, similarity in search(db, queries.files[0], 5):
-        logit = head[0]["weight"] * distance + head[0]["bias"]
+        logit = head["weight"] * distance + head["bias"]
         assert similarity == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-4)
-        row = db.execute(
-            "SELECT same_class(image, %s) FROM images WHERE image_id = %s", (queries.files[0], key)
-        ).fetchone()
-        assert row and row[0] == pytest.approx(similarity, abs=1e-3)
+        same_class = "SELECT same_class(image, %s) FROM images WHERE image_id = %s"
+        expected = pytest.approx(similarity, abs=1e-3)
+        assert one(db, same_class, queries.files[0], key) == expected
 
 
 def test_euclidean_model(db: Connection, pictures: Pictures, queries: Pictures) -> None:
@@ -213,40 +205,26 @@ def test_engine_errors(db: Connection, pictures: Pictures) -> None:
 # Index files: a cache. Whatever happens to them costs speed, never an answer.
 
 
-def index_directory(db: Connection) -> Path:
-    row = db.execute(
-        "SELECT current_setting('data_directory') || '/pg_siamese/' || oid FROM pg_database"
-        " WHERE datname = current_database()"
-    ).fetchone()
-    assert row
-    return path_of(row[0])
-
-
 @pytest.mark.law(1)
 def test_lost_directory(
-    db: Connection,
-    ids: list[int],
-    connect: Callable[..., Connection],
-    queries: Pictures,
-    notices: list[str],
+    db: Connection, ids: list[int], connect: Connect, queries: Pictures
 ) -> None:
     query = queries.files[0]
-    before = search(db, query)
-    shutil.rmtree(index_directory(db))
+    before, fresh = search(db, query), connect()
+    old_notices, notices = notices_of(db), notices_of(fresh)
+    shutil.rmtree(index_directory(db).parent)
     assert search(db, query) == before  # this session has the file open
-    fresh = connect()
-    fresh.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
     for _ in range(3):
         assert_exact(search(fresh, query), exact_distances(db, query), 10)
-    assert len(notices) == 1  # it says so once
+    assert len(notices) == 1 and old_notices == []  # it says so once
     assert 'searching collection "images" without its FAISS index' in notices[0]
     assert "is missing" in notices[0]
     with sql_error("55000", "FAISS cannot answer", "is missing"):
         search(fresh, query, engine="faiss")
     status = "SELECT generation_file FROM collection_status"
-    assert db.execute(status).fetchone() == ("missing",)
+    assert one(db, status) == "missing"
     fresh.execute("SELECT build_index()")
-    assert db.execute(status).fetchone() == ("present",)
+    assert one(db, status) == "present"
     assert_exact(search(fresh, query, engine="faiss"), exact_distances(db, query), 10)
 
 
@@ -275,39 +253,35 @@ def unreadable(path: Path) -> None:
 def test_damaged_files(
     db: Connection,
     pictures: Pictures,
-    connect: Callable[..., Connection],
+    connect: Connect,
     suffix: str,
     damage: Callable[[Path], None],
 ) -> None:
     insert_images(db, pictures.files[:30])
     db.execute("SELECT build_index()")
-    (path,) = index_directory(db).glob(f"*/*.{suffix}")
+    (path,) = index_directory(db).glob(f"*.{suffix}")
     damage(path)
     fresh = connect()
     query = pictures.files[40]
     assert_exact(search(fresh, query), exact_distances(db, query), 10)
     with sql_error("55000", "FAISS cannot answer"):
         search(fresh, query, engine="faiss")
-    row = fresh.execute("SELECT ok FROM self_check() WHERE subject ~ 'index$'").fetchone()
-    assert row == (False,)
+    assert one(fresh, "SELECT ok FROM self_check() WHERE subject ~ 'index$'") is False
 
 
 @pytest.mark.law(1)
-def test_foreign_file(
-    db: Connection, pictures: Pictures, connect: Callable[..., Connection]
-) -> None:
+def test_foreign_file(db: Connection, pictures: Pictures, connect: Connect) -> None:
     """As after a restore: right names and whole, but of another build."""
     insert_images(db, pictures.files[:30])
     db.execute("SELECT build_index()")
-    directory = next(index_directory(db).iterdir())
+    directory = index_directory(db)
     kept = directory.parent / "kept"
     shutil.copytree(directory, kept)
     db.execute("DELETE FROM images")
     insert_images(db, pictures.files[30:60])
-    row = db.execute("SELECT build_index()").fetchone()
-    assert row
+    generation = one(db, "SELECT build_index()")
     for path in kept.iterdir():
-        shutil.copy(path, directory / f"{row[0]}{path.suffix}")
+        shutil.copy(path, directory / f"{generation}{path.suffix}")
     query = pictures.files[40]
     assert_exact(search(connect(), query), exact_distances(db, query), 10)
     with sql_error("55000", "belongs to another build"):
@@ -318,9 +292,11 @@ def test_only_two_generations_are_kept(db: Connection, pictures: Pictures) -> No
     insert_images(db, pictures.files[:5])
     for _ in range(4):
         db.execute("SELECT build_index()")
-    found = db.execute("SELECT generation FROM index_generations ORDER BY 1").fetchall()
-    assert found == [(3,), (4,)]
-    names = sorted(path.name for path in index_directory(db).glob("*/*"))
+    assert one(db, "SELECT array_agg(generation ORDER BY generation) FROM index_generations") == [
+        3,
+        4,
+    ]
+    names = sorted(path.name for path in index_directory(db).iterdir())
     assert names == ["3.faiss", "3.meta", "4.faiss", "4.meta"]
 
 
@@ -328,14 +304,10 @@ def test_only_two_generations_are_kept(db: Connection, pictures: Pictures) -> No
 def test_failed_build_changes_nothing(db: Connection, ids: list[int], queries: Pictures) -> None:
     with db.transaction(force_rollback=True):
         db.execute("SELECT build_index()")
-    assert_exact(
-        search(db, queries.files[0], engine="faiss"), exact_distances(db, queries.files[0]), 10
-    )
+    check(db, queries.files[0], engine="faiss")
     db.execute("SELECT build_index()")
-    assert len(list(index_directory(db).glob("*/*"))) == 4
-    assert_exact(
-        search(db, queries.files[0], engine="faiss"), exact_distances(db, queries.files[0]), 10
-    )
+    assert len(list(index_directory(db).iterdir())) == 4
+    check(db, queries.files[0], engine="faiss")
 
 
 # Snapshots.
@@ -343,7 +315,7 @@ def test_failed_build_changes_nothing(db: Connection, ids: list[int], queries: P
 
 @pytest.mark.law(2)
 def test_repeatable_read_older_than_builds_and_deletes(
-    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+    db: Connection, ids: list[int], connect: Connect, queries: Pictures
 ) -> None:
     old, query = connect(), queries.files[0]
     truth = exact_distances(db, query)
@@ -360,7 +332,7 @@ def test_repeatable_read_older_than_builds_and_deletes(
 
 
 def test_build_in_an_old_snapshot_harms_nothing(
-    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+    db: Connection, ids: list[int], connect: Connect, queries: Pictures
 ) -> None:
     old = connect()
     old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM images LIMIT 1")
@@ -399,7 +371,7 @@ def test_cursor_older_than_other_searches_of_its_session(
 
 @pytest.mark.law(2)
 def test_cursor_older_than_commits_of_others(
-    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+    db: Connection, ids: list[int], connect: Connect, queries: Pictures
 ) -> None:
     """What a newer snapshot has settled must not be taken for settled by an older one."""
     session, query = connect(), queries.files[0]
@@ -418,18 +390,17 @@ def test_cursor_older_than_commits_of_others(
 
 
 def test_imported_snapshot_older_than_the_sessions_last(
-    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+    db: Connection, ids: list[int], connect: Connect, queries: Pictures
 ) -> None:
     keeper, session, query = connect(), connect(), queries.files[0]
     truth = exact_distances(db, query)
     keeper.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-    row = keeper.execute("SELECT pg_export_snapshot()").fetchone()
-    assert row
+    snapshot = one(keeper, "SELECT pg_export_snapshot()")
     db.execute("DELETE FROM images WHERE image_id % 2 = 0")
     insert_images(db, queries.files[:5])
     assert_exact(search(session, query, 400), exact_distances(db, query), 400)
     session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-    session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(row[0]))
+    session.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
     assert_exact(search(session, query, 400), truth, 400)
     session.execute("COMMIT")
     assert_exact(search(session, query, 400), exact_distances(db, query), 400)
@@ -438,19 +409,18 @@ def test_imported_snapshot_older_than_the_sessions_last(
 @pytest.mark.law(2)
 def test_one_statement_sees_one_snapshot(db: Connection, ids: list[int]) -> None:
     """A statement that deletes and searches sees the rows as they were when it began."""
-    row = db.execute(
+    assert db.execute(
         "WITH gone AS (DELETE FROM images RETURNING image_id)"
         " SELECT (SELECT count(*) FROM similar_images(image_id => %s, k => 400)),"
         " (SELECT count(*) FROM gone)",
         (ids[0],),
-    ).fetchone()
-    assert row == (299, 300)
-    assert db.execute("SELECT count(*) FROM images").fetchone() == (0,)
+    ).fetchone() == (299, 300)
+    assert one(db, "SELECT count(*) FROM images") == 0
 
 
 @pytest.mark.law(2)
 def test_running_transactions_are_not_seen(
-    db: Connection, ids: list[int], connect: Callable[..., Connection], queries: Pictures
+    db: Connection, ids: list[int], connect: Connect, queries: Pictures
 ) -> None:
     """Also when the build happens while they run, and whichever way they end."""
     busy, query = [connect(), connect()], queries.files[0]
@@ -459,13 +429,13 @@ def test_running_transactions_are_not_seen(
         session.execute("DELETE FROM images WHERE image_id %% 10 = %s", (place,))
         insert_images(session, queries.files[place : place + 1])
     db.execute("SELECT build_index()")
-    assert_exact(search(db, query, 400), exact_distances(db, query), 400)
+    check(db, query, 400)
     busy[0].execute("COMMIT")
-    assert_exact(search(db, query, 400), exact_distances(db, query), 400)
+    check(db, query, 400)
     busy[1].execute("ROLLBACK")
-    assert_exact(search(db, query, 400), exact_distances(db, query), 400)
+    check(db, query, 400)
     db.execute("SELECT build_index()")
-    assert_exact(search(db, query, 400), exact_distances(db, query), 400)
+    check(db, query, 400)
 
 
 # Row-level security.
@@ -473,7 +443,7 @@ def test_running_transactions_are_not_seen(
 
 @pytest.fixture
 def readers(
-    new_role: Callable[[], str], db: Connection, ids: list[int], pictures: Pictures
+    new_role: NewRole, db: Connection, ids: list[int], pictures: Pictures
 ) -> tuple[str, str]:
     """Two roles, the first of which sees images with an even id only, and the second all."""
     one, other = new_role(), new_role()
@@ -489,11 +459,7 @@ def readers(
 @pytest.mark.law(4)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_row_level_security(
-    db: Connection,
-    readers: tuple[str, str],
-    connect: Callable[..., Connection],
-    queries: Pictures,
-    engine: str,
+    db: Connection, readers: tuple[str, str], connect: Connect, queries: Pictures, engine: str
 ) -> None:
     session = connect(user=readers[0])
     for query in queries.files[:4]:
@@ -541,18 +507,13 @@ class Large:
         points = centres[generator.integers(0, 300, 12_000)] + generator.normal(size=(12_000, 64))
         points /= np.linalg.norm(points, axis=1, keepdims=True)
         self.points = filled_up(points.astype(np.float32))
-        db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, n int)")
-        db.execute("SELECT create_collection('t', 't')")
-        db.execute("SET session_replication_role = replica")
-        db.execute("INSERT INTO t SELECT i, '', i FROM generate_series(0, 11999) AS i")
-        db.execute("RESET session_replication_role")
+        make_collection(db, more=", n int")
+        with without_triggers(db):
+            db.execute("INSERT INTO t SELECT i, '', i FROM generate_series(0, 11999) AS i")
         self.copy(range(first))
-        row = db.execute("SELECT build_index('t')").fetchone()
-        assert row
-        index = db.execute(
-            "SELECT index_type, recall FROM index_generations WHERE generation = %s", row
-        )
-        _, self.recall = index.fetchone()  # type: ignore[misc]
+        generation = one(db, "SELECT build_index('t')")
+        query = "SELECT recall FROM index_generations WHERE generation = %s"
+        self.recall = one(db, query, generation)
         self.copy(range(first, 12_000))
         db.execute(
             "INSERT INTO siamese.pending_2 (embedding_id)"
@@ -572,18 +533,20 @@ class Large:
         order = np.argsort(1 - self.points @ self.points[key], kind="stable")
         return [place for place in order.tolist() if allowed[place] and place != key][:k]
 
+    def recall_at(
+        self, key: int, allowed: np.ndarray[Any, Any], k: int = 10, **options: Any
+    ) -> float:
+        """Check that an answer is full and qualifies; return its recall."""
+        truth = self.nearest(key, allowed, k)
+        found = keys(search(self.db, key, k, collection="t", **options))
+        assert len(set(found)) == len(found) == len(truth)
+        assert all(allowed[one] and one != key for one in found)
+        return len(set(found) & set(truth)) / len(truth) if truth else 1.0
+
     def recall_of(self, allowed: np.ndarray[Any, Any], k: int = 10, **options: Any) -> float:
-        """Search by 40 ids; check that all answers are full and qualify; return the recall."""
-        hits = 0.0
-        for key in range(100, 12_000, 300):
-            if not allowed[key]:
-                continue
-            truth = self.nearest(key, allowed, k)
-            found = keys(search(self.db, key, k, collection="t", **options))
-            assert len(set(found)) == len(found) == len(truth)
-            assert all(allowed[one] and one != key for one in found)
-            hits += len(set(found) & set(truth)) / len(truth)
-        return hits / int(sum(allowed[key] for key in range(100, 12_000, 300)))
+        """Return the mean recall of up to 40 ids."""
+        chosen = [key for key in range(100, 12_000, 300) if allowed[key]]
+        return float(np.mean([self.recall_at(key, allowed, k, **options) for key in chosen]))
 
 
 @pytest.fixture(scope="module")
@@ -645,14 +608,8 @@ class Groups:
         )
 
     def check(self, key: int, group: int, k: int = 10, **options: Any) -> None:
-        allowed = self.groups == group
-        found = keys(
-            search(self.large.db, key, k, collection="t", filter=f'{{"n": {group}}}', **options)
-        )
-        truth = self.large.nearest(key, allowed, k)
-        assert len(set(found)) == len(found) == len(truth)
-        assert all(allowed[one] and one != key for one in found)
-        assert len(set(found) & set(truth)) >= 0.9 * len(truth)
+        allowed, filter_ = self.groups == group, f'{{"n": {group}}}'
+        assert self.large.recall_at(key, allowed, k, filter=filter_, **options) >= 0.9
 
 
 @pytest.mark.parametrize("analysed", [True, False])
@@ -694,12 +651,8 @@ def test_many_candidates(large: Large, count: int) -> None:
     allowed[chosen] = True
     for key in (100, 11_900):
         for k in (10, 400):
-            found = keys(
-                search(large.db, key, k, collection="t", candidates=[*chosen.tolist(), None])
-            )
-            truth = large.nearest(key, allowed, k)
-            assert len(found) == len(truth) and all(allowed[one] for one in found)
-            assert len(set(found) & set(truth)) >= 0.97 * len(truth)
+            candidates = [*chosen.tolist(), None]
+            assert large.recall_at(key, allowed, k, candidates=candidates) >= 0.97
 
 
 @pytest.mark.law(12)
@@ -707,9 +660,7 @@ def test_a_filter_reads_what_qualifies(large: Large) -> None:
     """Not the vectors of the table, and not the rows that do not qualify."""
 
     def pages(statement: str) -> int:
-        row = large.db.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT json) {statement}").fetchone()
-        assert row
-        plan = row[0][0]["Plan"]
+        plan = one(large.db, f"EXPLAIN (ANALYZE, BUFFERS, FORMAT json) {statement}")[0]["Plan"]
         return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
     large.db.execute("VACUUM FULL t")  # of what other tests rolled back
@@ -755,7 +706,7 @@ def test_graph_with_many_copies(db: Connection, pictures: Pictures) -> None:
 
 @pytest.mark.law(2)
 def test_searches_in_a_row_notice_every_change(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures
+    db: Connection, connect: Connect, pictures: Pictures
 ) -> None:
     """From the second one on, a search expects that nothing has changed, and finds out if so."""
     ids = insert_images(db, pictures.files[:40])
@@ -811,9 +762,9 @@ def test_searches_in_a_row_notice_every_change(
 def test_nobody_but_a_search_has_anything_explained(db: Connection, pictures: Pictures) -> None:
     insert_images(db, pictures.files[:20], pictures.labels[:20])
     db.execute("SELECT build_index()")
-    assert db.execute("SELECT siamese._estimate()").fetchone() == (None,)
+    assert one(db, "SELECT siamese._estimate()") is None
     db.execute('SELECT similar_images(%s, filter => \'{"label": "1"}\')', (pictures.files[0],))
-    assert db.execute("SELECT siamese._estimate()").fetchone() == (None,)
+    assert one(db, "SELECT siamese._estimate()") is None
 
 
 def test_similarity_is_never_out_of_range(db: Connection, pictures: Pictures) -> None:
@@ -825,8 +776,7 @@ def test_similarity_is_never_out_of_range(db: Connection, pictures: Pictures) ->
             " calibration => jsonb_build_object('weight', %s::float8, 'bias', 0.0))",
             (model, weight),
         )
-        db.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, image bytea)")
-        db.execute("SELECT create_collection(%s, %s, model => %s)", (table, table, model))
+        make_collection(db, table, model=model)
         for place, file in enumerate(pictures.files[:5]):
             db.execute(f"INSERT INTO {table} VALUES (%s, %s)", (place, file))
         found = db.execute(

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import Connection, Pictures
-from tests.support import encode, sql_error
+from tests.conftest import Connect, Connection, NewRole, Pictures
+from tests.database.tables import make_collection
+from tests.support import encode, one, rows_of, sql_error
 
-MODES = ["", ", embed => 'deferred'"]
 LARGE = encode(np.zeros((100, 100, 3), dtype=np.uint8), "BMP")
 
 
-@pytest.fixture(params=MODES, ids=["sync", "deferred"])
-def embed(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def failures(db: Connection) -> list[tuple[str, str]]:
-    rows = db.execute("SELECT key, sqlstate FROM embedding_failures ORDER BY key").fetchall()
-    return [(key, state) for key, state in rows]
+    return rows_of(db, "SELECT key, sqlstate FROM embedding_failures ORDER BY key")
 
 
 @pytest.mark.parametrize(
     ("limit", "above", "below"), [("max_bytes", 30_000, 31_000), ("max_pixels", 9_999, 10_000)]
 )
 def test_limits_are_changed_without_another_model(
-    db: Connection,
-    connect: Callable[..., Connection],
-    embed: str,
-    limit: str,
-    above: int,
-    below: int,
+    db: Connection, connect: Connect, embed: str, limit: str, above: int, below: int
 ) -> None:
-    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
-    db.execute(
-        f"SELECT create_collection('t', 't', on_error => 'quarantine', {limit} => {above}{embed})"
-    )
+    options: dict[str, Any] = {limit: above, "on_error": "quarantine"}
+    make_collection(db, embed=embed, **options)
     other = connect()
     search = "SELECT image_id FROM similar_images(%s, k => 5, collection => 't')"
     db.execute("INSERT INTO t VALUES (1, %s)", (LARGE,))
@@ -49,22 +36,22 @@ def test_limits_are_changed_without_another_model(
     with sql_error("54000", "too large"):  # the query as well
         other.execute(search, (LARGE,))
     db.execute(f"SELECT alter_collection('t', {limit} => {below})")
-    assert db.execute("SELECT backfill('t')").fetchone() == (1,)
+    assert one(db, "SELECT backfill('t')") == 1
     assert failures(db) == []
     # In a session that knew the old limit.
     assert other.execute(search, (LARGE,)).fetchall() == [(1,)]
     before = db.execute("SELECT embedding::text FROM siamese.embedding_2").fetchone()
     db.execute("SELECT drop_collection('t')")
-    db.execute(f"SELECT create_collection('t', 't'{embed})")
+    db.execute(f"SELECT create_collection('t', 't', embed => '{embed}')")
     db.execute("SELECT embed_pending()")
     assert db.execute("SELECT embedding::text FROM siamese.embedding_3").fetchone() == before
 
 
 def test_limits_above_the_models(db: Connection, embed: str, onnx: bytes) -> None:
     db.execute("SELECT register_model('narrow', %s, max_bytes => 1000, max_pixels => 100)", (onnx,))
-    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea)")
-    create = "SELECT create_collection('t', 't', model => 'narrow', on_error => 'quarantine'"
-    db.execute(f"{create}, max_bytes => 40000, max_pixels => 10000{embed})")
+    make_collection(
+        db, model="narrow", embed=embed, on_error="quarantine", max_bytes=40_000, max_pixels=10_000
+    )
     db.execute("INSERT INTO t VALUES (1, %s)", (LARGE,))
     db.execute("SELECT embed_pending()")
     assert failures(db) == []
@@ -99,7 +86,6 @@ def test_alter_collection(db: Connection) -> None:
     ("arguments", "sqlstate", "message"),
     [
         ("'none'", "42704", 'collection "none" does not exist'),
-        ("NULL", "22004", "name is null"),
         ("'images', on_error => 'ignore'", "22023", 'invalid value for "on_error": "ignore"'),
         ("'images', max_bytes => 0", "22023", "max_bytes must be between 1"),
         ("'images', max_bytes => -2", "22023", "max_bytes must be between 1"),
@@ -126,18 +112,15 @@ def test_on_error_is_changed(db: Connection, pictures: Pictures) -> None:
     assert failures(db) == [("2", "22P03")]
     db.execute("SELECT alter_collection('images', on_error => 'reject')")
     db.execute("UPDATE images SET image = %s", (pictures.files[0],))
-    assert db.execute("SELECT count(*) FROM siamese.embedding_1").fetchone() == (1,)
+    assert one(db, "SELECT count(*) FROM siamese.embedding_1") == 1
     db.execute("SELECT backfill()")
     assert failures(db) == []
 
 
-def test_only_owners_alter(
-    db: Connection, new_role: Callable[[], str], connect: Callable[..., Connection]
-) -> None:
+def test_only_owners_alter(db: Connection, new_role: NewRole, connect: Connect) -> None:
     admin = new_role()
     db.execute("SELECT grant_admin(%s)", (admin,))
-    db.execute("CREATE TABLE public.t (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't')")
+    make_collection(db)
     session = connect(user=admin)
     with sql_error("42501", "must be owner of table"):
         session.execute("SELECT alter_collection('t', max_bytes => 1)")

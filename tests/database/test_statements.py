@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import Connection, Pictures
-from tests.database.tables import Deferred, Table
-from tests.support import sql_error
+from tests.conftest import Connect, Connection, Pictures
+from tests.database.tables import Deferred, Table, insert_rows, without_triggers
+from tests.support import one, sql_error
 
 
 @pytest.fixture(params=[Table, Deferred], ids=["sync", "deferred"])
@@ -87,7 +87,7 @@ def test_update_of_another_column(table: Table) -> None:
     before = table.vectors()
     table.db.execute("UPDATE t SET note = 'seen', image = image")
     assert table.vectors() == before
-    assert table.db.execute("SELECT count(*) FROM siamese.pending_2").fetchone() == (0,)
+    assert one(table.db, "SELECT count(*) FROM siamese.pending_2") == 0
 
 
 def test_update_of_keys(table: Table) -> None:
@@ -125,7 +125,7 @@ def test_truncate(table: Table) -> None:
     table.insert(20, 21)
     table.db.execute("TRUNCATE t")
     assert (table.vectors(), table.waiting()) == ({}, 0)
-    assert table.db.execute("SELECT count(*) FROM siamese.pending_2").fetchone() == (0,)
+    assert one(table.db, "SELECT count(*) FROM siamese.pending_2") == 0
     table.insert(1, 2)
     table.check()
     table.db.execute("SELECT build_index('t')")
@@ -268,20 +268,13 @@ def test_rollback_of_rows_that_a_search_has_seen(table: Table) -> None:
     table.check()
     table.db.execute("INSERT INTO t VALUES (20, %s)", (table.files[33],))
     table.check()
-    old = table.db.execute(
-        "SELECT distance FROM similar_images(%s, k => 100, collection => 't') WHERE image_id = 20",
-        (table.files[20],),
-    ).fetchone()
-    expected = table.db.execute(
-        "SELECT image_distance(%s, %s)", (table.files[20], table.files[33])
-    ).fetchone()
-    assert old and expected and old[0] == pytest.approx(expected[0], abs=1e-5)
+    found = "SELECT distance FROM similar_images(%s, 100, 't') WHERE image_id = 20"
+    distance = one(table.db, "SELECT image_distance(%s, %s)", table.files[20], table.files[33])
+    assert one(table.db, found, table.files[20]) == pytest.approx(distance, abs=1e-5)
 
 
 @pytest.mark.law(2)
-def test_other_sessions_see_commits_at_once(
-    table: Table, connect: Callable[..., Connection]
-) -> None:
+def test_other_sessions_see_commits_at_once(table: Table, connect: Connect) -> None:
     """With no wait for a rebuild, and nothing of what is not committed."""
     reader = type(table)(connect(), table.files)
     reader.check()
@@ -297,9 +290,8 @@ def test_other_sessions_see_commits_at_once(
 def test_left_over_vectors_of_inserted_rows(table: Table) -> None:
     """As of rows that went while triggers were off."""
     db = table.db
-    db.execute("SET session_replication_role = replica")
-    db.execute("DELETE FROM t WHERE id < 5")
-    db.execute("RESET session_replication_role")
+    with without_triggers(db):
+        db.execute("DELETE FROM t WHERE id < 5")
     before = table.vectors()
     db.execute("INSERT INTO t VALUES (0, %s)", (table.files[30],))
     table.insert(1, 20)
@@ -326,24 +318,23 @@ def test_places_of_columns(
     db: Connection, pictures: Pictures, kind: type[Table], columns: str
 ) -> None:
     """Whatever the order, and when columns go or get each other's names in a session."""
-    insert = "INSERT INTO t (id, image) SELECT * FROM unnest(%s::int[], %s::bytea[])"
     db.execute("CREATE TABLE t (first integer DEFAULT 200)")
     for column in columns.split(", "):
         db.execute(f"ALTER TABLE t ADD COLUMN {column}")
     embed = "sync" if kind is Table else "deferred"
     db.execute("SELECT create_collection('t', 't', key_column => 'id', embed => %s)", (embed,))
-    db.execute(insert, ([1, 2], pictures.files[1:3]))
+    insert_rows(db, [1, 2], pictures.files[1:3])
     db.execute("ALTER TABLE t DROP COLUMN first")
-    db.execute(insert, ([3, 4], pictures.files[3:5]))
+    insert_rows(db, [3, 4], pictures.files[3:5])
     db.execute("ALTER TABLE t ADD COLUMN other integer DEFAULT 300")
-    db.execute(insert, ([5], pictures.files[5:6]))
+    insert_rows(db, [5], pictures.files[5:6])
     with db.transaction(force_rollback=True):
         db.execute("ALTER TABLE t RENAME id TO was; ALTER TABLE t RENAME other TO id")
         with sql_error("55000", "no longer matches its table", "create it again"):
             db.execute("INSERT INTO t (was, id, image) VALUES (6, 7, %s)", (pictures.files[6],))
-    db.execute(insert, ([6], pictures.files[6:7]))
+    insert_rows(db, [6], pictures.files[6:7])
     db.execute("ALTER TABLE t DROP COLUMN IF EXISTS note")
-    db.execute(insert, ([7], pictures.files[7:8]))
+    insert_rows(db, [7], pictures.files[7:8])
     kind(db, pictures.files).embed()
     db.execute("CREATE TABLE wanted AS SELECT id, embed_image(image) AS embedding FROM t")
     wrong = db.execute(
@@ -354,11 +345,9 @@ def test_places_of_columns(
 
 
 def test_replica_role_and_backfill(table: Table) -> None:
-    """As logical replication and pg_restore --disable-triggers write: triggers don't fire."""
-    table.db.execute("SET session_replication_role = replica")
-    table.insert(*range(20, 30))
-    table.db.execute("DELETE FROM t WHERE id < 3")
-    table.db.execute("RESET session_replication_role")
+    with without_triggers(table.db):
+        table.insert(*range(20, 30))
+        table.db.execute("DELETE FROM t WHERE id < 3")
     found = table.db.execute(
         "SELECT image_id FROM similar_images(%s, k => 100, collection => 't')", (table.files[0],)
     ).fetchall()
@@ -366,9 +355,9 @@ def test_replica_role_and_backfill(table: Table) -> None:
     state = dict(table.db.execute("SELECT subject, detail FROM self_check()").fetchall())
     assert state['collection "t": rows without vector'] == "10; call backfill"
     assert state['collection "t": vectors without row'] == "3; call backfill"
-    assert table.db.execute("SELECT backfill('t', 4)").fetchone() == (4,)
-    assert table.db.execute("SELECT backfill('t')").fetchone() == (6,)
-    assert table.db.execute("SELECT backfill('t')").fetchone() == (0,)
+    assert one(table.db, "SELECT backfill('t', 4)") == 4
+    assert one(table.db, "SELECT backfill('t')") == 6
+    assert one(table.db, "SELECT backfill('t')") == 0
     table.embed()
     assert set(table.vectors()) == set(range(3, 10)) | set(range(20, 30))
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pg_siamese_server.status import pgvector_line
-from tests.conftest import Connection, Pictures, insert_images
+from tests.conftest import Connect, Connection, Pictures, insert_images
+from tests.database.tables import make_collection
 from tests.scenarios.gallery import DIMENSION
 from tests.server import path_of
-from tests.support import sql_error
+from tests.support import column_of, notices_of, one, rows_of, sql_error
 
 
 def status(db: Connection, *columns: str) -> Any:
@@ -63,16 +63,6 @@ def test_index_generations(db: Connection, pictures: Pictures) -> None:
     assert all(before - 60 < row[9] < time.time() + 60 for row in rows)
 
 
-def test_embedding_failures(db: Connection, pictures: Pictures) -> None:
-    db.execute("CREATE TABLE t (id text PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't', on_error => 'quarantine')")
-    db.execute("INSERT INTO t VALUES ('good', %s), ('bad', 'x')", (pictures.files[0],))
-    row = db.execute(
-        "SELECT collection, key, sqlstate, message, failed_at <= now() FROM embedding_failures"
-    ).fetchall()
-    assert row == [("t", "bad", "22P03", "image cannot be decoded", True)]
-
-
 def test_self_check_of_a_sound_database(db: Connection, pictures: Pictures) -> None:
     insert_images(db, pictures.files[:5])
     db.execute("SELECT build_index()")
@@ -104,11 +94,7 @@ def test_self_check_of_a_sound_database(db: Connection, pictures: Pictures) -> N
     ],
 )
 def test_self_check_finds(
-    db: Connection,
-    pictures: Pictures,
-    connect: Callable[..., Connection],
-    damage: str,
-    subject: str,
+    db: Connection, pictures: Pictures, connect: Connect, damage: str, subject: str
 ) -> None:
     insert_images(db, pictures.files[:5])
     db.execute("SELECT build_index()")
@@ -124,9 +110,7 @@ def test_self_check_says_that_the_index_directory_is_a_link(
     """Base backups leave links out."""
     insert_images(db, pictures.files[:5])
     db.execute("SELECT build_index()")
-    row = db.execute("SELECT current_setting('data_directory')").fetchone()
-    assert row is not None
-    directory = path_of(row[0]) / "pg_siamese"
+    directory = path_of(one(db, "SELECT current_setting('data_directory')")) / "pg_siamese"
     line = "SELECT ok, detail FROM self_check() WHERE subject = 'index directory'"
     assert db.execute(line).fetchone() == (True, "in the data directory")
     directory.rename(directory.with_name("elsewhere"))
@@ -142,8 +126,7 @@ def test_self_check_says_that_the_index_directory_is_a_link(
 def test_a_check_that_fails_is_a_line(db: Connection, pictures: Pictures) -> None:
     """And all the others are made."""
     insert_images(db, pictures.files[:5])
-    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't', embed => 'deferred')")
+    make_collection(db, embed="deferred")
     count = "SELECT count(*) FROM self_check()"
     before = db.execute(count).fetchone()
     db.execute("ALTER TABLE siamese.embedding_1 RENAME TO gone")
@@ -182,27 +165,16 @@ def test_self_check_can_be_cancelled(db: Connection, pictures: Pictures) -> None
 def test_self_check_knows_unsafe_versions_of_pgvector(db: Connection) -> None:
     """With an HNSW index of the user's own: this extension makes none."""
     line = "SELECT ok, detail FROM self_check() WHERE subject = 'pgvector'"
-    row = db.execute(
-        "SELECT default_version FROM pg_available_extensions WHERE name = 'vector'"
-    ).fetchone()
-    assert row is not None
-    assert db.execute(line).fetchone() == (True, f"version {row[0]}")
+    available = "SELECT default_version FROM pg_available_extensions WHERE name = 'vector'"
+    version = one(db, available)
+    assert db.execute(line).fetchone() == (True, f"version {version}")
     db.execute("CREATE TABLE public.items (v vector(3))")
     db.execute("CREATE INDEX items_v ON public.items USING hnsw (v vector_l2_ops)")
-    expected = pgvector_line(row[0], "items_v")
-    found = db.execute(line).fetchone()
-    assert found is not None
-    assert (found[0], found[1].replace("public.", "")) == expected[1:]
+    ((ok, detail),) = rows_of(db, line)
+    assert (ok, detail.replace("public.", "")) == pgvector_line(version, "items_v")[1:]
 
 
-def test_backfill_mends_what_self_check_finds(db: Connection, pictures: Pictures) -> None:
-    insert_images(db, pictures.files[:5])
-    db.execute("DELETE FROM siamese.embedding_1 WHERE key IN (1, 2)")
-    db.execute("SELECT backfill()")
-    assert db.execute("SELECT bool_and(ok) FROM self_check()").fetchone() == (True,)
-
-
-def test_warm_up(db: Connection, pictures: Pictures, connect: Callable[..., Connection]) -> None:
+def test_warm_up(db: Connection, pictures: Pictures, connect: Connect) -> None:
     insert_images(db, pictures.files[:20])
     cold = connect().execute("SELECT * FROM warm_up()").fetchall()
     assert [row[0] for row in cold] == ["onnxruntime", "pgvector"]
@@ -224,7 +196,7 @@ $$
 
 
 def test_first_search_after_warm_up_has_little_left_to_load(
-    db: Connection, pictures: Pictures, connect: Callable[..., Connection]
+    db: Connection, pictures: Pictures, connect: Connect
 ) -> None:
     insert_images(db, pictures.files[:20])
     db.execute("SELECT build_index()")
@@ -233,43 +205,21 @@ def test_first_search_after_warm_up_has_little_left_to_load(
         session = connect()
         session.execute(MODULES)
         session.execute(statement)
-        before = session.execute("SELECT pg_temp.modules()").fetchone()
+        before = one(session, "SELECT pg_temp.modules()")
         session.execute("SELECT similar_images(%s)", (pictures.files[0],))
-        after = session.execute("SELECT pg_temp.modules()").fetchone()
-        assert before and after
-        loaded.append(after[0] - before[0])
+        loaded.append(one(session, "SELECT pg_temp.modules()") - before)
     cold, warm = loaded
     assert cold > 100  # NumPy, FAISS, ONNX Runtime and Pillow
     assert warm < cold / 10  # Pillow's part for the format of this image
 
 
-def test_old_version_in_a_session_is_refused(db: Connection, pictures: Pictures) -> None:
-    """A session that loaded another version of the server package must not go on with it."""
-    db.execute("SELECT embed_image(%s)", (pictures.files[0],))
-    db.execute(
-        """
-        DO LANGUAGE plpython3u $$
-        import sys
-        GD.clear()
-        sys.modules['pg_siamese_server'].__version__ = '0.0.9'
-        $$
-        """
-    )
-    with sql_error("55000", "version 0.0.9", "0.3.0", "Start a new session"):
-        db.execute("SELECT embed_image(%s)", (pictures.files[0],))
-
-
-def test_without_faiss(
-    db: Connection, pictures: Pictures, connect: Callable[..., Connection]
-) -> None:
+def test_without_faiss(db: Connection, pictures: Pictures, connect: Connect) -> None:
     """FAISS can't be imported: pgvector answers, and says so."""
     insert_images(db, pictures.files[:20])
-    expected = db.execute(
-        "SELECT image_id FROM similar_images(%s)", (pictures.files[3],)
-    ).fetchall()
+    expected = rows_of(db, "SELECT image_id FROM similar_images(%s)", pictures.files[3])
     db.execute("SELECT build_index()")
-    session, notices = connect(), []
-    session.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
+    session = connect()
+    notices = notices_of(session)
     session.execute("DO LANGUAGE plpython3u $$ import sys; sys.modules['faiss'] = None $$")
     search = "SELECT image_id FROM similar_images(%s)"
     for _ in range(2):
@@ -281,7 +231,4 @@ def test_without_faiss(
     rows = session.execute("SELECT subject FROM self_check() WHERE NOT ok").fetchall()
     assert ("package faiss-cpu",) in rows
     assert session.execute("SELECT generation_file FROM collection_status").fetchone()
-    assert [row[0] for row in session.execute("SELECT * FROM warm_up()")] == [
-        "onnxruntime",
-        "pgvector",
-    ]
+    assert column_of(session, "SELECT * FROM warm_up()") == ["onnxruntime", "pgvector"]

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.conftest import Connection, Pictures, insert_images
+from tests.conftest import Connect, Connection, Pictures, insert_images
+from tests.database.tables import make_collection
 from tests.database.test_search import Large, keys, search
-from tests.support import sql_error
+from tests.support import column_of, one, sql_error
 
 SKEWED = {"frequent": 0.6, "usual": 0.3, "rare": 0.099, "few": 0.001}
 
@@ -31,26 +32,16 @@ def settled(shared: Connection) -> Large:
     return large
 
 
-def found(large: Large, key: int, group: int, k: int = 10) -> list[int]:
-    return keys(search(large.db, key, k, collection="t", filter=json.dumps({"n": group})))
-
-
 def check(large: Large, key: int, group: int, k: int = 10) -> float:
-    """Check that an answer is full and qualifies; return its recall."""
-    truth = large.nearest(key, large.groups == group, k)
-    answer = found(large, key, group, k)
-    assert len(set(answer)) == len(answer) == len(truth)
-    assert all(large.groups[one] == group and one != key for one in answer)
-    return len(set(answer) & set(truth)) / max(1, len(truth))
+    return large.recall_at(key, large.groups == group, k, filter=json.dumps({"n": group}))
 
 
 def calls_of_estimate(db: Connection) -> int:
-    row = db.execute(
+    calls = (
         "SELECT coalesce(sum(calls), 0) FROM pg_stat_xact_user_functions"
         " WHERE schemaname = 'siamese' AND funcname = '_estimate'"
-    ).fetchone()
-    assert row
-    return int(row[0])
+    )
+    return int(one(db, calls))
 
 
 @pytest.mark.parametrize("group", range(len(SKEWED)))
@@ -93,13 +84,10 @@ def test_max_distance(settled: Large) -> None:
 
 
 @pytest.fixture
-def in_a_row(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures
-) -> Callable[..., list[object]]:
+def in_a_row(db: Connection, connect: Connect, pictures: Pictures) -> Callable[..., list[object]]:
     """Search five times, by image and by key; the answers must be those of an exact scan."""
-    db.execute("CREATE TABLE people (id bigint PRIMARY KEY, image bytea, name text, age int)")
+    make_collection(db, "people", key="bigint", more=", name text, age int")
     db.execute("CREATE INDEX ON people (name, id)")
-    db.execute("SELECT create_collection('people', 'people')")
     for number, file in enumerate(pictures.files[:60], start=1):
         db.execute(
             "INSERT INTO people VALUES (%s, %s, %s, %s)",
@@ -215,10 +203,5 @@ def test_similarity_is_computed_where_it_is_asked_for(db: Connection, pictures: 
     insert_images(db, pictures.files[:20])
     db.execute("SELECT build_index()")
     for columns, is_asked in (("image_id, distance", False), ("image_id, similarity", True)):
-        plan = "\n".join(
-            row[0]
-            for row in db.execute(
-                f"EXPLAIN (VERBOSE) SELECT {columns} FROM similar_images(image_id => 3)"
-            )
-        )
-        assert ("_match_line" in plan) == is_asked
+        explain = f"EXPLAIN (VERBOSE) SELECT {columns} FROM similar_images(image_id => 3)"
+        assert ("_match_line" in "\n".join(column_of(db, explain))) == is_asked

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from tests.conftest import Connection, Pictures, insert_images
-from tests.support import notices_of, sql_error
+from tests.conftest import Connect, Connection, NewRole, Pictures, insert_images
+from tests.database.tables import blocks_read, make_collection
+from tests.support import column_of, notices_of, one, rows_of, sql_error
 from tools.project import ROOT
 
 
@@ -53,7 +53,7 @@ def test_no_candidates_are_no_rows(
 ) -> None:
     call = search.format(image="%s::bytea", none=none)
     values = (pictures.files[0],) * call.count("%s")
-    assert db.execute(f"SELECT count(*) FROM {call}", values).fetchone() == (0,)
+    assert one(db, f"SELECT count(*) FROM {call}", *values) == 0
 
 
 @pytest.mark.law(14)
@@ -75,14 +75,11 @@ def test_no_candidates_are_no_rows(
 )
 def test_arguments_that_are_null(db: Connection, ids: list[int], call: str) -> None:
     """Each argument that has a default, which NULL is not: it is refused by its name."""
-    name = call.partition("(")[0]
-    row = db.execute(
-        "SELECT proargnames, pronargs, pronargdefaults FROM pg_proc"
-        " WHERE pronamespace = 'siamese'::regnamespace AND proname = %s",
-        (name,),
-    ).fetchone()
-    assert row is not None
-    names = set(row[0][row[1] - row[2] : row[1]]) - {"image", "image_id", "key", "candidates"}
+    query = (
+        "SELECT proargnames[pronargs - pronargdefaults + 1:pronargs] FROM pg_proc"
+        " WHERE pronamespace = 'siamese'::regnamespace AND proname = %s"
+    )
+    names = set(one(db, query, call.partition("(")[0])) - {"image", "image_id", "key", "candidates"}
     assert names
     for argument in names:
         with sql_error("22004", f"{argument} is null"):
@@ -128,48 +125,34 @@ def test_candidates_of_two_dimensions(db: Connection, ids: list[int], pictures: 
 def test_rows_by_a_stored_key(
     db: Connection, pictures: Pictures, type_name: str, keys: list[str]
 ) -> None:
-    db.execute(f"CREATE TABLE t (id {type_name} PRIMARY KEY, image bytea, label text)")
-    db.execute("SELECT create_collection('t', 't')")
+    make_collection(db, key=type_name, more=", label text")
     for place, key in enumerate(keys):
         db.execute(
             f"INSERT INTO t VALUES (%s::text::{type_name}, %s, %s)",
             (key, pictures.files[place], "ab"[place % 2]),
         )
+    a_key = f"%s::text::{type_name}"
+    rows = "SELECT (item).id::text FROM similar_rows(NULL::t, {}, engine => %s)"
     for index in (False, True):
         if index:
             db.execute("SELECT build_index('t')")
         for engine in ("auto", "pgvector"):
             for key in keys:
-                rows = db.execute(
-                    "SELECT (item).id::text, distance FROM similar_rows(NULL::t,"
-                    f" key => %s::text::{type_name}, engine => %s)",
-                    (key, engine),
-                ).fetchall()
-                assert {row[0] for row in rows} == set(keys) - {key}
-                by_image = db.execute(
-                    "SELECT (item).id::text, distance FROM similar_rows(NULL::t,"
-                    f" (SELECT image FROM t WHERE id = %s::text::{type_name}), engine => %s)"
-                    f" WHERE (item).id <> %s::text::{type_name}",
-                    (key, engine, key),
-                ).fetchall()
-                assert [row[0] for row in rows] == [row[0] for row in by_image]
-                chosen = db.execute(
-                    "SELECT (item).id::text FROM similar_rows(NULL::t,"
-                    f" key => %s::text::{type_name}, candidates => %s::text[]::{type_name}[])",
-                    (key, keys[:2]),
-                ).fetchall()
-                assert {row[0] for row in chosen} == set(keys[:2]) - {key}
-    rows = db.execute(
-        f"SELECT label, votes FROM classify_image(image_id => %s::text::{type_name},"
-        " collection => 't')",
-        (keys[0],),
-    ).fetchall()
-    assert sorted(rows) == [("a", 1), ("b", 1)]
+                found = column_of(db, rows.format(f"key => {a_key}"), key, engine)
+                assert set(found) == set(keys) - {key}
+                image = f"(SELECT image FROM t WHERE id = {a_key})"
+                query = f"{rows.format(image)} WHERE (item).id <> {a_key}"
+                assert found == column_of(db, query, key, engine, key)
+                chosen = f"key => {a_key}, candidates => %s::text[]::{type_name}[]"
+                found = column_of(db, rows.format(chosen), key, keys[:2], engine)
+                assert set(found) == set(keys[:2]) - {key}
+    votes = f"SELECT label, votes FROM classify_image(image_id => {a_key}, collection => 't')"
+    assert sorted(rows_of(db, votes, keys[0])) == [("a", 1), ("b", 1)]
     lateral = (
         "SELECT q.id::text, (n.item).id::text FROM t AS q"
         " CROSS JOIN LATERAL similar_rows(NULL::t, key => q.id, k => 1) AS n"
     )
-    assert {row[0] for row in db.execute(lateral)} == set(keys)
+    assert set(column_of(db, lateral)) == set(keys)
 
 
 def test_a_key_of_the_wrong_type(db: Connection, ids: list[int]) -> None:
@@ -182,15 +165,11 @@ def test_a_key_of_the_wrong_type(db: Connection, ids: list[int]) -> None:
 # Rows without a vector.
 
 
-@pytest.mark.parametrize("embed", ["sync", "deferred"])
 def test_lateral_over_rows_without_a_vector(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures, embed: str
+    db: Connection, connect: Connect, pictures: Pictures, embed: str
 ) -> None:
     """A row that is quarantined or waits has no neighbours; one that isn't there is an error."""
-    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea)")
-    db.execute(
-        "SELECT create_collection('t', 't', on_error => 'quarantine', embed => %s)", (embed,)
-    )
+    make_collection(db, on_error="quarantine", embed=embed)
     db.execute(
         "INSERT INTO t SELECT * FROM unnest('{1,2,3}'::int[], %s::bytea[])",
         ([pictures.files[0], pictures.files[1], b"bad"],),
@@ -224,8 +203,7 @@ def test_rows_without_a_label_have_no_vote(
     rows = db.execute("SELECT label, votes, share FROM classify_image(image_id => 1, k => 5)")
     assert rows.fetchall() == [("x", 5, 1.0)]
     db.execute("UPDATE images SET label = 'own' WHERE image_id = 1")
-    rows = db.execute("SELECT label FROM classify_image(image_id => 1, k => 40)")
-    assert rows.fetchall() == [("x",)]
+    assert rows_of(db, "SELECT label FROM classify_image(image_id => 1, k => 40)") == [("x",)]
     db.execute("UPDATE images SET label = NULL")
     assert db.execute("SELECT * FROM classify_image(image_id => 1)").fetchall() == []
 
@@ -234,143 +212,63 @@ def test_rows_without_a_label_have_no_vote(
 
 # Every alias and variable of the SQL that the extension makes; the first ones are those that stand
 # beside a user's columns.
-ALIASES = [
-    "b",
-    "k",
-    "e",
-    "n",
-    "o",
-    "c",
-    "g",
-    "f",
-    "u",
-    "s",
-    "r",
-    "t",
-    "v",
-    "a",
-    "q",
-    "p",
-    "x",
-    "y",
-    "i",
-    "key",
-    "image",
-    "item",
-    "distance",
-    "rank",
-    "keys",
-    "embedding",
-    "new_rows",
-    "old_rows",
-    "added",
-    "gone",
-]
-NAMES = [
-    "d",
-    "l",
-    "m",
-    "w",
-    "z",
-    "embedding_id",
-    "dead",
-    "single",
-    "failed",
-    "again",
-    "label",
-    "votes",
-    "share",
-    "place",
-    "wanted",
-    "state",
-    "changed",
-    "there",
-    "settled",
-    "opened",
-    "snapshot",
-    "query_id",
-    "generation",
-    "deleted",
-    "xact_id",
-    "first",
-    "number",
-    "collection",
-    "relation",
-    "candidates",
-    "filter",
-    "engine",
-    "max_distance",
-    "found",
-    "answer",
-    "known",
-    "of_table",
-    "user",
-    "order",
-    "select",
-    "table",
-]
+ALIASES = """
+b k e n o c g f u s r t v a q p x y i key image item distance rank keys embedding new_rows old_rows
+added gone
+"""
+NAMES = """
+d l m w z embedding_id dead single failed again label votes share place wanted state changed there
+settled opened snapshot query_id generation deleted xact_id first number collection relation
+candidates filter engine max_distance found answer known of_table user order select table
+"""
 
 
-@pytest.mark.parametrize("embed", ["sync", "deferred"])
 @pytest.mark.parametrize("role", ["key and image", "others"])
 def test_names_of_columns(db: Connection, pictures: Pictures, embed: str, role: str) -> None:
     """A column may have any name, as a key, as an image, or beside them."""
     files = pictures.files
-    pairs = list(zip(ALIASES, [*ALIASES[1:], ALIASES[0]], strict=True))
+    aliases = ALIASES.split()
+    pairs = list(zip(aliases, [*aliases[1:], aliases[0]], strict=True))
+    others: list[str] = []
     if role == "others":
-        pairs = [("the_key", "the_image")]
+        pairs, others = [("the_key", "the_image")], [*aliases, *NAMES.split()]
     for number, (key, image) in enumerate(pairs):
-        others = [] if role != "others" else [*ALIASES, *NAMES]
-        table = sql.Identifier(f"names_{number}")
-        columns = [sql.SQL("{} int").format(sql.Identifier(name)) for name in others]
-        db.execute(
-            sql.SQL("CREATE TABLE public.{} ({})").format(
-                table,
-                sql.SQL(", ").join(
-                    [
-                        sql.SQL("{} int PRIMARY KEY").format(sql.Identifier(key)),
-                        sql.SQL("{} bytea").format(sql.Identifier(image)),
-                        *columns,
-                    ]
-                ),
-            )
-        )
         name = f"names_{number}"
+        table = f"public.{name}"
+        columns = "".join(f', "{other}" int' for other in others)
+        db.execute(f'CREATE TABLE {table} ("{key}" int PRIMARY KEY, "{image}" bytea{columns})')
         db.execute(
             "SELECT create_collection(%s, %s::regclass, image_column => %s, embed => %s,"
             " on_error => 'quarantine')",
-            (name, f"public.{name}", image, embed),
+            (name, table, image, embed),
         )
-        insert = sql.SQL("INSERT INTO public.{} ({}, {}) VALUES (1, %s), (2, %s), (3, %s)").format(
-            table, sql.Identifier(key), sql.Identifier(image)
-        )
+        insert = f'INSERT INTO {table} ("{key}", "{image}") VALUES (1, %s), (2, %s), (3, %s)'
         db.execute(insert, files[:3])
-        update = sql.SQL("UPDATE public.{} SET {} = %s WHERE {} = 2").format(
-            table, sql.Identifier(image), sql.Identifier(key)
-        )
-        db.execute(update, (files[3],))
-        delete = sql.SQL("DELETE FROM public.{} WHERE {} = 3").format(table, sql.Identifier(key))
-        db.execute(delete)
+        db.execute(f'UPDATE {table} SET "{image}" = %s WHERE "{key}" = 2', (files[3],))
+        db.execute(f'DELETE FROM {table} WHERE "{key}" = 3')
         for other in others:
-            db.execute(sql.SQL("UPDATE public.{} SET {} = 5").format(table, sql.Identifier(other)))
+            db.execute(f'UPDATE {table} SET "{other}" = 5')
         if embed == "deferred":
-            assert db.execute("SELECT embed_pending(%s)", (name,)).fetchone() == (2,)
-        assert db.execute("SELECT backfill(%s)", (name,)).fetchone() == (0,)
+            assert one(db, "SELECT embed_pending(%s)", name) == 2
+        assert one(db, "SELECT backfill(%s)", name) == 0
         if number % 10 == 0:
             db.execute("SELECT build_index(%s)", (name,))
-        rows = sql.SQL(
-            "SELECT (n.item).{}, (n.item).{}, n.distance < 1e-5"
-            " FROM similar_rows(NULL::public.{}, %s) AS n"
-        ).format(sql.Identifier(key), sql.Identifier(image), table)
-        found = db.execute(rows, (files[3],)).fetchall()
+        found = rows_of(
+            db,
+            f'SELECT (n.item)."{key}", (n.item)."{image}", n.distance < 1e-5'
+            f" FROM similar_rows(NULL::{table}, %s) AS n",
+            files[3],
+        )
         assert [row[0] for row in found] == [2, 1] and found[0][1:] == (files[3], True)
         for column in [key, *others]:
-            value = 2 if column == key else 5
-            answers = db.execute(
+            answers = column_of(
+                db,
                 "SELECT image_id FROM similar_images(%s, collection => %s, filter => %s::jsonb)",
-                (files[0], name, f'{{"{column}": {value}}}'),
-            ).fetchall()
-            assert (2,) in answers
+                files[0],
+                name,
+                f'{{"{column}": {2 if column == key else 5}}}',
+            )
+            assert 2 in answers
             db.execute(
                 "SELECT classify_image(image_id => 1, collection => %s, label_column => %s)",
                 (name, column),
@@ -383,13 +281,13 @@ def test_names_of_columns(db: Connection, pictures: Pictures, embed: str, role: 
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_schemas_that_are_renamed_or_moved(
-    db: Connection, connect: Callable[..., Connection], pictures: Pictures, indexed: bool
+    db: Connection, connect: Connect, pictures: Pictures, indexed: bool
 ) -> None:
     """Sessions that have searched go on."""
     db.execute("CREATE SCHEMA app; CREATE TABLE app.t (id int PRIMARY KEY, image bytea)")
     db.execute("SELECT create_collection('t', 'app.t')")
-    db.execute("INSERT INTO app.t SELECT * FROM unnest(%s::int[], %s::bytea[])", (
-        list(range(5)), pictures.files[:5]))  # fmt: skip
+    for place in range(5):
+        db.execute("INSERT INTO app.t VALUES (%s, %s)", (place, pictures.files[place]))
     if indexed:
         db.execute("SELECT build_index('t')")
         db.execute("INSERT INTO app.t VALUES (5, %s)", (pictures.files[5],))
@@ -425,34 +323,26 @@ def test_schemas_that_are_renamed_or_moved(
 
 def test_rows_read_only_what_they_return(db: Connection, pictures: Pictures) -> None:
     """Whatever the size of the table: counted in blocks of its TOAST table."""
-    db.execute("CREATE TABLE t (id int PRIMARY KEY, image bytea, scan bytea)")
+    make_collection(db, more=", scan bytea")
     db.execute("ALTER TABLE t ALTER scan SET STORAGE EXTERNAL")
-    db.execute("SELECT create_collection('t', 't')")
     db.execute(
         "INSERT INTO t SELECT n, f.image, convert_to(repeat('x', 200000), 'UTF8')"
         " FROM unnest(%s::bytea[]) WITH ORDINALITY AS f (image, n)",
         (pictures.files[:200],),
     )
     db.execute("SELECT build_index('t')")
-    reads = "SELECT toast_blks_read + toast_blks_hit FROM pg_statio_user_tables WHERE relname = 't'"
 
     def blocks(call: str) -> int:
-        def count() -> int:
-            db.execute("SELECT pg_stat_force_next_flush()")
-            row = db.execute(reads).fetchone()
-            assert row is not None
-            return int(row[0])
-
-        before = count()
+        before = blocks_read(db, "t")
         db.execute(f"SELECT (item).id FROM similar_rows(NULL::t, {call})", (pictures.files[0],))
-        return count() - before
+        return blocks_read(db, "t") - before
 
     blocks("%s, k => 1")
-    one = 200_000 // 2000  # blocks of a row's scan, with some to spare for its index
+    of_a_row = 200_000 // 2000  # blocks of a row's scan, with some to spare for its index
     for k in (1, 5, 20):
-        assert 0 < blocks(f"%s, k => {k}") < 2 * k * one
+        assert 0 < blocks(f"%s, k => {k}") < 2 * k * of_a_row
     db.execute("ANALYZE t")
-    assert blocks("%s, k => 5") < 2 * 5 * one
+    assert blocks("%s, k => 5") < 2 * 5 * of_a_row
 
 
 # Messages.
@@ -486,7 +376,7 @@ def test_nearly_right_names_in_other_calls(shared: Connection, function: str) ->
 
 
 def test_permission_errors_are_plain(
-    db: Connection, ids: list[int], connect: Callable[..., Connection], new_role: Callable[[], str]
+    db: Connection, ids: list[int], connect: Connect, new_role: NewRole
 ) -> None:
     role = new_role()
     db.execute("SELECT grant_usage(%s)", (role,))
@@ -494,16 +384,6 @@ def test_permission_errors_are_plain(
     with pytest.raises(psycopg.errors.InsufficientPrivilege) as caught:
         connect(user=role).execute("SELECT siamese.similar_images(image_id => 1)")
     assert caught.value.diag.message_primary == "permission denied for table images"
-
-
-def test_dropping_a_collection_is_quiet(db: Connection, pictures: Pictures) -> None:
-    told = notices_of(db)
-    for number, embed in enumerate(("sync", "deferred")):
-        name = f"t{number}"
-        db.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, image bytea)")
-        db.execute("SELECT create_collection(%s, %s::regclass, embed => %s)", (name, name, embed))
-        db.execute("SELECT drop_collection(%s)", (name,))
-    assert told == []
 
 
 # Views.
@@ -522,12 +402,11 @@ def test_view_of_vectors(db: Connection, ids: list[int], pictures: Pictures) -> 
     assert rows == nearest
     # As after a dump of an earlier version.
     db.execute("DROP VIEW siamese.vectors_images; SELECT renew_grants()")
-    assert db.execute("SELECT count(*) FROM siamese.vectors_images").fetchone() == (40,)
+    assert one(db, "SELECT count(*) FROM siamese.vectors_images") == 40
     db.execute("UPDATE siamese.collections SET name = 'renamed' WHERE name = 'images'")
-    assert db.execute("SELECT count(*) FROM siamese.vectors_renamed").fetchone() == (40,)
+    assert one(db, "SELECT count(*) FROM siamese.vectors_renamed") == 40
     db.execute("SELECT drop_collection('renamed')")
-    row = db.execute("SELECT count(*) FROM pg_class WHERE relname ~ '^vectors_'").fetchone()
-    assert row == (0,)
+    assert one(db, "SELECT count(*) FROM pg_class WHERE relname ~ '^vectors_'") == 0
 
 
 def test_names_of_views_of_vectors(db: Connection, pictures: Pictures) -> None:
@@ -541,27 +420,21 @@ def test_names_of_views_of_vectors(db: Connection, pictures: Pictures) -> None:
     ).fetchall()
     assert len(views) == 5
     for (view,) in views:
-        assert db.execute(f"SELECT count(*) FROM {view}").fetchone() == (0,)
+        assert one(db, f"SELECT count(*) FROM {view}") == 0
     for name in (long, long + "2", "x", "vectors_x"):
         db.execute("SELECT drop_collection(%s)", (name,))
 
 
 @pytest.mark.law(4)
 def test_readers_see_vectors_and_state_of_what_they_may_read(
-    db: Connection,
-    ids: list[int],
-    connect: Callable[..., Connection],
-    new_role: Callable[[], str],
-    pictures: Pictures,
+    db: Connection, ids: list[int], connect: Connect, new_role: NewRole, pictures: Pictures
 ) -> None:
     for name in ("secret", "open", "gone"):
-        db.execute(f"CREATE TABLE public.{name} (id int PRIMARY KEY, image bytea)")
-        db.execute("SELECT create_collection(%s, %s::regclass)", (name, name))
+        make_collection(db, name)
         db.execute(f"INSERT INTO public.{name} VALUES (1, %s), (2, %s)", pictures.files[:2])
     before, after = new_role(), new_role()
     db.execute("SELECT grant_usage(%s)", (before,))
-    db.execute("CREATE TABLE public.later (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('later', 'later')")
+    make_collection(db, "later")
     db.execute("SELECT grant_usage(%s)", (after,))
     for role in (before, after):
         reader = sql.Identifier(role)
@@ -573,7 +446,7 @@ def test_readers_see_vectors_and_state_of_what_they_may_read(
         rows = session.execute("SELECT collection, rows_embedded FROM siamese.collection_status")
         assert dict(rows.fetchall()) == {"images": 40, "open": 2, "later": 0}
         assert session.execute("SELECT key FROM siamese.vectors_open").fetchall() == [(1,)]
-        assert session.execute("SELECT count(*) FROM siamese.vectors_later").fetchone() == (0,)
+        assert one(session, "SELECT count(*) FROM siamese.vectors_later") == 0
         with sql_error("42501", "permission denied"):
             session.execute("SELECT * FROM siamese.vectors_secret")
         for function in ("_collection_counts", "_queue_counts"):
@@ -647,15 +520,13 @@ def test_bytes_of_a_file_from_psql(
     lines = done.stdout.splitlines()
     assert len(lines) == 10 and {line.split("|")[0] for line in lines} == set("12345")
     assert [line.split("|")[1] for line in lines].count("1") == 2
-    assert db.execute("SELECT count(*) FROM pg_largeobject_metadata").fetchone() == (0,)
+    assert one(db, "SELECT count(*) FROM pg_largeobject_metadata") == 0
 
 
-@pytest.mark.parametrize("embed", ["sync", "deferred"])
 def test_all_identifiers_quoted(db: Connection, pictures: Pictures, embed: str) -> None:
     """As dumps for other versions are made, and as some set it for good."""
     db.execute("SET quote_all_identifiers = on")
-    db.execute("CREATE TABLE public.t (id text PRIMARY KEY, image bytea, label text)")
-    db.execute("SELECT create_collection('t', 'public.t', embed => %s)", (embed,))
+    make_collection(db, key="text", more=", label text", embed=embed)
     db.execute("INSERT INTO t VALUES ('a', %s, 'x'), ('b', %s, 'y')", pictures.files[:2])
     db.execute("UPDATE t SET image = %s WHERE id = 'b'", (pictures.files[2],))
     if embed == "deferred":
@@ -675,16 +546,14 @@ def test_all_identifiers_quoted(db: Connection, pictures: Pictures, embed: str) 
     db.execute("SELECT similar_images(%s), embed_image(%s)", (pictures.files[0],) * 2)
     assert db.execute("SELECT subject FROM self_check() WHERE NOT ok").fetchall() == []
     db.execute("SELECT * FROM collection_status")
-    db.execute("DELETE FROM t; TRUNCATE t")
+    db.execute("UPDATE t SET image = NULL; DELETE FROM t; TRUNCATE t")
     db.execute("SELECT grant_usage(current_user)")
     db.execute("SELECT drop_collection('t')")
 
 
-@pytest.mark.parametrize("embed", ["sync", "deferred"])
 def test_triggers_that_search(db: Connection, pictures: Pictures, embed: str) -> None:
     """When the vectors of a statement are there, as docs/operations.md says."""
-    db.execute("CREATE TABLE public.t (id int PRIMARY KEY, image bytea)")
-    db.execute("SELECT create_collection('t', 't', embed => %s)", (embed,))
+    make_collection(db, embed=embed)
     db.execute("CREATE TABLE public.seen (trigger text, number bigint)")
     db.execute(
         "CREATE FUNCTION public.look() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -697,15 +566,12 @@ def test_triggers_that_search(db: Connection, pictures: Pictures, embed: str) ->
         ("search_similar", "TRIGGER {} AFTER INSERT ON t FOR EACH STATEMENT"),
         ("before_it", "TRIGGER {} AFTER INSERT ON t FOR EACH STATEMENT"),
         ("z_row", "TRIGGER {} AFTER INSERT ON t FOR EACH ROW"),
-        ("z_commit", "CONSTRAINT TRIGGER {} AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED"
-            " FOR EACH ROW"),
-    ):  # fmt: skip
+        ("z_commit", "CONSTRAINT TRIGGER {} AFTER INSERT ON t INITIALLY DEFERRED FOR EACH ROW"),
+    ):
         db.execute(f"CREATE {when.format(name)} EXECUTE FUNCTION public.look()")
     with db.transaction():
         db.execute("INSERT INTO t VALUES (1, %s), (2, %s)", pictures.files[:2])
-    seen = db.execute(
-        "SELECT trigger, array_agg(DISTINCT number) FROM public.seen GROUP BY 1"
-    ).fetchall()
+    seen = rows_of(db, "SELECT trigger, array_agg(DISTINCT number) FROM public.seen GROUP BY 1")
     found = [2] if embed == "sync" else [0]
     assert dict(seen) == {
         "search_similar": found,

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from psycopg.conninfo import conninfo_to_dict
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
 from pg_siamese.datasets.places import data_folders
 from pg_siamese.training.experiments import experiment_names
 from tests.conftest import Connection, Pictures
+from tests.server import pg_environment
 from tools.project import ROOT
 
 pytest.importorskip("torch")
@@ -35,13 +35,7 @@ def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
     environment = {"PG_SIAMESE_DATA": str(data)} | os.environ
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     if dsn:
-        known = conninfo_to_dict(dsn)
-        environment |= {
-            f"PG{name}": str(known[key])
-            for name, key in (("HOST", "host"), ("PORT", "port"), ("USER", "user"))
-        } | {"PGDATABASE": str(known["dbname"])}
-        if "password" in known:
-            environment["PGPASSWORD"] = str(known["password"])
+        environment |= pg_environment(dsn)
     done = subprocess.run(
         [*shlex.split(line, comments=True), *more],
         cwd=folder,

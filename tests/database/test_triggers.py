@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.conftest import Connection, Pictures, insert_images
-from tests.database.tables import Table
-from tests.support import notices_of, sql_error, wait_until
+from tests.conftest import Connect, Connection, Pictures, insert_images
+from tests.database.tables import Table, insert_rows, without_triggers
+from tests.support import notices_of, one, sql_error, wait_until
 
 
 @pytest.fixture
@@ -38,10 +38,7 @@ def test_many_rows_in_one_statement(table: Table, pictures: Pictures) -> None:
 def test_failed_statement_leaves_nothing(table: Table) -> None:
     before = table.vectors()
     with sql_error("22P03", "row id = 21 of table public.t"):
-        table.db.execute(
-            "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])",
-            ([20, 21], [table.files[20], b"junk"]),
-        )
+        insert_rows(table.db, [20, 21], [table.files[20], b"junk"])
     with sql_error("22P03", "row id = 1 of table public.t"):
         table.db.execute("UPDATE t SET image = 'junk' WHERE id = 1")
     with sql_error("23505", "t_pkey"):
@@ -49,7 +46,7 @@ def test_failed_statement_leaves_nothing(table: Table) -> None:
     assert table.vectors() == before
 
 
-def test_a_session_meets_what_was_changed(table: Table, connect: Callable[..., Connection]) -> None:
+def test_a_session_meets_what_was_changed(table: Table, connect: Connect) -> None:
     """It keeps what it knows of a collection, and must see that it is another now."""
     db, session = table.db, connect()
     junk = "INSERT INTO t (id, image) VALUES (50, 'junk')"
@@ -82,36 +79,25 @@ def test_a_session_meets_what_was_changed(table: Table, connect: Callable[..., C
     db.execute("ALTER EXTENSION vector SET SCHEMA public")
 
 
-def test_backfill_leaves_locked_rows_alone(
-    table: Table, connect: Callable[..., Connection]
-) -> None:
-    table.db.execute("SET session_replication_role = replica")
-    table.insert(20, 21)
+def test_backfill_leaves_locked_rows_alone(table: Table, connect: Connect) -> None:
+    with without_triggers(table.db):
+        table.insert(20, 21)
     other, notices = connect(), notices_of(table.db)
     with other.transaction():
         other.execute("UPDATE t SET note = 'busy' WHERE id = 20")
-        assert table.db.execute("SELECT backfill('t')").fetchone() == (1,)
+        assert one(table.db, "SELECT backfill('t')") == 1
     assert any("1 row " in notice for notice in notices)
-    assert table.db.execute("SELECT backfill('t')").fetchone() == (1,)
-    table.db.execute("RESET session_replication_role")
+    assert one(table.db, "SELECT backfill('t')") == 1
 
 
-def test_rows_that_change_during_a_backfill(
-    table: Table, connect: Callable[..., Connection]
-) -> None:
+def test_rows_that_change_during_a_backfill(table: Table, connect: Connect) -> None:
     """Their trigger has stored the vector by the time that the backfill comes to them."""
-    table.db.execute("SET session_replication_role = replica")
-    table.db.execute(
-        "INSERT INTO t SELECT i, %s FROM generate_series(100, 1600) AS i", (table.files[0],)
-    )
-    table.db.execute("RESET session_replication_role")
+    insert = "INSERT INTO t SELECT i, %s FROM generate_series(100, 1600) AS i"
+    with without_triggers(table.db):
+        table.db.execute(insert, (table.files[0],))
     other = connect()
     counts: list[int] = []
-
-    def backfill() -> None:
-        counts.extend(row[0] for row in other.execute("SELECT backfill('t')"))
-
-    thread = threading.Thread(target=backfill)
+    thread = threading.Thread(target=lambda: counts.append(one(other, "SELECT backfill('t')")))
     thread.start()
     stores = (
         "SELECT FROM pg_locks WHERE pid = %s AND relation = 'siamese.embedding_2'::regclass"
@@ -126,12 +112,12 @@ def test_rows_that_change_during_a_backfill(
 
 
 @pytest.fixture
-def quarantine(db: Connection, pictures: Pictures) -> Iterator[Table]:
+def quarantine(db: Connection, pictures: Pictures) -> Table:
     """Table ``t`` with quarantine and rows 0 to 4, of which 1 and 3 are bad, and 5 has no image."""
-    table = Table.create(db, pictures.files[:40], ", on_error => 'quarantine'")
+    table = Table.create(db, pictures.files[:40], on_error="quarantine")
     images = [table.files[0], b"junk", table.files[2], b"", table.files[4], None]
-    db.execute("INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])", ([*range(6)], images))
-    yield table
+    insert_rows(db, range(6), images)
+    return table
 
 
 def failures(db: Connection) -> dict[str, tuple[Any, ...]]:
@@ -173,9 +159,8 @@ def test_quarantine_is_left_by_repair(quarantine: Table) -> None:
 
 def test_left_overs_of_quarantined_rows(quarantine: Table) -> None:
     db = quarantine.db
-    db.execute("SET session_replication_role = replica")
-    db.execute("DELETE FROM t")
-    db.execute("RESET session_replication_role")
+    with without_triggers(db):
+        db.execute("DELETE FROM t")
     assert set(failures(db)) == {"1", "3"} and set(quarantine.vectors()) == {0, 2, 4}
     quarantine.insert(1)
     db.execute(
@@ -190,10 +175,9 @@ def test_left_overs_of_quarantined_rows(quarantine: Table) -> None:
 def test_backfill_with_failures(quarantine: Table) -> None:
     """Rows that fail every time must not keep others from their turn."""
     db = quarantine.db
-    db.execute("SET session_replication_role = replica")
-    quarantine.insert(*range(20, 30))
-    db.execute("UPDATE t SET image = %s WHERE id = 1", (quarantine.files[1],))
-    db.execute("RESET session_replication_role")
+    with without_triggers(db):
+        quarantine.insert(*range(20, 30))
+        db.execute("UPDATE t SET image = %s WHERE id = 1", (quarantine.files[1],))
     counts = [db.execute("SELECT backfill('t', 4)").fetchone() for _ in range(4)]
     assert counts == [(4,), (4,), (3,), (0,)]
     assert set(failures(db)) == {"3"}
@@ -215,5 +199,5 @@ def test_progress_of_backfill_is_reported_at_most_now_and_then(
     notices = notices_of(db)
     db.execute("SET session_replication_role = replica")
     insert_images(db, pictures.files[:50])
-    assert db.execute("SELECT backfill()").fetchone() == (50,)
+    assert one(db, "SELECT backfill()") == 50
     assert notices == []

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import psycopg
 import pytest
 
-from tests.conftest import Connection, Pictures
-
-MODES = ["", ", embed => 'deferred'"]
-
-
-@pytest.fixture(params=MODES, ids=["sync", "deferred"])
-def embed(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+from tests.conftest import Connect, Connection, Pictures
+from tests.database.tables import blocks_read, insert_rows, make_collection, without_triggers
 
 
 @pytest.fixture
 def table(db: Connection, pictures: Pictures, embed: str) -> Connection:
     """Table ``t`` with rows 0 to 9; ``pool`` holds other images."""
-    db.execute("CREATE TABLE t (id integer PRIMARY KEY, image bytea, note text)")
+    make_collection(db, more=", note text", embed=embed)
     db.execute("CREATE TABLE pool AS SELECT * FROM unnest(%s::bytea[]) WITH ORDINALITY"
                " AS u (image, id)", (pictures.files[100:120],))  # fmt: skip
-    db.execute(f"SELECT create_collection('t', 't'{embed})")
-    db.execute(
-        "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])",
-        ([*range(10)], pictures.files[:10]),
-    )
+    insert_rows(db, range(10), pictures.files[:10])
     db.execute("SELECT embed_pending()")
     return db
 
@@ -43,30 +31,18 @@ def check(db: Connection) -> None:
     assert db.execute(wrong + " OR e.key IS NULL").fetchall() == []
 
 
-def blocks_read(db: Connection) -> int:
-    """Blocks of TOAST that were read so far."""
-    db.execute("SELECT pg_stat_force_next_flush()")
-    row = db.execute(
-        "SELECT toast_blks_read + toast_blks_hit FROM pg_statio_user_tables WHERE relname = 'big'"
-    ).fetchone()
-    assert row is not None
-    return int(row[0])
-
-
 def test_images_are_not_read(db: Connection, embed: str) -> None:
-    db.execute("CREATE TABLE big (id int PRIMARY KEY, image bytea, note text)")
+    make_collection(db, "big", more=", note text", embed=embed)
     db.execute("ALTER TABLE big ALTER image SET STORAGE EXTERNAL")
-    db.execute(f"SELECT create_collection('big', 'big'{embed})")
-    db.execute("SET session_replication_role = replica")
-    db.execute("INSERT INTO big SELECT i, decode(repeat(md5(i::text), 10000), 'hex')"
+    with without_triggers(db):
+        db.execute("INSERT INTO big SELECT i, decode(repeat(md5(i::text), 10000), 'hex')"
                " FROM generate_series(1, 20) AS i")  # fmt: skip
-    db.execute("RESET session_replication_role")
-    before = blocks_read(db)
+    before = blocks_read(db, "big")
     db.execute("UPDATE big SET note = 'seen'")
     db.execute("INSERT INTO big (id) VALUES (1) ON CONFLICT (id) DO UPDATE SET note = 'again'")
     db.execute("MERGE INTO big USING (VALUES (2)) AS s (id) ON big.id = s.id"
                " WHEN MATCHED THEN UPDATE SET note = 'merged'")  # fmt: skip
-    assert blocks_read(db) - before < 20  # each image has as many
+    assert blocks_read(db, "big") - before < 20  # each image has as many
     if db.info.server_version >= 170000:  # what is stored once can be told from its number
         db.execute(
             """
@@ -80,9 +56,9 @@ def test_images_are_not_read(db: Connection, embed: str) -> None:
         )
         db.execute("UPDATE big SET note = 'seen'")
         db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; UPDATE big SET id = id; COMMIT")
-        assert blocks_read(db) - before < 40
+        assert blocks_read(db, "big") - before < 40
     db.execute("SELECT octet_length(string_agg(md5(image), '')) FROM big")
-    assert blocks_read(db) - before > 300  # this reads them
+    assert blocks_read(db, "big") - before > 300  # this reads them
 
 
 def test_parts_of_one_statement(table: Connection) -> None:
@@ -142,9 +118,7 @@ def test_triggers_that_change_the_image_of_another_update(table: Connection, whe
     check(table)
 
 
-def test_a_trigger_that_an_old_snapshot_does_not_show(
-    table: Connection, connect: Callable[..., Connection]
-) -> None:
+def test_a_trigger_that_an_old_snapshot_does_not_show(table: Connection, connect: Connect) -> None:
     table.execute(
         """
         CREATE FUNCTION other() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -234,7 +208,7 @@ def test_generated_images(db: Connection, pictures: Pictures, embed: str) -> Non
     """Stored ones are in no SET list."""
     db.execute("CREATE TABLE t (id int PRIMARY KEY, base bytea, image bytea"
                " GENERATED ALWAYS AS (substring(base FROM 3)) STORED)")  # fmt: skip
-    db.execute(f"SELECT create_collection('t', 't'{embed})")
+    db.execute(f"SELECT create_collection('t', 't', embed => '{embed}')")
     db.execute("INSERT INTO t VALUES (1, %s)", (b"xy" + pictures.files[0],))
     check(db)
     db.execute("UPDATE t SET base = %s", (b"xy" + pictures.files[1],))

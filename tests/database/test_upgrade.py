@@ -15,11 +15,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
 
 from tests.catalog import describe, privileges
-from tests.conftest import Connection, Pictures
-from tests.support import sql_error
+from tests.conftest import Connection, NewRole, Pictures, insert_images
+from tests.database.tables import make_collection
+from tests.support import one, rows_of, sql_error
 from tools import migrate
 from tools.cluster import Cluster
 from tools.project import ROOT, version
@@ -33,6 +33,7 @@ RELEASED = sorted(
     if path.stem.count("--") == 1
 )
 _numbers = itertools.count(1)
+Filled = Callable[[str], Connection]
 
 
 # By the server itself, which may be in a container: the wheel beside links to the other packages.
@@ -55,17 +56,13 @@ def use_packages_of(db: Connection, released: str) -> None:
 
     Its script names the packages of the current version, as any installation's does.
     """
-    row = db.execute(
-        "SELECT pg_get_functiondef('siamese._load'::regproc), current_setting('data_directory')"
-    ).fetchone()
-    assert row is not None
-    found = re.search(r"^directory = '(.+)'$", row[0], re.MULTILINE)
-    assert found is not None
-    folder = f"{row[1]}/packages-{released}"
+    load = one(db, "SELECT pg_get_functiondef('siamese._load'::regproc)")
+    (packages,) = re.findall(r"^directory = '(.+)'$", load, re.MULTILINE)
+    folder = f"{one(db, 'SHOW data_directory')}/packages-{released}"
     db.execute(UNPACK)
     wheel = (DATA / f"{PACKAGE}-{released}-py3-none-any.whl").read_bytes()
-    db.execute("SELECT pg_temp.unpack(%s, %s, %s)", (wheel, found[1], folder))
-    db.execute(row[0].replace(found[1], folder))
+    db.execute("SELECT pg_temp.unpack(%s, %s, %s)", (wheel, packages, folder))
+    db.execute(load.replace(packages, folder))
 
 
 class Databases:
@@ -79,22 +76,12 @@ class Databases:
     def create(self, of_version: str) -> Connection:
         """A database with this version of the extension, working."""
         name = f"upgrade_{next(_numbers)}"
-        self.admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-        self.stack.callback(
-            self.admin.execute,
-            sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)),
-        )
-        self.admin.execute(
-            sql.SQL('ALTER DATABASE {} SET search_path = "$user", public, siamese').format(
-                sql.Identifier(name)
-            )
-        )
+        self.admin.execute(f"CREATE DATABASE {name}")
+        self.stack.callback(self.admin.execute, f"DROP DATABASE {name} WITH (FORCE)")
+        path = '"$user", public, siamese'
+        self.admin.execute(f"ALTER DATABASE {name} SET search_path = {path}")
         db = self.connect(self.cluster.dsn(name))
-        db.execute(
-            sql.SQL("CREATE EXTENSION pg_siamese VERSION {} CASCADE").format(
-                sql.Literal(of_version)
-            )
-        )
+        db.execute(f"CREATE EXTENSION pg_siamese VERSION '{of_version}' CASCADE")
         if of_version != version():
             use_packages_of(db, of_version)
         return db
@@ -115,10 +102,23 @@ def databases(cluster: Cluster) -> Iterator[Databases]:
         yield Databases(cluster, stack)
 
 
+@pytest.fixture
+def filled(databases: Databases, onnx: bytes, pictures: Pictures) -> Filled:
+    """Make databases with a version of the extension and the data of :func:`fill`."""
+
+    def create(of_version: str) -> Connection:
+        db = databases.create(of_version)
+        fill(db, onnx, pictures)
+        return db
+
+    return create
+
+
 def upgrade(db: Connection) -> None:
     db.execute("ALTER EXTENSION pg_siamese UPDATE; SELECT siamese.renew_grants()")
 
 
+INSTALLED = "SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'"
 SEARCH = "SELECT image_id, distance FROM similar_images(%s, k => 25)"
 ROWS = "SELECT (item).id, distance FROM similar_rows(NULL::t, %s, collection => 't')"
 
@@ -127,20 +127,14 @@ def fill(db: Connection, onnx: bytes, pictures: Pictures) -> None:
     """Two collections: one indexed with pending and dead rows, one with quarantined ones."""
     db.execute("SELECT register_model('medical', %s)", (onnx,))
     db.execute("SELECT create_collection()")
-    insert = (
-        "INSERT INTO siamese.images (image, label) SELECT * FROM unnest(%s::bytea[], %s::text[])"
-    )
-    db.execute(insert, (pictures.files[:40], pictures.labels[:40]))
+    insert_images(db, pictures.files[:40], pictures.labels[:40])
     db.execute("SELECT build_index()")
-    db.execute(insert, (pictures.files[40:50], pictures.labels[40:50]))
+    insert_images(db, pictures.files[40:50], pictures.labels[40:50])
     db.execute("DELETE FROM images WHERE image_id = 7")
     db.execute("UPDATE images SET image = %s WHERE image_id = 8", (pictures.files[60],))
     db.execute('CREATE TABLE t (id text PRIMARY KEY COLLATE "C", image bytea)')
     db.execute("SELECT create_collection('t', 't', on_error => 'quarantine')")
-    db.execute(
-        "INSERT INTO t VALUES ('a', %s), ('b', %s), ('bad', 'junk')",
-        (pictures.files[0], pictures.files[1]),
-    )
+    db.execute("INSERT INTO t VALUES ('a', %s), ('b', %s), ('bad', 'junk')", pictures.files[:2])
     db.execute("SELECT build_index('t')")
 
 
@@ -158,9 +152,7 @@ def answers(db: Connection, pictures: Pictures) -> list[Any]:
         db.execute(
             "SELECT image_id, distance FROM similar_images(image_id => 8::bigint, k => 25)"
         ).fetchall(),
-        db.execute(
-            "SELECT image_id FROM similar_images(%s, engine => 'faiss', k => 25)", (query,)
-        ).fetchall(),
+        rows_of(db, "SELECT image_id FROM similar_images(%s, engine => 'faiss', k => 25)", query),
         db.execute(ROWS, (query,)).fetchall(),
         db.execute("SELECT * FROM classify_image(%s)", (query,)).fetchall(),
         db.execute("SELECT collection, key, sqlstate, message FROM embedding_failures").fetchall(),
@@ -194,11 +186,10 @@ def test_every_path_to_the_current_version(databases: Databases) -> None:
 
 @pytest.mark.parametrize("released", RELEASED)
 def test_upgrade_with_data(
-    databases: Databases, released: str, onnx: bytes, pictures: Pictures
+    databases: Databases, filled: Filled, released: str, pictures: Pictures
 ) -> None:
     """Search gives the same before and after, and everything goes on."""
-    db = databases.create(released)
-    fill(db, onnx, pictures)
+    db = filled(released)
     before = answers(db, pictures)
     assert len(before[0]) == 25 and len(before[3]) == 2 and len(before[5]) == 1
     vectors = "SELECT embedding_id, key, embedding::text FROM siamese.embedding_1 ORDER BY 1"
@@ -207,45 +198,37 @@ def test_upgrade_with_data(
     session = databases.connect(databases.dsn(db))
     assert session.execute(vectors).fetchall() == stored
     assert answers(session, pictures) == before
-    assert session.execute("SELECT bool_and(ok) FROM self_check()").fetchone() == (True,)
+    assert one(session, "SELECT bool_and(ok) FROM self_check()") is True
     rows = session.execute("SELECT embed, waiting FROM collection_status").fetchall()
     assert set(rows) == {("sync", 0)}
     # Old collections go on as they were, and new ones can be deferred.
     session.execute("INSERT INTO images (image) VALUES (%s)", (pictures.files[70],))
-    row = session.execute(
-        "SELECT image_id, distance FROM similar_images(%s, k => 1)", (pictures.files[70],)
-    ).fetchone()
-    assert row and row[0] == 51 and row[1] < 1e-5
+    nearest, *_ = rows_of(session, SEARCH, pictures.files[70])
+    assert nearest[0] == 51 and nearest[1] < 1e-5
     session.execute("UPDATE t SET image = %s WHERE id = 'bad'", (pictures.files[2],))
     assert session.execute("SELECT FROM embedding_failures").fetchall() == []
     session.execute("SELECT build_index('images'), build_index('t')")
     assert len(session.execute(ROWS, (pictures.files[2],)).fetchall()) == 3
-    session.execute("CREATE TABLE later (id int PRIMARY KEY, image bytea)")
-    session.execute("SELECT create_collection('later', 'later', embed => 'deferred')")
+    make_collection(session, "later", embed="deferred")
     session.execute("INSERT INTO later VALUES (1, %s)", (pictures.files[3],))
-    assert session.execute("SELECT embed_pending()").fetchone() == (1,)
+    assert one(session, "SELECT embed_pending()") == 1
     session.execute("SELECT drop_collection('images'), drop_collection('t')")
 
 
 @pytest.mark.parametrize("released", RELEASED)
-def test_objects_of_collections_are_upgraded(
-    databases: Databases, released: str, onnx: bytes, pictures: Pictures
-) -> None:
+def test_objects_of_collections_are_upgraded(filled: Filled, released: str) -> None:
     """Tables, triggers, policies and functions of single collections are those of new ones."""
-    old, new = databases.create(released), databases.create(version())
-    for db in (old, new):
-        fill(db, onnx, pictures)
+    old, new = filled(released), filled(version())
     upgrade(old)
     assert describe(old) == describe(new)
 
 
 @pytest.mark.parametrize("released", RELEASED)
 def test_sessions_from_before(
-    databases: Databases, released: str, onnx: bytes, pictures: Pictures
+    databases: Databases, filled: Filled, released: str, pictures: Pictures
 ) -> None:
     """They hold the old package in memory: each call says so, and writes nothing."""
-    db = databases.create(released)
-    fill(db, onnx, pictures)
+    db = filled(released)
     old, idle = databases.connect(databases.dsn(db)), databases.connect(databases.dsn(db))
     assert old.execute(SEARCH, (pictures.files[0],)).fetchall()
     upgrade(db)
@@ -259,28 +242,18 @@ def test_sessions_from_before(
 
 
 @pytest.mark.parametrize("released", RELEASED)
-def test_privileges_after_an_upgrade(
-    databases: Databases,
-    released: str,
-    new_role: Callable[[], str],
-    onnx: bytes,
-    pictures: Pictures,
-) -> None:
+def test_privileges_after_an_upgrade(filled: Filled, released: str, new_role: NewRole) -> None:
     reader, admin = new_role(), new_role()
     labels = {reader: "reader", admin: "admin"}
-    old, new = databases.create(released), databases.create(version())
+    old, new = filled(released), filled(version())
     for db in (old, new):
-        fill(db, onnx, pictures)
         db.execute("SELECT grant_usage(%s), grant_admin(%s)", (reader, admin))
     upgrade(old)
     assert privileges(old, labels) == privileges(new, labels)
 
 
-def test_an_upgrade_can_be_rolled_back(
-    databases: Databases, onnx: bytes, pictures: Pictures
-) -> None:
-    db = databases.create(RELEASED[0])
-    fill(db, onnx, pictures)
+def test_an_upgrade_can_be_rolled_back(filled: Filled, pictures: Pictures) -> None:
+    db = filled(RELEASED[0])
     before, objects = answers(db, pictures), describe(db)
     with db.transaction(force_rollback=True):
         upgrade(db)
@@ -289,20 +262,18 @@ def test_an_upgrade_can_be_rolled_back(
 
 
 def test_make_migrate(
-    databases: Databases, onnx: bytes, pictures: Pictures, capsys: pytest.CaptureFixture[str]
+    databases: Databases, filled: Filled, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    db = databases.create(RELEASED[0])
-    fill(db, onnx, pictures)
+    db = filled(RELEASED[0])
     dsn = databases.dsn(db)
-    installed = "SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'"
     assert migrate.main(["--dsn", dsn, "--show"]) == 0
     said = capsys.readouterr().out
     assert f"installed: {RELEASED[0]}" in said
     assert f"available: {version()} (by {RELEASED[0]}--" in said and "would upgrade" in said
-    assert db.execute(installed).fetchone() == (RELEASED[0],)
+    assert one(db, INSTALLED) == RELEASED[0]
     assert migrate.main(["--dsn", dsn]) == 0
     assert f"Upgraded from {RELEASED[0]} to {version()}" in capsys.readouterr().out
-    assert db.execute(installed).fetchone() == (version(),)
+    assert one(db, INSTALLED) == version()
     assert migrate.main(["--dsn", dsn]) == 0
     assert "Nothing to upgrade" in capsys.readouterr().out
     db.execute("DROP EXTENSION pg_siamese CASCADE")
@@ -316,10 +287,9 @@ def test_psql_errors_are_one_report(cluster: Cluster) -> None:
 
 
 def test_beside_a_transaction_that_goes_on_to_write(
-    databases: Databases, onnx: bytes, pictures: Pictures
+    databases: Databases, filled: Filled, pictures: Pictures
 ) -> None:
-    db = databases.create("0.2.0")
-    fill(db, onnx, pictures)
+    db = filled("0.2.0")
     writer, watch = (databases.connect(databases.dsn(db)) for _ in range(2))
     for session in (db, writer):
         session.execute("SET deadlock_timeout = '50ms'")
@@ -333,5 +303,4 @@ def test_beside_a_transaction_that_goes_on_to_write(
     writer.execute("UPDATE images SET image = %s WHERE image_id = 9", (pictures.files[71],))
     writer.execute("COMMIT")
     thread.join()
-    row = watch.execute("SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'")
-    assert row.fetchone() == (version(),)
+    assert one(watch, INSTALLED) == version()
