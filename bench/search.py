@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bench.exact import K, Truth
 from bench.report import Line
 from bench.server import index_file
-from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints
+from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints, first_row
 from bench.timing import Summary, one_core, round_robin
 from pg_siamese_server.index.generations import Breadths, opened
 from pg_siamese_server.index.index_file import read_sidecar
@@ -130,16 +130,16 @@ class FaissAlone:
         self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         _, rows = read_sidecar(path.with_suffix(".meta"), lambda: None)
         with connect(cluster.dsn()) as admin:
-            row = admin.execute(
+            breadths = first_row(
+                admin,
                 "SELECT g.ef_search_stored, g.ef_search, g.ef_search_many"
                 " FROM siamese.generations AS g"
                 " JOIN siamese.collections AS c USING (generation) WHERE c.name = %s",
-                (collection,),
-            ).fetchone()
-            assert row is not None
-        self.generation = opened(self.index, rows, False, Breadths(*row))
+                collection,
+            )
+        self.generation = opened(self.index, rows, False, Breadths(*breadths))
         self.count = K + (truth.own is not None)
-        self.note = f"ef_search {row[1] if truth.own is None else row[0]}"
+        self.note = f"ef_search {breadths[1 if truth.own is None else 0]}"
         self.truth = truth
         self.entries: list[int | None] = [None] * len(truth.queries)
         if truth.own is not None:
@@ -292,16 +292,15 @@ def pending(
 
 def index_note(cluster: Cluster) -> str:
     """Return a note on how the current index was built."""
+    query = (
+        "SELECT index_type, m, ef_construction, ef_search_stored, ef_search"
+        " FROM siamese.index_generations WHERE is_current"
+    )
     with connect(cluster.dsn()) as admin:
-        row = admin.execute(
-            "SELECT index_type, m, ef_construction, ef_search_stored, ef_search"
-            " FROM siamese.index_generations"
-            " WHERE is_current"
-        ).fetchone()
-    assert row is not None
-    if row[0] != "hnsw":
-        return f"{row[0]} index"
-    return f"m {row[1]}, ef_construction {row[2]}; ef_search {row[3]} and {row[4]}, by the build"
+        kind, m, construction, stored, new = first_row(admin, query)
+    if kind != "hnsw":
+        return f"{kind} index"
+    return f"m {m}, ef_construction {construction}; ef_search {stored} and {new}, by the build"
 
 
 def _nth(search: Callable[[bytes], Any], values: list[bytes], number: int) -> Any:
