@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,16 +31,11 @@ LARGE_SETTINGS = SETTINGS | {"shared_buffers": "3GB", "maintenance_work_mem": "3
 @contextmanager
 def server(settings: dict[str, str], installation: Installation | None = None) -> Iterator[Cluster]:
     """Start a cluster with the extension in its database, and remove it at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="pg_siamese-bench-", dir="/tmp"))
-    cluster = Cluster(folder, installation=installation, settings=settings)
-    try:
-        cluster.start()
+    with Cluster.temporary(settings, installation) as cluster:
         create_database(cluster)
         with connect(cluster.dsn()) as admin:
             admin.execute("CREATE SCHEMA bench")
         yield cluster
-    finally:
-        cluster.destroy()
 
 
 def index_file(cluster: Cluster, collection: str) -> Path:
