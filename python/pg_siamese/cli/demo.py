@@ -33,10 +33,7 @@ QUERIES = 4  # in all: one of each data set, or of different classes of the only
 
 
 def demo(
-    sheet: Annotated[
-        Path | None,
-        typer.Option(help="PNG file for the contact sheet.", show_default=False),
-    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG file for the contact sheet.")] = None,
     dsn: Dsn = None,
 ) -> None:
     """Load real images, build the index, search it, and draw the answers."""
