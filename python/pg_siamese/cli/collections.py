@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import psycopg
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -19,7 +18,6 @@ from pg_siamese.client.connection import CommandError, connect
 from pg_siamese_server.errors import counted
 
 if TYPE_CHECKING:
-    from pg_siamese.client.queries import Answer, Collection
     from pg_siamese.datasets import LeftOut
 
 SHEET_NEIGHBOURS = 64  # a sheet is for looking at
@@ -136,10 +134,13 @@ def query(
     dsn: Dsn = None,
 ) -> None:
     """Find the stored images most similar to an image file, or to a stored image (--id)."""
+    from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
     from pg_siamese.client.queries import (
+        display_pixels,
         find_collection,
         run_search,
         search_statement,
+        sheet_neighbours,
         stored_image,
     )
 
@@ -162,24 +163,9 @@ def query(
         output().print(answer_table(found, answers))
         if sheet is not None and data is not None:
             name = image.name if image is not None else f"{found.key_name} {id}"
-            _write_sheet(connection, found, answers, name, data, label, sheet)
+            neighbours = sheet_neighbours(connection, found, answers[:SHEET_NEIGHBOURS])
+            contact_sheet([SheetRow(name, display_pixels(data), label, neighbours)], sheet)
             output().print(f"contact sheet: {escape(str(sheet))}", soft_wrap=True)
-
-
-def _write_sheet(
-    connection: psycopg.Connection[Any],
-    collection: Collection,
-    answers: list[Answer],
-    name: str,
-    data: bytes,
-    label: str | None,
-    sheet: Path,
-) -> None:
-    from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
-    from pg_siamese.client.queries import display_pixels, sheet_neighbours
-
-    neighbours = sheet_neighbours(connection, collection, answers[:SHEET_NEIGHBOURS])
-    contact_sheet([SheetRow(name, display_pixels(data), label, neighbours)], sheet)
 
 
 def _json_object(text: str | None) -> dict[str, object] | None:

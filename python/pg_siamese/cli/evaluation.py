@@ -165,8 +165,7 @@ def _shown_spec(spec: str) -> str:
 
 def figure_table(evaluations: Sequence[Evaluation]) -> Table:
     """Return the main figures as a table for the terminal: mean, and spread over the files."""
-    from pg_siamese.evaluation.results import rounded, spread, summary
-    from pg_siamese_server.encoding.specification import METRICS
+    from pg_siamese.evaluation.results import rounded, spread, summary, variants
 
     figures = rounded(summary([e.figures for e in evaluations]))
     seeds = len(evaluations)
@@ -187,9 +186,7 @@ def figure_table(evaluations: Sequence[Evaluation]) -> Table:
         by_neighbour = figures["set_pairs"]["accuracy_by_neighbour"]
         table.add_row("pairs by their neighbours' sets, %", spread(by_neighbour, 100, 2))
     for name, values in figures["sets"].items():
-        variants = {"": values}
-        variants |= {f", by {m}": values[f"by_{m}"] for m in METRICS if f"by_{m}" in values}
-        for note, own in variants.items():
+        for note, own in variants(values).items():
             subject = f"{escape(name)}{note}"
             for key, label in (("map5", "mAP@5"), ("mmv5", "mMV@5"), ("acc1", "ACC@1")):
                 table.add_row(f"{subject}: {label}, %", spread(own["retrieval"][key], 1, 2))
