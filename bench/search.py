@@ -109,16 +109,12 @@ class PgVector:
         assert "Index Scan using vectors_embedding_idx" in plan, plan
         self.breadth = 0
 
-    def tune(self, values: list[bytes], truth: Truth) -> float:
+    def tune(self, values: list[bytes], truth: Truth) -> None:
         """Choose the smallest ef_search whose recall on these queries is sufficient."""
-        recall = 0.0
-        for breadth in BREADTHS:
-            self.session.set("hnsw.ef_search", str(breadth))
-            self.breadth = breadth
-            recall = truth.recall([first_bigints(self.search(value)) for value in values])
-            if recall >= TARGET:
+        for self.breadth in BREADTHS:
+            self.session.set("hnsw.ef_search", str(self.breadth))
+            if truth.recall([first_bigints(self.search(value)) for value in values]) >= TARGET:
                 break
-        return recall
 
 
 class FaissAlone:
@@ -213,49 +209,36 @@ def by_id(cluster: Cluster, collection: str, truth: Truth) -> list[Line]:
     """Search by stored id."""
     assert truth.own is not None
     values = [bigint(int(key)) for key in truth.own]
-    with Session(cluster.dsn()) as mine, Session(cluster.dsn()) as theirs:
-        search = ours(mine, collection, by_image=False)
-        note = tune_ours(mine, collection, search, values, truth)
-        rival = PgVector(theirs, by_image=False)
-        rival.tune(values, truth)
-        alone = FaissAlone(cluster, collection, truth)
-        contestants = {
-            OURS: Contestant(
-                partial(_nth, search, values), first_bigints, f"{note}: {index_note(cluster)}"
-            ),
-            PGVECTOR: Contestant(
-                partial(_nth, rival.search, values), first_bigints, f"ef_search {rival.breadth}"
-            ),
-            FAISS: alone.contestant("in a Python process"),
-            **empty_calls(mine),
-        }
-        lines = compete(BY_ID, contestants, truth, len(values), (mine, theirs))
-        assert not mine.notices, mine.notices
-    return lines
+    return _searches(cluster, collection, truth, values, is_image=False)
 
 
 def by_image(cluster: Cluster, collection: str, truth: Truth, files: list[bytes]) -> list[Line]:
     """Search by new image."""
+    return _searches(cluster, collection, truth, files, is_image=True)
+
+
+def _searches(
+    cluster: Cluster, collection: str, truth: Truth, values: list[bytes], *, is_image: bool
+) -> list[Line]:
     with Session(cluster.dsn()) as mine, Session(cluster.dsn()) as theirs:
-        search = ours(mine, collection, by_image=True)
-        note = tune_ours(mine, collection, search, files, truth)
-        rival = PgVector(theirs, by_image=True)
-        rival.tune(files, truth)
+        search = ours(mine, collection, is_image)
+        note = f"{tune_ours(mine, collection, search, values, truth)}: {index_note(cluster)}"
+        rival = PgVector(theirs, is_image)
+        rival.tune(values, truth)
+        theirs_note = f"ef_search {rival.breadth}{', query by embed_image' if is_image else ''}"
         alone = FaissAlone(cluster, collection, truth)
-        embed = mine.prepare("embed", "SELECT siamese.embed_image($1, 'fashion_mnist')", BYTEA)
         contestants = {
-            OURS: Contestant(
-                partial(_nth, search, files), first_bigints, f"{note}: {index_note(cluster)}"
-            ),
-            PGVECTOR: Contestant(
-                partial(_nth, rival.search, files),
-                first_bigints,
-                f"ef_search {rival.breadth}, query by embed_image",
-            ),
-            FAISS: alone.contestant("embeddings at hand"),
-            EMBEDDING: Contestant(partial(_nth, embed, files)),
+            OURS: Contestant(partial(_nth, search, values), first_bigints, note),
+            PGVECTOR: Contestant(partial(_nth, rival.search, values), first_bigints, theirs_note),
+            FAISS: alone.contestant("embeddings at hand" if is_image else "in a Python process"),
         }
-        lines = compete(BY_IMAGE, contestants, truth, len(files), (mine, theirs))
+        if is_image:
+            embed = mine.prepare("embed", "SELECT siamese.embed_image($1, 'fashion_mnist')", BYTEA)
+            contestants[EMBEDDING] = Contestant(partial(_nth, embed, values))
+        else:
+            contestants |= empty_calls(mine)
+        section = BY_IMAGE if is_image else BY_ID
+        lines = compete(section, contestants, truth, len(values), (mine, theirs))
         assert not mine.notices, mine.notices
     return lines
 
