@@ -91,13 +91,7 @@ def memory(cluster: Cluster, collection: str, ids: list[int], files: list[bytes]
                 for value in values:
                     search(value)
             used = private_bytes(one.pid)
-        lines.append(
-            Line(
-                MEMORY,
-                f"after {len(values)} searches {name}",
-                value=used / 1024**2,
-                unit="MiB",
-                note=f"{idle / 1024**2:.1f} MiB right after connecting",
-            )
-        )
+        what = f"after {len(values)} searches {name}"
+        note = f"{idle / 1024**2:.1f} MiB right after connecting"
+        lines.append(Line(MEMORY, what, value=used / 1024**2, unit="MiB", note=note))
     return lines

@@ -69,15 +69,11 @@ def workers(cluster: Cluster, files: list[bytes], repeats: int) -> list[Line]:
                         _await_empty(admin)
                     _queue(admin, files)
                     seconds[name].append(_await_empty(admin))
-    return [
-        Line(
-            WORKERS,
-            name,
-            Summary.of(np.asarray(values)),
-            note=f"{len(files) / np.median(values):,.0f} rows/s, {len(files):,} rows",
-        )
-        for name, values in seconds.items()
-    ]
+    lines = []
+    for name, values in seconds.items():
+        note = f"{len(files) / np.median(values):,.0f} rows/s, {len(files):,} rows"
+        lines.append(Line(WORKERS, name, Summary.of(values), note=note))
+    return lines
 
 
 def _queue(admin: Any, files: list[bytes]) -> None:
@@ -85,11 +81,9 @@ def _queue(admin: Any, files: list[bytes]) -> None:
 
 
 def _await_idle(admin: Any, count: int) -> None:
-    query = (
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_siamese'"
-        " AND state = 'idle'"
-    )
-    _await(lambda: admin.execute(query).fetchone() == (count,))
+    idle = "application_name = 'pg_siamese' AND state = 'idle'"
+    query = f"SELECT count(*) FROM pg_stat_activity WHERE {idle}"
+    _await(lambda: first_row(admin, query) == (count,))
 
 
 def _await_empty(admin: Any) -> float:
@@ -97,7 +91,7 @@ def _await_empty(admin: Any) -> float:
     began = time.perf_counter()
     query = "SELECT collection_id FROM siamese.collections WHERE name = 'deferred'"
     waiting = f"SELECT EXISTS (SELECT FROM siamese.queue_{first_row(admin, query)[0]})"
-    _await(lambda: admin.execute(waiting).fetchone() == (False,))
+    _await(lambda: first_row(admin, waiting) == (False,))
     return time.perf_counter() - began
 
 

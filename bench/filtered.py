@@ -225,22 +225,19 @@ class Contest:
         rival = min((name for name in tried if name != OURS), key=tried.__getitem__)
         spent = tried[OURS] + tried[rival]
         count = int(np.clip(2 * SECONDS / spent, LEAST, len(self.case.own) - TRIED))
-        names = (OURS, rival)
+        calls = {
+            name: (lambda number, name=name: self.call(name, TRIED + number))
+            for name in (OURS, rival)
+        }
         with one_core(session.pid for session in self.sessions.values()):
-            calls = {
-                name: (lambda number, name=name: self.call(name, TRIED + number)) for name in names
-            }
             seconds, answers = round_robin(calls, count, 5, 6)
-        return [
-            Line(
-                self.case.name,
-                name,
-                Summary.of(seconds[name]),
-                recall=self.recall(answers[name], bounds, TRIED),
-                note=note or "" if name == PLANNED else "",
-            )
-            for name in names
-        ]
+        lines = []
+        for name in calls:
+            recall = self.recall(answers[name], bounds, TRIED)
+            own_note = note or "" if name == PLANNED else ""
+            times = Summary.of(seconds[name])
+            lines.append(Line(self.case.name, name, times, recall=recall, note=own_note))
+        return lines
 
     def _median(self, name: str, numbers: range) -> float:
         seconds = []

@@ -132,15 +132,9 @@ class Report:
         table.add_section()
         table.add_row("[bold]bars[/]")
         for bar in self.bars:
-            sign = "≤" if bar.is_most else "≥"
             verdict = "[green]met[/]" if bar.met else "[red]missed[/]"
-            table.add_row(
-                f"  {bar.name}",
-                f"{_number(bar.value)} {bar.unit}",
-                "",
-                "",
-                f"{sign} {bar.limit:g} {bar.unit}: {verdict}",
-            )
+            limit = f"{'≤' if bar.is_most else '≥'} {bar.limit:g} {bar.unit}: {verdict}"
+            table.add_row(f"  {bar.name}", f"{_number(bar.value)} {bar.unit}", "", "", limit)
         console.print(table)
 
 

@@ -196,12 +196,9 @@ def compete(
         seconds, answers = round_robin(calls, count, BLOCK, WARM_UP)
     lines = []
     for name, contestant in contestants.items():
-        recall = None
-        if contestant.ids is not None:
-            recall = truth.recall([contestant.ids(answer) for answer in answers[name]])
-        lines.append(
-            Line(section, name, Summary.of(seconds[name]), recall=recall, note=contestant.note)
-        )
+        ids, times = contestant.ids, Summary.of(seconds[name])
+        recall = None if ids is None else truth.recall([ids(answer) for answer in answers[name]])
+        lines.append(Line(section, name, times, recall=recall, note=contestant.note))
     return lines
 
 
@@ -255,17 +252,12 @@ def pending(
     lines = []
     with Session(cluster.dsn()) as session, connect(cluster.dsn()) as admin:
         search = ours(session, collection, by_image=False)
-        steps: list[tuple[str, Callable[[], object]]] = [
-            (NONE_PENDING[0], lambda: None),
-            (PENDING, add),
-            (
-                NONE_PENDING[1],
-                lambda: admin.execute("SELECT siamese.build_index(%s)", (collection,)),
-            ),
-        ]
-        for name, step in steps:
+        build = partial(admin.execute, "SELECT siamese.build_index(%s)", (collection,))
+        before, after = NONE_PENDING
+        steps: dict[str, Callable[[], object]] = {before: lambda: None, PENDING: add, after: build}
+        call = partial(_nth, search, values)
+        for name, step in steps.items():
             step()
-            call = partial(_nth, search, values)
             with one_core([session.pid]):
                 seconds, _ = round_robin({name: call}, len(values), BLOCK, WARM_UP)
             lines.append(Line(PENDING_SECTION, name, Summary.of(seconds[name])))
