@@ -23,21 +23,16 @@ def main() -> int:
     """Run, print the table, write the JSON file, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--large", action="store_true", help="search and build at 1,000,000 x 64")
-    parser.add_argument(
-        "--deferred", action="store_true", help="inserts into deferred collections, and workers"
-    )
-    parser.add_argument(
-        "--compare", metavar="REVISION", help="compare this tree with another revision"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small, to try the script: figures mean nothing"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="folder of the JSON file (bench/results)"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="exit with status 1 if a bar is missed"
-    )
+    for name, text in (
+        ("--deferred", "inserts into deferred collections, and workers"),
+        ("--quick", "small, to try the script: figures mean nothing"),
+        ("--check", "exit with status 1 if a bar is missed"),
+    ):
+        parser.add_argument(name, action="store_true", help=text)
+    text = "compare this tree with another revision"
+    parser.add_argument("--compare", metavar="REVISION", help=text)
+    text = "folder of the JSON file (bench/results)"
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=text)
     chosen = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
     began = time.monotonic()

@@ -32,20 +32,11 @@ def build(cluster: Cluster, collection: str, repetitions: int) -> list[Line]:
             session.notices.clear()
             seconds[PGVECTOR].append(session.timed(CREATE))
             assert not session.notices, session.notices
-    return [
-        Line(
-            SECTION,
-            OURS,
-            Summary.of(seconds[OURS]),
-            note=f"{index_note(cluster)}; {WORKERS} threads",
-        ),
-        Line(
-            SECTION,
-            PGVECTOR,
-            Summary.of(seconds[PGVECTOR]),
-            note=f"m {M}, ef_construction {EF_CONSTRUCTION}; {WORKERS} workers and the leader",
-        ),
-    ]
+    notes = {
+        OURS: f"{index_note(cluster)}; {WORKERS} threads",
+        PGVECTOR: f"m {M}, ef_construction {EF_CONSTRUCTION}; {WORKERS} workers and the leader",
+    }
+    return [Line(SECTION, name, Summary.of(seconds[name]), note=notes[name]) for name in notes]
 
 
 def vacuum(cluster: Cluster) -> None:

@@ -6,8 +6,6 @@ import os
 import subprocess
 import time
 
-import numpy as np
-
 from bench.data import MODEL
 from bench.report import Line
 from bench.search import ours
@@ -61,17 +59,9 @@ def first_searches(
                 answer = ours(session, collection, name == BY_IMAGE)(value)
                 seconds[name].append(time.perf_counter() - began)
                 assert answer.ntuples == 10 and not session.notices, session.notices
-    return [
-        Line(
-            FIRST,
-            name,
-            Summary.of(np.asarray(values)),
-            note=f"{count} times, from the start on"
-            if name in BARE.values()
-            else f"{count} connections, from connect on",
-        )
-        for name, values in seconds.items()
-    ]
+    notes = dict.fromkeys(BARE, f"{count} connections, from connect on")
+    notes |= dict.fromkeys(BARE.values(), f"{count} times, from the start on")
+    return [Line(FIRST, name, Summary.of(seconds[name]), note=notes[name]) for name in seconds]
 
 
 def _ready(program: str, *arguments: str) -> float:
@@ -101,13 +91,7 @@ def memory(cluster: Cluster, collection: str, ids: list[int], files: list[bytes]
                 for value in values:
                     search(value)
             used = private_bytes(one.pid)
-        lines.append(
-            Line(
-                MEMORY,
-                f"after {len(values)} searches {name}",
-                value=used / 1024**2,
-                unit="MiB",
-                note=f"{idle / 1024**2:.1f} MiB right after connecting",
-            )
-        )
+        what = f"after {len(values)} searches {name}"
+        note = f"{idle / 1024**2:.1f} MiB right after connecting"
+        lines.append(Line(MEMORY, what, value=used / 1024**2, unit="MiB", note=note))
     return lines

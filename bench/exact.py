@@ -47,7 +47,8 @@ class Truth:
     ) -> Truth:
         """Search exactly, in the whole matrix."""
         places = faiss.knn(queries, vectors.matrix, K + 2, metric=faiss.METRIC_INNER_PRODUCT)[1]
-        distances = _distances(queries, vectors.matrix, places)
+        near = vectors.matrix[places].astype(np.float64)
+        distances = 1 - np.einsum("qkd,qd->qk", near, queries.astype(np.float64))
         if own is not None:
             distances[vectors.ids[places] == own[:, None]] = np.inf
         return cls(vectors, queries, own, np.sort(distances, axis=1)[:, K - 1])
@@ -67,12 +68,3 @@ class Truth:
             distance = 1 - found.astype(np.float64) @ self.queries[query].astype(np.float64)
             hits += int((distance <= self.farthest[query] + TIE).sum())
         return hits / (K * len(answers))
-
-
-def _distances(
-    queries: NDArray[np.float32], matrix: NDArray[np.float32], places: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return cosine distances in double precision, (queries, places)."""
-    near = matrix[places].astype(np.float64)
-    result: NDArray[np.float64] = 1 - np.einsum("qkd,qd->qk", near, queries.astype(np.float64))
-    return result

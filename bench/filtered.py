@@ -10,6 +10,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,15 +87,11 @@ def cases(
         for kind in (groups.RANDOM, groups.PLACE):
             name = groups.column(kind, count)
             values = columns[name]
-            wanted = {
-                f"{share}, {'by chance' if kind == groups.RANDOM else 'the nearest'}": values[
-                    places
-                ]
-            }
+            what = "by chance" if kind == groups.RANDOM else "the nearest"
+            wanted = {f"{share}, {what}": values[places]}
             if kind == groups.PLACE:
-                wanted[f"{share}, the farthest"] = groups.farthest(
-                    vectors, values, vectors.matrix[places]
-                )
+                farthest = groups.farthest(vectors, values, vectors.matrix[places])
+                wanted[f"{share}, the farthest"] = farthest
             order = np.argsort(values, kind="stable")
             starts = np.searchsorted(values[order], np.arange(count + 1))
             for title, chosen in wanted.items():
@@ -228,22 +225,19 @@ class Contest:
         rival = min((name for name in tried if name != OURS), key=tried.__getitem__)
         spent = tried[OURS] + tried[rival]
         count = int(np.clip(2 * SECONDS / spent, LEAST, len(self.case.own) - TRIED))
-        names = (OURS, rival)
+        calls = {
+            name: (lambda number, name=name: self.call(name, TRIED + number))
+            for name in (OURS, rival)
+        }
         with one_core(session.pid for session in self.sessions.values()):
-            calls = {
-                name: (lambda number, name=name: self.call(name, TRIED + number)) for name in names
-            }
             seconds, answers = round_robin(calls, count, 5, 6)
-        return [
-            Line(
-                self.case.name,
-                name,
-                Summary.of(seconds[name]),
-                recall=self.recall(answers[name], bounds, TRIED),
-                note=note or "" if name == PLANNED else "",
-            )
-            for name in names
-        ]
+        lines = []
+        for name in calls:
+            recall = self.recall(answers[name], bounds, TRIED)
+            own_note = note or "" if name == PLANNED else ""
+            times = Summary.of(seconds[name])
+            lines.append(Line(self.case.name, name, times, recall=recall, note=own_note))
+        return lines
 
     def _median(self, name: str, numbers: range) -> float:
         seconds = []
@@ -264,11 +258,8 @@ def filtered(
     """Time all cases."""
     lines: list[Line] = []
     for case in cases(vectors, columns, own):
-        contest = Contest(cluster, collection, vectors, case)
-        try:
+        with closing(Contest(cluster, collection, vectors, case)) as contest:
             lines += contest.run()
-        finally:
-            contest.close()
     return lines
 
 
@@ -280,11 +271,8 @@ def bars(lines: list[Line]) -> list[Bar]:
         mine = next(line for line in own if line.name == OURS)
         best = min(line.figure() for line in own if line.name != OURS)
         times = 3.0 if section.startswith(("filter, 1 %", "filter, 0.1 %")) else 1.0
-        result.append(
-            Bar(
-                f"{section}: times as fast as pgvector's best", best / mine.figure(), times, "times"
-            )
-        )
+        what = f"{section}: times as fast as pgvector's best"
+        result.append(Bar(what, best / mine.figure(), times, "times"))
         assert mine.recall is not None and mine.time is not None
         result.append(Bar(f"{section}: recall", mine.recall, TARGET))
         spread = mine.time.p95_ms / mine.time.median_ms

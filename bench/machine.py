@@ -9,7 +9,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.session import connect
+from bench.session import connect, first_row
 from tools.cluster import Cluster
 from tools.project import ROOT
 
@@ -20,8 +20,7 @@ def facts(cluster: Cluster) -> dict[str, object]:
     """Return the machine, the versions and the commit, without names of hosts or paths."""
     with connect(cluster.dsn()) as admin:
         extensions = dict(admin.execute("SELECT extname, extversion FROM pg_extension").fetchall())
-        row = admin.execute("SELECT current_setting('server_version')").fetchone()
-    assert row is not None
+        (server,) = first_row(admin, "SELECT current_setting('server_version')")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
@@ -31,7 +30,7 @@ def facts(cluster: Cluster) -> dict[str, object]:
         "load_average_before": [round(value, 2) for value in os.getloadavg()],
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
-        "postgresql": str(row[0]).split()[0],
+        "postgresql": server.split()[0],
         "pgvector": extensions["vector"],
         "pg_siamese": extensions["pg_siamese"],
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -41,13 +40,14 @@ def facts(cluster: Cluster) -> dict[str, object]:
 def commit() -> str:
     """Return the commit that is checked out, with a plus if files differ from it."""
     try:
-        name = _git("rev-parse", "--short", "HEAD")
-        return name + ("+" if _git("status", "--porcelain", "--", ":!bench/results") else "")
+        name = git("rev-parse", "--short", "HEAD")
+        return name + ("+" if git("status", "--porcelain", "--", ":!bench/results") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """Return what git says of this repository. Raises ``CalledProcessError``."""
     command = ["git", "-c", "safe.directory=*", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -80,6 +80,10 @@ class Report:
         """Return one of the lines."""
         return next(line for line in self.lines if (line.section, line.name) == (section, name))
 
+    def figures(self, section: str) -> dict[str, float]:
+        """Return the figures of a section by name."""
+        return {line.name: line.figure() for line in self.lines if line.section == section}
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object with everything."""
         return {
@@ -128,15 +132,9 @@ class Report:
         table.add_section()
         table.add_row("[bold]bars[/]")
         for bar in self.bars:
-            sign = "≤" if bar.is_most else "≥"
             verdict = "[green]met[/]" if bar.met else "[red]missed[/]"
-            table.add_row(
-                f"  {bar.name}",
-                f"{_number(bar.value)} {bar.unit}",
-                "",
-                "",
-                f"{sign} {bar.limit:g} {bar.unit}: {verdict}",
-            )
+            limit = f"{'≤' if bar.is_most else '≥'} {bar.limit:g} {bar.unit}: {verdict}"
+            table.add_row(f"  {bar.name}", f"{_number(bar.value)} {bar.unit}", "", "", limit)
         console.print(table)
 
 
@@ -145,12 +143,5 @@ def _without_none(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return (
-        f"{value:.1f}"
-        if abs(value) >= 100
-        else f"{value:.3g}"
-        if abs(value) >= 1
-        else f"{value:.3f}"
-    )
+    limits = ((1000, ",.0f"), (100, ".1f"), (1, ".3g"), (0, ".3f"))
+    return f"{value:{next(form for limit, form in limits if abs(value) >= limit)}}"

@@ -116,73 +116,42 @@ def standard(size: Size, console: Console) -> Report:
 
 
 def _standard_bars(report: Report) -> list[Bar]:
-    def figure(section: str, name: str) -> float:
-        return report.line(section, name).figure()
+    def most(what: str, value: float, limit: float, unit: str = "times") -> Bar:
+        return Bar(what, value, limit, unit, is_most=True)
 
     bars = _search_bars(report, 1.4)
-    mine, theirs = (figure(search.BY_IMAGE, name) for name in (search.OURS, search.PGVECTOR))
-    bars.append(Bar("search by new image, times as fast as pgvector", theirs / mine, 1.4, "times"))
-    section = search.PENDING_SECTION
-    none = [figure(section, name) for name in search.NONE_PENDING]
-    bars.append(
-        Bar(
-            "search with 5,000 pending rows, times the search with none",
-            figure(section, search.PENDING) / float(np.mean(none)),
-            3.0,
-            "times",
-            is_most=True,
-        )
-    )
-    rows = 10_000
-    if any(line.section == insert.section(rows) for line in report.lines):
-        share = figure(insert.section(rows), insert.ALONE) / figure(
-            insert.section(rows), insert.TRIGGER
-        )
-        bars.append(
-            Bar("10,000-row insert, share of decode + ONNX Runtime alone", 100 * share, 80, "%")
-        )
-    one = insert.section(1)
-    expected = figure(one, insert.ALONE) + figure(one, insert.PLAIN)
-    bars.append(
-        Bar(
-            "insert of 1 row, times decode + ONNX Runtime alone and a plain insert",
-            figure(one, insert.TRIGGER) / expected,
-            1.6,
-            "times",
-            is_most=True,
-        )
-    )
+    bars.append(_gain(report, "search by new image", search.BY_IMAGE, search.OURS, 1.4))
+    pending = report.figures(search.PENDING_SECTION)
+    none = float(np.mean([pending[name] for name in search.NONE_PENDING]))
+    what = "search with 5,000 pending rows, times the search with none"
+    bars.append(most(what, pending[search.PENDING] / none, 3.0))
+    if many := report.figures(insert.section(10_000)):
+        what = "10,000-row insert, share of decode + ONNX Runtime alone"
+        bars.append(Bar(what, 100 * many[insert.ALONE] / many[insert.TRIGGER], 80, "%"))
+    one = report.figures(insert.section(1))
+    what = "insert of 1 row, times decode + ONNX Runtime alone and a plain insert"
+    bars.append(most(what, one[insert.TRIGGER] / (one[insert.ALONE] + one[insert.PLAIN]), 1.6))
+    first = report.figures(connections.FIRST)
     for name, bare in connections.BARE.items():
-        bars.append(
-            Bar(
-                f"first search of a connection {name}, times the bare process",
-                figure(connections.FIRST, name) / figure(connections.FIRST, bare),
-                1.6,
-                "times",
-                is_most=True,
-            )
-        )
-    memory = [line.figure() for line in report.lines if line.section == connections.MEMORY]
-    bars.append(
-        Bar("private memory of a session that searches", max(memory), 60, "MiB", is_most=True)
-    )
-    return bars
+        what = f"first search of a connection {name}, times the bare process"
+        bars.append(most(what, first[name] / first[bare], 1.6))
+    memory = max(report.figures(connections.MEMORY).values())
+    return [*bars, most("private memory of a session that searches", memory, 60, "MiB")]
 
 
 def _search_bars(report: Report, times: float) -> list[Bar]:
-    section = search.BY_ID
-    mine, theirs = report.line(section, search.OURS), report.line(section, search.PGVECTOR)
-    assert mine.recall is not None and theirs.recall is not None
-    return [
-        Bar(f"recall@10 by stored id, {search.OURS}", mine.recall, search.TARGET),
-        Bar(f"recall@10 by stored id, {search.PGVECTOR}", theirs.recall, search.TARGET),
-        Bar(
-            "search by stored id, times as fast as pgvector",
-            theirs.figure() / mine.figure(),
-            times,
-            "times",
-        ),
-    ]
+    bars = []
+    for name in (search.OURS, search.PGVECTOR):
+        recall = report.line(search.BY_ID, name).recall
+        assert recall is not None
+        bars.append(Bar(f"recall@10 by stored id, {name}", recall, search.TARGET))
+    return [*bars, _gain(report, "search by stored id", search.BY_ID, search.OURS, times)]
+
+
+def _gain(report: Report, what: str, section: str, ours: str, times: float) -> Bar:
+    figures = report.figures(section)
+    gain = figures[search.PGVECTOR] / figures[ours]
+    return Bar(f"{what}, times as fast as pgvector", gain, times, "times")
 
 
 def deferred_embedding(size: Size, console: Console) -> Report:
@@ -238,14 +207,5 @@ def large(size: Size, console: Console) -> Report:
         best = grouped.grouped(cluster, vectors, columns, own[:GROUPED])
         report.lines += best
         report.bars += grouped.bars(best, grouped.cases(vectors, columns))
-        mine = report.line(build.SECTION, build.OURS)
-        theirs = report.line(build.SECTION, search.PGVECTOR)
-        report.bars.append(
-            Bar(
-                "index build, times as fast as pgvector",
-                theirs.figure() / mine.figure(),
-                3.0,
-                "times",
-            )
-        )
+        report.bars.append(_gain(report, "index build", build.SECTION, build.OURS, 3.0))
     return report

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bench.exact import K, Truth
 from bench.report import Line
 from bench.server import index_file
-from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints
+from bench.session import BIGINT, BYTEA, Session, bigint, connect, first_bigints, first_row
 from bench.timing import Summary, one_core, round_robin
 from pg_siamese_server.index.generations import Breadths, opened
 from pg_siamese_server.index.index_file import read_sidecar
@@ -109,16 +109,12 @@ class PgVector:
         assert "Index Scan using vectors_embedding_idx" in plan, plan
         self.breadth = 0
 
-    def tune(self, values: list[bytes], truth: Truth) -> float:
+    def tune(self, values: list[bytes], truth: Truth) -> None:
         """Choose the smallest ef_search whose recall on these queries is sufficient."""
-        recall = 0.0
-        for breadth in BREADTHS:
-            self.session.set("hnsw.ef_search", str(breadth))
-            self.breadth = breadth
-            recall = truth.recall([first_bigints(self.search(value)) for value in values])
-            if recall >= TARGET:
+        for self.breadth in BREADTHS:
+            self.session.set("hnsw.ef_search", str(self.breadth))
+            if truth.recall([first_bigints(self.search(value)) for value in values]) >= TARGET:
                 break
-        return recall
 
 
 class FaissAlone:
@@ -130,16 +126,16 @@ class FaissAlone:
         self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         _, rows = read_sidecar(path.with_suffix(".meta"), lambda: None)
         with connect(cluster.dsn()) as admin:
-            row = admin.execute(
+            breadths = first_row(
+                admin,
                 "SELECT g.ef_search_stored, g.ef_search, g.ef_search_many"
                 " FROM siamese.generations AS g"
                 " JOIN siamese.collections AS c USING (generation) WHERE c.name = %s",
-                (collection,),
-            ).fetchone()
-            assert row is not None
-        self.generation = opened(self.index, rows, False, Breadths(*row))
+                collection,
+            )
+        self.generation = opened(self.index, rows, False, Breadths(*breadths))
         self.count = K + (truth.own is not None)
-        self.note = f"ef_search {row[1] if truth.own is None else row[0]}"
+        self.note = f"ef_search {breadths[1 if truth.own is None else 0]}"
         self.truth = truth
         self.entries: list[int | None] = [None] * len(truth.queries)
         if truth.own is not None:
@@ -200,12 +196,9 @@ def compete(
         seconds, answers = round_robin(calls, count, BLOCK, WARM_UP)
     lines = []
     for name, contestant in contestants.items():
-        recall = None
-        if contestant.ids is not None:
-            recall = truth.recall([contestant.ids(answer) for answer in answers[name]])
-        lines.append(
-            Line(section, name, Summary.of(seconds[name]), recall=recall, note=contestant.note)
-        )
+        ids, times = contestant.ids, Summary.of(seconds[name])
+        recall = None if ids is None else truth.recall([ids(answer) for answer in answers[name]])
+        lines.append(Line(section, name, times, recall=recall, note=contestant.note))
     return lines
 
 
@@ -213,49 +206,36 @@ def by_id(cluster: Cluster, collection: str, truth: Truth) -> list[Line]:
     """Search by stored id."""
     assert truth.own is not None
     values = [bigint(int(key)) for key in truth.own]
-    with Session(cluster.dsn()) as mine, Session(cluster.dsn()) as theirs:
-        search = ours(mine, collection, by_image=False)
-        note = tune_ours(mine, collection, search, values, truth)
-        rival = PgVector(theirs, by_image=False)
-        rival.tune(values, truth)
-        alone = FaissAlone(cluster, collection, truth)
-        contestants = {
-            OURS: Contestant(
-                partial(_nth, search, values), first_bigints, f"{note}: {index_note(cluster)}"
-            ),
-            PGVECTOR: Contestant(
-                partial(_nth, rival.search, values), first_bigints, f"ef_search {rival.breadth}"
-            ),
-            FAISS: alone.contestant("in a Python process"),
-            **empty_calls(mine),
-        }
-        lines = compete(BY_ID, contestants, truth, len(values), (mine, theirs))
-        assert not mine.notices, mine.notices
-    return lines
+    return _searches(cluster, collection, truth, values, is_image=False)
 
 
 def by_image(cluster: Cluster, collection: str, truth: Truth, files: list[bytes]) -> list[Line]:
     """Search by new image."""
+    return _searches(cluster, collection, truth, files, is_image=True)
+
+
+def _searches(
+    cluster: Cluster, collection: str, truth: Truth, values: list[bytes], *, is_image: bool
+) -> list[Line]:
     with Session(cluster.dsn()) as mine, Session(cluster.dsn()) as theirs:
-        search = ours(mine, collection, by_image=True)
-        note = tune_ours(mine, collection, search, files, truth)
-        rival = PgVector(theirs, by_image=True)
-        rival.tune(files, truth)
+        search = ours(mine, collection, is_image)
+        note = f"{tune_ours(mine, collection, search, values, truth)}: {index_note(cluster)}"
+        rival = PgVector(theirs, is_image)
+        rival.tune(values, truth)
+        theirs_note = f"ef_search {rival.breadth}{', query by embed_image' if is_image else ''}"
         alone = FaissAlone(cluster, collection, truth)
-        embed = mine.prepare("embed", "SELECT siamese.embed_image($1, 'fashion_mnist')", BYTEA)
         contestants = {
-            OURS: Contestant(
-                partial(_nth, search, files), first_bigints, f"{note}: {index_note(cluster)}"
-            ),
-            PGVECTOR: Contestant(
-                partial(_nth, rival.search, files),
-                first_bigints,
-                f"ef_search {rival.breadth}, query by embed_image",
-            ),
-            FAISS: alone.contestant("embeddings at hand"),
-            EMBEDDING: Contestant(partial(_nth, embed, files)),
+            OURS: Contestant(partial(_nth, search, values), first_bigints, note),
+            PGVECTOR: Contestant(partial(_nth, rival.search, values), first_bigints, theirs_note),
+            FAISS: alone.contestant("embeddings at hand" if is_image else "in a Python process"),
         }
-        lines = compete(BY_IMAGE, contestants, truth, len(files), (mine, theirs))
+        if is_image:
+            embed = mine.prepare("embed", "SELECT siamese.embed_image($1, 'fashion_mnist')", BYTEA)
+            contestants[EMBEDDING] = Contestant(partial(_nth, embed, values))
+        else:
+            contestants |= empty_calls(mine)
+        section = BY_IMAGE if is_image else BY_ID
+        lines = compete(section, contestants, truth, len(values), (mine, theirs))
         assert not mine.notices, mine.notices
     return lines
 
@@ -272,17 +252,12 @@ def pending(
     lines = []
     with Session(cluster.dsn()) as session, connect(cluster.dsn()) as admin:
         search = ours(session, collection, by_image=False)
-        steps: list[tuple[str, Callable[[], object]]] = [
-            (NONE_PENDING[0], lambda: None),
-            (PENDING, add),
-            (
-                NONE_PENDING[1],
-                lambda: admin.execute("SELECT siamese.build_index(%s)", (collection,)),
-            ),
-        ]
-        for name, step in steps:
+        build = partial(admin.execute, "SELECT siamese.build_index(%s)", (collection,))
+        before, after = NONE_PENDING
+        steps: dict[str, Callable[[], object]] = {before: lambda: None, PENDING: add, after: build}
+        call = partial(_nth, search, values)
+        for name, step in steps.items():
             step()
-            call = partial(_nth, search, values)
             with one_core([session.pid]):
                 seconds, _ = round_robin({name: call}, len(values), BLOCK, WARM_UP)
             lines.append(Line(PENDING_SECTION, name, Summary.of(seconds[name])))
@@ -292,16 +267,15 @@ def pending(
 
 def index_note(cluster: Cluster) -> str:
     """Return a note on how the current index was built."""
+    query = (
+        "SELECT index_type, m, ef_construction, ef_search_stored, ef_search"
+        " FROM siamese.index_generations WHERE is_current"
+    )
     with connect(cluster.dsn()) as admin:
-        row = admin.execute(
-            "SELECT index_type, m, ef_construction, ef_search_stored, ef_search"
-            " FROM siamese.index_generations"
-            " WHERE is_current"
-        ).fetchone()
-    assert row is not None
-    if row[0] != "hnsw":
-        return f"{row[0]} index"
-    return f"m {row[1]}, ef_construction {row[2]}; ef_search {row[3]} and {row[4]}, by the build"
+        kind, m, construction, stored, new = first_row(admin, query)
+    if kind != "hnsw":
+        return f"{kind} index"
+    return f"m {m}, ef_construction {construction}; ef_search {stored} and {new}, by the build"
 
 
 def _nth(search: Callable[[bytes], Any], values: list[bytes], number: int) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.session import connect
+from bench.session import connect, first_row
 from tools.cluster import Cluster, create_database
 from tools.installation import Installation
 
@@ -32,25 +31,19 @@ LARGE_SETTINGS = SETTINGS | {"shared_buffers": "3GB", "maintenance_work_mem": "3
 @contextmanager
 def server(settings: dict[str, str], installation: Installation | None = None) -> Iterator[Cluster]:
     """Start a cluster with the extension in its database, and remove it at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="pg_siamese-bench-", dir="/tmp"))
-    cluster = Cluster(folder, installation=installation, settings=settings)
-    try:
-        cluster.start()
+    with Cluster.temporary(settings, installation) as cluster:
         create_database(cluster)
         with connect(cluster.dsn()) as admin:
             admin.execute("CREATE SCHEMA bench")
         yield cluster
-    finally:
-        cluster.destroy()
 
 
 def index_file(cluster: Cluster, collection: str) -> Path:
     """Return the FAISS file of a collection's current generation."""
+    query = (
+        "SELECT d.oid, c.collection_id, c.generation FROM siamese.collections AS c,"
+        " pg_database AS d WHERE c.name = %s AND d.datname = current_database()"
+    )
     with connect(cluster.dsn()) as admin:
-        row = admin.execute(
-            "SELECT d.oid, c.collection_id, c.generation FROM siamese.collections AS c,"
-            " pg_database AS d WHERE c.name = %s AND d.datname = current_database()",
-            (collection,),
-        ).fetchone()
-    assert row is not None
-    return cluster.data / "pg_siamese" / str(row[0]) / str(row[1]) / f"{row[2]}.faiss"
+        database, number, generation = first_row(admin, query, collection)
+    return cluster.data / "pg_siamese" / str(database) / str(number) / f"{generation}.faiss"

@@ -6,7 +6,6 @@ import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psycopg
@@ -16,6 +15,7 @@ from psycopg.adapt import PyFormat, Transformer
 BIGINT = 20
 BYTEA = 17
 _BINARY = pq.Format.BINARY
+_SUCCESS = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN)
 
 
 class QueryError(RuntimeError):
@@ -44,12 +44,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -67,8 +62,7 @@ class Session:
 
     def run(self, sql: str, *values: bytes) -> list[tuple[str | None, ...]]:
         """Run one statement with text parameters, and return its rows as text."""
-        result = self.connection.exec_params(sql.encode(), values)
-        self._check(result)
+        result = _check(self.connection.exec_params(sql.encode(), values))
         return [
             tuple(
                 None if (item := result.get_value(row, column)) is None else item.decode()
@@ -76,10 +70,6 @@ class Session:
             )
             for row in range(result.ntuples)
         ]
-
-    def value(self, sql: str, *values: bytes) -> str:
-        """Run one statement and return the only value of its answer as text."""
-        return str(self.run(sql, *values)[0][0])
 
     def timed(self, sql: str) -> float:
         """Run one statement and return how many seconds it took."""
@@ -89,25 +79,22 @@ class Session:
 
     def prepare(self, name: str, sql: str, *types: int) -> Prepared:
         """Prepare a statement. ``types`` are the OIDs of its parameters."""
-        self._check(self.connection.prepare(name.encode(), sql.encode(), types))
+        _check(self.connection.prepare(name.encode(), sql.encode(), types))
         return Prepared(self.connection, name.encode(), len(types))
+
+    def prepare_insert(self, table: str) -> Prepared:
+        """Prepare the insert of an array of image files."""
+        statement = f"INSERT INTO {table} (image) SELECT * FROM unnest($1::bytea[])"
+        return self.prepare(table, statement, 0)
 
     def copy(self, table: str, parts: Iterable[bytes]) -> None:
         """Load rows in COPY's binary format, joined from ``parts``."""
-        self._check(self.connection.exec_(f"COPY {table} FROM STDIN (FORMAT binary)".encode()))
+        _check(self.connection.exec_(f"COPY {table} FROM STDIN (FORMAT binary)".encode()))
         for part in parts:
             self.connection.put_copy_data(part)
         self.connection.put_copy_end()
         while (result := self.connection.get_result()) is not None:
-            self._check(result)
-
-    def _check(self, result: Any) -> None:
-        if result.status not in (
-            pq.ExecStatus.TUPLES_OK,
-            pq.ExecStatus.COMMAND_OK,
-            pq.ExecStatus.COPY_IN,
-        ):
-            raise QueryError(result.error_message.decode().strip())
+            _check(result)
 
 
 class Prepared:
@@ -120,10 +107,13 @@ class Prepared:
 
     def __call__(self, *values: bytes) -> Any:
         """Execute. Raises ``QueryError``."""
-        result = self.connection.exec_prepared(self.name, values, self.formats, _BINARY)
-        if result.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
-            raise QueryError(result.error_message.decode().strip())
-        return result
+        return _check(self.connection.exec_prepared(self.name, values, self.formats, _BINARY))
+
+
+def _check(result: Any) -> Any:
+    if result.status not in _SUCCESS:
+        raise QueryError(result.error_message.decode().strip())
+    return result
 
 
 def bigint(value: int) -> bytes:
@@ -157,3 +147,10 @@ def private_bytes(pid: int) -> int:
 def connect(dsn: str) -> psycopg.Connection[Any]:
     """Open an ordinary connection, for work that is not timed."""
     return psycopg.connect(dsn, autocommit=True)
+
+
+def first_row(admin: psycopg.Connection[Any], query: str, *values: object) -> Any:
+    """Return the first row of a query, which must have one."""
+    row = admin.execute(query, values or None).fetchone()
+    assert row is not None, query
+    return row

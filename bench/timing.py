@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,21 +33,6 @@ class Summary:
         return cls(
             len(values), *(round(float(x), 5) for x in (median, values.mean(), p5, p95, p99))
         )
-
-    def to_json(self) -> dict[str, float]:
-        """Return a JSON object with every field."""
-        return asdict(self)
-
-
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Keep Python's garbage collector out of what is timed."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextmanager
@@ -91,7 +76,9 @@ def round_robin(
         for number in range(min(warm_up, count)):
             call(number)
     clock = time.perf_counter
-    with no_collector():
+    gc.collect()
+    gc.disable()
+    try:
         for turn, start in enumerate(range(0, count, block)):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -100,4 +87,6 @@ def round_robin(
                     began = clock()
                     kept[number] = call(number)
                     own[number] = clock() - began
+    finally:
+        gc.enable()
     return seconds, answers

@@ -1,10 +1,10 @@
 \echo Use "CREATE EXTENSION pg_siamese CASCADE" to load this file. \quit
 
 -- The schema, and what all other files need: loading the server package, raising its errors, and the role
--- that calls. In all files, a parameter that has the name of a column is qualified with the function's name,
--- as in create_collection.name. Public functions are PL/pgSQL or SQL, which raise the errors that PL/Python
--- returns. If PL/Python raises an error itself, its message names an exception, and its CONTEXT has a
--- traceback.
+-- that calls. tools/extension.py puts the call of _load into the other PL/Python bodies. In all files, a
+-- parameter that has the name of a column is qualified with the function's name, as in create_collection.name.
+-- Public functions are PL/pgSQL or SQL, which raise the errors that PL/Python returns. If PL/Python raises an
+-- error itself, its message names an exception, and its CONTEXT has a traceback.
 
 COMMENT ON SCHEMA siamese IS 'similar-image search';
 

@@ -114,10 +114,7 @@ CREATE FUNCTION siamese._register_model(
 ) RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].register_model(
     plpy, name, onnx, image_width, image_height, mean, std, resize, interpolation, metric,
     calibration, threshold, max_bytes, max_pixels, input_range)
@@ -130,10 +127,7 @@ COMMENT ON FUNCTION siamese._register_model(
 CREATE FUNCTION siamese._register_shipped_models() RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].register_shipped_models(plpy, '@PACKAGES@/@VERSION@/models')
 $python$;
 COMMENT ON FUNCTION siamese._register_shipped_models() IS 'register the shipped encoders';

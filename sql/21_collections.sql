@@ -503,10 +503,7 @@ COMMENT ON FUNCTION siamese._create_images_table() IS 'create the ready-made tab
 CREATE FUNCTION siamese._backfill(collection text, max_rows bigint) RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].backfill(plpy, collection, max_rows)
 $python$;
 COMMENT ON FUNCTION siamese._backfill(text, bigint) IS 'embed rows without a vector';
@@ -581,10 +578,7 @@ COMMENT ON FUNCTION siamese._unknown_collection(text) IS 'raise that a collectio
 CREATE FUNCTION siamese._near_collection(name text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].near_collection(plpy, name)
 $python$;
 COMMENT ON FUNCTION siamese._near_collection(text) IS 'hint on an unknown collection''s name';

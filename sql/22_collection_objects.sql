@@ -617,10 +617,7 @@ CREATE FUNCTION siamese._follow_change(
 ) RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].on_change(plpy, event, collection_id, relation, keys, versions)
 $python$;
 COMMENT ON FUNCTION siamese._follow_change(text, integer, oid, text[], text)

@@ -47,10 +47,7 @@ COMMENT ON FUNCTION siamese.embed_pending(text, bigint) IS 'embed queued rows; r
 CREATE FUNCTION siamese._embed_pending(collection text, max_rows bigint) RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].embed_pending(plpy, collection, max_rows)
 $python$;
 COMMENT ON FUNCTION siamese._embed_pending(text, bigint) IS 'embed queued rows';

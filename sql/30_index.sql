@@ -56,10 +56,7 @@ CREATE FUNCTION siamese._build_index(
 ) RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].build_index(
     plpy, collection, m, ef_construction, target_recall, threads)
 $python$;
@@ -70,10 +67,7 @@ IS 'build a generation';
 CREATE FUNCTION siamese._rebuild_file(collection text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].rebuild_file(plpy, collection)
 $python$;
 COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'rebuild this standby''s index file';
@@ -81,10 +75,7 @@ COMMENT ON FUNCTION siamese._rebuild_file(text) IS 'rebuild this standby''s inde
 CREATE FUNCTION siamese._warm_up(collection text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].warm_up(plpy, collection)
 $python$;
 COMMENT ON FUNCTION siamese._warm_up(text) IS 'preload model and index';

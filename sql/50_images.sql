@@ -61,10 +61,7 @@ IS 'whether two images match at the default model''s threshold';
 CREATE FUNCTION siamese._compare_images(function text, images bytea[], model text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].compare_images(plpy, function, images, model)
 $python$;
 COMMENT ON FUNCTION siamese._compare_images(text, bytea[], text) IS 'embed or compare images';

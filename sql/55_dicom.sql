@@ -46,10 +46,7 @@ COMMENT ON FUNCTION siamese.dicom_tag(bytea, text) IS 'one tag of a DICOM file, 
 CREATE FUNCTION siamese._dicom_tags(image bytea, more text[], less text[]) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].dicom_tags(plpy, image, more, less)
 $python$;
 COMMENT ON FUNCTION siamese._dicom_tags(bytea, text[], text[]) IS 'tags of a DICOM file, or an error';
@@ -57,10 +54,7 @@ COMMENT ON FUNCTION siamese._dicom_tags(bytea, text[], text[]) IS 'tags of a DIC
 CREATE FUNCTION siamese._dicom_tag(image bytea, keyword text) RETURNS text[]
 LANGUAGE plpython3u IMMUTABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].dicom_tag(plpy, image, keyword)
 $python$;
 COMMENT ON FUNCTION siamese._dicom_tag(bytea, text) IS 'one tag of a DICOM file, or an error';

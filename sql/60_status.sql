@@ -20,10 +20,7 @@ COMMENT ON FUNCTION siamese.self_check(boolean) IS 'check the installation; full
 CREATE FUNCTION siamese._self_check("full" boolean) RETURNS text[]
 LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].self_check(plpy, full)
 $python$;
 COMMENT ON FUNCTION siamese._self_check(boolean) IS 'check the installation';
@@ -124,10 +121,7 @@ IS 'state of a generation''s file on this server';
 CREATE FUNCTION siamese._state_of_file(collection_id integer, generation bigint) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].generation_file(plpy, collection_id, generation)
 $python$;
 COMMENT ON FUNCTION siamese._state_of_file(integer, bigint) IS 'state of a generation''s file';

@@ -2,5 +2,3 @@
 
 This runs before anything is installed.
 """
-
-from __future__ import annotations

@@ -16,6 +16,7 @@ from tools.report import SetupError, clean_environment, run, step
 _LISTS = Path("/var/lib/apt/lists")
 _CREATE_CLUSTER = Path("/etc/postgresql-common/createcluster.conf")
 _RETRIES = ("-o", "Acquire::Retries=3")
+_OPTIONS = {"signed-by": "Signed-By", "trusted": "Trusted"}  # of an archive, to be kept
 _NETWORK = "check the network (and http_proxy, if there is a proxy), then run it again"
 
 
@@ -163,15 +164,10 @@ def parse_deb822(text: str) -> list[Archive]:
             continue
         if "deb" not in fields.get("types", "").split():
             continue
-        keep = {"signed-by": "Signed-By", "trusted": "Trusted"}
-        archives.append(
-            Archive(
-                tuple(fields.get("uris", "").split()),
-                tuple(fields.get("suites", "").split()),
-                tuple(fields.get("components", "").split()),
-                {keep[k]: v for k, v in fields.items() if k in keep},
-            )
-        )
+        names = ("uris", "suites", "components")
+        uris, suites, components = (tuple(fields.get(k, "").split()) for k in names)
+        options = {_OPTIONS[k]: v for k, v in fields.items() if k in _OPTIONS}
+        archives.append(Archive(uris, suites, components, options))
     return archives
 
 
@@ -185,9 +181,8 @@ def parse_one_line(text: str) -> list[Archive]:
         options: dict[str, str] = {}
         for word in (found[1] or "").split():
             name, _, value = word.partition("=")
-            if name in ("signed-by", "trusted"):
-                title = {"signed-by": "Signed-By", "trusted": "Trusted"}[name]
-                options[title] = value.replace(",", " ")
+            if name in _OPTIONS:
+                options[_OPTIONS[name]] = value.replace(",", " ")
         archives.append(Archive((found[2],), (found[3],), tuple((found[4] or "").split()), options))
     return archives
 

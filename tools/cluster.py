@@ -58,8 +58,6 @@ class Cluster:
     addition to ``SETTINGS``, and both are written at each start. If root starts it, the server
     runs as the folder's owner. If that is root, it runs as "postgres", who must be able to enter
     the folder's parents.
-
-    As a context manager it starts the cluster, and stops it at the end.
     """
 
     def __init__(
@@ -76,28 +74,25 @@ class Cluster:
 
     @classmethod
     @contextlib.contextmanager
-    def temporary(cls, settings: Mapping[str, str] | None = None) -> Iterator[Cluster]:
-        """Make and start a temporary cluster for tests, and remove it at the end.
+    def temporary(
+        cls,
+        settings: Mapping[str, str] | None = None,
+        installation: Installation | None = None,
+    ) -> Iterator[Cluster]:
+        """Make and start a temporary cluster, and remove it at the end.
 
-        It doesn't wait for the disk (``THROWAWAY``). So it survives crashes of the server, but no
-        power cut. pytest's ``tmp_path`` can't be its folder. If root runs the tests, the server's
-        user can't enter it.
+        By default it doesn't wait for the disk (``THROWAWAY``). So it survives crashes of the
+        server, but no power cut. pytest's ``tmp_path`` can't be its folder. If root runs the tests,
+        the server's user can't enter it.
         """
         # Short, so that the socket's path fits, and not in a folder that is closed to others.
         folder = Path(tempfile.mkdtemp(prefix="pg_siamese-", dir="/tmp"))
-        cluster = cls(folder, settings=THROWAWAY | dict(settings or {}))
+        cluster = cls(folder, installation=installation, settings=THROWAWAY | dict(settings or {}))
         try:
             cluster.start()
             yield cluster
         finally:
             cluster.destroy()
-
-    def __enter__(self) -> Cluster:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     # --- where things are -----------------------------------------------------------------------
 

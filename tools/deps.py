@@ -11,33 +11,15 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from tools import (
-    apt,
-    environments,
-    extension,
-    overlay,
-    packages,
-    pgvector,
-    postgres,
-)
-from tools.installation import Installation
+from tools import apt, environments, extension, overlay, packages, pgvector, postgres
 from tools.project import ROOT, Stamp, build_folder
-from tools.report import SetupError, fail, say
+from tools.report import SetupError, command, say
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
-
-@dataclass(frozen=True)
-class Built:
-    """Paths of what ``ensure`` made."""
-
-    build: Path
-    postgres: Installation  # the overlay
 
 
 def ensure_fashion_mnist() -> Path:
@@ -50,8 +32,8 @@ def ensure_fashion_mnist() -> Path:
     return FASHION_MNIST
 
 
-def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
-    """Install and build all that is missing, and return its paths. Raises ``SetupError``.
+def ensure(extras: Collection[str] = (), *, small: bool = False) -> Path:
+    """Install and build all that is missing, and return its folder. Raises ``SetupError``.
 
     ``small`` is that of ``environments.ensure_client``.
     """
@@ -77,16 +59,15 @@ def ensure(extras: Collection[str] = (), *, small: bool = False) -> Built:
         if not verified.fresh():
             overlay.verify(private)
             verified.write()
-    return Built(build, private)
+    return build
 
 
-def _has_medmnist(built: Built) -> bool:
+def _has_medmnist(build: Path) -> bool:
     question = (
         "import sys; from pg_siamese import datasets as d;"
         " sys.exit(not any(map(d.find_medmnist, d.MEDICAL_SETS)))"
     )
-    python = built.build / "client" / "bin" / "python"
-    return subprocess.run([python, "-c", question]).returncode == 0
+    return subprocess.run([build / "client" / "bin" / "python", "-c", question]).returncode == 0
 
 
 @contextmanager
@@ -100,8 +81,9 @@ def _single_run(build: Path) -> Iterator[None]:
         yield
 
 
-def main(arguments: Collection[str] | None = None) -> int:
-    """Run from the command line and return the exit status."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="make deps", description=__doc__)
     parser.add_argument("--test", action="store_true", help="what the tests and linters need")
     parser.add_argument("--train", action="store_true", help="PyTorch and what training needs")
@@ -112,24 +94,18 @@ def main(arguments: Collection[str] | None = None) -> int:
     parser.add_argument(
         "--demo", action="store_true", help="Fashion-MNIST, unless MedMNIST is on this machine"
     )
-    chosen = parser.parse_args(None if arguments is None else list(arguments))
+    chosen = parser.parse_args(arguments)
     train = chosen.train or chosen.train_if_small
     extras = [name for name, wanted in (("test", chosen.test), ("train", train)) if wanted]
-    try:
-        built = ensure(extras, small=not chosen.train)
-        if chosen.bench:
+    build = ensure(extras, small=not chosen.train)
+    if chosen.bench:
+        ensure_fashion_mnist()
+    elif chosen.test or (chosen.demo and not _has_medmnist(build)):
+        try:
             ensure_fashion_mnist()
-        elif chosen.test or (chosen.demo and not _has_medmnist(built)):
-            try:
-                ensure_fashion_mnist()
-            except SetupError as error:
-                prefix = "Without Fashion-MNIST some tests are skipped: " if chosen.test else ""
-                say(f"{prefix}{error}")
-    except (SetupError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        except SetupError as error:
+            prefix = "Without Fashion-MNIST some tests are skipped: " if chosen.test else ""
+            say(f"{prefix}{error}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tools import base_image, engine
 from tools.cluster import DATABASE, SETTINGS, SUPERUSER, THROWAWAY
 from tools.engine import Engine, NoEngineError
 from tools.project import ROOT, build_folder, version
-from tools.report import SetupError, clean_environment, fail, run, say, step
+from tools.report import SetupError, clean_environment, command, run, say, step
 
 CERTIFICATES = ROOT / "docker" / "certificates"
 ADDED = Path("/usr/local/share/ca-certificates")  # by the machine's administrator
@@ -109,7 +109,7 @@ def choose_base(found: Engine, variant: Variant) -> str:
         say(f"Taking {own} instead, made from Debian's archive.")
     if found.has(own):
         return own
-    return base_image.make(found, _folder(), variant.suite)
+    return base_image.make(found, engine.folder(), variant.suite)
 
 
 def certificates(folder: Path = CERTIFICATES, system: Path | None = None) -> str:
@@ -174,7 +174,7 @@ def _secrets() -> Iterator[list[str]]:
 
     Secrets stay in no layer, and make no other machine's layers stale.
     """
-    with tempfile.TemporaryDirectory(prefix="secrets-", dir=_folder()) as name:
+    with tempfile.TemporaryDirectory(prefix="secrets-", dir=engine.folder()) as name:
         options = []
         for secret, text in (
             ("certificates", certificates()),
@@ -211,12 +211,6 @@ def build(found: Engine, variant: Variant) -> None:
 
 
 # --- containers -----------------------------------------------------------------------------------
-
-
-def _folder() -> Path:
-    folder = build_folder() / "docker"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _wait_healthy(found: Engine, container: str) -> None:
@@ -284,7 +278,7 @@ def _password() -> str:
     """Return the password of ``make docker-up``: POSTGRES_PASSWORD, or one drawn once and kept."""
     if given := os.environ.get("POSTGRES_PASSWORD"):
         return given
-    file = _folder() / "password"
+    file = engine.folder() / "password"
     if not file.exists():
         file.touch(mode=0o600)
         file.write_text(secrets.token_urlsafe(18) + "\n")
@@ -301,7 +295,7 @@ def up(found: Engine, variant: Variant) -> None:
         _wait_healthy(found, name)
         port = _port(found, name)
     else:
-        if _has_volume(found, name) and not (_folder() / "password").exists():
+        if _has_volume(found, name) and not (engine.folder() / "password").exists():
             say(f"The volume {name} is there already: the password that it was made with holds.")
         chosen = os.environ.get("PORT")
         wanted = int(chosen) if chosen else PORT if _is_free(PORT) else None
@@ -310,7 +304,7 @@ def up(found: Engine, variant: Variant) -> None:
             port = _start(found, variant.image, name, options, _password(), wanted)
     say(f"PostgreSQL is up: psql {_dsn(port)}")
     if not os.environ.get("POSTGRES_PASSWORD"):
-        say(f"The password drawn for a new volume is in {_folder() / 'password'}.")
+        say(f"The password drawn for a new volume is in {engine.folder() / 'password'}.")
 
 
 def down(found: Engine | None, variant: Variant, volume: bool) -> None:
@@ -375,6 +369,7 @@ def _running() -> Iterator[Engine]:
             engine.stop()
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="tools.docker", description=__doc__)
@@ -405,18 +400,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if chosen.command == "build":
                     build(found, variant)
                 elif chosen.command == "base":
-                    base_image.make(found, _folder(), variant.suite)
+                    base_image.make(found, engine.folder(), variant.suite)
                 else:
                     return test(found, variant, rest)
     except NoEngineError as error:
-        if getattr(chosen, "if_possible", False):
-            say(f"The image isn't tested here: {error}")
-            return 0
-        return fail(error)
-    except (SetupError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
+        if not getattr(chosen, "if_possible", False):
+            raise
+        say(f"The image isn't tested here: {error}")
     return 0
 
 

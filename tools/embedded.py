@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from tools.cluster import DATABASE, SUPERUSER, Cluster, create_database
 from tools.project import build_folder
-from tools.report import SetupError, fail, say, step
+from tools.report import SetupError, command, say, step
 
 
 def embedded() -> Cluster:
@@ -54,16 +54,17 @@ def environment(cluster: Cluster) -> str:
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in values.items())
 
 
-def _psql(cluster: Cluster, arguments: Sequence[str]) -> int:
+def _psql(cluster: Cluster, arguments: Sequence[str]) -> None:
     if not cluster.running():
         raise SetupError('the embedded cluster is down: run "make up"')
-    command = cluster.psql_command()
+    words = [*cluster.psql_command(), *arguments]
     sys.stdout.flush()
-    os.execv(command[0], [*command, *arguments])
+    os.execv(words[0], words)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line and return the exit status."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="tools.embedded", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -80,25 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(words[:1] if words[:1] == ["psql"] else words)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.umask(0o022)
-    try:
-        if chosen.command == "up":
-            say(status(up()))
-            return 0
-        cluster = embedded()
-        if chosen.command == "psql":
-            return _psql(cluster, words[1:])
-        if chosen.command == "down":
-            say("Stopped." if cluster.stop() else "The embedded cluster is down already.")
-        elif chosen.command == "dsn":
-            print(cluster.dsn())
-        elif chosen.command == "env":
-            if cluster.running():
-                print(environment(cluster))
-        else:
-            say(status(cluster))
-    except (SetupError, OSError) as error:
-        return fail(error)
-    return 0
+    cluster = up() if chosen.command == "up" else embedded()
+    if chosen.command == "psql":
+        _psql(cluster, words[1:])
+    elif chosen.command == "down":
+        say("Stopped." if cluster.stop() else "The embedded cluster is down already.")
+    elif chosen.command == "dsn":
+        print(cluster.dsn())
+    elif chosen.command == "env":
+        if cluster.running():
+            print(environment(cluster))
+    else:
+        say(status(cluster))
 
 
 if __name__ == "__main__":

@@ -148,23 +148,24 @@ def _install() -> None:
 # --- the engine that this project started ---------------------------------------------------------
 
 
-def _folder() -> Path:
-    folder = build_folder() / "docker"
-    folder.mkdir(exist_ok=True)
-    return folder
+def folder() -> Path:
+    """Return the folder of the engine, and of the images' own files."""
+    found = build_folder() / "docker"
+    found.mkdir(exist_ok=True)
+    return found
 
 
 def _own_pid() -> int | None:
     """Return the process ID of the engine that an earlier run started, if it still runs."""
     with contextlib.suppress(OSError, ValueError):
-        pid = int((_folder() / "dockerd.pid").read_text())
+        pid = int((folder() / "dockerd.pid").read_text())
         if Path(f"/proc/{pid}/comm").read_text().strip() == "dockerd":
             return pid
     return None
 
 
 def _start() -> str:
-    log = _folder() / "dockerd.log"
+    log = folder() / "dockerd.log"
     with step("Starting Docker Engine"):
         with log.open("w") as output:
             # In its own session, it outlives this program and gets no Ctrl-C from here.
@@ -176,7 +177,7 @@ def _start() -> str:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        (_folder() / "dockerd.pid").write_text(f"{process.pid}\n")
+        (folder() / "dockerd.pid").write_text(f"{process.pid}\n")
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
             if client := _find_client():
@@ -209,7 +210,7 @@ def _terminate(pid: int) -> None:
         time.sleep(0.1)
     else:
         raise SetupError(f"Docker Engine (process {pid}) doesn't stop")
-    (_folder() / "dockerd.pid").unlink(missing_ok=True)
+    (folder() / "dockerd.pid").unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""The extension's files: control file, install script, upgrade scripts."""
+"""Make the extension's files: control file, install script, upgrade scripts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from pathlib import Path
 
 from tools.packages import OWN_PYTHON, server_folder, write_file
 from tools.project import ROOT, version
-from tools.report import SetupError, fail
+from tools.report import SetupError, command
 
 REPLACEABLE = "-- @REPLACEABLE@\n"
-# One statement: whatever holds a semicolon within quotes, dollar quotes or a comment goes with it.
+# What PL/Python bodies begin with: the server package, or else the error of loading it.
+_LOAD = """\
+if 'pg_siamese @VERSION@' not in GD:
+    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
+    if failure:
+        return failure
+"""
+# One statement. A semicolon within quotes, dollar quotes or a comment does not end it.
 _STATEMENT = re.compile(
     r"(?:\$(?P<tag>\w*)\$.*?\$(?P=tag)\$|'(?:[^']|'')*'|--[^\n]*|[^;])*?;", re.DOTALL
 )
@@ -22,17 +29,17 @@ _REPLACED = re.compile(r"CREATE (?=FUNCTION|VIEW)")
 
 
 def source() -> str:
-    """Return the extension's SQL: the files of `sql/` in the order of their numbers."""
+    """Return the extension's SQL: the files of ``sql/`` in the order of their numbers."""
     files = sorted((ROOT / "sql").glob("[0-9]*.sql"))
     if not files:
         raise SetupError(f"there is no SQL file in {ROOT / 'sql'}")
-    return "\n".join(file.read_text() for file in files)
+    return "\n".join(file.read_text() for file in files).replace("# @LOAD@\n", _LOAD)
 
 
 def replaceable(script: str) -> str:
     """Return what an upgrade to an install script replaces: functions, views and all comments.
 
-    Each function's body names the version, so every upgrade replaces every one of them.
+    The bodies of functions name the version. So every upgrade replaces all of them.
     """
     result = []
     for found in _STATEMENT.finditer(script):
@@ -60,17 +67,17 @@ def _filled(text: str, packages: Path | str, of_version: str, python: str = OWN_
 def install_script(packages: Path | str) -> str:
     """Return the install script of the current version.
 
-    Below `packages` PL/Python finds the server package (`packages.py`): a constant in the script,
-    not a setting, because whoever can set it runs code as the server.
+    PL/Python finds the server package below ``packages`` (see ``packages.py``). This is a constant
+    in the script and not a setting. Whoever can change it runs code as the server.
     """
     return _filled(source(), packages, version())
 
 
 def files(packages: Path | str, python: str = OWN_PYTHON) -> dict[str, str]:
-    """Return name and content of every file of the extension for `SHAREDIR/extension`.
+    """Return name and content of every file of the extension for ``SHAREDIR/extension``.
 
-    `python` is the server's, for scripts of old versions. The control file is the last: it says
-    which version is the default one.
+    ``python`` is the server's, for scripts of old versions. The control file comes last, since it
+    names the default version.
     """
     result = {f"pg_siamese--{version()}.sql": install_script(packages)}
     for file in sorted((ROOT / "migrations").glob("pg_siamese--*.sql")):
@@ -81,7 +88,7 @@ def files(packages: Path | str, python: str = OWN_PYTHON) -> dict[str, str]:
             continue
         if REPLACEABLE not in text:
             raise SetupError(f"{file} has no line {REPLACEABLE.strip()}")
-        # On the way to the current version, what is passed through is what it was.
+        # An upgrade to an earlier version makes what that version had.
         target = versions[1]
         frozen = ROOT / "migrations" / f"pg_siamese--{target}.sql"
         script = source() if target == version() else frozen.read_text()
@@ -91,22 +98,19 @@ def files(packages: Path | str, python: str = OWN_PYTHON) -> dict[str, str]:
 
 
 def write(folder: Path, packages: Path | str, python: str = OWN_PYTHON) -> None:
-    """Write the extension's files to a folder, each atomically, and only where they changed."""
+    """Write the extension's files to a folder, each atomically, and only if it changed."""
     for name, text in files(packages, python).items():
         write_file(folder / name, text.encode())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files, for a packager's own build; return the exit status."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the files for a packager's own build."""
     parser = argparse.ArgumentParser(prog="tools.extension", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--packages", required=True, help="VERSION/pythonX.Y will be below it")
     chosen = parser.parse_args(arguments)
-    try:
-        write(chosen.folder, chosen.packages)
-    except (SetupError, OSError) as error:
-        return fail(error)
-    return 0
+    write(chosen.folder, chosen.packages)
 
 
 if __name__ == "__main__":

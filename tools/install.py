@@ -31,7 +31,7 @@ from pathlib import Path
 from tools import environments, extension, packages, pgvector, postgres
 from tools.installation import Installation
 from tools.project import version
-from tools.report import SetupError, fail, run, say, step
+from tools.report import SetupError, command, run, say, step
 
 _COMPLETE = "complete"  # the last file of an environment
 
@@ -82,7 +82,7 @@ def missing(server: Server | None) -> tuple[list[str], list[str]]:
     system = Installation(major)
     wanted = system.missing()
     besides = []
-    if not pgvector.installed(system):
+    if not pgvector.new_enough(system.extensions):
         name = pgvector.package(system)
         if pgvector.is_packaged(name):
             wanted.append(name)
@@ -157,8 +157,8 @@ def install(server: Server, place: Place, client: bool = True) -> None:
     os.umask(0o022)
     python = postgres.python_of(server.lib)
     real, extensions = place.below(place.packages), place.below(server.extensions)
-    command = place.below(place.prefix / "bin" / "pg_siamese")
-    for folder in (real, extensions, *([command.parent] if client else [])):
+    program = place.below(place.prefix / "bin" / "pg_siamese")
+    for folder in (real, extensions, *([program.parent] if client else [])):
         _check_writable(folder)
     with _single_run(real):
         site = _environment(
@@ -181,7 +181,7 @@ def install(server: Server, place: Place, client: bool = True) -> None:
         packages.write_models(real)
         before = [packages.switch(link, target) for link, target in owned]
         if client:
-            packages.write_file(command, _command(place).encode(), 0o755)
+            packages.write_file(program, _program(place).encode(), 0o755)
         extension.write(extensions, place.packages, python)
         _remove_unused(real, before)
     where = f"PostgreSQL {server.major} ({extensions})"
@@ -199,7 +199,7 @@ def _environment(real: Path, name: str, key: str, what: str, make: Callable[[Pat
     return folder
 
 
-def _command(place: Place) -> str:
+def _program(place: Place) -> str:
     python = place.packages / version() / "client" / "bin" / "python"
     return f'#!/bin/sh\nexec {shlex.quote(str(python))} -I -m pg_siamese "$@"\n'
 
@@ -260,24 +260,19 @@ def _print_next_steps(server: Server) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line and return the exit status."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="make install", description=__doc__)
     parser.add_argument("--pg-config", default="", help="of the PostgreSQL to install into")
     parser.add_argument("--prefix", default="", help="/usr/local; lib/ and bin/ are below it")
     parser.add_argument("--destdir", default="", help="goes before every path that is written")
     parser.add_argument("--client", default="", choices=("", "yes", "no"), help="the command too")
     chosen = parser.parse_args(arguments)
-    try:
-        server = check(ask(Path(chosen.pg_config)) if chosen.pg_config else choose())
-        place = Place(Path(chosen.prefix or "/usr/local").absolute(), chosen.destdir)
-        install(server, place, chosen.client != "no")
-        _print_next_steps(server)
-    except (SetupError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    server = check(ask(Path(chosen.pg_config)) if chosen.pg_config else choose())
+    place = Place(Path(chosen.prefix or "/usr/local").absolute(), chosen.destdir)
+    install(server, place, chosen.client != "no")
+    _print_next_steps(server)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from tools import environments
 from tools.environments import LOCKS, NAMES, lock
 from tools.project import ROOT, build_folder
-from tools.report import SetupError, clean_environment, fail, run, step
+from tools.report import SetupError, clean_environment, command, run, step
 
 TOOL = "uv==0.13.9"
 _PINNED = re.compile(r"^([\w.-]+)===?(\S+)(?: ; [^\\\n]+?)?(?= \\?$|$)", re.MULTILINE)
@@ -41,14 +41,14 @@ class Compiler:
         """Return the lock of ``roots`` and their dependencies. Raises ``SetupError``."""
         wanted = self._scratch / "wanted.in"
         wanted.write_text("\n".join(roots) + "\n")
-        command: list[str | Path] = [self._uv, "pip", "compile", "--quiet", "--universal"]
-        command += ["--python-version", "3.11", "--only-binary", ":all:", "--no-annotate"]
-        command += ["--no-header", "--cache-dir", self._scratch / "cache"]
-        command += ["--constraint", LOCKS / "known-bad.txt"]
+        words: list[str | Path] = [self._uv, "pip", "compile", "--quiet", "--universal"]
+        words += ["--python-version", "3.11", "--only-binary", ":all:", "--no-annotate"]
+        words += ["--no-header", "--cache-dir", self._scratch / "cache"]
+        words += ["--constraint", LOCKS / "known-bad.txt"]
         if hashes:
-            command.append("--generate-hashes")
+            words.append("--generate-hashes")
         return run(
-            [*command, *options, wanted],
+            [*words, *options, wanted],
             cwd=ROOT,
             env=clean_environment(),
             failure="uv could not choose the packages' versions",
@@ -132,17 +132,14 @@ _ABOUT = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line and return the exit status."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="make lock", description=__doc__)
     parser.add_argument("--upgrade", action="store_true", help="take the newest that is allowed")
     chosen = parser.parse_args(arguments)
-    try:
-        with step("Choosing versions and hashes"):
-            write(chosen.upgrade)
-    except (SetupError, OSError) as error:
-        return fail(error)
-    return 0
+    with step("Choosing versions and hashes"):
+        write(chosen.upgrade)
 
 
 if __name__ == "__main__":

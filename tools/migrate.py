@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tools import overlay, postgres
 from tools.embedded import embedded
-from tools.project import ROOT, build_folder
-from tools.report import SetupError, fail, say
+from tools.project import ROOT
+from tools.report import SetupError, command, say
 
 _INSTALLED = "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'pg_siamese'"
 _AVAILABLE = (
@@ -87,27 +87,21 @@ def migrate(dsn: str, only_show: bool = False) -> None:
         say(f"Upgraded from {version} to {default}. Sessions opened before must reconnect.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line and return the exit status."""
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="make migrate", description=__doc__)
     parser.add_argument("--dsn", help="the database; else that of the embedded cluster")
     parser.add_argument("--show", action="store_true", help="show versions, change nothing")
     chosen = parser.parse_args(arguments)
     os.umask(0o022)
-    try:
-        dsn = chosen.dsn
-        if dsn is None:
-            build_folder()
-            cluster = embedded()
-            if not cluster.running():
-                raise SetupError('the embedded cluster is down: run "make up", or name a --dsn')
-            dsn = cluster.dsn()
-        migrate(dsn, chosen.show)
-    except (SetupError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    dsn = chosen.dsn
+    if dsn is None:
+        cluster = embedded()
+        if not cluster.running():
+            raise SetupError('the embedded cluster is down: run "make up", or name a --dsn')
+        dsn = cluster.dsn()
+    migrate(dsn, chosen.show)
 
 
 if __name__ == "__main__":

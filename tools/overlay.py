@@ -73,11 +73,16 @@ def _link_all(entries: dict[str, Path], folder: Path, keep: Iterable[str] = ()) 
     for name in set(os.listdir(folder)) - entries.keys() - set(keep):
         (folder / name).unlink()
     for name, target in entries.items():
-        link = folder / name
-        if not link.is_symlink() or os.readlink(link) != str(target):
-            temporary = folder / f".new-{os.getpid()}"
-            temporary.symlink_to(target)
-            temporary.replace(link)
+        make_link(folder / name, str(target))
+
+
+def make_link(link: Path, target: str) -> None:
+    """Make a link, or let it lead elsewhere, by one rename."""
+    if not link.is_symlink() or os.readlink(link) != target:
+        temporary = link.with_name(f".new-{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(link)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from tools import overlay
 from tools.project import ROOT, version
 
 OWN_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -28,12 +29,7 @@ def switch(link: Path, target: Path) -> Path | None:
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     before = link.resolve() if link.is_symlink() else None
-    words = os.path.relpath(target, link.parent)
-    if not link.is_symlink() or os.readlink(link) != words:
-        temporary = link.with_name(f".{link.name}.new-{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(words)
-        temporary.replace(link)
+    overlay.make_link(link, os.path.relpath(target, link.parent))
     return before
 
 

@@ -28,11 +28,6 @@ def new_enough(extensions: Path) -> bool:
     return found is not None and (int(found[1]), int(found[2])) >= oldest
 
 
-def installed(system: Installation) -> bool:
-    """Return whether the system has a pgvector that is new enough."""
-    return new_enough(system.extensions)
-
-
 def package(system: Installation) -> str:
     """Return the name of pgvector's Debian package."""
     return f"postgresql-{system.major}-pgvector"
@@ -48,7 +43,7 @@ def is_packaged(name: str) -> bool:
 
 def missing_packages(system: Installation, build: Path) -> list[str]:
     """Return the Debian packages to install for pgvector: its own, or what its build needs."""
-    if installed(system) or _build_folder(build, system).exists():
+    if new_enough(system.extensions) or _build_folder(build, system).exists():
         return []
     if apt.candidate(package(system)):
         return [package(system)]
@@ -67,7 +62,7 @@ def ensure(system: Installation, build: Path) -> Path | None:
 
     It needs the packages of ``missing_packages``. Raises ``SetupError``.
     """
-    if installed(system):
+    if new_enough(system.extensions):
         return None
     built = _build_folder(build, system)
     if not built.exists():

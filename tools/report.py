@@ -8,8 +8,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec
+
+Arguments = ParamSpec("Arguments")
 
 
 class SetupError(RuntimeError):
@@ -75,8 +79,18 @@ def run(
     return done.stdout
 
 
-def fail(error: SetupError | OSError) -> int:
-    """Print an error as the last output of a program, and return its exit status."""
-    sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 1
+def command(main: Callable[Arguments, int | None]) -> Callable[Arguments, int]:
+    """Make a function return an exit status. Errors become the program's last line."""
+
+    @wraps(main)
+    def run_main(*arguments: Arguments.args, **named: Arguments.kwargs) -> int:
+        try:
+            return main(*arguments, **named) or 0
+        except (SetupError, OSError) as error:
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+
+    return run_main

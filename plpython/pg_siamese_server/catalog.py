@@ -191,13 +191,12 @@ def is_standby(plpy: Any) -> bool:
 
 def collection_by_name(plpy: Any, name: str | None) -> Collection:
     """Look up a collection. Raises ``SiameseError`` 42704 if there is none."""
-    if name is not None:
-        plan = prepare(plpy, COLLECTION_QUERY + "WHERE c.name = $1", ("text",))
-        rows = plan.execute([name])
-        if rows:
-            return _check_relation(Collection(**rows[0]))
     if name is None:
         raise SiameseError("collection is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
+    plan = prepare(plpy, COLLECTION_QUERY + "WHERE c.name = $1", ("text",))
+    rows = plan.execute([name])
+    if rows:
+        return _check_relation(Collection(**rows[0]))
     raise SiameseError(
         f'collection "{name}" does not exist',
         sqlstate=UNDEFINED_OBJECT,

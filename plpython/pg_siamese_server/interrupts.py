@@ -21,25 +21,16 @@ class Interrupted(Exception):
     """Raised in call-backs of C libraries, in which raising PostgreSQL's own error is not safe."""
 
 
-def _find_flag() -> ctypes.c_int:
+def _variable(kind: Any, name: str) -> Any:
     try:
-        return ctypes.c_int.in_dll(ctypes.CDLL(None), "InterruptPending")
+        return kind.in_dll(ctypes.CDLL(None), name)
     except ValueError:  # not inside a PostgreSQL backend: unit tests, clients
-        return ctypes.c_int(0)
+        return kind(0)
 
 
-_flag = _find_flag()
-
-
-def _find_jit() -> ctypes.c_bool:
-    try:
-        return ctypes.c_bool.in_dll(ctypes.CDLL(None), "jit_enabled")
-    except ValueError:
-        return ctypes.c_bool(False)
-
-
+_flag = _variable(ctypes.c_int, "InterruptPending")
 # PostgreSQL's setting ``jit``. A SET clause of a function costs as much as a tenth of a search.
-_jit = _find_jit()
+_jit = _variable(ctypes.c_bool, "jit_enabled")
 
 
 def stop_jit() -> bool:

@@ -52,11 +52,7 @@ BUSY = (
     psycopg.errors.SerializationFailure,
 )
 # Errors of a collection that was dropped meanwhile. It is not in the next list.
-GONE = (
-    psycopg.errors.UndefinedFunction,
-    psycopg.errors.UndefinedTable,
-    psycopg.errors.NoDataFound,
-)
+GONE = (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable, psycopg.errors.NoDataFound)
 
 Connection = psycopg.Connection[Any]
 
@@ -146,12 +142,12 @@ class Signals:
             select.select([self._reader.fileno(), *files], [], [], seconds)
 
 
+@dataclass
 class Database:
     """The functions of a batch over one connection. Another one keeps what this one rolls back."""
 
-    def __init__(self, connection: Connection, notes: Connection) -> None:
-        self.connection = connection
-        self.notes = notes
+    connection: Connection
+    notes: Connection
 
     @contextmanager
     def batch(self, collection_id: int) -> Iterator[None]:

@@ -44,13 +44,13 @@ class Domain:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together. Raises ``ModelError``."""
-        if not all(map(_is_positive, (self.scale, *self.limits))):
+        if not all(is_number(part) and part > 0 for part in (self.scale, *self.limits)):
             raise _domain_error("Its scale and limits must be finite numbers above 0.")
         if not 1 <= len(self.limits) <= MAX_CENTRES:
             raise _domain_error(f"It must have 1 to {MAX_CENTRES} limits.")
         if not self.centres or len(self.centres) % len(self.limits):
             raise _domain_error("Its centres must be as many rows of bytes as it has limits.")
-        if not all(_is_number(part) and 0 <= part < 1 for part in self.shrink):
+        if not all(is_number(part) and 0 <= part < 1 for part in self.shrink):
             raise _domain_error("Its shrink must be numbers from 0 to below 1.")
         rank = len(self.shrink)
         if len(self.directions) != rank * self.dimension or rank > self.dimension:
@@ -139,12 +139,9 @@ class _Form(NamedTuple):
     taken: NDArray[np.float64]  # of the square along each direction
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value of a JSON object is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
 
 
 def _domain_error(detail: str) -> ModelError:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image, ImageChops
@@ -12,24 +13,16 @@ from PIL import Image, ImageChops
 END = b"\xff\xd9"
 # In coded data 0xFF is followed by 0 or a restart marker. Anything else ends the scan.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_SCAN = 0xDA
+_SCAN, _END = 0xDA, 0xD9
 _FRAMES = frozenset(
     (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 )
 _JPEG_LS = 0xF7
 # By component, for each coefficient: the lowest bit that scans have brought.
 Coefficients = dict[int, list[int | None]]
-_CODINGS = {
-    0xC3: "lossless coding",
-    0xC5: "differential coding",
-    0xC6: "differential coding",
-    0xC7: "differential coding",
-    0xCB: "lossless arithmetic coding",
-    0xCD: "differential arithmetic coding",
-    0xCE: "differential arithmetic coding",
-    0xCF: "differential arithmetic coding",
-    _JPEG_LS: "JPEG-LS coding",
-}
+_CODINGS = {0xC3: "lossless coding", 0xCB: "lossless arithmetic coding", _JPEG_LS: "JPEG-LS coding"}
+_CODINGS |= dict.fromkeys((0xC5, 0xC6, 0xC7), "differential coding")
+_CODINGS |= dict.fromkeys((0xCD, 0xCE, 0xCF), "differential arithmetic coding")
 # Bits in place of missing ones. If the pixels depend on them, the picture is not complete.
 _FILLERS = (b"", b"\x55\x2a" * 512, b"\xaa\x55" * 512)
 # The value that libjpeg leaves in every channel if it finds no more data.
@@ -38,44 +31,39 @@ _NO_DATA = 128
 
 def layout(data: bytes) -> tuple[bool, bool]:
     """Return whether a JPEG ends properly, and whether its scans hold all bits."""
-    place = 2
     complete: Coefficients = {}
+    marker = 0
     try:
-        while True:
-            found = _MARKER.search(data, place)
-            if found is None:
-                return False, _has_all_bits(complete)
-            marker, place = data[found.start() + 1], found.end()
-            if marker == 0xD9:
-                return True, _has_all_bits(complete)
-            if marker in (0x01, 0xD8):
-                continue
-            (length,) = struct.unpack_from(">H", data, place)
-            segment = data[place + 2 : place + length]
+        for marker, segment in _segments(data):
             if marker in _FRAMES:
                 complete = {segment[6 + 3 * number]: [None] * 64 for number in range(segment[5])}
             elif marker == _SCAN:
                 _note_bits(segment, complete)
-            place += length
     except (struct.error, IndexError):
         return False, False
+    return marker == _END, _has_all_bits(complete)
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield markers with what follows their length, up to the end marker if there is one."""
+    place = 2
+    while (found := _MARKER.search(data, place)) is not None:
+        marker, place = data[found.start() + 1], found.end()
+        if marker == _END:
+            yield marker, b""
+            return
+        if marker not in (0x01, 0xD8):
+            (length,) = struct.unpack_from(">H", data, place)
+            yield marker, data[place + 2 : place + length]
+            place += length
 
 
 def unsupported_coding(data: bytes) -> str | None:
     """Name the coding of a JPEG if libjpeg has no decoder for it, else return None."""
-    place = 2
-    try:
-        while (found := _MARKER.search(data, place)) is not None:
-            marker, place = data[found.start() + 1], found.end()
+    with contextlib.suppress(struct.error, IndexError):
+        for marker, segment in _segments(data):
             if marker in _FRAMES or marker == _JPEG_LS:
-                if data[place + 2] != 8:
-                    return f"{data[place + 2]} bits per channel"
-                return _CODINGS.get(marker)
-            if marker not in (0x01, 0xD8):
-                (length,) = struct.unpack_from(">H", data, place)
-                place += length
-    except (struct.error, IndexError):
-        pass
+                return f"{segment[0]} bits per channel" if segment[0] != 8 else _CODINGS.get(marker)
     return None
 
 

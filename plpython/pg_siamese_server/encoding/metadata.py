@@ -121,9 +121,9 @@ def _bare_png(data: bytes) -> tuple[bytes, int]:
     kept, found, place = [data[:8]], None, 8
     while place + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, place)
-        if kind == b"eXIf" and found is None:
-            found = exif_orientation(data[place + 8 : place + 8 + size])
         content = data[place + 8 : place + 8 + size]
+        if kind == b"eXIf" and found is None:
+            found = exif_orientation(content)
         broken = (kind == b"iCCP" and not _is_profile(content)) or (
             kind == b"tRNS" and size < _TRANSPARENT_BYTES.get(data[25], 0)
         )

@@ -40,17 +40,19 @@ def _specification(plpy: Any, model_id: int) -> tuple[str, ModelSpec]:
     """Return a model's specification and its text. Models never change, so it is kept."""
     found = _specs.get(model_id)
     if found is None:
-        plan = prepare(
-            plpy, "SELECT specification FROM siamese.models WHERE model_id = $1", ("integer",)
-        )
-        rows = plan.execute([model_id])
-        if not rows:
-            raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
+        text = _row(plpy, model_id, "specification")["specification"]
         from pg_siamese_server.encoding.specification import ModelSpec
 
-        text = rows[0]["specification"]
         found = _specs[model_id] = text, ModelSpec.from_json(load_json(text))
     return found
+
+
+def _row(plpy: Any, model_id: int, columns: str) -> Any:
+    plan = prepare(plpy, f"SELECT {columns} FROM siamese.models WHERE model_id = $1", ("integer",))
+    rows = plan.execute([model_id])
+    if not rows:
+        raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
+    return rows[0]
 
 
 def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
@@ -62,21 +64,16 @@ def encoder(plpy: Any, model_id: int, sha256: str | None = None) -> Encoder:
         sha256: of its ONNX file, if the caller has read it.
     """
     if sha256 is None:
-        plan = prepare(plpy, "SELECT sha256 FROM siamese.models WHERE model_id = $1", ("integer",))
-        rows = plan.execute([model_id])
-        if not rows:
-            raise SiameseError(f"model {model_id} does not exist", sqlstate=UNDEFINED_OBJECT)
-        sha256 = rows[0]["sha256"]
+        sha256 = _row(plpy, model_id, "sha256")["sha256"]
     text, specification = _specification(plpy, model_id)
 
     def read() -> tuple[bytes, ModelSpec]:
-        plan = prepare(
+        row = _row(
             plpy,
-            "SELECT onnx, pg_catalog.encode(pg_catalog.sha256(onnx), 'hex')"
-            " OPERATOR(pg_catalog.=) sha256 AS is_whole FROM siamese.models WHERE model_id = $1",
-            ("integer",),
+            model_id,
+            "onnx, pg_catalog.encode(pg_catalog.sha256(onnx), 'hex') OPERATOR(pg_catalog.=) sha256"
+            " AS is_whole",
         )
-        row = plan.execute([model_id])[0]
         if not row["is_whole"]:
             raise SiameseError(
                 f"ONNX file of model {model_id} does not match its SHA-256",
@@ -133,9 +130,7 @@ def register(plpy: Any, name: str | None, data: bytes | None, given: dict[str, A
     """
     import hashlib
 
-    from pg_siamese_server.encoding.registration import (
-        inspect_model,  # only needed to parse ONNX
-    )
+    from pg_siamese_server.encoding.registration import inspect_model  # it parses ONNX
 
     if not name:
         raise SiameseError("a model must have a name")

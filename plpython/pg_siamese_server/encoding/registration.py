@@ -64,7 +64,7 @@ def _parse(data: bytes) -> onnx.ModelProto:
     return model
 
 
-def _graphs(model: onnx.ModelProto) -> Iterator[Any]:
+def graphs(model: onnx.ModelProto) -> Iterator[Any]:
     """Yield the graph, the model's own functions, and all graphs within their nodes."""
     stack: list[Any] = [model.graph, *model.functions]
     while stack:
@@ -77,7 +77,8 @@ def _graphs(model: onnx.ModelProto) -> Iterator[Any]:
                 stack.extend(attribute.graphs)
 
 
-def _tensors(graph: Any) -> Iterator[onnx.TensorProto]:
+def tensors(graph: Any) -> Iterator[onnx.TensorProto]:
+    """Yield the tensors of one of these."""
     yield from getattr(graph, "initializer", ())
     for sparse in getattr(graph, "sparse_initializer", ()):
         yield from (sparse.values, sparse.indices)
@@ -88,17 +89,22 @@ def _tensors(graph: Any) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
 
 
+def is_outside(tensor: onnx.TensorProto) -> bool:
+    """Return whether a tensor's data are in another file."""
+    return bool(tensor.external_data) or tensor.data_location == tensor.EXTERNAL
+
+
 def _check_graph(model: onnx.ModelProto) -> None:
     own = {function.domain for function in model.functions}
-    for graph in _graphs(model):
+    for graph in graphs(model):
         for node in graph.node:
             if node.domain not in DOMAINS | own:
                 raise ModelError(
                     f'model uses operator "{node.op_type}" of unknown domain "{node.domain}"',
                     detail="Custom operators would need code that is not part of the server.",
                 )
-        for tensor in _tensors(graph):
-            if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+        for tensor in tensors(graph):
+            if is_outside(tensor):
                 raise ModelError(
                     "model keeps weights in another file",
                     detail=f'Tensor "{tensor.name}" has external data.',
@@ -120,10 +126,8 @@ def _image_input(model: onnx.ModelProto) -> tuple[list[Any], str]:
         int(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or None
         for dim in tensor.shape.dim
     ]
-    dtype = {
-        onnx.TensorProto.UINT8: "tensor(uint8)",
-        onnx.TensorProto.FLOAT: "tensor(float)",
-    }.get(tensor.elem_type)
+    kinds = {onnx.TensorProto.UINT8: "tensor(uint8)", onnx.TensorProto.FLOAT: "tensor(float)"}
+    dtype = kinds.get(tensor.elem_type)
     if dtype is None or len(shape) != 4 or not ({1, 3} & {shape[1], shape[3]}):
         raise ModelError(
             "model's input is not a batch of images",
@@ -147,9 +151,7 @@ def _specification(
     for name, fixed in (("width", width), ("height", height), ("channels", channels)):
         if isinstance(fixed, int):
             if merged.setdefault(name, fixed) != fixed:
-                raise ModelError(
-                    f"model's input has a {name} of {fixed}, not {merged[name]}",
-                )
+                raise ModelError(f"model's input has a {name} of {fixed}, not {merged[name]}")
         elif name not in merged:
             raise ModelError(
                 f"model does not fix the {name} of its input",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server.encoding.domain import Domain
+from pg_siamese_server.encoding.domain import Domain, is_number
 from pg_siamese_server.errors import ModelError
 from pg_siamese_server.limits import Limits
 
@@ -67,16 +67,8 @@ class InputSpec:
             )
         if self.channels not in (1, 3):
             raise ModelError(f"encoder input of {self.channels} channels is not supported")
-        if self.resize not in RESIZE_MODES:
-            raise ModelError(
-                f'unknown resize mode "{self.resize}"',
-                hint=f"Use one of {', '.join(RESIZE_MODES)}.",
-            )
-        if self.interpolation not in INTERPOLATIONS:
-            raise ModelError(
-                f'unknown interpolation "{self.interpolation}"',
-                hint=f"Use one of {', '.join(INTERPOLATIONS)}.",
-            )
+        _check_name("resize mode", self.resize, RESIZE_MODES)
+        _check_name("interpolation", self.interpolation, INTERPOLATIONS)
         if self.max_bytes < 1 or self.max_pixels < 1:
             raise ModelError("max_bytes and max_pixels must be positive")
         if self.input_range is not None and not _is_range(self.input_range):
@@ -102,6 +94,11 @@ class InputSpec:
         else:
             value["input_range"] = list(self.input_range)
         return value
+
+
+def _check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise ModelError(f'unknown {kind} "{name}"', hint=f"Use one of {', '.join(known)}.")
 
 
 def _is_range(value: tuple[float, ...]) -> bool:
@@ -137,10 +134,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         """Check what ``InputSpec`` does not. Raises ``ModelError``."""
-        if self.metric not in METRICS:
-            raise ModelError(
-                f'unknown metric "{self.metric}"', hint=f"Use one of {', '.join(METRICS)}."
-            )
+        _check_name("metric", self.metric, METRICS)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.input.channels or not all(map(math.isfinite, values)):
                 raise ModelError(f"{name} must have {self.input.channels} finite values")
@@ -150,11 +144,7 @@ class ModelSpec:
             raise ModelError("calibration must have both a weight and a bias")
         for name in ("weight", "bias", "threshold"):
             value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-            ):
+            if value is not None and not is_number(value):
                 raise ModelError(f"{name} must be a finite number")
 
     @classmethod

@@ -75,16 +75,12 @@ CCITT = (2, 3, 4)
 COMPRESSIONS = {
     32766: "NeXT",
     32809: "ThunderScan",
-    33003: "JPEG 2000",
-    33004: "JPEG 2000",
-    33005: "JPEG 2000",
     34661: "JBIG",
-    34712: "JPEG 2000",
     34887: "LERC",
     34892: "lossy JPEG (DNG)",
     50001: "WebP",
-    50002: "JPEG XL",
-    52546: "JPEG XL",
+    **dict.fromkeys((33003, 33004, 33005, 34712), "JPEG 2000"),
+    **dict.fromkeys((50002, 52546), "JPEG XL"),
 }
 UNSIGNED, SIGNED, FLOAT, VOID = 1, 2, 3, 4
 FORMAT_NAMES = {UNSIGNED: "unsigned", SIGNED: "signed", FLOAT: "floating-point"}
@@ -452,12 +448,8 @@ def _parts(page: Page, plane: int, across: int) -> tuple[int | None, list[_Part]
         bits = tile * page.samples_together * page.bits
         if tile < 1 or length < 1 or bits % 8:
             raise damaged("TIFF", "Its tiles have no valid size.")
-        width, columns, offset_tag, count_tag = (
-            bits // 8,
-            -(-page.width // tile),
-            TILE_OFFSETS,
-            TILE_COUNTS,
-        )
+        width, columns = bits // 8, -(-page.width // tile)
+        offset_tag, count_tag = TILE_OFFSETS, TILE_COUNTS
     else:
         length = min(_number(tags, ROWS_PER_STRIP, page.height), page.height)
         if length < 1:
@@ -570,16 +562,12 @@ def _undo_float_predictor(
 ) -> NDArray[Any]:
     """Undo predictor 3: byte planes, most significant first, as differences along the row."""
     size = page.bits // 8
-    result = np.empty((len(rows), page.width * samples), dtype=f">f{size}")
-    columns = list(_tile_columns(page))
-    if len(columns) > 1:  # the edge tile's planes are as wide as the tile, not the row
+    if len(list(_tile_columns(page))) > 1:  # an edge tile's planes are as wide as the tile
         raise refusal(f"predictor 3 in tiles and {page.name}")
     words = rows.reshape(len(rows), -1, samples)
     planes = np.add.accumulate(words, axis=1, dtype=np.uint8).reshape(len(rows), size, -1)
-    result = (
-        np.ascontiguousarray(planes.transpose(0, 2, 1)).reshape(len(rows), -1).view(f">f{size}")
-    )
-    return result.astype(dtype.newbyteorder("="))
+    values = np.ascontiguousarray(planes.transpose(0, 2, 1)).reshape(len(rows), -1)
+    return values.view(f">f{size}").astype(dtype.newbyteorder("="))
 
 
 def _tile_columns(page: Page) -> Iterator[tuple[int, int]]:

@@ -70,36 +70,21 @@ def build_index(
     build_id = str(uuid.uuid4())
     identity = generations.identity(collection, generation, build_id)
     size = index_file.write(directory, identity, index, rows, poll)
+    recall, seconds = measured.recall if measured else 1.0, time.monotonic() - started
+    counts = len(rows.embedding_ids), len(matrix)
     prepare(
         plpy,
-        "INSERT INTO siamese.generations (generation, collection_id, build_id, rows, vectors,"
-        " index_type, m, ef_construction, ef_search_stored, ef_search, ef_search_many,"
-        " recall, bytes, seconds)"
-        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+        "INSERT INTO siamese.generations (generation, collection_id, build_id, bytes, seconds,"
+        " rows, vectors, recall, index_type, m, ef_construction, ef_search_stored, ef_search,"
+        " ef_search_many) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
         (
-            "bigint",
-            "integer",
-            "uuid",
-            "bigint",
-            "bigint",
-            "text",
-            *("integer",) * 4,
-            "integer[]",
-            "real",
-            "bigint",
-            "real",
+            *("bigint", "integer", "uuid", "bigint", "real"),
+            *("bigint", "bigint", "real", "text", *("integer",) * 4, "integer[]"),
         ),
     ).execute(
         [
-            generation,
-            collection.collection_id,
-            build_id,
-            len(rows.embedding_ids),
-            len(matrix),
-            *(_graph_columns(options, measured) if measured else ("flat", *(None,) * 5)),
-            measured.recall if measured else 1.0,
-            size,
-            time.monotonic() - started,
+            *(generation, collection.collection_id, build_id, size, seconds),
+            *(*counts, recall, *_graph_columns(options, measured)),
         ]
     )
     _make_current(plpy, collection, generation, before, rows.embedding_ids)
@@ -115,16 +100,12 @@ def _lock_builds(plpy: Any, collection_id: int) -> None:
     plpy.execute(f"SELECT pg_advisory_xact_lock({LOCK_CLASS}, {collection_id})")
 
 
-def _graph_columns(options: graph.Options, measured: graph.Measured) -> tuple[Any, ...]:
-    breadths = measured.breadths
-    return (
-        "hnsw",
-        options.m,
-        options.ef_construction,
-        breadths.stored,
-        breadths.new,
-        list(breadths.many or ()),
-    )
+def _graph_columns(options: graph.Options, measured: graph.Measured | None) -> tuple[Any, ...]:
+    if measured is None:
+        return "flat", *(None,) * 5
+    found = measured.breadths
+    many = list(found.many or ())
+    return "hnsw", options.m, options.ef_construction, found.stored, found.new, many
 
 
 def default_threads(plpy: Any) -> int:

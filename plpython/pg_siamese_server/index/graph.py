@@ -283,37 +283,27 @@ def _calibrate(
     """
     places = np.random.default_rng(0).choice(len(stored), len(unknown), replace=False)
     truth = _exact(stored, np.concatenate([stored[places], unknown]), NEIGHBOURS, options, poll)
-    for_stored, recall_stored = _narrowest_breadth(
-        index,
-        stored[places],
-        places.astype(np.int32),
-        truth[: len(places)],
-        BREADTHS,
-        options,
-        poll,
-    )
-    for_new, recall_new = _narrowest_breadth(
-        index, unknown, None, truth[len(places) :], BREADTHS, options, poll
-    )
+    narrowest = partial(_narrowest_breadth, index, options, poll)
+    entries = places.astype(np.int32)
+    for_stored, recall_stored = narrowest(stored[places], entries, truth[: len(places)], BREADTHS)
+    for_new, recall_new = narrowest(unknown, None, truth[len(places) :], BREADTHS)
     queries = unknown[:MANY_QUERIES]
     truth = _exact(stored, queries, MANY[-1], options, poll)
     many = []
     for count in MANY:
         choices = [max(for_new, int(count * factor)) for factor in MANY_BREADTHS]
-        many.append(
-            _narrowest_breadth(index, queries, None, truth[:, :count], choices, options, poll)[0]
-        )
+        many.append(narrowest(queries, None, truth[:, :count], choices)[0])
     return Measured(Breadths(for_stored, for_new, tuple(many)), min(recall_stored, recall_new))
 
 
 def _narrowest_breadth(
     index: Any,
+    options: Options,
+    poll: Poll,
     queries: NDArray[np.float32],
     entries: NDArray[np.int32] | None,
     truth: NDArray[np.int64],
     choices: Sequence[int],
-    options: Options,
-    poll: Poll,
 ) -> tuple[int, float]:
     """Return the first breadth that reaches the recall, or the best one, with its recall.
 

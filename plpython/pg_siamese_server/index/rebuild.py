@@ -17,11 +17,7 @@ from typing import Any
 
 from pg_siamese_server import interrupts
 from pg_siamese_server.catalog import Collection, collection_by_name, is_standby, prepare
-from pg_siamese_server.errors import (
-    OBJECT_NOT_IN_PREREQUISITE_STATE,
-    IndexFileError,
-    SiameseError,
-)
+from pg_siamese_server.errors import OBJECT_NOT_IN_PREREQUISITE_STATE, IndexFileError, SiameseError
 from pg_siamese_server.index import build, generations, graph, index_file
 
 

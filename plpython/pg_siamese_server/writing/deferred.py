@@ -1,8 +1,8 @@
-"""Deferred embedding: from tickets to vectors, inside the server or in a worker's own process.
+"""Embed the rows of tickets, inside the server or in a worker's own process.
 
-One batch is one transaction at least. It takes (locks) tickets, and reads and embeds their images.
-It stores the vectors of those that are still the same. Whatever ends the transaction before its
-commit leaves the tickets as they were.
+A batch is one transaction at least. It takes (locks) tickets, and reads and embeds their images.
+It stores the vectors of images that are still the same. If the transaction ends before its commit,
+the tickets stay as they were.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from pg_siamese_server.catalog import (
 )
 from pg_siamese_server.encoding import batches, models
 from pg_siamese_server.encoding.batches import FIRST_ROWS, MAX_ROWS_AT_ONCE, next_portion
+from pg_siamese_server.errors import CANCELLED as CANCELLED
 from pg_siamese_server.errors import (
-    INVALID_PARAMETER_VALUE,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
+    OUT_OF_MEMORY,
     ImageError,
     ModelError,
     SiameseError,
@@ -36,15 +37,13 @@ from pg_siamese_server.limits import MODELS_OWN, Limits
 if TYPE_CHECKING:
     from pg_siamese_server.encoding.encoder import Encoder
 
-OUT_OF_MEMORY = "53200"
-CANCELLED = ("57014", "57P01")
 Row = tuple[str, bytes | None]
 
 
 class Result(NamedTuple):
     """A row's vector, or else its failure: a ``siamese.embedding_result``.
 
-    The key is text, the digest the SHA-256 of the image.
+    The key is text. The digest is the SHA-256 of the image.
     """
 
     key: str
@@ -57,7 +56,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Results:
-    """What became of the rows of some tickets. Not every key that was seen has a row."""
+    """Results of the rows of some tickets. Keys in ``seen`` may have none."""
 
     seen: list[str] = field(default_factory=list)
     rows: list[Result] = field(default_factory=list)
@@ -78,14 +77,14 @@ class Database(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one batch did: vectors stored, rows failed, rows that needed nothing."""
+    """Counts of one batch: vectors stored, rows failed, rows that needed nothing."""
 
     stored: int = 0
     failed: int = 0
     settled: int = 0
 
     def __bool__(self) -> bool:
-        """Return whether it got anywhere. If not, others are changing what is left, if anything."""
+        """Return whether it did anything. If not, others are changing the rows that are left."""
         return bool(self.stored or self.failed or self.settled)
 
 
@@ -99,22 +98,22 @@ def embed_batch(
     seconds: float | None = None,
     limits: Limits = MODELS_OWN,
 ) -> Outcome:
-    """Take some tickets and deal with their rows. The caller commits.
+    """Take some tickets and embed their rows. The caller commits.
 
     Args:
-        database: where they are.
+        database: the functions that take, read and store.
         collection_id: of the collection.
         sha256: of the model that ``encoder`` was opened with.
-        encoder: the collection's.
+        encoder: of the collection.
         max_rows: about how many.
-        poll: called often, may raise to leave: plpy's errors, or what is no ``Exception``.
-        seconds: after these, the rows that are left stay in their tickets.
+        poll: called often, may raise to stop: plpy's errors, or what is no ``Exception``.
+        seconds: stop after these, and leave the other rows in their tickets.
         limits: of the collection.
     """
     tickets = database.take(collection_id, max_rows)
     if not tickets:
         return Outcome()
-    # In an order, so that two that have the same row can't wait for each other.
+    # Sorted, so that two batches with the same rows can't wait for each other.
     keys = sorted(list(dict.fromkeys(key for _, ticket in tickets for key in ticket))[:max_rows])
     results = Results()
     started = time.monotonic()
@@ -143,11 +142,9 @@ def _embed(
     failed: list[Result] = []
 
     def fail(key: str, error: SiameseError) -> None:
-        # The same bytes will not be decoded another time, but a run of the graph may well succeed.
+        # The same bytes are not decoded another time either, but the graph may well run again.
         may_retry = not isinstance(error, ImageError)
-        failed.append(
-            Result(key, digests[key], None, error.sqlstate, error.message, may_retry=may_retry)
-        )
+        failed.append(Result(key, digests[key], None, error.sqlstate, error.message, may_retry))
 
     try:
         keys, embeddings = batches.embed(encoder, rows, fail, poll, limits)
@@ -155,7 +152,7 @@ def _embed(
         if len(rows) == 1:
             fail(rows[0][0], _described(error))
             return failed
-        # Whichever row it was: the others are not to suffer.
+        # One by one, so that only the row at fault fails.
         return [result for row in rows for result in _embed(encoder, [row], poll, limits)]
     return failed + [
         Result(key, digests[key], vectors.to_text(embedding))
@@ -171,7 +168,7 @@ def _described(error: ModelError | MemoryError) -> SiameseError:
 
 
 class _Server:
-    """The database as PL/Python sees it."""
+    """The functions of a batch, called by PL/Python."""
 
     def __init__(self, plpy: Any) -> None:
         self.plpy = plpy
@@ -211,10 +208,10 @@ class _Server:
 
 
 def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
-    """Embed queued rows here, in the server, and return the number of vectors stored.
+    """Embed queued rows in the server, and return the number of vectors stored.
 
-    A collection that can't be embedded is an error if it was named. If not, it is a WARNING, and
-    the others have their turn.
+    If a collection can't be embedded, raise an error if it was named. Otherwise send a WARNING and
+    continue with the others.
     """
     if max_rows is not None and max_rows < 1:
         raise SiameseError("max_rows must be positive")
@@ -223,7 +220,6 @@ def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
         if collection.embed != "deferred":
             raise SiameseError(
                 f'collection "{collection.name}" is not deferred',
-                sqlstate=INVALID_PARAMETER_VALUE,
                 hint="Rows of this collection are embedded as they are written; backfill embeds"
                 " those that were not.",
             )
@@ -240,7 +236,7 @@ def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
             break
         try:
             with plpy.subtransaction():
-                # Not all queues at once: each comes after the lock of its table.
+                # One queue at a time, since the lock of its table comes before it.
                 number = row["collection_id"]
                 if not (lock_table(plpy, number) and _has_tickets(plpy, number)):
                     continue

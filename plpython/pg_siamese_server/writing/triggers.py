@@ -16,12 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts, vectors
-from pg_siamese_server.catalog import (
-    Collection,
-    collection_of_trigger,
-    locked_collection,
-    prepare,
-)
+from pg_siamese_server.catalog import Collection, collection_of_trigger, locked_collection, prepare
 from pg_siamese_server.encoding import batches, models
 from pg_siamese_server.encoding.batches import FIRST_ROWS, next_portion
 from pg_siamese_server.errors import ImageError, SiameseError, counted

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import psycopg
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -20,18 +18,9 @@ from pg_siamese.client.connection import CommandError, connect
 from pg_siamese_server.errors import counted
 
 if TYPE_CHECKING:
-    from pg_siamese.client.queries import Answer, Collection
     from pg_siamese.datasets import LeftOut
 
 SHEET_NEIGHBOURS = 64  # a sheet is for looking at
-
-
-class Engine(StrEnum):
-    """What answers a search."""
-
-    AUTO = "auto"
-    FAISS = "faiss"
-    PGVECTOR = "pgvector"
 
 
 def load(
@@ -41,40 +30,30 @@ def load(
             help="A folder (its sub-folders are the labels), an npz file in MedMNIST's layout, "
             "or an IDX file (with --labels).",
             metavar="SOURCE",
-            show_default=False,
         ),
     ],
     collection: CollectionName = "images",
     table: Annotated[
-        str | None,
-        typer.Option(help="Insert into this table instead of a collection's.", show_default=False),
+        str | None, typer.Option(help="Insert into this table instead of a collection's.")
     ] = None,
     image_column: Annotated[
         str, typer.Option(help="Image column of --table (not needed with --collection).")
     ] = "image",
     split: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Load only this split: train, val or test. Repeatable.", show_default=False
-        ),
+        list[str] | None, typer.Option(help="Load only this split: train, val or test. Repeatable.")
     ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="IDX file of labels.", show_default=False)
-    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="IDX file of labels.")] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="Name of the data set. Default: the name of SOURCE.", show_default=False),
+        str | None, typer.Option(help="Name of the data set. Default: the name of SOURCE.")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="If the collection does not exist, create it on siamese.images with this model.",
-            show_default=False,
+            help="If the collection does not exist, create it on siamese.images with this model."
         ),
     ] = None,
     skip_rejected: Annotated[
-        bool,
-        typer.Option("--skip-rejected", help="Skip images that the server rejects."),
+        bool, typer.Option("--skip-rejected", help="Skip images that the server rejects.")
     ] = False,
     dsn: Dsn = None,
 ) -> None:
@@ -133,38 +112,35 @@ def load(
 
 def query(
     image: Annotated[
-        Path | None,
-        typer.Argument(help="Image file to search with.", metavar="IMAGE", show_default=False),
+        Path | None, typer.Argument(help="Image file to search with.", metavar="IMAGE")
     ] = None,
     id: Annotated[
-        str | None,
-        typer.Option(
-            "--id", help="Search with the stored image that has this key.", show_default=False
-        ),
+        str | None, typer.Option("--id", help="Search with the stored image that has this key.")
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Number of neighbours.")] = 10,
     collection: CollectionName = "images",
     filter: Annotated[
         str | None,
         typer.Option(
-            help='Return only rows with these column values, as JSON: \'{"label": "pneumonia"}\'.',
-            show_default=False,
+            help='Return only rows with these column values, as JSON: \'{"label": "pneumonia"}\'.'
         ),
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="Engine that answers.")] = Engine.AUTO,
+    engine: Annotated[
+        Literal["auto", "faiss", "pgvector"], typer.Option(help="Engine that answers.")
+    ] = "auto",
     sheet: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw the query and up to 64 neighbours into this PNG file.", show_default=False
-        ),
+        Path | None, typer.Option(help="Draw the query and up to 64 neighbours into this PNG file.")
     ] = None,
     dsn: Dsn = None,
 ) -> None:
     """Find the stored images most similar to an image file, or to a stored image (--id)."""
+    from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
     from pg_siamese.client.queries import (
+        display_pixels,
         find_collection,
         run_search,
         search_statement,
+        sheet_neighbours,
         stored_image,
     )
 
@@ -174,9 +150,7 @@ def query(
     data, label = None if image is None else image.read_bytes(), None
     with connect(dsn) as connection:
         found = find_collection(connection, collection)
-        search = search_statement(
-            found, image=data, key=id, k=k, filter=condition, engine=engine.value
-        )
+        search = search_statement(found, image=data, key=id, k=k, filter=condition, engine=engine)
         if id is not None:
             data, label = stored_image(connection, found, id)
         try:
@@ -189,24 +163,9 @@ def query(
         output().print(answer_table(found, answers))
         if sheet is not None and data is not None:
             name = image.name if image is not None else f"{found.key_name} {id}"
-            _write_sheet(connection, found, answers, name, data, label, sheet)
+            neighbours = sheet_neighbours(connection, found, answers[:SHEET_NEIGHBOURS])
+            contact_sheet([SheetRow(name, display_pixels(data), label, neighbours)], sheet)
             output().print(f"contact sheet: {escape(str(sheet))}", soft_wrap=True)
-
-
-def _write_sheet(
-    connection: psycopg.Connection[Any],
-    collection: Collection,
-    answers: list[Answer],
-    name: str,
-    data: bytes,
-    label: str | None,
-    sheet: Path,
-) -> None:
-    from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
-    from pg_siamese.client.queries import display_pixels, sheet_neighbours
-
-    neighbours = sheet_neighbours(connection, collection, answers[:SHEET_NEIGHBOURS])
-    contact_sheet([SheetRow(name, display_pixels(data), label, neighbours)], sheet)
 
 
 def _json_object(text: str | None) -> dict[str, object] | None:
@@ -280,10 +239,7 @@ def build_index(collection: CollectionName = "images", dsn: Dsn = None) -> None:
 
 def rebuild_file(
     collection: Annotated[
-        str | None,
-        typer.Option(
-            "--collection", "-c", help="Only this collection. Default: all.", show_default=False
-        ),
+        str | None, typer.Option("--collection", "-c", help="Only this collection. Default: all.")
     ] = None,
     dsn: Dsn = None,
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,9 +20,7 @@ from pg_siamese.client.connection import CommandError, connect, schema_prefix
 from pg_siamese_server.errors import counted
 
 if TYPE_CHECKING:
-    from pg_siamese.client.contact_sheet import SheetRow
-    from pg_siamese.client.queries import Answer, Collection
-    from pg_siamese.client.sources import ImageRow
+    from pg_siamese.client.queries import Collection
     from pg_siamese.datasets import LabelledImages
 
 COLLECTION = "images"
@@ -33,10 +30,7 @@ QUERIES = 4  # in all: one of each data set, or of different classes of the only
 
 
 def demo(
-    sheet: Annotated[
-        Path | None,
-        typer.Option(help="PNG file for the contact sheet.", show_default=False),
-    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG file for the contact sheet.")] = None,
     dsn: Dsn = None,
 ) -> None:
     """Load real images, build the index, search it, and draw the answers."""
@@ -59,8 +53,8 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
     Raises:
         CommandError: no data is available, or the collection "images" has another model.
     """
-    from pg_siamese.client.contact_sheet import contact_sheet
-    from pg_siamese.client.queries import run_search, search_statement
+    from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
+    from pg_siamese.client.queries import run_search, search_statement, sheet_neighbours
     from pg_siamese.client.sources import labelled_part
 
     started = time.monotonic()
@@ -87,7 +81,9 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
             shows = f"test image {place} (not stored): {query.label}"
             console.print(f"\n[bold]{test.name}[/] {escape(shows)}")
             console.print(answer_table(collection, answers))
-            rows.append(_sheet_row(connection, collection, test, place, query, answers))
+            neighbours = sheet_neighbours(connection, collection, answers)
+            name = f"{test.name}, test image {place}"
+            rows.append(SheetRow(name, test.images[place], query.label, neighbours))
     target = sheet or SHEET
     contact_sheet(
         rows, target, title=f"SELECT * FROM similar_images(image => $1, k => {NEIGHBOURS})"
@@ -252,25 +248,6 @@ def address(connection: psycopg.Connection[Any]) -> str:
     """Return the connection string of the database, without a password."""
     info = connection.info
     return make_conninfo(host=info.host, port=info.port, user=info.user, dbname=info.dbname)
-
-
-def _sheet_row(
-    connection: psycopg.Connection[Any],
-    collection: Collection,
-    test: LabelledImages,
-    place: int,
-    query: ImageRow,
-    answers: Sequence[Answer],
-) -> SheetRow:
-    from pg_siamese.client.contact_sheet import SheetRow
-    from pg_siamese.client.queries import sheet_neighbours
-
-    return SheetRow(
-        name=f"{test.name}, test image {place}",
-        pixels=test.images[place],
-        label=query.label,
-        neighbours=sheet_neighbours(connection, collection, answers),
-    )
 
 
 def _short(path: Path) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import psycopg
 import typer
@@ -23,51 +22,33 @@ if TYPE_CHECKING:
     from pg_siamese.evaluation.model import EvaluatedModel
 
 
-class EvaluatedSplit(StrEnum):
-    """What is evaluated."""
-
-    TEST = "test"
-    VAL = "val"
-
-
 def evaluate(
     models: Annotated[
         list[Path],
-        typer.Argument(
-            help="ONNX files of one experiment, one per seed.",
-            metavar="MODEL.onnx...",
-            show_default=False,
-        ),
+        typer.Argument(help="ONNX files of one experiment, one per seed.", metavar="MODEL.onnx..."),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
             help="Data set to evaluate on, e.g. medmnist:breastmnist or folder:photos. Repeatable. "
-            "Default: those that the model was trained on.",
-            show_default=False,
+            "Default: those that the model was trained on."
         ),
     ] = None,
-    split: Annotated[EvaluatedSplit, typer.Option(help="Split to take queries from.")] = (
-        EvaluatedSplit.TEST
-    ),
+    split: Annotated[
+        Literal["test", "val"], typer.Option(help="Split to take queries from.")
+    ] = "test",
     results: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            help="Results file to write (JSON). Default: results/EXPERIMENT.json.",
-            show_default=False,
+            "--output", help="Results file to write (JSON). Default: results/EXPERIMENT.json."
         ),
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option(
-            help="Markdown file for the table of all results files beside --output.",
-            show_default=False,
-        ),
+        typer.Option(help="Markdown file for the table of all results files beside --output."),
     ] = None,
     pictures: Annotated[
-        Path | None,
-        typer.Option(help="Folder for pictures of the first model.", show_default=False),
+        Path | None, typer.Option(help="Folder for pictures of the first model.")
     ] = None,
     in_database: Annotated[
         bool,
@@ -100,12 +81,12 @@ def evaluate(
     target = results or Path("results") / f"{opened[0].experiment}.json"
     evaluations: list[Evaluation] = []
     for model in opened:
-        evaluation = _evaluate(model, data or data_specs(model), split.value)
+        evaluation = _evaluate(model, data or data_specs(model), split)
         if in_database:
             with connect(dsn) as connection:
                 _add_database(connection, evaluation, keep)
         evaluations.append(evaluation)
-    command = command_line(models, data or (), split.value, in_database)
+    command = command_line(models, data or (), split, in_database)
     write_result(result(evaluations, command), target)
     console = output()
     console.print(figure_table(evaluations))
@@ -184,8 +165,7 @@ def _shown_spec(spec: str) -> str:
 
 def figure_table(evaluations: Sequence[Evaluation]) -> Table:
     """Return the main figures as a table for the terminal: mean, and spread over the files."""
-    from pg_siamese.evaluation.results import rounded, spread, summary
-    from pg_siamese_server.encoding.specification import METRICS
+    from pg_siamese.evaluation.results import rounded, spread, summary, variants
 
     figures = rounded(summary([e.figures for e in evaluations]))
     seeds = len(evaluations)
@@ -206,9 +186,7 @@ def figure_table(evaluations: Sequence[Evaluation]) -> Table:
         by_neighbour = figures["set_pairs"]["accuracy_by_neighbour"]
         table.add_row("pairs by their neighbours' sets, %", spread(by_neighbour, 100, 2))
     for name, values in figures["sets"].items():
-        variants = {"": values}
-        variants |= {f", by {m}": values[f"by_{m}"] for m in METRICS if f"by_{m}" in values}
-        for note, own in variants.items():
+        for note, own in variants(values).items():
             subject = f"{escape(name)}{note}"
             for key, label in (("map5", "mAP@5"), ("mmv5", "mMV@5"), ("acc1", "ACC@1")):
                 table.add_row(f"{subject}: {label}, %", spread(own["retrieval"][key], 1, 2))

@@ -4,8 +4,6 @@ Every command takes `--dsn`, a libpq connection string. PG* variables fill in wh
 commands import heavy modules when they run, so that `--help` and mistakes answer at once.
 """
 
-from __future__ import annotations
-
 import typer
 
 from pg_siamese.cli import collections, demo, evaluation, models, training, worker

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -14,72 +13,43 @@ from pg_siamese.cli.terminal import output
 from pg_siamese.client.connection import CommandError, connect
 
 
-class Resize(StrEnum):
-    """How an image comes to the encoder's size."""
-
-    STRETCH = "stretch"
-    CROP = "crop"
-    PAD = "pad"
-
-
 def register_model(
-    file: Annotated[
-        Path, typer.Argument(help="The ONNX file.", metavar="FILE", show_default=False)
-    ],
+    file: Annotated[Path, typer.Argument(help="The ONNX file.", metavar="FILE")],
     name: Annotated[
-        str | None,
-        typer.Option(help="Name of the model. Default: the name of FILE.", show_default=False),
+        str | None, typer.Option(help="Name of the model. Default: the name of FILE.")
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            help="Input size in pixels, 224 or WIDTHxHEIGHT, if the graph leaves it open.",
-            show_default=False,
+            help="Input size in pixels, 224 or WIDTHxHEIGHT, if the graph leaves it open."
         ),
     ] = None,
     mean: Annotated[
-        str | None,
-        typer.Option(
-            help="Mean of each channel from 0 to 1, e.g. 0.485,0.456,0.406.", show_default=False
-        ),
+        str | None, typer.Option(help="Mean of each channel from 0 to 1, e.g. 0.485,0.456,0.406.")
     ] = None,
     std: Annotated[
-        str | None,
-        typer.Option(
-            help="Standard deviation of each channel, e.g. 0.229,0.224,0.225.", show_default=False
-        ),
+        str | None, typer.Option(help="Standard deviation of each channel, e.g. 0.229,0.224,0.225.")
     ] = None,
     resize: Annotated[
-        Resize | None, typer.Option(help="How to resize images.", show_default=False)
+        Literal["stretch", "crop", "pad"] | None, typer.Option(help="How to resize images.")
     ] = None,
     interpolation: Annotated[
-        str | None, typer.Option(help="Resampling filter, e.g. bilinear.", show_default=False)
+        str | None, typer.Option(help="Resampling filter, e.g. bilinear.")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="Distance between embeddings.", show_default=False)
-    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Distance between embeddings.")] = None,
     threshold: Annotated[
-        float | None,
-        typer.Option(help="Distance below which two images match.", show_default=False),
+        float | None, typer.Option(help="Distance below which two images match.")
     ] = None,
     calibration: Annotated[
-        str | None,
-        typer.Option(
-            help='Match probability as JSON: \'{"weight": -8, "bias": 4}\'.', show_default=False
-        ),
+        str | None, typer.Option(help='Match probability as JSON: \'{"weight": -8, "bias": 4}\'.')
     ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option(help="Largest image file, in bytes.", show_default=False)
-    ] = None,
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Largest image, in pixels.", show_default=False)
-    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Largest image file, in bytes.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Largest image, in pixels.")] = None,
     input_range: Annotated[
         str | None,
         typer.Option(
             help="Values of black and white if image files leave them open, e.g. 0,4095 for "
-            "12-bit values in 16-bit files.",
-            show_default=False,
+            "12-bit values in 16-bit files."
         ),
     ] = None,
     dsn: Dsn = None,
@@ -98,7 +68,7 @@ def register_model(
         "image_height": height,
         "mean": _reals("--mean", mean),
         "std": _reals("--std", std),
-        "resize": resize.value if resize else None,
+        "resize": resize,
         "interpolation": interpolation,
         "metric": metric,
         "calibration": calibration,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pg_siamese.worker import Totals
 
 LOGGER = logging.getLogger("pg_siamese")
+LOG_SECONDS = 60.0
 
 # 'building index of collection "images": 40% (28000 of 70000 vectors)'
 PROGRESS_NOTICE = re.compile(r"^(?P<what>.+): \d+% \((?P<done>\d+) of (?P<total>\d+) \w+\)")
@@ -110,35 +111,31 @@ def log_to(console: Console) -> Iterator[None]:
         LOGGER.setLevel(before)
 
 
-class _WorkerProgress:
-    """What a worker has done: one line that moves, or at most one line per minute in a log."""
-
-    LOG_SECONDS = 60.0
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("waiting for rows", total=None)
-        self._began = self._logged = time.monotonic()
-
-    def show(self, totals: Totals) -> None:
-        now = time.monotonic()
-        rate = totals.stored / max(now - self._began, 1e-3)
-        failed = f", {totals.failed:,} failed" if totals.failed else ""
-        text = f"{counted(totals.stored, 'row')} embedded ({rate:,.0f}/s){failed}"
-        self._progress.update(self._task, description=text)
-        if not self._progress.console.is_terminal and now - self._logged >= self.LOG_SECONDS:
-            self._logged = now
-            LOGGER.info(text)
-
-
 @contextmanager
 def worker_display() -> Iterator[Callable[[Totals], None]]:
-    """Show a worker's log on stderr. Yield a function that shows what it has done so far."""
+    """Show a worker's log on stderr. Yield a function that shows what it has done so far.
+
+    That is one line that moves, or at most one line per minute in a log.
+    """
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
     console = errors()
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = shown.add_task("waiting for rows", total=None)
+    began = logged = time.monotonic()
+
+    def show(totals: Totals) -> None:
+        nonlocal logged
+        now = time.monotonic()
+        rate = totals.stored / max(now - began, 1e-3)
+        failed = f", {totals.failed:,} failed" if totals.failed else ""
+        text = f"{counted(totals.stored, 'row')} embedded ({rate:,.0f}/s){failed}"
+        shown.update(task, description=text)
+        if not console.is_terminal and now - logged >= LOG_SECONDS:
+            logged = now
+            LOGGER.info(text)
+
     with shown, log_to(console):
-        yield _WorkerProgress(shown).show
+        yield show
 
 
 class _Count(ProgressColumn):

@@ -52,31 +52,22 @@ def train(
         typer.Argument(
             help=f"Experiment: {', '.join(experiment_names())}, or the path of a TOML file.",
             metavar="EXPERIMENT",
-            show_default=False,
         ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
             help="Data to train on instead: folder:PATH, zip:PATH, npz:PATH, idx:FOLDER or "
-            "medmnist:FLAG. Repeatable.",
-            show_default=False,
+            "medmnist:FLAG. Repeatable."
         ),
     ] = None,
     epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Number of epochs instead of the experiment's.", show_default=False
-        ),
+        int | None, typer.Option(min=1, help="Number of epochs instead of the experiment's.")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Additional ONNX file to write, with its card beside it.",
-            show_default=False,
-        ),
+        Path | None, typer.Option(help="Additional ONNX file to write, with its card beside it.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")
     ] = False,
@@ -115,14 +106,12 @@ def export(
         typer.Argument(
             help="A checkpoint, or the folder of a run (its best checkpoint, or else its last).",
             metavar="CHECKPOINT",
-            show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
         typer.Option(
-            help="ONNX file to write, with its card. Default: model.onnx beside the checkpoint.",
-            show_default=False,
+            help="ONNX file to write, with its card. Default: model.onnx beside the checkpoint."
         ),
     ] = None,
     threads: Threads = 2,
@@ -138,25 +127,20 @@ def export(
 
 def calibrate_domain(
     model: Annotated[
-        Path,
-        typer.Argument(
-            help="ONNX file of an encoder, changed in place.", metavar="MODEL", show_default=False
-        ),
+        Path, typer.Argument(help="ONNX file of an encoder, changed in place.", metavar="MODEL")
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
             help="Data that it was trained on, e.g. medmnist:breastmnist or folder:photos. "
-            "Repeatable. Default: what the file names.",
-            show_default=False,
+            "Repeatable. Default: what the file names."
         ),
     ] = None,
     outside: Annotated[
         list[str] | None,
         typer.Option(
             help="Data of other kinds, to count errors. Repeatable. Pages of text, noise and plain "
-            "colours are always tried.",
-            show_default=False,
+            "colours are always tried."
         ),
     ] = None,
     threads: Threads = 2,
@@ -177,8 +161,7 @@ def baseline(
         list[str] | None,
         typer.Option(
             help="Data set to evaluate it on, e.g. medmnist:breastmnist. Repeatable. Default: the "
-            "four medical sets.",
-            show_default=False,
+            "four medical sets."
         ),
     ] = None,
     target: Annotated[Path, typer.Option("--output", help="ONNX file to write.")] = (

@@ -19,14 +19,12 @@ def worker(
             "--collection",
             "-c",
             help="Embed only this collection. Repeatable. Default: all that are deferred.",
-            show_default=False,
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Rows per batch.")] = 256,
     once: Annotated[bool, typer.Option("--once", help="Exit when the queue is empty.")] = False,
     idle_timeout: Annotated[
-        float | None,
-        typer.Option(min=0, help="Exit after this many idle seconds.", show_default=False),
+        float | None, typer.Option(min=0, help="Exit after this many idle seconds.")
     ] = None,
     poll: Annotated[float, typer.Option(min=0.1, help="Polling interval in seconds.")] = 2.0,
     rebuild_pending: Annotated[

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -189,31 +189,14 @@ def _draw_cell(
             capstyle="butt",
         )
     )
+
+    def write(text: str, below: float, **style: Any) -> None:
+        style |= {"xycoords": "axes fraction", "textcoords": "offset points"}
+        axes.annotate(text, (0.5, 0), xytext=(0, -below), ha="center", va="top", **style)
+
     lines = textwrap.wrap(label, LABEL_WIDTH, max_lines=2, placeholder=" …") or [""]
-    axes.annotate(
-        "\n".join(lines),
-        (0.5, 0),
-        xytext=(0, -9),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="center",
-        va="top",
-        size=8.5,
-        weight="bold",
-        color=colour,
-        linespacing=1.1,
-    )
-    axes.annotate(
-        measure,
-        (0.5, 0),
-        xytext=(0, -10 - 10.5 * len(lines)),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="center",
-        va="top",
-        size=7.5,
-        color="#333333",
-    )
+    write("\n".join(lines), 9, size=8.5, weight="bold", color=colour, linespacing=1.1)
+    write(measure, 10 + 10.5 * len(lines), size=7.5, color="#333333")
 
 
 def _draw_legend(figure: Figure, rows: Sequence[SheetRow], height: float) -> None:

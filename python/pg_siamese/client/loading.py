@@ -23,11 +23,7 @@ DESCRIPTION = ("dataset", "split", "label", "source")
 
 # Errors of single rows: no image, an image over the model's limits, or a violated constraint of the
 # table. Any other error concerns the whole load.
-REJECTIONS = (
-    psycopg.DataError,
-    psycopg.IntegrityError,
-    psycopg.errors.ProgramLimitExceeded,
-)
+REJECTIONS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
 
 
 @dataclass(frozen=True)
@@ -180,25 +176,20 @@ def store(
     return report
 
 
+@dataclass
 class _Loader:
-    def __init__(
-        self,
-        connection: psycopg.Connection[Any],
-        target: Target,
-        report: LoadReport,
-        skip_rejected: bool,
-        advance: Callable[[int], object],
-    ) -> None:
-        self.connection = connection
-        self.described = list(target.columns)
-        self.report = report
-        self.skip_rejected = skip_rejected
-        self.advance = advance
-        self.statement = _insert_statement(target)
+    connection: psycopg.Connection[Any]
+    target: Target
+    report: LoadReport
+    skip_rejected: bool
+    advance: Callable[[int], object]
+
+    def __post_init__(self) -> None:
+        self.statement = _insert_statement(self.target)
 
     def insert(self, batch: Sequence[ImageRow]) -> None:
         values: list[list[object]] = [[row.image for row in batch]]
-        values += [[getattr(row, column) for row in batch] for column in self.described]
+        values += [[getattr(row, column) for row in batch] for column in self.target.columns]
         try:
             with self.connection.transaction():
                 self.connection.execute(self.statement, values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +59,13 @@ def read_model(file: Path) -> bytes:
     data = file.read_bytes()
     import onnx  # takes a while
 
+    from pg_siamese_server.encoding.registration import graphs, is_outside, tensors
+
     try:
         model = onnx.load_from_string(data)
     except Exception:  # protobuf's errors have no common base, and the server says what is wrong
         return data
-    outside = [tensor for tensor in _tensors(model) if _is_outside(tensor)]
+    outside = [each for graph in graphs(model) for each in tensors(graph) if is_outside(each)]
     if not outside:
         return data
     total = len(data)
@@ -77,28 +78,6 @@ def read_model(file: Path) -> bytes:
         del tensor.external_data[:]
         tensor.data_location = onnx.TensorProto.DEFAULT
     return bytes(model.SerializeToString(deterministic=True))
-
-
-def _is_outside(tensor: onnx.TensorProto) -> bool:
-    return bool(tensor.external_data) or tensor.data_location == tensor.EXTERNAL
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield the tensors of all graphs and functions, including those within nodes."""
-    stack: list[Any] = [model.graph, *model.functions]
-    while stack:
-        graph = stack.pop()
-        yield from getattr(graph, "initializer", ())
-        for sparse in getattr(graph, "sparse_initializer", ()):
-            yield from (sparse.values, sparse.indices)
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-                if attribute.HasField("g"):
-                    stack.append(attribute.g)
-                stack.extend(attribute.graphs)
 
 
 def _external_bytes(file: Path, tensor: onnx.TensorProto) -> bytes:

@@ -25,7 +25,7 @@ INTEGER_TYPES = frozenset({"smallint", "integer", "bigint"})
 
 @dataclass(frozen=True)
 class Collection:
-    """A collection's table, as the catalogue has it.
+    """A collection's table, as the catalogue has it, in the order of ``find_collection``'s query.
 
     ``relation``, ``key_column``, ``image_column`` and ``shown_columns`` are quoted for SQL if
     necessary. ``key_name`` and ``image_name`` are the plain names.
@@ -102,18 +102,8 @@ def find_collection(connection: psycopg.Connection[Any], name: str) -> Collectio
     if row is None:
         known = ", ".join(collection_names(connection)) or "none yet"
         raise CommandError(f'collection "{name}" does not exist; available: {known}')
-    model, relation, key_column, key_name, key_type, image_column, image_name, shown = row
-    return Collection(
-        name=name,
-        model=model,
-        relation=relation,
-        key_column=key_column,
-        key_name=key_name,
-        key_type=key_type,
-        image_column=image_column,
-        image_name=image_name,
-        shown_columns=tuple(shown),
-    )
+    values = [*row[:-1], tuple(row[-1])]
+    return Collection(name, *values)
 
 
 def ensure_collection(connection: psycopg.Connection[Any], name: str, model: str) -> bool:
@@ -182,12 +172,11 @@ def search_statement(
         options += f", filter => {sql.quote(json.dumps(filter, ensure_ascii=False))}"
     if engine != "auto":
         options += f", engine => {sql.quote(engine)}"
+    key_column = collection.key_column
     if integer:
-        key_column = collection.key_column
-        join = "USING (image_id)"
-        if key_column != "image_id":
-            join = f"ON i.{key_column} = s.image_id"
-        columns = ["s.rank", f"i.{collection.key_column}", "s.distance", "s.similarity"]
+        is_usual = key_column == "image_id"
+        join = "USING (image_id)" if is_usual else f"ON i.{key_column} = s.image_id"
+        columns = ["s.rank", f"i.{key_column}", "s.distance", "s.similarity"]
         columns += [f"i.{column}" for column in collection.shown_columns]
         text = (
             f"SELECT {', '.join(columns)}\n"
@@ -196,17 +185,13 @@ def search_statement(
             " ORDER BY s.rank"
         )
     else:
-        columns = [
-            "row_number() OVER (ORDER BY s.distance)",
-            f"(s.item).{collection.key_column}",
-            "s.distance",
-            "NULL::real",
-        ]
+        columns = ["row_number() OVER (ORDER BY s.distance)", f"(s.item).{key_column}"]
+        columns += ["s.distance", "NULL::real"]
         columns += [f"(s.item).{column}" for column in collection.shown_columns]
         text = (
             f"SELECT {', '.join(columns)}\n"
             f"  FROM {prefix}similar_rows(NULL::{collection.relation}, {query}{options}) AS s\n"
-            f" ORDER BY s.distance, (s.item).{collection.key_column}"
+            f" ORDER BY s.distance, (s.item).{key_column}"
         )
     return Search(text, tuple(parameters))
 

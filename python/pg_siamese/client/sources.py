@@ -20,9 +20,9 @@ from PIL import Image
 from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import (
     SPLITS,
-    ImageFile,
     LabelledImages,
     LeftOut,
+    Member,
     list_image_folder,
     npz_splits,
     read_idx_images,
@@ -109,15 +109,9 @@ def labelled_part(images: LabelledImages, origin: str) -> Part:
     """Return the images of a data set as PNG files. ``origin`` begins their sources."""
 
     def row(index: int) -> ImageRow:
-        source = sources[index]
-        return ImageRow(
-            image=png(images.images[index]),
-            name=source,
-            source=source,
-            dataset=images.name,
-            split=images.split,
-            label=images.class_of(index),
-        )
+        source, label = sources[index], images.class_of(index)
+        image = png(images.images[index])
+        return ImageRow(image, source, source, images.name, images.split, label)
 
     sources = [f"{origin}:{images.name}/{images.split}/{index}" for index in range(len(images))]
     return Part(images.name, images.split, sources, row)
@@ -137,14 +131,15 @@ def folder_parts(
         raise CommandError(
             f"{printable(folder)}: its name is not UTF-8, specify one with --dataset"
         )
-    files: dict[str | None, list[ImageFile]] = {}
+    files: dict[str | None, list[Member]] = {}
     for file in list_image_folder(folder, leave_out):
+        path = Path(file.name)
         if splits is not None and file.split not in splits:
             continue
-        if is_text(str(file.path.relative_to(folder))):
+        if is_text(str(path.relative_to(folder))):
             files.setdefault(file.split, []).append(file)
         else:
-            leave_out(LeftOut(file.path, "of a name that is not UTF-8", "its name is not UTF-8"))
+            leave_out(LeftOut(path, "of a name that is not UTF-8", "its name is not UTF-8"))
     if not files:
         wanted = f"of split {' or '.join(splits)}" if splits else "that can be loaded"
         raise CommandError(f"{printable(folder)}: no image {wanted}")
@@ -174,19 +169,14 @@ def count_left_out(left_out: Iterable[LeftOut]) -> str:
     return f"{counted(kinds.total(), 'file')} left out: {each}"
 
 
-def _folder_part(folder: Path, dataset: str, split: str | None, files: list[ImageFile]) -> Part:
-    def row(index: int) -> ImageRow:
-        file = files[index]
-        return ImageRow(
-            image=file.path.read_bytes(),
-            name=printable(file.path),
-            source=sources[index],
-            dataset=dataset,
-            split=split,
-            label=file.label,
-        )
+def _folder_part(folder: Path, dataset: str, split: str | None, files: list[Member]) -> Part:
+    paths = [Path(file.name) for file in files]
 
-    sources = [f"file:{dataset}/{file.path.relative_to(folder).as_posix()}" for file in files]
+    def row(index: int) -> ImageRow:
+        path, label = paths[index], files[index].label
+        return ImageRow(path.read_bytes(), printable(path), sources[index], dataset, split, label)
+
+    sources = [f"file:{dataset}/{path.relative_to(folder).as_posix()}" for path in paths]
     return Part(dataset, split, sources, row)
 
 

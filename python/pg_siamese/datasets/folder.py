@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pg_siamese.datasets.base import DataFormatError, DataNotFoundError, LabelledImages, Pixels
+from pg_siamese.datasets.base import (
+    SPLITS,
+    DataFormatError,
+    DataNotFoundError,
+    LabelledImages,
+    Pixels,
+)
 
 if TYPE_CHECKING:
     from pg_siamese_server.encoding.specification import InputSpec
@@ -29,21 +35,7 @@ OTHER_IMAGE_SUFFIXES = frozenset(
         *(".pbm", ".pdf", ".pgm", ".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga"),
     )
 )
-_SPLIT_FOLDERS = {"train": "train", "val": "val", "test": "test"} | dict.fromkeys(
-    ("valid", "validation"), "val"
-)
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """One file of an image folder.
-
-    Its class is the sub-folder. Class and split are None if it has none.
-    """
-
-    path: Path
-    label: str | None
-    split: str | None
+_SPLIT_FOLDERS = {split: split for split in SPLITS} | {"valid": "val", "validation": "val"}
 
 
 @dataclass(frozen=True)
@@ -63,9 +55,9 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Member:
-    """One image by its name in a folder or archive.
+    """One image by its path or its name in an archive.
 
-    Class and split are None if it has none.
+    Its class is the sub-folder. Class and split are None if it has none.
     """
 
     name: str
@@ -82,7 +74,7 @@ def class_and_split(folders: Sequence[str]) -> tuple[str | None, str | None]:
 
 def list_image_folder(
     folder: Path | str, leave_out: Callable[[LeftOut], object] = lambda file: None
-) -> list[ImageFile]:
+) -> list[Member]:
     """List the images of a folder, in the order of their paths.
 
     Images may lie in the folder itself (no class), in ``class/`` or in ``split/class/``. Splits are
@@ -108,7 +100,7 @@ def list_image_folder(
         if any(part.startswith(".") for part in parts):
             leave_out(LeftOut(path, "hidden"))
         elif suffix in IMAGE_SUFFIXES or _is_dicom(path):
-            files.append(ImageFile(path, *class_and_split(parts[:-1])))
+            files.append(Member(str(path), *class_and_split(parts[:-1])))
         elif suffix in OTHER_IMAGE_SUFFIXES:
             leave_out(LeftOut(path, suffix, f"{suffix} files are not supported"))
         else:
@@ -125,48 +117,6 @@ def _is_dicom(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
     except OSError:
         return False
-
-
-def read_image_folder(
-    folder: Path | str,
-    spec: InputSpec,
-    *,
-    split: str | None = None,
-    name: str | None = None,
-) -> LabelledImages:
-    """Decode an image folder by class (see ``list_image_folder``) to one size.
-
-    The pixels are exactly those that the server would give an encoder.
-
-    Args:
-        folder: the folder.
-        spec: the encoder's input: size and resize mode.
-        split: read only this split's files.
-        name: the data set's name, by default that of the folder.
-
-    Returns:
-        The images. The classes are those of the whole folder, sorted.
-
-    Raises:
-        DataNotFoundError: there is no image.
-        DataFormatError: an image has no class or can't be decoded. The message names the file.
-    """
-    folder = Path(folder)
-    everything = [
-        Member(str(file.path), file.label, file.split) for file in list_image_folder(folder)
-    ]
-    chosen = [member for member in everything if split is None or member.split == split]
-    if not chosen:
-        raise DataNotFoundError(f'{folder}: no image of split "{split}"')
-    return decode_members(
-        chosen,
-        lambda member: Path(member).read_bytes(),
-        spec,
-        name=name or folder.resolve().name,
-        split=split or "all",
-        classes=classes_of(everything),
-        files=tuple(Path(member.name) for member in chosen),
-    )
 
 
 def classes_of(members: Sequence[Member]) -> tuple[str, ...]:

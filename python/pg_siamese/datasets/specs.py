@@ -161,11 +161,9 @@ def _imagenette(_: str, spec: InputSpec | None) -> Parts:
 
 
 def _folder(path: str, spec: InputSpec | None, name: str | None = None) -> Parts:
-    folder = Path(path)
-    members = [Member(str(f.path), f.label, f.split) for f in list_image_folder(folder)]
     return _decoded(
-        folder.resolve().name if name is None else name,
-        members,
+        name or Path(path).resolve().name,
+        list_image_folder(path),
         lambda member: Path(member).read_bytes(),
         spec,
         lambda chosen: tuple(Path(member.name) for member in chosen),
@@ -198,25 +196,20 @@ def _decoded(
         raise DataFormatError(
             f"{name}: one class only ({classes[0]}): each class needs a sub-folder of its own"
         )
-    groups: dict[str | None, list[Member]] = {}
+    groups: dict[str, list[Member]] = {}
     for member in members:
-        groups.setdefault(member.split, []).append(member)
-    if None in groups and len(groups) > 1:
+        groups.setdefault(member.split or "train", []).append(member)
+    outside = [member.name for member in members if not member.split]
+    if 0 < len(outside) < len(members):
+        folders = sorted({member.split for member in members if member.split})
         raise DataFormatError(
-            f"{groups[None][0].name}: lies beside the split folders "
-            f"{', '.join(sorted(split for split in groups if split))}: all images or none "
+            f"{outside[0]}: lies beside the split folders {', '.join(folders)}: all images or none "
             "must be in such folders"
         )
     spec = spec or _common_size(members, read)
     return {
-        split or "train": decode_members(
-            group,
-            read,
-            spec,
-            name=name,
-            split=split or "train",
-            classes=classes,
-            files=files(group),
+        split: decode_members(
+            group, read, spec, name=name, split=split, classes=classes, files=files(group)
         )
         for split, group in groups.items()
     }
@@ -253,13 +246,8 @@ _OPENERS: dict[str, Callable[[str, InputSpec | None], Parts]] = {
     "folder": _folder,
     "zip": _zip,
 }
-_WITH_ARGUMENT = {
-    "medmnist": "FLAG",
-    "npz": "PATH",
-    "idx": "FOLDER",
-    "folder": "PATH",
-    "zip": "PATH",
-}
+_PATHS = dict.fromkeys(("npz", "folder", "zip"), "PATH")
+_WITH_ARGUMENT = _PATHS | {"medmnist": "FLAG", "idx": "FOLDER"}
 SPECS = tuple(
     f"{kind}:{_WITH_ARGUMENT[kind]}" if kind in _WITH_ARGUMENT else kind for kind in _OPENERS
 )

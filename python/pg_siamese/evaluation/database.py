@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import psycopg
-from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from pg_siamese.client.connection import CommandError
@@ -28,60 +27,38 @@ EXACT, DEFAULT = "pgvector", "auto"
 ENGINES = (EXACT, DEFAULT)
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """A collection of its own, with its table, schema and model.
-
-    ``name`` is that of all of them.
-    """
-
-    name: str
-
-    @property
-    def relation(self) -> str:
-        """Return the table's name, as SQL needs it."""
-        return f"{self.name}.images"
-
-
 @contextmanager
-def workplace(
+def temporary_collection(
     connection: psycopg.Connection[Any], model: EvaluatedModel, keep: bool = False
-) -> Iterator[Workplace]:
-    """Register the model and make a collection of its own.
+) -> Iterator[str]:
+    """Register the model and make a collection, and yield the name of both and of their schema.
 
     All is removed again, unless ``keep``.
     """
-    place = Workplace(f"evaluation_{secrets.token_hex(4)}")
+    name = f"evaluation_{secrets.token_hex(4)}"
     try:
-        register(connection, place.name, model.path.read_bytes())
-        connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(place.name)))
+        register(connection, name, model.path.read_bytes())
+        connection.execute(f"CREATE SCHEMA {name}".encode())
         connection.execute(
-            sql.SQL(
-                "CREATE TABLE {}.images ("
-                " image_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,"
-                " image bytea NOT NULL, dataset text, split text, label text, source text)"
-            ).format(sql.Identifier(place.name))
+            f"CREATE TABLE {name}.images ("
+            " image_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,"
+            " image bytea NOT NULL, dataset text, split text, label text, source text)".encode()
         )
         connection.execute(
             "SELECT siamese.create_collection(name => %s, relation => %s::regclass, model => %s)",
-            (place.name, place.relation, place.name),
+            (name, f"{name}.images", name),
         )
-        yield place
+        yield name
     finally:
         if not keep and not connection.closed:
-            _remove(connection, place)
-
-
-def _remove(connection: psycopg.Connection[Any], place: Workplace) -> None:
-    with connection.transaction():
-        for catalogue, remove in (("collections", "drop_collection"), ("models", "drop_model")):
-            connection.execute(
-                f"SELECT siamese.{remove}(name) FROM siamese.{catalogue} WHERE name = %s",
-                (place.name,),
-            )
-        connection.execute(
-            sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(place.name))
-        )
+            with connection.transaction():
+                for catalogue, kind in (("collections", "collection"), ("models", "model")):
+                    connection.execute(
+                        f"SELECT siamese.drop_{kind}(name) FROM siamese.{catalogue}"
+                        " WHERE name = %s".encode(),
+                        (name,),
+                    )
+                connection.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE".encode())
 
 
 @dataclass(frozen=True)
@@ -120,33 +97,29 @@ def database_retrieval(
         psycopg.Error: the database refused.
     """
     figures: dict[str, dict[str, Retrieval]] = {}
-    with workplace(connection, model, keep) as place:
-        target = find_target(connection, place.relation, "image")
+    with temporary_collection(connection, model, keep) as collection:
+        target = find_target(connection, f"{collection}.images", "image")
         for part in data:
             gallery = labelled_part(part.train, "evaluation")
             store(connection, target, map(gallery.row, range(len(gallery))), advance=advance)
-        connection.execute("SELECT siamese.build_index(%s)", (place.name,))
+        connection.execute("SELECT siamese.build_index(%s)", (collection,))
         for part in data:
             # Rows went in in their order, so the n-th key is that of the n-th image.
-            rows = connection.execute(
-                sql.SQL("SELECT image_id FROM {} WHERE dataset = %s ORDER BY image_id").format(
-                    sql.SQL(place.relation)
-                ),
-                (part.name,),
-            ).fetchall()
+            query = f"SELECT image_id FROM {collection}.images WHERE dataset = %s ORDER BY image_id"
+            rows = connection.execute(query.encode(), (part.name,)).fetchall()
             keys = np.array([key for (key,) in rows], np.int64)
             queries = getattr(part, split)
             figures[part.name] = {}
             for engine in ENGINES:
-                found = _search(connection, place, queries, part.name, engine, advance)
+                found = _search(connection, collection, queries, part.name, engine, advance)
                 labels = part.train.labels[np.searchsorted(keys, found)]
                 figures[part.name][engine] = retrieval(labels, queries.labels)
-    return DatabaseFigures(place.name, figures)
+    return DatabaseFigures(collection, figures)
 
 
 def _search(
     connection: psycopg.Connection[Any],
-    place: Workplace,
+    collection: str,
     queries: LabelledImages,
     dataset: str,
     engine: str,
@@ -159,7 +132,7 @@ def _search(
         rows = connection.execute(
             "SELECT s.image_id FROM siamese.similar_images(image => %b::bytea, k => %s::integer,"
             " collection => %s::text, filter => %s, engine => %s) AS s ORDER BY s.rank",
-            (images.row(number).image, NEIGHBOURS, place.name, condition, engine),
+            (images.row(number).image, NEIGHBOURS, collection, condition, engine),
         ).fetchall()
         if len(rows) < NEIGHBOURS:
             raise CommandError(f'the database found {len(rows)} neighbours in "{dataset}"')

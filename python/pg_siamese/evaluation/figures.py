@@ -116,10 +116,8 @@ def evaluate_model(
         found[part.name] = nearest(own_queries.vectors, own_gallery.vectors, NEIGHBOURS, metric)
         # The set's own class numbers.
         start = starts[number]
-        neighbours, wanted = (
-            own_gallery.labels[found[part.name]] - start,
-            own_queries.labels - start,
-        )
+        neighbours = own_gallery.labels[found[part.name]] - start
+        wanted = own_queries.labels - start
         figures["sets"][part.name] = {
             **neighbour_figures(neighbours, wanted),
             "report": class_report(wanted, votes(neighbours, VOTERS), part.train.classes),
@@ -216,11 +214,7 @@ def pair_figures(pairs: tuple[Floats, Flags], calibration: Calibration) -> dict[
         "count": len(match),
         "threshold": calibration.threshold,
         **asdict(score_pairs(apart, match, calibration)),
-        "report": class_report(
-            match.astype(np.int64),
-            (apart <= calibration.threshold).astype(np.int64),
-            ("no match", "match"),
-        ),
+        "report": class_report(match, apart <= calibration.threshold, ("no match", "match")),
     }
 
 
@@ -261,11 +255,7 @@ def triple_figures(validation: Embedded, queries: Embedded, metric: str) -> dict
         "count": len(match),
         "threshold": threshold,
         "accuracy": float(((least <= threshold) == match).mean()),
-        "report": class_report(
-            match.astype(np.int64),
-            (least <= threshold).astype(np.int64),
-            ("no two match", "two match"),
-        ),
+        "report": class_report(match, least <= threshold, ("no two match", "two match")),
     }
 
 
@@ -280,13 +270,15 @@ def neighbour_figures(neighbours: Integers, wanted: Integers) -> dict[str, Any]:
     }
 
 
-def class_report(wanted: Integers, given: Integers, classes: Sequence[str]) -> dict[str, Any]:
+def class_report(
+    wanted: Integers | Flags, given: Integers | Flags, classes: Sequence[str]
+) -> dict[str, Any]:
     """Return precision, recall, F1 and support of each class, and their plain means."""
     from sklearn.metrics import classification_report
 
     report: dict[str, Any] = classification_report(
-        wanted,
-        given,
+        wanted.astype(np.int64),
+        given.astype(np.int64),
         labels=range(len(classes)),
         target_names=list(classes),
         output_dict=True,

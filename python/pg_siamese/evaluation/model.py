@@ -11,13 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.datasets import (
-    DataSplits,
-    LabelledImages,
-    join_labels,
-    open_dataset,
-    resized,
-)
+from pg_siamese.datasets import DataSplits, LabelledImages, join_labels, open_dataset, resized
 from pg_siamese.evaluation.retrieval import Embedded
 from pg_siamese.evaluation.runtime import open_session
 from pg_siamese_server.encoding.encoder import Encoder, metadata_of
@@ -115,10 +109,8 @@ def open_data(model: EvaluatedModel, specs: Sequence[str], split: str) -> list[D
     found = []
     for spec in specs:
         # Arrays keep their size until they are embedded, batch by batch.
-        files = spec.partition(":")[0] in FILE_KINDS
-        found.append(
-            open_dataset(spec, seed=model.seed, input_spec=model.spec.input if files else None)
-        )
+        size = model.spec.input if spec.partition(":")[0] in FILE_KINDS else None
+        found.append(open_dataset(spec, seed=model.seed, input_spec=size))
     names = [data.name for data in found]
     for data in found:
         if names.count(data.name) > 1:

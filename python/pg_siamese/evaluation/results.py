@@ -14,6 +14,7 @@ from pg_siamese.datasets import sha256
 from pg_siamese.evaluation.database import ENGINES
 from pg_siamese.evaluation.figures import Evaluation
 from pg_siamese.files import write_whole
+from pg_siamese_server.encoding.specification import METRICS
 
 FORMAT = 1
 DIGITS = 5
@@ -160,16 +161,10 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             if figures is None or (key == "set_pairs" and item["labels"] == "set"):
                 continue
             triples = item["summary"].get("triples") if key == "pairs" else None
-            cells = [
-                _name(item),
-                str(len(item["models"])),
-                match,
-                spread(figures["accuracy"], 100, 2),
-                spread(figures["auc"], 1, 4),
-                spread(figures["contrastive_loss"], 1, 4),
-                spread(figures["log_loss"], 1, 4),
-                spread(triples["accuracy"], 100, 2) if triples else "",
-            ]
+            cells = [_name(item), str(len(item["models"])), match]
+            cells += [spread(figures["accuracy"], 100, 2)]
+            cells += [spread(figures[k], 1, 4) for k in ("auc", "contrastive_loss", "log_loss")]
+            cells += [spread(triples["accuracy"], 100, 2) if triples else ""]
             lines.append(_row(cells))
     lines += [
         "",
@@ -188,11 +183,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     ]
     for item in results:
         for name, figures in item["summary"]["sets"].items():
-            variants = {"": figures}
-            variants |= {
-                f", by {m}": figures[f"by_{m}"] for m in ("cosine", "l2") if f"by_{m}" in figures
-            }
-            for note, values in variants.items():
+            for note, values in variants(figures).items():
                 protocol, knn = values["retrieval"], values["knn_accuracy"]
                 in_database = values.get("in_database")
                 cells = [_name(item), f"{name}{note}", f"{item['data'][name]['queries']:,}"]
@@ -200,11 +191,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
                 cells += [spread(values["precision_at_10"], 100, 2)]
                 cells += [spread(knn[k], 100, 2) for k in ("5", "10")]
                 for engine in ENGINES:
-                    cells += [
-                        f"{in_database[engine]['greatest_difference']['max']:.3f}"
-                        if in_database
-                        else ""
-                    ]
+                    most = in_database and in_database[engine]["greatest_difference"]["max"]
+                    cells += [f"{most:.3f}" if in_database else ""]
                 lines.append(_row(cells))
     joined = [item for item in results if "right_set" in item["summary"]]
     if joined:
@@ -217,22 +205,21 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             "| --- | --- | --- |",
         ]
         for item in joined:
+            right = spread(item["summary"]["right_set"], 1, 3)
             by_neighbour = item["summary"]["set_pairs"]["accuracy_by_neighbour"]
-            lines.append(
-                _row(
-                    [
-                        _name(item),
-                        spread(item["summary"]["right_set"], 1, 3),
-                        spread(by_neighbour, 100, 2),
-                    ]
-                )
-            )
+            lines.append(_row([_name(item), right, spread(by_neighbour, 100, 2)]))
     lines += ["", "## Commands", ""]
     lines += [f"- {_name(item)}: `{item['command']}`" for item in results]
     return "\n".join(lines) + "\n"
 
 
 _PROTOCOL = ("map5", "mmv5", "acc1", "acc3", "acc5")
+
+
+def variants(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a data set's figures by its metric, and those by the other one, if there are any."""
+    others = {f", by {m}": figures[f"by_{m}"] for m in METRICS if f"by_{m}" in figures}
+    return {"": figures, **others}
 
 
 def _name(item: dict[str, Any]) -> str:

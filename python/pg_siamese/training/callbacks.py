@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from pg_siamese.files import write_whole
@@ -20,9 +20,7 @@ SNAPSHOT_IMAGES = 2000
 class EpochLines(Callback):
     """Prints one line per epoch, for logs and terminals in which a progress bar makes no sense."""
 
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's figures."""
         figures = " ".join(
             f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items()
@@ -42,17 +40,13 @@ class EpochFigures(Callback):
         self.every = every
         self.rows: list[dict[str, float]] = []
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the epochs before the one that the run starts with."""
         if trainer.current_epoch and self.path.is_file():
             rows = json.loads(self.path.read_text(encoding="utf-8"))
             self.rows = [row for row in rows if row["epoch"] <= trainer.current_epoch]
 
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the epoch's figures."""
         epoch = trainer.current_epoch + 1
         validated = epoch % self.every == 0
@@ -79,27 +73,18 @@ class Snapshots(Callback):
         self.points: list[Any] = []
         self.epochs: list[float] = []
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the embedding before anything is learned."""
         self._keep(trainer, pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Keep the embedding if a snapshot is due."""
         total = int(trainer.estimated_stepping_batches)
         due = len(self.points) * total / max(self.count - 1, 1)
         if trainer.global_step >= due or trainer.global_step == total:
             self._keep(trainer, pl_module)
 
-    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         np.savez_compressed(
             self.path,
@@ -108,7 +93,7 @@ class Snapshots(Callback):
             epochs=np.array(self.epochs, np.float32),
         )
 
-    def _keep(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         encoder: Any = pl_module.encoder
         training = encoder.training
         # Nothing random may be drawn here that the run would draw otherwise.

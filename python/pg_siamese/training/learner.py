@@ -119,10 +119,7 @@ class MetricLearner(lightning.LightningModule):
         # Norms and biases are not decayed, as is usual.
         learning = [p for p in self.parameters() if p.requires_grad]
         groups = [
-            {
-                "params": [p for p in learning if p.ndim >= 2],
-                "weight_decay": settings.weight_decay,
-            },
+            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
         ]
         build = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.name]
@@ -145,21 +142,13 @@ class MetricLearner(lightning.LightningModule):
                 },
             }
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule: Any = (
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-            if settings.schedule == "cosine"
-            else torch.optim.lr_scheduler.OneCycleLR(
-                optimiser,
-                max_lr=settings.learning_rate,
-                total_steps=steps,
-                pct_start=0.1,
-                cycle_momentum=False,
+        if settings.schedule == "cosine":
+            schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        else:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimiser, settings.learning_rate, steps, pct_start=0.1, cycle_momentum=False
             )
-        )
-        return {
-            "optimizer": optimiser,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the epoch's augmentation and dropout, so that a resumed run draws the same."""

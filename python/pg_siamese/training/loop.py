@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,34 +171,23 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     validation = experiment.validation
     every = min(validation.every, experiment.epochs)
+    monitor: dict[str, Any] = {"monitor": validation.monitor, "mode": validation.mode}
+    checkpoint = partial(
+        ModelCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False
+    )
     callbacks: list[Callback] = [
         LearningRateMonitor("step"),
         TQDMProgressBar(refresh_rate=10) if sys.stderr.isatty() else EpochLines(),
         EpochFigures(folder / "metrics.json", every),
-        ModelCheckpoint(
-            folder,
-            filename=Path(BEST).stem,
-            monitor=validation.monitor,
-            mode=validation.mode,
-            every_n_epochs=every,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
+        checkpoint(filename=Path(BEST).stem, every_n_epochs=every, **monitor),
         # Of its own: ``save_last`` of the one above keeps the last of the best. After all else of
         # the epoch, so that a resumed run starts with the next one.
-        ModelCheckpoint(
-            folder,
-            filename=Path(LAST).stem,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
+        checkpoint(filename=Path(LAST).stem),
     ]
     if experiment.average_decay:
         callbacks.append(AverageWeights(experiment.average_decay))
     if validation.patience:
-        callbacks.append(
-            EarlyStopping(validation.monitor, mode=validation.mode, patience=validation.patience)
-        )
+        callbacks.append(EarlyStopping(patience=validation.patience, **monitor))
     if experiment.snapshots:
         callbacks.append(
             Snapshots(folder / "snapshots.npz", val, experiment.snapshots, experiment.seed)
@@ -370,9 +360,11 @@ def _quiet() -> None:
     # Lightning talks of devices that aren't there and of loader processes that aren't needed.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*number of training batches.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    # Frozen layers stay in evaluation mode on purpose.
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    for part in (
+        "treespec, LeafSpec",
+        "does not have many workers",
+        "number of training batches",
+        "exists and is not empty",
+        "in eval mode at the start of training",  # frozen layers are, on purpose
+    ):
+        warnings.filterwarnings("ignore", message=f".*{part}.*")

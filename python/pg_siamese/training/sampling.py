@@ -13,11 +13,8 @@ from torch import Tensor
 from torch.utils.data import Sampler, WeightedRandomSampler
 
 from pg_siamese.datasets import DataFormatError
-from pg_siamese.evaluation.pairs import balanced_pairs
 from pg_siamese.training.experiments import ExperimentError
 from pg_siamese.training.experiments.settings import Sampling
-
-__all__ = ["Batches", "balanced_pairs", "class_sampler", "draw_pairs", "draw_triplets"]
 
 Integers = npt.NDArray[np.int64]
 

@@ -22,9 +22,9 @@ from pg_siamese.datasets import (
     load_fashion_mnist,
     load_medical,
     load_medmnist,
+    open_dataset,
     read_idx,
     read_idx_images,
-    read_image_folder,
     read_npz,
 )
 
@@ -210,7 +210,7 @@ def test_image_folder_by_class_and_split(tmp_path: Path) -> None:
 
 def test_image_folder_without_classes(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg", (1, 2, 3))
-    assert [(f.path.name, f.label, f.split) for f in list_image_folder(tmp_path)] == [
+    assert [(Path(f.name).name, f.label, f.split) for f in list_image_folder(tmp_path)] == [
         ("a.jpg", None, None)
     ]
 
@@ -228,7 +228,7 @@ def test_image_folder_decodes_as_the_server_does(tmp_path: Path) -> None:
         save_image(tmp_path / split / "red" / "1.png", (255, 0, 0))
         save_image(tmp_path / split / "blue" / "1.png", (0, 0, 255))
     spec = images.InputSpec(width=28, height=28)
-    part = read_image_folder(tmp_path, spec, split="val")
+    part = open_dataset(f"folder:{tmp_path}", input_spec=spec).test
     assert part.images.shape == (2, 28, 28, 3)
     assert part.classes == ("blue", "red")
     assert part.labels.tolist() == [0, 1]
@@ -237,7 +237,7 @@ def test_image_folder_decodes_as_the_server_does(tmp_path: Path) -> None:
     assert (part.images[1] == expected).all()
     (tmp_path / "val" / "red" / "2.png").write_bytes(b"rubbish")
     with pytest.raises(DataFormatError, match=r"2\.png"):
-        read_image_folder(tmp_path, spec, split="val")
+        open_dataset(f"folder:{tmp_path}", input_spec=spec)
 
 
 # --- where data is found ----------------------------------------------------------------------
@@ -371,7 +371,7 @@ def test_dicom_files_of_any_name(tmp_path: Path) -> None:
     (tmp_path / "b" / "README").write_text("no picture")
     left_out: list[datasets.LeftOut] = []
     found = datasets.list_image_folder(tmp_path, left_out.append)
-    assert [(file.path.name, file.label) for file in found] == [
+    assert [(Path(file.name).name, file.label) for file in found] == [
         ("1.dcm", "a"),
         ("IM_0001", "a"),
         ("1.2.840.113619", "b"),

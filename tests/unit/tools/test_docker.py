@@ -276,7 +276,7 @@ def test_a_drawn_password_is_kept_and_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("POSTGRES_PASSWORD", raising=False)
-    monkeypatch.setattr(docker, "build_folder", lambda: tmp_path)
+    monkeypatch.setattr(engine, "build_folder", lambda: tmp_path)
     first = docker._password()
     assert len(first) >= 20
     assert docker._password() == first

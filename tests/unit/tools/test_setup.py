@@ -246,12 +246,12 @@ def test_choice_of_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_pgvector_must_have_hnsw(tmp_path: Path) -> None:
     system = fake_system(tmp_path)
-    assert not pgvector.installed(system)
+    assert not pgvector.new_enough(system.extensions)
     control = system.extensions / "vector.control"
     control.write_text("default_version = '0.4.4'\n")
-    assert not pgvector.installed(system)
+    assert not pgvector.new_enough(system.extensions)
     control.write_text("default_version = '0.10.0'\n")
-    assert pgvector.installed(system)
+    assert pgvector.new_enough(system.extensions)
 
 
 def test_the_python_of_plpython(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def write_pictures(evaluations: Sequence[Evaluation], folder: Path) -> Iterator[
         folder / f"{name}-triplets.png",
     )
     yield save(
-        neighbour_collage(shown.ten_nearest(), f"{name}: the ten nearest"),
+        neighbour_collage(shown.found(TEN_QUERIES, TEN), f"{name}: the ten nearest"),
         folder / f"{name}-ten-nearest.png",
     )
     yield save(
@@ -137,11 +137,12 @@ class _Shown:
         first = {int(groups[place]): place for place in range(len(groups) - 1, -1, -1)}
         return [first[group] for group in sorted(first)][:count]
 
-    def found(self, places: Sequence[int], k: int) -> list[tuple[Shown, list[Shown]]]:
+    def found(self, count: int, k: int) -> list[tuple[Shown, list[Shown]]]:
         """Return queries and their k nearest in the joined gallery."""
         gallery, queries = self.evaluation.gallery, self.evaluation.queries
         rows = []
-        near = nearest(queries.vectors[list(places)], gallery.vectors, k, self.metric)
+        places = self.places(count)
+        near = nearest(queries.vectors[places], gallery.vectors, k, self.metric)
         for place, neighbours in zip(places, near, strict=True):
             repeated = np.repeat(queries.vectors[place][None], len(neighbours), axis=0)
             apart = distances(repeated, gallery.vectors[neighbours], self.metric)
@@ -165,12 +166,8 @@ class _Shown:
                     for n in neighbours
                 ],
             )
-            for query, neighbours in self.found(self.places(SHEET_QUERIES), SHEET_NEIGHBOURS)
+            for query, neighbours in self.found(SHEET_QUERIES, SHEET_NEIGHBOURS)
         ]
-
-    def ten_nearest(self) -> list[tuple[Shown, list[Shown]]]:
-        """Return queries and their ten nearest."""
-        return self.found(self.places(TEN_QUERIES), TEN)
 
     def triplets(self) -> list[Triplet]:
         """Return triplets of the split: anchors of different labels, the rest at random."""

@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pg_siamese.evaluation.pictures.style import (
-    OTHER_COLOUR,
-    QUERY_COLOUR,
-    SAME_COLOUR,
-    image_cell,
-    new_figure,
-    wrapped,
-)
+from pg_siamese.client.contact_sheet import OTHER_COLOUR, QUERY_COLOUR, SAME_COLOUR
+from pg_siamese.evaluation.pictures.style import image_cell, new_figure, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

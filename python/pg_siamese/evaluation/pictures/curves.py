@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pg_siamese.client.connection import CommandError
+from pg_siamese.client.contact_sheet import NEUTRAL_COLOUR
 from pg_siamese.evaluation.pairs import Flags
-from pg_siamese.evaluation.pictures.style import (
-    NEUTRAL_COLOUR,
-    TRAIN_COLOUR,
-    VAL_COLOUR,
-    new_figure,
-    plain_axes,
-)
+from pg_siamese.evaluation.pictures.style import TRAIN_COLOUR, VAL_COLOUR, new_figure, plain_axes
 from pg_siamese.evaluation.retrieval import Floats
 
 if TYPE_CHECKING:

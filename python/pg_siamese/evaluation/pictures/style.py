@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pg_siamese.client.contact_sheet import (
-    NEUTRAL_COLOUR,
-    OTHER_COLOUR,
-    QUERY_COLOUR,
-    SAME_COLOUR,
-    square,
-)
+from pg_siamese.client.contact_sheet import square
 from pg_siamese.files import write_whole
 
 if TYPE_CHECKING:
@@ -26,37 +20,13 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, told apart with any kind of colour vision, in an order of good contrast.
 # Two greys make it ten. Classes are named in the picture too, so colour is never all there is.
 PALETTE = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#222222",
-    "#B8A900",
-    "#8A8A8A",
-    "#6A3D9A",
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"),
+    *("#D55E00", "#222222", "#B8A900", "#8A8A8A", "#6A3D9A"),
 )
 TRAIN_COLOUR, VAL_COLOUR = PALETTE[0], PALETTE[5]
 DPI, LEAST_DPI = 120, 60
 MOST_BYTES = 300_000
 FRAME_POINTS = 3.0
-
-__all__ = [
-    "NEUTRAL_COLOUR",
-    "OTHER_COLOUR",
-    "PALETTE",
-    "QUERY_COLOUR",
-    "SAME_COLOUR",
-    "TRAIN_COLOUR",
-    "VAL_COLOUR",
-    "image_cell",
-    "new_figure",
-    "plain_axes",
-    "rendered",
-    "save",
-    "wrapped",
-]
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:

@@ -4,8 +4,6 @@ Each is a TOML file, here, in a folder of ``reproductions/`` or at any other pat
 what it can hold, and needs the extra ``train``.
 """
 
-from __future__ import annotations
-
 from pg_siamese.training.experiments.errors import ExperimentError
 from pg_siamese.training.experiments.files import experiment_names, load_experiment
 

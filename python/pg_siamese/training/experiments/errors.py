@@ -1,7 +1,5 @@
 """What can be wrong with an experiment."""
 
-from __future__ import annotations
-
 from pg_siamese.client.connection import CommandError
 
 

@@ -12,7 +12,4 @@ from pg_siamese.training.objectives.classes import CosFace, CosFaceParts
 
 __all__ = ["OBJECTIVES", "Objective", "Outcome"]
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "cosface": CosFace,
-    "cosface_parts": CosFaceParts,
-}
+OBJECTIVES: dict[str, type[Objective]] = {"cosface": CosFace, "cosface_parts": CosFaceParts}
