@@ -1,13 +1,6 @@
 """The bars in full, each by one command on a throw-away cluster of its own.
 
-    build/client/bin/python -m tests.scenarios recall
     build/client/bin/python -m tests.scenarios mixed --seconds 120
-    build/client/bin/python -m tests.scenarios lifecycle --seconds 120
-    build/client/bin/python -m tests.scenarios cancel
-    build/client/bin/python -m tests.scenarios images
-    build/client/bin/python -m tests.scenarios memory
-    build/client/bin/python -m tests.scenarios parity
-    build/client/bin/python -m tests.scenarios all
 
 The tests of the same names under tests/database/ run them in short.
 """
@@ -17,56 +10,28 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import psycopg
 
+from tests.conftest import MODELS, Connection, make_template
 from tests.scenarios.bad_images import BadImages
 from tests.scenarios.cancel import Cancel
-from tests.scenarios.gallery import MODELS, Connection, gallery
+from tests.scenarios.gallery import gallery
 from tests.scenarios.lifecycle import Lifecycle
 from tests.scenarios.memory import Memory
 from tests.scenarios.mixed import Mixed
 from tests.scenarios.parity import Parity
 from tests.scenarios.recall import Recall
-from tools.cluster import Cluster, create_database
-
-DATABASE = "stress"
-
-
-class Sessions:
-    """Opens connections to one database and closes them all at the end."""
-
-    def __init__(self, dsn: str) -> None:
-        self.dsn = dsn
-        self.opened: list[Connection] = []
-
-    def __call__(self) -> Connection:
-        """Open one, in autocommit mode."""
-        connection = psycopg.connect(self.dsn, autocommit=True)
-        self.opened.append(connection)
-        return connection
-
-    def close(self) -> None:
-        """Close all."""
-        for connection in self.opened:
-            connection.close()
+from tools.cluster import Cluster
 
 
 @contextmanager
-def database() -> Iterator[Sessions]:
-    """A cluster with the medical model and the empty collection ``images``."""
-    with Cluster.temporary() as cluster:
-        create_database(cluster, DATABASE)
-        sessions = Sessions(cluster.dsn(DATABASE))
-        owner = sessions()
-        onnx = (MODELS / "medical.onnx").read_bytes()
-        owner.execute("SELECT register_model('medical', %s)", (onnx,))
-        owner.execute("SELECT create_collection()")
-        try:
-            yield sessions
-        finally:
-            sessions.close()
+def database() -> Iterator[Callable[[], Connection]]:
+    """A cluster with the medical model and the empty collection ``images``; opens connections."""
+    with Cluster.temporary() as cluster, ExitStack() as opened:
+        dsn = cluster.dsn(make_template(cluster, (MODELS / "medical.onnx").read_bytes()))
+        yield lambda: opened.enter_context(psycopg.connect(dsn, autocommit=True))
 
 
 def recall(options: argparse.Namespace) -> None:
@@ -87,12 +52,12 @@ def mixed(options: argparse.Namespace) -> None:
 def lifecycle(options: argparse.Namespace) -> None:
     """Collections that come and go beside everything else."""
     with database() as connect:
-        Lifecycle(connect, connect.dsn, gallery(500), options.seconds, seed=options.seed).run()
+        dsn = connect().info.dsn
+        Lifecycle(connect, dsn, gallery(500), options.seconds, seed=options.seed).run()
 
 
 def cancel(options: argparse.Namespace) -> None:
     """Time-outs and cancels, at 100,000 rows."""
-    del options
     with database() as connect:
         Cancel(connect, gallery(500), moments=40, layers=200).run()
 
@@ -112,25 +77,15 @@ def memory(options: argparse.Namespace) -> None:
 
 def parity(options: argparse.Namespace) -> None:
     """Vectors inside and outside of PostgreSQL, both models, 500 images of each data set."""
-    del options
     for model in ("medical", "fashion_mnist"):
         with database() as connect:
             Parity(connect, model=model).run()
 
 
-FORMS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "recall": recall,
-    "mixed": mixed,
-    "lifecycle": lifecycle,
-    "cancel": cancel,
-    "images": images,
-    "memory": memory,
-    "parity": parity,
-}
+FORMS = {form.__name__: form for form in (recall, mixed, lifecycle, cancel, images, memory, parity)}
 
 
 def main() -> None:
-    """Run one form, or all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -16,6 +16,7 @@ from pg_siamese_server.errors import ImageError
 from tests.scenarios.gallery import Connection, embed_outside, image_sets
 from tests.scenarios.mutations import bombs, mutated, samples
 from tests.scenarios.process import MEGABYTE, private_bytes, watched
+from tests.support import one
 
 LARGEST_GROWTH = 64 * MEGABYTE
 BOMB_SECONDS = 2.0
@@ -25,14 +26,7 @@ WHOLE = ("png too much data", "png iCCP", "png zTXt", "png iTXt", "png 63 x zTXt
 
 @dataclass
 class BadImages:
-    """Damaged files, one by one and in bulk, and bombs.
-
-    Args:
-        connect: opens an autocommit connection.
-        count: how many damaged files.
-        seed: of the damage.
-        report: takes lines.
-    """
+    """So many damaged files, one by one and in bulk, and bombs."""
 
     connect: Callable[[], Connection]
     count: int = 2000
@@ -40,7 +34,6 @@ class BadImages:
     report: Callable[[str], None] = print
 
     def run(self) -> None:
-        """Run all parts."""
         self.session = self.connect()
         self.pid = self.session.info.backend_pid
         images = [group for group in image_sets(3) if len(group)]
@@ -126,18 +119,15 @@ class BadImages:
             binary=True,
         ).fetchall()
         assert dict(rows) == outcome
-        counts = self.session.execute(
-            "SELECT rows_embedded, failures FROM siamese.collection_status"
-            " WHERE collection = 'bulk'"
-        ).fetchone()
+        query = "SELECT rows_embedded, failures FROM collection_status WHERE collection = 'bulk'"
         bad = sum(state is not None for state in outcome.values())
-        assert counts == (len(outcome) - bad, bad)
+        assert self.session.execute(query).fetchone() == (len(outcome) - bad, bad)
         self.report(
             f"{len(outcome)} in bulk: {bad} put aside,"
             f" private memory grew by {growth / MEGABYTE:.1f} MB"
         )
         assert growth < LARGEST_GROWTH
-        assert self.session.execute("SELECT pg_backend_pid()").fetchone() == (self.pid,)
+        assert one(self.session, "SELECT pg_backend_pid()") == self.pid
 
     def bombs(self) -> None:
         """Insert each bomb: nothing large is allocated, and it is over soon."""
@@ -155,4 +145,4 @@ class BadImages:
             assert error is not None or name in WHOLE, f"{name}: embedded"
             assert peak.growth < LARGEST_GROWTH, name
             assert seconds < BOMB_SECONDS, name
-        assert self.session.execute("SELECT pg_backend_pid()").fetchone() == (self.pid,)
+        assert one(self.session, "SELECT pg_backend_pid()") == self.pid

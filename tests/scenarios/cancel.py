@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,24 +13,23 @@ from typing import Any
 
 import numpy as np
 import psycopg
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from pg_siamese.client.sources import png
 from tests.scenarios.gallery import DIMENSION, Connection, Gallery, check_files, index_directory
+from tests.support import graph, one, sql_error
 
 WITHIN = 1.0
-CANCELLED = psycopg.errors.QueryCanceled
 
 
 def slow_encoder(layers: int, size: int = 224, channels: int = 48) -> bytes:
     """Return a float32 NCHW encoder as others make them; a layer takes about 10 ms an image."""
     random = np.random.default_rng(0)
-    nodes, weights, last = [], [], "image"
+    nodes, weights, last = [], {}, "image"
     for layer in range(layers):
         inputs = 3 if layer == 0 else channels
         scale = np.sqrt(2 / (9 * inputs))
-        kernel = (random.normal(0, scale, (channels, inputs, 3, 3))).astype(np.float32)
-        weights.append(numpy_helper.from_array(kernel, f"w{layer}"))
+        weights[f"w{layer}"] = random.normal(0, scale, (channels, inputs, 3, 3)).astype(np.float32)
         nodes.append(
             helper.make_node("Conv", [last, f"w{layer}"], [f"c{layer}"], pads=[1, 1, 1, 1])
         )
@@ -37,16 +37,12 @@ def slow_encoder(layers: int, size: int = 224, channels: int = 48) -> bytes:
         last = f"r{layer}"
     nodes.append(helper.make_node("GlobalAveragePool", [last], ["pooled"]))
     nodes.append(helper.make_node("Flatten", ["pooled"], ["embedding"]))
-    graph = helper.make_graph(
+    return graph(
         nodes,
-        "slow",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, size, size])],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", channels])],
+        [("image", TensorProto.FLOAT, ["batch", 3, size, size])],
+        [("embedding", TensorProto.FLOAT, ["batch", channels])],
         weights,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    data: bytes = model.SerializeToString()
-    return data
 
 
 @dataclass
@@ -54,13 +50,11 @@ class Cancel:
     """Long statements, stopped at several moments.
 
     Args:
-        connect: opens an autocommit connection.
-        images: what there is; needs a few hundred only.
+        images: needs a few hundred only.
         rows: rows of the long insert and backfill.
         vectors: rows of the index that is built.
         moments: how many moments of an index build are tried.
         layers: of the slow encoder.
-        report: takes a line for each.
     """
 
     connect: Callable[[], Connection]
@@ -73,7 +67,6 @@ class Cancel:
     slowest: float = 0.0
 
     def run(self) -> None:
-        """Run all parts."""
         self.session, self.other = self.connect(), self.connect()
         self.stage()
         self.insert()
@@ -88,15 +81,10 @@ class Cancel:
         """Run a statement that must be stopped by ``statement_timeout``."""
         self.session.execute(f"SET statement_timeout = {milliseconds}")
         started = time.monotonic()
-        try:
+        with sql_error("57014"):
             self.session.execute(sql)
-        except CANCELLED as error:
-            late = time.monotonic() - started - milliseconds / 1000
-            assert error.sqlstate == "57014"
-        else:
-            raise AssertionError(f"{what}: not stopped by statement_timeout")
-        finally:
-            self.session.execute("SET statement_timeout = 0")
+        late = time.monotonic() - started - milliseconds / 1000
+        self.session.execute("SET statement_timeout = 0")
         self.conclude(f"{what}, statement_timeout {milliseconds} ms", late)
 
     def cancel(self, sql: str, moment: Callable[[], None], what: str) -> bool:
@@ -116,9 +104,8 @@ class Cancel:
         thread.start()
         try:
             self.session.execute(sql)
-        except CANCELLED as error:
+        except psycopg.errors.QueryCanceled:
             late = time.monotonic() - cancelled_at
-            assert error.sqlstate == "57014"
         else:
             finished.set()
             late = -1.0
@@ -163,16 +150,13 @@ class Cancel:
         sql = f"INSERT INTO siamese.images (image) {self.images_of(self.rows)}"
         self.time_out(sql, 500, f"insert of {self.rows} rows")
         # Embedding begins when all rows are stored, which the insert without vectors tells.
-        started = time.monotonic()
-        self.session.execute(
+        plain = self.seconds(
             f"BEGIN; SET LOCAL session_replication_role = replica; {sql}; ROLLBACK"
         )
-        plain = time.monotonic() - started
         self.cancel(sql, lambda: time.sleep(1.5 * plain + 1), f"insert of {self.rows} rows")
         self.session.execute("SET client_min_messages = warning")
         for table in ("siamese.images", "siamese.embedding_1", "siamese.pending_1"):
-            row = self.session.execute(f"SELECT count(*) FROM {table}").fetchone()
-            assert row == (0,), f"{table}: {row}"
+            assert one(self.session, f"SELECT count(*) FROM {table}") == 0, table
 
     def backfill(self) -> None:
         """Stop the backfill of a table that has many rows already."""
@@ -180,18 +164,14 @@ class Cancel:
         self.session.execute(f"INSERT INTO public.old (image) {self.images_of(self.rows)}")
         create = "create_collection('old', 'public.old', model => 'medical'"
         self.time_out(f"SELECT {create})", 500, "create_collection with backfill")
-        row = self.session.execute("SELECT count(*) FROM siamese.collections").fetchone()
-        assert row == (1,), row
+        assert one(self.session, "SELECT count(*) FROM siamese.collections") == 1
         self.session.execute(f"SELECT {create}, backfill => false)")
-        number = self.session.execute("SELECT max(collection_id) FROM siamese.collections")
-        table = f"siamese.embedding_{(number.fetchone() or [0])[0]}"
+        number = one(self.session, "SELECT max(collection_id) FROM siamese.collections")
         sql = "SELECT backfill('old')"
         self.time_out(sql, 500, f"backfill of {self.rows} rows")
         self.cancel(sql, lambda: time.sleep(2), f"backfill of {self.rows} rows")
-        row = self.session.execute(f"SELECT count(*) FROM {table}").fetchone()
-        assert row == (0,), row
-        row = self.session.execute("SELECT backfill('old', max_rows => 50)").fetchone()
-        assert row == (50,), row
+        assert one(self.session, f"SELECT count(*) FROM siamese.embedding_{number}") == 0
+        assert one(self.session, "SELECT backfill('old', max_rows => 50)") == 50
         self.session.execute("SELECT drop_collection('old')")
 
     def search(self) -> None:
@@ -204,20 +184,17 @@ class Cancel:
         self.session.execute("CREATE TABLE public.slow (id serial PRIMARY KEY, image bytea)")
         self.session.execute("SELECT create_collection('slow', 'public.slow', model => 'slow')")
         self.session.execute("INSERT INTO public.slow (image) SELECT image FROM stage LIMIT 2")
-        one = self.seconds(
-            "SELECT count(*) FROM (SELECT image FROM stage LIMIT 1) AS q,"
-            " similar_images(q.image, 1, 'slow')"
-        )
-        self.report(f"one search with the slow encoder takes {one:.2f} s")
         many = (
             "SELECT count(*) FROM (SELECT image FROM stage LIMIT 40) AS q,"
             " similar_images(q.image, 1, 'slow')"
         )
+        single = many.replace("LIMIT 40", "LIMIT 1")
+        alone = self.seconds(single)
+        self.report(f"one search with the slow encoder takes {alone:.2f} s")
         self.time_out(many, 500, "searches with a slow encoder")
         self.cancel(many, lambda: time.sleep(0.7), "searches with a slow encoder")
-        single = many.replace("LIMIT 40", "LIMIT 1")
-        self.time_out(single, max(20, int(one * 300)), "one search with a slow encoder")
-        self.cancel(single, lambda: time.sleep(one * 0.5), "one search with a slow encoder")
+        self.time_out(single, max(20, int(alone * 300)), "one search with a slow encoder")
+        self.cancel(single, lambda: time.sleep(alone * 0.5), "one search with a slow encoder")
         insert = "INSERT INTO public.slow (image) SELECT image FROM stage LIMIT 100"
         self.time_out(insert, 500, "insert with a slow encoder")
         large = png(np.zeros((5000, 5000, 3), dtype=np.uint8))
@@ -226,7 +203,6 @@ class Cancel:
         self.cancel(huge, lambda: time.sleep(0.1), "search for a large image")
 
     def seconds(self, sql: str) -> float:
-        """Return how long a statement takes."""
         started = time.monotonic()
         self.session.execute(sql)
         return time.monotonic() - started
@@ -254,32 +230,25 @@ class Cancel:
                 before = self.state()
         self.session.execute(sql)
         check_files(self.session)
-        there = self.session.execute(
-            "SELECT count(*) FROM siamese.generations WHERE collection_id = 1"
-        ).fetchone()
-        assert there is not None and there[0] <= 2
+        query = "SELECT count(*) FROM siamese.generations WHERE collection_id = 1"
+        assert one(self.session, query) <= 2
 
     def until(self, folder: Path, suffix: str, before: Any) -> None:
         """Wait until a build writes a file of its own."""
         known = {f"{generation}.{suffix}" for generation in before[1]}
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if any(
-                path.name.endswith(suffix) and path.name not in known and path.stat().st_size >= 0
-                for path in list(folder.iterdir())
-                if path.exists()
-            ):
+            if any(name.endswith(suffix) and name not in known for name in os.listdir(folder)):
                 return
             time.sleep(0.001)
 
     def state(self) -> Any:
         """Return the current generation, and all in the manifest."""
-        row = self.session.execute(
+        return self.session.execute(
             "SELECT c.generation, array_agg(g.generation ORDER BY g.generation)"
             " FROM siamese.collections AS c INNER JOIN siamese.generations AS g"
             " USING (collection_id) WHERE c.name = 'images' GROUP BY 1"
         ).fetchone()
-        return row
 
     def fill(self) -> None:
         """Make many rows with random vectors, quickly: an index build does not look at images."""

@@ -26,6 +26,7 @@ from pg_siamese.client.sources import png
 from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from tests.server import path_of
+from tests.support import one
 from tools.project import ROOT
 
 
@@ -198,7 +199,7 @@ def check_answer(row: Sequence[Any], k: int, what: str) -> Found:
     exact, ranks, keys = exact or [], ranks or [], keys or []
     distances, true = distances or [], true or []
     if ranks == [None]:  # an empty answer, by the outer join
-        exact, ranks, keys, distances, true = exact, [], [], [], []
+        ranks, keys, distances, true = [], [], [], []
     assert not unknown, f"{what}: {unknown} images are not in the table of true vectors"
     assert len(set(keys)) == len(keys), f"{what}: duplicates in {keys}"
     strangers = [key for key, distance in zip(keys, true, strict=True) if distance is None]
@@ -230,11 +231,7 @@ def search_in_one_statement(
     The exact answer is computed in the same statement, and so in the same snapshot.
     """
     clauses = [f"b.{column} = '{value}'" for column, value in (condition or {}).items()]
-    values: dict[str, Any] = {
-        "k": k,
-        "engine": engine,
-        "filter": Jsonb(condition or {}),
-    }
+    values: dict[str, Any] = {"k": k, "engine": engine, "filter": Jsonb(condition or {})}
     if image is not None:
         sql = BY_IMAGE
         values |= {"image": images.files[image], "vector": str(images.vectors[image].tolist())}
@@ -348,23 +345,27 @@ def check_tables(connection: Connection) -> None:
 
 def index_directory(connection: Connection) -> Path:
     """Return the directory of collection ``images``' index files."""
-    row = connection.execute(
+    query = (
         "SELECT current_setting('data_directory') || '/pg_siamese/' || d.oid || '/1'"
         " FROM pg_database AS d WHERE d.datname = current_database()"
-    ).fetchone()
-    assert row is not None
-    return path_of(row[0])
+    )
+    return path_of(one(connection, query))
 
 
 def check_files(connection: Connection) -> None:
     """Check that the index directory holds whole generations of the manifest, and nothing else."""
-    known = connection.execute("SELECT generation::text FROM siamese.generations").fetchall()
+    there = check_no_orphans(connection, index_directory(connection))
+    query = "SELECT generation FROM siamese.collections WHERE name = 'images'"
+    if (current := one(connection, query)) is not None:
+        assert {f"{current}.faiss", f"{current}.meta"} <= there, f"missing in {there}"
+
+
+def check_no_orphans(connection: Connection, directory: Path) -> set[str]:
+    """Check that a collection's directory has no file but its generations'; return their names."""
+    known = connection.execute(
+        "SELECT generation FROM siamese.generations WHERE collection_id = %s", (directory.name,)
+    ).fetchall()
     expected = {f"{row[0]}.{suffix}" for row in known for suffix in ("faiss", "meta")}
-    there = {path.name for path in index_directory(connection).iterdir()}
+    there = {path.name for path in directory.iterdir()}
     assert there <= expected, f"orphans: {sorted(there - expected)}"
-    current = connection.execute(
-        "SELECT generation::text FROM siamese.collections WHERE name = 'images'"
-    ).fetchone()
-    assert current is not None
-    if current[0] is not None:
-        assert {f"{current[0]}.faiss", f"{current[0]}.meta"} <= there, f"missing in {there}"
+    return there

@@ -27,11 +27,13 @@ from tests.scenarios.gallery import (
     DISTANCE_TOLERANCE,
     Connection,
     Gallery,
+    check_no_orphans,
     check_tables,
     index_directory,
     prepare,
     search_in_one_statement,
 )
+from tests.support import one
 
 WRITERS = 4
 DEFERRED_FROM = 2  # the writers from this one on write to the deferred collection
@@ -100,10 +102,7 @@ class Kills:
 
     Attributes:
         cluster: with a database of which ``dsn`` is the connection string.
-        images: what there is.
-        cycles: how many.
         seed: of what is random; when the kernel kills is not.
-        report: takes lines.
     """
 
     cluster: FaultyCluster
@@ -119,7 +118,6 @@ class Kills:
     _at_work: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Begin with writers that have written nothing."""
         self.random = np.random.default_rng(self.seed)
         self.writers = [
             Writer(number, IMAGES if number < DEFERRED_FROM else ARCHIVE, next_key=number)
@@ -128,7 +126,6 @@ class Kills:
         self.directories: list[Path] = []
 
     def run(self) -> None:
-        """Run all cycles."""
         with self.connect("owner") as owner:
             prepare(owner, self.images)
             owner.execute(
@@ -152,7 +149,6 @@ class Kills:
         self.report(", ".join(f"{what} {count}" for what, count in sorted(self.done.items())))
 
     def connect(self, name: str) -> Connection:
-        """Open a connection of this application_name."""
         return psycopg.connect(self.dsn, autocommit=True, application_name=name)
 
     def count(self, what: str, number: int = 1) -> None:
@@ -221,7 +217,6 @@ class Kills:
         return "while publishing"
 
     def files(self) -> set[Path]:
-        """Return what is in the index directories."""
         return {
             path
             for directory in self.directories
@@ -372,7 +367,8 @@ class Kills:
             if cycle % 3 == 2 or cycle == self.cycles - 1:
                 for name in ("images", "archive"):
                     session.execute("SELECT build_index(%s)", (name,))
-                self.check_orphans(session)
+                for directory in self.directories:
+                    check_no_orphans(session, directory)
                 self.check_images(session)
                 self.check_archive(session, is_drained=True)
 
@@ -395,10 +391,10 @@ class Kills:
 
     def check_images(self, session: Connection) -> None:
         """Search for few and for all rows of ``images``, by each engine."""
-        row = session.execute(
-            "SELECT generation IS NOT NULL FROM siamese.collections WHERE name = 'images'"
-        ).fetchone()
-        for engine in ["auto", "pgvector", *(["faiss"] if row == (True,) else [])]:
+        query = "SELECT generation IS NOT NULL FROM siamese.collections WHERE name = 'images'"
+        for engine in (
+            ("auto", "pgvector", "faiss") if one(session, query) else ("auto", "pgvector")
+        ):
             check_answers(session, self.images, engine, f"after the crash, {engine}")
 
     def drain_archive(self, session: Connection) -> None:
@@ -406,7 +402,7 @@ class Kills:
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline:
             session.execute("SELECT embed_pending('archive')")
-            if session.execute("SELECT waiting FROM embedding_queue_status").fetchone() == (0,):
+            if one(session, "SELECT waiting FROM embedding_queue_status") == 0:
                 return
             time.sleep(0.1)
 
@@ -441,14 +437,3 @@ class Kills:
         assert sorted(keys) == sorted(true), "archive: missing, duplicate or foreign rows"
         error = max((abs(true[key] - distance) for key, distance in found), default=0)
         assert error < DISTANCE_TOLERANCE, f"archive: distances wrong by {error}"
-
-    def check_orphans(self, session: Connection) -> None:
-        """After a build, only the files of the manifest are there, and no half of one."""
-        for table, directory in zip((IMAGES, ARCHIVE), self.directories, strict=True):
-            known = session.execute(
-                "SELECT generation FROM siamese.generations WHERE collection_id = %s",
-                (table.number,),
-            ).fetchall()
-            expected = {f"{row[0]}{suffix}" for row in known for suffix in (".faiss", ".meta")}
-            there = {path.name for path in directory.iterdir()}
-            assert there <= expected, f"orphans: {sorted(there - expected)}"

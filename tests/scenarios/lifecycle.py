@@ -17,6 +17,7 @@ import psycopg
 
 from pg_siamese.worker import LOGGER, Options, Worker
 from tests.scenarios.gallery import Connection, Gallery
+from tests.support import in_threads
 
 TABLES = ("a", "b", "c")
 DROPPED_TABLE = "c"  # the one that is itself dropped now and then
@@ -40,16 +41,7 @@ CREATE = "CREATE TABLE IF NOT EXISTS {0} (id integer PRIMARY KEY, image bytea, l
 
 @dataclass
 class Lifecycle:
-    """Some seconds of it, then checks.
-
-    Args:
-        connect: opens an autocommit connection.
-        dsn: of the same database, for workers.
-        images: what there is.
-        seconds: how long.
-        seed: of what is random.
-        report: takes lines.
-    """
+    """Some seconds of it, then checks; ``dsn`` is of the same database, for workers."""
 
     connect: Callable[[], Connection]
     dsn: str
@@ -71,23 +63,15 @@ class Lifecycle:
         bodies: list[Body] = [partial(self.owner, table) for table in TABLES]
         bodies += [self.writer, self.writer, self.searcher, self.searcher]
         bodies += [self.embedder, self.builder, self.watcher]
-        threads = [
-            threading.Thread(target=self.guarded, args=(body, number))
-            for number, body in enumerate(bodies)
-        ]
         workers = [
             Worker(Options(self.dsn, batch=16, poll=0.2, rebuild_pending=10)) for _ in range(2)
         ]
-        threads += [threading.Thread(target=self.work, args=(worker,)) for worker in workers]
         LOGGER.addFilter(self.said)
-        for thread in threads:
-            thread.start()
-        time.sleep(self.seconds)
-        self.stop.set()
-        for worker in workers:
-            worker.signals.stop()
-        for thread in threads:
-            thread.join()
+        in_threads(
+            *(partial(self.guarded, body, number) for number, body in enumerate(bodies)),
+            *(partial(self.work, worker) for worker in workers),
+            partial(self.end, workers),
+        )
         LOGGER.removeFilter(self.said)
         self.report(", ".join(f"{what} {count}" for what, count in sorted(self.done.items())))
         self.report(f"embedded by workers: {sum(worker.totals.stored for worker in workers)}")
@@ -97,6 +81,13 @@ class Lifecycle:
             self.report(f"ERROR {count}: {what}")
         assert not self.errors
         self.check_end(owner)
+
+    def end(self, workers: list[Worker]) -> None:
+        """Tell all to end, when it is time."""
+        time.sleep(self.seconds)
+        self.stop.set()
+        for worker in workers:
+            worker.signals.stop()
 
     def work(self, worker: Worker) -> None:
         """Run a worker, which must go on until it is told to end."""
@@ -145,7 +136,6 @@ class Lifecycle:
             self.done[what] += 1
 
     def one(self, random: np.random.Generator) -> str:
-        """Choose a table, which is the collection's name as well."""
         return str(random.choice(TABLES))
 
     def file(self, random: np.random.Generator) -> bytes:
@@ -214,10 +204,7 @@ class Lifecycle:
                 session.execute(
                     f"INSERT INTO {table} SELECT * FROM unnest(%s::int[], %s::bytea[])"
                     " ON CONFLICT (id) DO UPDATE SET image = excluded.image",
-                    (
-                        list(range(key, key + count)),
-                        [self.file(random) for _ in range(count)],
-                    ),
+                    (list(range(key, key + count)), [self.file(random) for _ in range(count)]),
                 )
                 key += count
             elif what == 2:
@@ -268,24 +255,13 @@ class Lifecycle:
         time.sleep(float(random.random()) * 0.1)
 
     def builder(self, random: np.random.Generator, session: Connection) -> None:
-        """Build indexes."""
         session.execute("SELECT build_index(%s, threads => 1)", (self.one(random),))
         self.count("built")
 
     def watcher(self, random: np.random.Generator, session: Connection) -> None:
         """Look at what administrators look at."""
-        session.execute(
-            str(
-                random.choice(
-                    [
-                        "SELECT * FROM collection_status",
-                        "SELECT * FROM embedding_queue_status",
-                        "SELECT * FROM index_generations",
-                        "SELECT * FROM self_check()",
-                    ]
-                )
-            )
-        )
+        views = ("collection_status", "embedding_queue_status", "index_generations", "self_check()")
+        session.execute(f"SELECT * FROM {random.choice(views)}")
         self.count("looked at")
         time.sleep(0.05)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from tests.scenarios.gallery import (
     prepare,
     search_in_one_statement,
 )
+from tests.support import in_threads, one
 
 LEAST = 0.99
 # A row that was there a moment ago may be gone: the caller of a search by id asks for that error.
@@ -37,12 +39,8 @@ class Mixed:
     statement changes at most one, so that no deadlock is the workload's own doing.
 
     Args:
-        connect: opens an autocommit connection.
-        images: what there is.
         rows: how many are loaded at first.
-        seconds: how long.
         sessions: how many sessions beside the one that builds.
-        report: takes lines.
     """
 
     connect: Callable[[], Connection]
@@ -54,39 +52,30 @@ class Mixed:
     report: Callable[[str], None] = print
     done: Counter[str] = field(default_factory=Counter)
     found: Found = field(default_factory=Found)
-    errors: list[BaseException] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
-        """Load, run all sessions, and check."""
         owner = self.connect()
         prepare(owner, self.images)
         insert(owner, self.images.files[: self.rows])
-        bodies = [partial(self.session, number) for number in range(self.sessions)] + [self.builder]
-        threads = [threading.Thread(target=self.guarded, args=(body,)) for body in bodies]
-        for thread in threads:
-            thread.start()
-        self.stop.wait(self.seconds)
-        self.stop.set()
-        for thread in threads:
-            thread.join()
+        bodies: list[Callable[[], object]] = [self.builder, partial(self.stop.wait, self.seconds)]
+        bodies += [partial(self.session, number) for number in range(self.sessions)]
+        errors = in_threads(*(partial(self.guarded, body) for body in bodies))
         self.report(", ".join(f"{what} {count}" for what, count in sorted(self.done.items())))
         self.report(f"recall@10 meanwhile {self.found.recall:.4f}, {self.found.searches} searches")
-        for error in self.errors[:5]:
+        for error in errors[:5]:
             self.report(f"{type(error).__name__}: {error}")
-        if self.errors:
-            raise self.errors[0]
+        if errors:
+            raise errors[0]
         assert self.found.recall >= LEAST
         self.check_end(owner)
 
-    def guarded(self, body: Callable[[], None]) -> None:
-        """Run a thread's body; the first error of any stops all."""
+    def guarded(self, body: Callable[[], object]) -> None:
+        """Run a thread's body; the first that ends, by an error or in time, stops all."""
         try:
             body()
-        except BaseException as error:
-            with self._lock:
-                self.errors.append(error)
+        finally:
             self.stop.set()
 
     def count(self, what: str, found: Found | None = None) -> None:
@@ -101,18 +90,15 @@ class Mixed:
     def builder(self) -> None:
         """Build back to back; by other parameters, now and then in a longer transaction."""
         session = self.connect()
-        number = 0
-        while not self.stop.is_set():
-            number += 1
-            if number % 7 == 0:
-                session.execute("BEGIN")
+        for number in itertools.count(1):
+            if self.stop.is_set():
+                return
+            is_rolled_back = number % 14 == 7
+            with session.transaction(force_rollback=is_rolled_back):
                 session.execute("SELECT build_index(threads => 1)")
-                time.sleep(0.1)
-                session.execute("ROLLBACK" if number % 2 else "COMMIT")
-                self.count("builds rolled back" if number % 2 else "builds")
-            else:
-                session.execute("SELECT build_index(threads => 1)")
-                self.count("builds")
+                if number % 7 == 0:
+                    time.sleep(0.1)
+            self.count("builds rolled back" if is_rolled_back else "builds")
 
     def session(self, number: int) -> None:
         """One session: random operations, each with checks."""
@@ -146,7 +132,6 @@ class Mixed:
 
     def search_image(self, session: Connection, number: int, random: np.random.Generator) -> None:
         """Search by image, sometimes with a filter or for many."""
-        del number
         k = int(random.choice([1, 10, 10, 10, 200]))
         condition = {"split": str(random.integers(10))} if random.random() < 0.3 else None
         found = search_in_one_statement(
@@ -161,7 +146,6 @@ class Mixed:
 
     def search_id(self, session: Connection, number: int, random: np.random.Generator) -> None:
         """Search by the id of a row that was there a moment ago."""
-        del number
         image_id = self.some_id(session, random)
         try:
             found = search_in_one_statement(
@@ -173,18 +157,14 @@ class Mixed:
             self.count("searches by id", found)
 
     def some_id(self, session: Connection, random: np.random.Generator) -> int:
-        """Return the id of some row."""
-        row = session.execute(
+        query = (
             "SELECT image_id FROM siamese.images WHERE image_id >= %s * (SELECT max(image_id)"
-            " FROM siamese.images) ORDER BY image_id LIMIT 1",
-            (float(random.random() ** 0.7),),
-        ).fetchone()
-        assert row is not None
-        return int(row[0])
+            " FROM siamese.images) ORDER BY image_id LIMIT 1"
+        )
+        return int(one(session, query, float(random.random() ** 0.7)))
 
     def add(self, session: Connection, number: int, random: np.random.Generator) -> None:
         """Insert some images; at once they must be found."""
-        del number
         places = [self.a_file(random) for _ in range(int(random.choice([1, 1, 5, 20])))]
         ids = insert(session, [self.images.files[place] for place in places], places[0])
         self.count("inserts")
@@ -202,33 +182,23 @@ class Mixed:
         session.execute(
             "DELETE FROM siamese.images WHERE image_id IN (SELECT image_id FROM siamese.images"
             " WHERE image_id %% %s = %s AND image_id >= %s ORDER BY image_id LIMIT %s)",
-            (
-                self.sessions,
-                number,
-                self.some_id(session, random),
-                int(random.choice([1, 5, 20])),
-            ),
+            (self.sessions, number, self.some_id(session, random), int(random.choice([1, 5, 20]))),
         )
         self.count("deletes")
 
     def update_own(self, session: Connection, number: int, random: np.random.Generator) -> None:
         """Give some rows of its own another image, some the same one."""
+        file = self.images.files[self.a_file(random)]
         session.execute(
             "UPDATE siamese.images SET image = CASE WHEN image_id %% 3 = 0 THEN image ELSE %s END"
             " WHERE image_id IN (SELECT image_id FROM siamese.images WHERE image_id %% %s = %s"
             " AND image_id >= %s ORDER BY image_id LIMIT 5)",
-            (
-                self.images.files[self.a_file(random)],
-                self.sessions,
-                number,
-                self.some_id(session, random),
-            ),
+            (file, self.sessions, number, self.some_id(session, random)),
         )
         self.count("updates")
 
     def update_any(self, session: Connection, number: int, random: np.random.Generator) -> None:
         """Change one of a few rows that all sessions fight for."""
-        del number
         session.execute(
             "UPDATE siamese.images SET image = %s WHERE image_id = (SELECT image_id"
             " FROM siamese.images ORDER BY image_id OFFSET %s LIMIT 1)",
@@ -316,7 +286,6 @@ class Mixed:
 
     def replicate(self, session: Connection, number: int, random: np.random.Generator) -> None:
         """Insert without triggers, as a replica does, and fill the gap in the same transaction."""
-        del number
         session.execute("BEGIN")
         session.execute("SET LOCAL session_replication_role = replica")
         insert(session, [self.images.files[self.a_file(random)] for _ in range(3)])

@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from pg_siamese.client.sources import png
 from pg_siamese.datasets import LabelledImages
 from tests.scenarios.gallery import MODELS, Connection, image_sets
+from tests.support import one
 
 LEAST_COSINE = 0.9999
 
@@ -55,11 +56,11 @@ def torch_encoder(path: Path) -> Any:
     state = network.state_dict()
     # What else the graph holds are constants of operators, and biases under names of its own.
     assert {name for name in weights if name.endswith(".weight")} <= set(state)
-    norms = {name: part for name, part in network.named_modules() if is_norm(part)}
+    modules = network.named_modules()
+    norms = {name: part for name, part in modules if isinstance(part, nn.BatchNorm2d)}
     state |= {name: weights[name] for name in state if name in weights}
     for name, norm in norms.items():
         # The exporter folded it into the convolution before it: the bias is what is left of it.
-        assert isinstance(norm, nn.BatchNorm2d)
         bias = biases[f"{convolution_before(name)}.weight"]
         state |= {
             f"{name}.running_mean": torch.zeros_like(bias),
@@ -73,21 +74,11 @@ def torch_encoder(path: Path) -> Any:
     return network.eval()
 
 
-def is_norm(part: Any) -> bool:
-    """Say whether a part is a batch norm."""
-    return type(part).__name__ == "BatchNorm2d"
-
-
 def convolution_before(norm: str) -> str:
     """Return the name of the convolution that a batch norm of EfficientNet's follows."""
     parent, _, own = norm.rpartition(".")
-    names = {
-        "1": "0",
-        "_bn0": "_expand_conv",
-        "_bn1": "_depthwise_conv",
-        "_bn2": "_project_conv",
-    }
-    return f"{parent}.{names[own]}"
+    names = {"_bn0": "_expand_conv", "_bn1": "_depthwise_conv", "_bn2": "_project_conv"}
+    return f"{parent}.{({'1': '0'} | names)[own]}"
 
 
 def embed_torch(path: Path, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -116,15 +107,7 @@ def least_cosine(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
 
 @dataclass
 class Parity:
-    """Compare on images of each data set that this machine has.
-
-    Args:
-        connect: opens an autocommit connection.
-        count: images of each data set.
-        model: ``medical`` or ``fashion_mnist``.
-        with_torch: whether PyTorch takes part.
-        report: takes lines.
-    """
+    """Compare on so many images of each data set that this machine has."""
 
     connect: Callable[[], Connection]
     count: int = 500
@@ -170,13 +153,10 @@ class Parity:
             (files,),
             binary=True,
         )
-        table = session.execute(
-            "SELECT 'siamese.embedding_' || collection_id FROM siamese.collections"
-            " WHERE name = 'parity'"
-        ).fetchone()
-        assert table is not None
+        query = "SELECT collection_id FROM siamese.collections WHERE name = 'parity'"
         stored = session.execute(
-            f"SELECT e.embedding::real[] FROM public.parity AS b INNER JOIN {table[0]} AS e"
+            "SELECT e.embedding::real[] FROM public.parity AS b"
+            f" INNER JOIN siamese.embedding_{one(session, query)} AS e"
             " ON e.key = b.id ORDER BY b.id",
             binary=True,
         ).fetchall()

@@ -52,7 +52,6 @@ class Peak:
 
     @property
     def growth(self) -> int:
-        """Bytes between the two."""
         return self.most - self.before
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import psycopg
 
 from tests.scenarios.gallery import (
     FILTERS,
@@ -24,7 +22,7 @@ from tests.scenarios.gallery import (
     insert,
     prepare,
 )
-from tests.support import notices_of
+from tests.support import notices_of, one, sql_error
 
 LEAST = 0.99
 
@@ -34,15 +32,12 @@ class Recall:
     """The steps, each followed by searches in an old session and in a new one.
 
     Args:
-        connect: opens an autocommit connection.
-        images: what there is; the last ``held_out`` of them are never inserted.
+        images: the last ``held_out`` of them are never inserted.
         rows: how many are loaded at first.
         more: how many are added without a build.
         queries: searches by image, and as many by id, after each step and in each session.
-        held_out: see ``images``.
         least_of_step: the recall that each step must have; lower than the bar where so few
             searches can't measure it. All steps together must have LEAST in any case.
-        report: takes a line for each step.
     """
 
     connect: Callable[[], Connection]
@@ -58,7 +53,6 @@ class Recall:
     _random: Any = field(default_factory=lambda: np.random.default_rng(1))
 
     def run(self) -> None:
-        """Run all steps."""
         self.owner = self.connect()
         self.session = self.connect()
         prepare(self.owner, self.images)
@@ -83,7 +77,7 @@ class Recall:
         for size in (1, 10, 100, self.rows):
             end = min(self.rows, start + size)
             insert(self.owner, self.images.files[start:end], start)
-            with self.rolled_back(self.owner):
+            with self.owner.transaction(force_rollback=True):
                 insert(self.owner, self.images.files[:50])
             start = end
         self.used = self.rows
@@ -92,12 +86,9 @@ class Recall:
     def build(self) -> None:
         """Build the index: from here on FAISS must answer."""
         self.owner.execute("SELECT build_index()")
-        kind = self.owner.execute(
-            "SELECT index_type || ', efSearch ' || coalesce(ef_search::text, '-')"
-            " FROM siamese.generations"
-        ).fetchone()
-        assert kind is not None
-        self.check(f"after build ({kind[0]})", "faiss")
+        kind = "index_type || ', efSearch ' || coalesce(ef_search::text, '-')"
+        built = one(self.owner, f"SELECT {kind} FROM siamese.generations")
+        self.check(f"after build ({built})", "faiss")
 
     def insert_more(self) -> None:
         """Insert without a build."""
@@ -114,11 +105,8 @@ class Recall:
     def update(self) -> None:
         """Update images to new ones and to copies, other columns, and keys."""
         self.owner.execute("UPDATE siamese.images SET label = label WHERE image_id % 3 = 0")
-        for place, (image_id,) in enumerate(
-            self.owner.execute(
-                "SELECT image_id FROM siamese.images WHERE image_id % 17 = 1"
-            ).fetchall()
-        ):
+        rows = self.owner.execute("SELECT image_id FROM siamese.images WHERE image_id % 17 = 1")
+        for place, (image_id,) in enumerate(rows.fetchall()):
             file = self.images.files[(place * 7) % (len(self.images) - self.held_out)]
             self.owner.execute(
                 "UPDATE siamese.images SET image = %s WHERE image_id = %s", (file, image_id)
@@ -136,7 +124,7 @@ class Recall:
 
     def roll_back(self) -> None:
         """Change a lot in a transaction, search in it, and roll it back; savepoints, too."""
-        with self.rolled_back(self.session):
+        with self.session.transaction(force_rollback=True):
             self.change(self.session, 3)
             self.check("in a transaction with changes", "faiss", [self.session])
             self.session.execute("SAVEPOINT before")
@@ -199,12 +187,8 @@ class Recall:
         notices = notices_of(fresh)
         self.check("after rm -rf of the index directory", "auto", [fresh, self.session])
         assert sum("without its FAISS index" in notice for notice in notices) == 1, notices
-        try:
+        with sql_error("55000"):
             fresh.execute("SELECT similar_images(image_id => 1::bigint, engine => 'faiss')")
-        except psycopg.errors.ObjectNotInPrerequisiteState:
-            pass
-        else:
-            raise AssertionError("FAISS answered without a file")
         self.change(self.owner, 8)
         self.check("changes after it", "auto", [fresh, self.session])
         self.owner.execute("SELECT build_index()")
@@ -224,17 +208,7 @@ class Recall:
 
     # --- below ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def rolled_back(self, session: Connection) -> Iterator[None]:
-        """Roll back what the body does."""
-        session.execute("BEGIN")
-        try:
-            yield
-        finally:
-            session.execute("ROLLBACK")
-
     def change(self, session: Connection, step: int) -> None:
-        """Insert, delete and update some rows."""
         start = (step * 131) % (len(self.images) - self.held_out - 60)
         insert(session, self.images.files[start : start + 60], start)
         session.execute("DELETE FROM siamese.images WHERE image_id %% 29 = %s", (step % 29,))
