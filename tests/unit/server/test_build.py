@@ -43,10 +43,8 @@ def test_vectors_from_pgvector() -> None:
     data = b"".join(b"\0\2\0\0" + row.astype(">f4").tobytes() for row in values)
     np.testing.assert_array_equal(vectors.from_send(data, 2), values)
     text = vectors.to_text(np.array([0.1, 1e-30], np.float32))
-    assert [np.float32(number) for number in text.strip("[]").split(",")] == [
-        np.float32(0.1),
-        np.float32(1e-30),
-    ]
+    numbers = [np.float32(number) for number in text.strip("[]").split(",")]
+    assert numbers == [np.float32(0.1), np.float32(1e-30)]
 
 
 def test_distances() -> None:
@@ -63,7 +61,6 @@ def test_distances() -> None:
 
 def test_prepared_vectors_have_length_one() -> None:
     long = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32) * 1e18
-    np.testing.assert_allclose(
-        np.linalg.norm(vectors.prepare(long, "cosine"), axis=1), 1, rtol=1e-6
-    )
+    lengths = np.linalg.norm(vectors.prepare(long, "cosine"), axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-6)
     np.testing.assert_array_equal(vectors.prepare(long, "l2"), long)

@@ -15,12 +15,17 @@ from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from pg_siamese_server.errors import ModelError
 from pg_siamese_server.writing.deferred import Outcome, Results, Row, embed_batch
 from tests.support import encode, grid_encoder
+from tests.unit.server.common import cancel_at
 
 SPEC = ModelSpec(InputSpec(width=8, height=8, channels=3), metric="l2")
 
 
 def picture(value: int) -> bytes:
     return encode(np.full((8, 8, 3), value, dtype=np.uint8))
+
+
+def pictures(first: int, end: int) -> dict[str, bytes | None]:
+    return {str(n): picture(n) for n in range(first, end)}
 
 
 class Fake:
@@ -44,6 +49,10 @@ class Fake:
         assert tickets == list(range(1, len(self.tickets) + 1))
         self.stored = results
         return sum(row.embedding is not None for row in results.rows)
+
+    def results(self) -> Results:
+        assert self.stored is not None
+        return self.stored
 
 
 class Choosy(Encoder):
@@ -70,8 +79,7 @@ def test_good_bad_and_gone() -> None:
     rows: dict[str, bytes | None] = {"a": picture(10), "b": b"junk", "c": None, "e": picture(20)}
     fake = Fake(rows, ["a", "b", "e"], ["c", "d", "a"])
     assert run(fake, encoder()) == Outcome(stored=2, failed=2, settled=1)
-    found = fake.stored
-    assert found is not None
+    found = fake.results()
     assert found.seen == ["a", "b", "c", "d", "e"]
     good = [row for row in found.rows if row.embedding is not None]
     assert [row.key for row in good] == ["a", "e"]
@@ -91,21 +99,15 @@ def test_one_row_that_fails_is_alone(
     error: type[BaseException], sqlstate: str, message: str
 ) -> None:
     """The others of its batch get their vectors; it may be tried again."""
-    rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 40)}
-    rows["x"] = b"junk"
+    rows = {**pictures(10, 40), "x": b"junk"}
     fake = Fake(rows, list(rows))
     model = encoder()
     model.bad, model.error = 25, error
     assert run(fake, model) == Outcome(stored=29, failed=2)
-    found = fake.stored
-    assert found is not None
-    assert sorted(row.key for row in found.rows) == sorted(rows)
-    failed = [
-        (row.key, row.sqlstate, row.message, row.may_retry)
-        for row in found.rows
-        if row.embedding is None
-    ]
-    assert sorted(failed) == [
+    found = fake.results().rows
+    assert sorted(row.key for row in found) == sorted(rows)
+    failed = [row for row in found if row.embedding is None]
+    assert sorted((row.key, row.sqlstate, row.message, row.may_retry) for row in failed) == [
         ("25", sqlstate, message, True),
         ("x", "22P03", "image cannot be decoded", False),
     ]
@@ -113,17 +115,16 @@ def test_one_row_that_fails_is_alone(
 
 def test_no_more_rows_than_wanted() -> None:
     """What is left stays in its ticket: it is not among those seen."""
-    rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 40)}
+    rows = pictures(10, 40)
     fake = Fake(rows, list(rows))
     assert run(fake, encoder(), max_rows=12).stored == 12
-    assert fake.stored is not None
-    assert fake.stored.seen == [str(n) for n in range(10, 22)]
+    assert fake.results().seen == [str(n) for n in range(10, 22)]
 
 
 def test_no_longer_than_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(0.0, 1.0)
     monkeypatch.setattr("pg_siamese_server.writing.deferred.time.monotonic", lambda: next(clock))
-    rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 90)}
+    rows = pictures(10, 90)
     fake = Fake(rows, list(rows))
     outcome = run(fake, encoder(), seconds=2.0)
     assert [len(portion) for portion in fake.portions] == [8, 64]
@@ -143,19 +144,14 @@ def test_nothing_to_do() -> None:
     assert fake.stored is None
 
 
+class LeftError(BaseException):
+    pass
+
+
 @pytest.mark.law(5)
 def test_leaving_in_the_middle_stores_nothing() -> None:
-    class Left(BaseException):
-        pass
-
-    calls = itertools.count()
-
-    def poll() -> None:
-        if next(calls) == 5:
-            raise Left
-
-    rows: dict[str, bytes | None] = {str(n): picture(n) for n in range(10, 40)}
+    rows = pictures(10, 40)
     fake = Fake(rows, list(rows))
-    with pytest.raises(Left):
-        embed_batch(fake, 7, "model", encoder(), 256, poll)
+    with pytest.raises(LeftError):
+        embed_batch(fake, 7, "model", encoder(), 256, cancel_at(6, LeftError))
     assert fake.stored is None

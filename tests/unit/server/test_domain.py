@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
-from pg_siamese.evaluation.domain import (
-    domain_errors,
-    fit_domain,
-    other_images,
-    refused,
-)
+from pg_siamese.evaluation.domain import domain_errors, fit_domain, other_images, refused
 from pg_siamese_server.encoding.domain import Domain
 from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.registration import inspect_model
@@ -92,13 +86,11 @@ def test_domain_survives_json() -> None:
     ids=str,
 )
 def test_domain_that_is_none(change: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="domain is not understood"):
-        Domain.from_json(BALLS.to_json() | change)
-    with pytest.raises(ModelError, match="domain is not understood"):
-        Domain.from_json([])
     missing = {key: value for key, value in BALLS.to_json().items() if key not in change}
-    with pytest.raises(ModelError, match="domain is not understood"):
-        Domain.from_json(missing)
+    described: tuple[Any, ...] = (BALLS.to_json() | change, [], missing)
+    for each in described:
+        with pytest.raises(ModelError, match="domain is not understood"):
+            Domain.from_json(each)
 
 
 def test_domain_of_another_dimension_is_refused() -> None:
@@ -133,9 +125,8 @@ def test_fitted_domain_holds_the_known_and_no_other(metric: str, length: float) 
     # What lies between two kinds is of neither.
     between = (np.array([[1, 1, 0, 0, 0, 0, 0, 0]]) * (length / 2**0.5)).astype("f4")
     assert refused(domain, between, metric) == 100
-    found = domain_errors(
-        domain, metric, {"test": {"ours": clusters(300, 2, length)}}, {"theirs": others}
-    )
+    ours = {"test": {"ours": clusters(300, 2, length)}}
+    found = domain_errors(domain, metric, ours, {"theirs": others})
     assert found["refused"]["test"]["ours"] <= 3.0
     assert found["accepted"] == {"theirs": 0.0}
     assert len(json.dumps(domain.to_json())) < 2000
@@ -162,24 +153,20 @@ def test_other_images_are_of_the_size_asked_for() -> None:
     assert "nowhere.zip" in said[0]
 
 
-@pytest.fixture(scope="module", params=["medical", "fashion_mnist"])
-def shipped(request: pytest.FixtureRequest) -> tuple[Encoder, dict[str, Any]]:
-    model = (MODELS / f"{request.param}.onnx").read_bytes()
-    spec, _, metadata = inspect_model(model, {})
-    return Encoder(model, spec), metadata
+SHIPPED = pytest.mark.parametrize("name", ["medical", "fashion_mnist"])
 
 
-def test_shipped_models_know_their_own_images_and_no_pages(
-    shipped: tuple[Encoder, dict[str, Any]],
-) -> None:
+@SHIPPED
+def test_shipped_models_know_their_own_images_and_no_pages(name: str) -> None:
     """The figures in the file and its card are found again, on images not chosen by."""
-    encoder, metadata = shipped
-    domain, metric = encoder.spec.domain, encoder.spec.metric
+    model = (MODELS / f"{name}.onnx").read_bytes()
+    spec, _, metadata = inspect_model(model, {})
+    encoder, domain, metric = Encoder(model, spec), spec.domain, spec.metric
     assert domain
     stated = metadata["training"]["domain"]
-    for name, images in other_images((), encoder.spec.input):
+    for kind, images in other_images((), spec.input):
         share = 100 - refused(domain, encoder.embed(images), metric)
-        assert share == pytest.approx(stated["accepted"][name], abs=1.0)
+        assert share == pytest.approx(stated["accepted"][kind], abs=1.0)
         assert share <= 5
     for source in metadata["training"]["data"]:
         try:
@@ -192,14 +179,14 @@ def test_shipped_models_know_their_own_images_and_no_pages(
             assert found == pytest.approx(stated["refused"]["test"][test.name], abs=2.5)
 
 
-def test_card_states_the_errors() -> None:
-    for name in ("medical", "fashion_mnist"):
-        card = Path(MODELS / f"{name}.md").read_text(encoding="utf-8")
-        _, _, metadata = inspect_model((MODELS / f"{name}.onnx").read_bytes(), {})
-        stated = metadata["training"]["domain"]
-        assert f"`{stated['command']}`" in card
-        for kind, share in stated["accepted"].items():
-            assert f"| {kind} | {share:.1f} |" in card
-        for kind in stated["refused"]["test"]:
-            shares = " | ".join(f"{part[kind]:.1f}" for part in stated["refused"].values())
-            assert f"| {kind} | {shares} |" in card
+@SHIPPED
+def test_card_states_the_errors(name: str) -> None:
+    card = (MODELS / f"{name}.md").read_text(encoding="utf-8")
+    _, _, metadata = inspect_model((MODELS / f"{name}.onnx").read_bytes(), {})
+    stated = metadata["training"]["domain"]
+    assert f"`{stated['command']}`" in card
+    for kind, share in stated["accepted"].items():
+        assert f"| {kind} | {share:.1f} |" in card
+    for kind in stated["refused"]["test"]:
+        shares = " | ".join(f"{part[kind]:.1f}" for part in stated["refused"].values())
+        assert f"| {kind} | {shares} |" in card

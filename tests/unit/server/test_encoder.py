@@ -13,6 +13,7 @@ from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from pg_siamese_server.errors import ImageError, ModelError
 from tests.conftest import Pictures
 from tests.support import Array, graph, grid, grid_encoder
+from tests.unit.server.common import CancelledError, cancel_at
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -63,29 +64,18 @@ def test_equals_onnx_runtime_alone(onnx: bytes, pictures: Pictures) -> None:
 
 
 @pytest.mark.law(5)
-def test_batches_are_bounded_in_time(noise: Array) -> None:
+def test_batches_are_bounded_in_time_and_can_be_left(noise: Array) -> None:
     model = grid_encoder(("n", 3, 8, 16), pool=4)
     spec, _, _ = inspect_model(model, {})
+    encoder = Encoder(model, spec)
+    with pytest.raises(CancelledError):
+        encoder.embed(noise, cancel_at(1))
     encoder = Encoder(model, spec)
     assert encoder.batch_size() == 1  # its speed is not known yet
     polls: list[int] = []
     encoder.embed(np.repeat(noise, 40, axis=0), lambda: polls.append(1))
     assert 1 < encoder.batch_size() <= 64
     assert 200 / 64 <= len(polls) <= 200
-
-
-@pytest.mark.law(5)
-def test_leaving_between_batches(noise: Array) -> None:
-    class CancelledError(Exception):
-        pass
-
-    def cancel() -> None:
-        raise CancelledError
-
-    model = grid_encoder(("n", 3, 8, 16), pool=4)
-    spec, _, _ = inspect_model(model, {})
-    with pytest.raises(CancelledError):
-        Encoder(model, spec).embed(noise, cancel)
 
 
 def test_graph_that_fails(noise: Array) -> None:
@@ -95,9 +85,8 @@ def test_graph_that_fails(noise: Array) -> None:
         helper.make_node("Cast", ["most"], ["place"], to=TensorProto.INT64),
         helper.make_node("Gather", ["table", "place"], ["embedding"]),
     ]
-    model = graph(
-        nodes, [("image", TensorProto.FLOAT, ("n", 3, 8, 16))], constants={"table": table}
-    )
+    inputs = [("image", TensorProto.FLOAT, ("n", 3, 8, 16))]
+    model = graph(nodes, inputs, constants={"table": table})
     encoder = Encoder(model, ModelSpec(InputSpec(16, 8), std=(1 / 255,) * 3))
     with pytest.raises(ModelError, match="cannot run") as caught:
         encoder.embed(noise)

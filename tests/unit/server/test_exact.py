@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 
@@ -13,8 +11,9 @@ from pg_siamese_server.index import generations
 from pg_siamese_server.index.generations import Generation, opened
 from pg_siamese_server.index.index_file import Rows
 from pg_siamese_server.search import exact
+from tests.support import Array
+from tests.unit.server.common import flat, no_poll
 
-Array = np.ndarray[Any, Any]
 COUNT, DIMENSION = 1000, 12
 
 
@@ -25,17 +24,7 @@ def matrix() -> Array:
 
 @pytest.fixture
 def generation(matrix: Array) -> Generation:
-    index = faiss.IndexFlatL2(DIMENSION)
-    index.add(matrix)
-    return opened(index, Rows(np.arange(COUNT), keys=np.arange(COUNT)), True)
-
-
-class Polls:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self) -> None:
-        self.count += 1
+    return opened(flat(matrix), Rows(np.arange(COUNT), keys=np.arange(COUNT)), True)
 
 
 def squares(matrix: Array, query: Array) -> Array:
@@ -49,10 +38,10 @@ def test_distances_to_some(
     """In pieces, with a look at interrupts after each."""
     monkeypatch.setattr(generations, "VALUES_AT_ONCE", 10 * DIMENSION)
     slots = np.array([999, 0, 5, *range(100, 130)], dtype=np.int64)
-    polls = Polls()
-    found = generation.squared_distances(matrix[:1], slots, polls)
+    polls: list[int] = []
+    found = generation.squared_distances(matrix[:1], slots, lambda: polls.append(1))
     np.testing.assert_allclose(found, squares(matrix[slots], matrix[0]), atol=1e-4)
-    assert polls.count == 4
+    assert len(polls) == 4
 
 
 @pytest.mark.parametrize("count", [1, 10, 999, 1000, 5000])
@@ -61,7 +50,7 @@ def test_nearest_of_all(
 ) -> None:
     monkeypatch.setattr(generations, "VALUES_AT_ONCE", 300 * DIMENSION)
     truth = squares(matrix, matrix[7])
-    positions, squared = generation.scan(matrix[7:8], count, Polls())
+    positions, squared = generation.scan(matrix[7:8], count, no_poll)
     assert positions[0] == 7 and len(positions) == min(count, COUNT)
     np.testing.assert_allclose(squared, np.sort(truth)[:count], atol=1e-4)
     np.testing.assert_allclose(squared, truth[positions], atol=1e-4)

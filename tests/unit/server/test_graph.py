@@ -15,10 +15,7 @@ from pg_siamese_server.index import build, graph
 from pg_siamese_server.index.generations import Breadths, opened
 from pg_siamese_server.index.index_file import Rows
 from tests.support import Array
-
-
-def no_poll() -> None:
-    pass
+from tests.unit.server.common import no_poll
 
 
 class Silent:
@@ -84,6 +81,16 @@ def test_few_vectors_stay_as_they_are(clusters: Array) -> None:
     assert places is slots and levels is None
 
 
+def mean_hits(found: Array, truth: Array) -> float:
+    """How many of each row's true neighbours were found."""
+    hits = [len(np.intersect1d(*pair)) for pair in zip(found, truth, strict=True)]
+    return float(np.mean(hits))
+
+
+def ten_nearest(matrix: Array, queries: Array) -> Array:
+    return np.argsort(((matrix[None] - queries[:, None]) ** 2).sum(axis=2), axis=1)[:, :10]
+
+
 @pytest.fixture
 def progress() -> graph.Progress:
     return graph.Progress(Silent(), "pets", 1000, time.monotonic())
@@ -102,14 +109,13 @@ def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: grap
     assert measured.recall >= 0.99
     chosen = np.random.default_rng(1).integers(0, 3000, 200)
     queries = clusters[chosen]
-    truth = np.argsort(((clusters[None] - queries[:, None]) ** 2).sum(axis=2), axis=1)[:, :10]
+    truth = ten_nearest(clusters, queries)
     for entries, breadth in (
         (places[chosen], measured.breadths.stored),
         (None, measured.breadths.new),
     ):
         found = graph._search(index, queries, entries, 10, breadth, options(), no_poll)
-        hits = [len(np.intersect1d(*pair)) for pair in zip(found, places[truth], strict=True)]
-        assert np.mean(hits) >= 9.8
+        assert mean_hits(found, places[truth]) >= 9.8
 
 
 def test_many_neighbours_have_the_recall_too(clusters: Array, progress: graph.Progress) -> None:
@@ -132,13 +138,10 @@ def test_a_graph_built_again_is_as_good(clusters: Array, progress: graph.Progres
     index = graph.build_again(ordered, levels, options(), progress, no_poll)
     assert isinstance(index, faiss.IndexHNSWFlat) and measured is not None
     np.testing.assert_array_equal(index.reconstruct_n(0, index.ntotal), ordered)
-    chosen = np.random.default_rng(1).integers(0, 3000, 200)
-    truth = np.argsort(((clusters[None] - clusters[chosen, None]) ** 2).sum(axis=2), axis=1)[:, :10]
-    found = graph._search(
-        index, clusters[chosen], None, 10, measured.breadths.new, options(), no_poll
-    )
-    hits = [len(np.intersect1d(*pair)) for pair in zip(found, places[truth], strict=True)]
-    assert np.mean(hits) >= 9.8
+    queries = clusters[np.random.default_rng(1).integers(0, 3000, 200)]
+    breadth = measured.breadths.new
+    found = graph._search(index, queries, None, 10, breadth, options(), no_poll)
+    assert mean_hits(found, places[ten_nearest(clusters, queries)]) >= 9.8
     flat = graph.build_again(clusters[:100], None, options(), progress, no_poll)
     assert isinstance(flat, faiss.IndexFlatL2) and flat.ntotal == 100
 
@@ -156,9 +159,8 @@ def test_no_graph_where_it_misses_the_recall(
 
 def test_exact_neighbours(clusters: Array) -> None:
     found = graph._exact(clusters, clusters[:20].copy(), 10, options(), no_poll)
-    truth = np.argsort(((clusters[None] - clusters[:20, None]) ** 2).sum(axis=2), axis=1)[:, :10]
     assert (found[:, 0] == np.arange(20)).all()
-    assert np.mean([len(np.intersect1d(*pair)) for pair in zip(found, truth, strict=True)]) >= 9.9
+    assert mean_hits(found, ten_nearest(clusters, clusters[:20])) >= 9.9
 
 
 def test_portions_cover_all_and_grow() -> None:

@@ -16,13 +16,10 @@ from pg_siamese_server.index import index_file
 from pg_siamese_server.index.generations import Breadths, opened
 from pg_siamese_server.index.index_file import Identity, Rows
 from tests.support import Array
+from tests.unit.server.common import CancelledError, cancel_at, flat, no_poll
 
 DIMENSION = 8
 IDENTITY = Identity(3, 5, "a2c0a0de-0000-4000-8000-000000000000", "ab" * 32, DIMENSION, "cosine")
-
-
-def no_poll() -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -30,37 +27,38 @@ def matrix() -> Array:
     return np.random.default_rng(0).normal(size=(60, DIMENSION)).astype(np.float32)
 
 
-def flat(matrix: Array) -> faiss.Index:
-    index = faiss.IndexFlatL2(DIMENSION)
-    index.add(matrix)
-    return index
-
-
 def integer_rows(count: int) -> Rows:
     return Rows(np.arange(10, 10 + count), keys=np.arange(count) * 7 - 3)
+
+
+def write(directory: Path, matrix: Array, rows: Rows | None = None) -> int:
+    """Publish a flat index of vectors."""
+    rows = rows or integer_rows(len(matrix))
+    return index_file.write(directory, IDENTITY, flat(matrix), rows, no_poll)
+
+
+def read(directory: Path) -> index_file.IndexFile:
+    return index_file.read(directory, IDENTITY, no_poll)
 
 
 @pytest.fixture
 def directory(tmp_path: Path, matrix: Array) -> Path:
     """A directory with one published generation."""
-    index_file.write(tmp_path / "3", IDENTITY, flat(matrix), integer_rows(60), no_poll)
+    write(tmp_path / "3", matrix)
     return tmp_path / "3"
 
 
-def test_round_trip(directory: Path, matrix: Array) -> None:
-    file = index_file.read(directory, IDENTITY, no_poll)
+@pytest.mark.parametrize("made_for", [None, "7:9:8"])
+def test_round_trip(tmp_path: Path, matrix: Array, made_for: str | None) -> None:
+    rows = integer_rows(60)
+    size = index_file.write(tmp_path, IDENTITY, flat(matrix), rows, no_poll, made_for)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5.faiss", "5.meta"]
+    assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    file = read(tmp_path)
+    assert file.made_for == made_for
     np.testing.assert_array_equal(file.index.reconstruct_n(0, 60), matrix)
     np.testing.assert_array_equal(file.rows.embedding_ids, np.arange(10, 70))
     assert [file.rows.key(row) for row in (0, 1, 59)] == [-3, 4, 410]
-
-
-@pytest.mark.parametrize("made_for", [None, "7:9:8"])
-def test_the_snapshot_of_a_file_is_in_it(
-    tmp_path: Path, matrix: Array, made_for: str | None
-) -> None:
-    rows = integer_rows(60)
-    index_file.write(tmp_path, IDENTITY, flat(matrix), rows, no_poll, made_for)
-    assert index_file.read(tmp_path, IDENTITY, no_poll).made_for == made_for
 
 
 def test_only_older_generations_are_removed(directory: Path, matrix: Array) -> None:
@@ -71,26 +69,19 @@ def test_only_older_generations_are_removed(directory: Path, matrix: Array) -> N
     assert {path.stem for path in directory.iterdir()} == {"5", "10"}
 
 
-def test_size_is_that_of_both_files(tmp_path: Path, matrix: Array) -> None:
-    size = index_file.write(tmp_path, IDENTITY, flat(matrix), integer_rows(60), no_poll)
-    assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
-
-
 def test_hnsw_round_trip(tmp_path: Path, matrix: Array) -> None:
     index = faiss.IndexHNSWFlat(DIMENSION, 16)
     index.add(matrix)
     index_file.write(tmp_path, IDENTITY, index, integer_rows(60), no_poll)
-    file = index_file.read(tmp_path, IDENTITY, no_poll)
+    file = read(tmp_path)
     generation = opened(file.index, file.rows, False, Breadths(40, 40))
     np.testing.assert_array_equal(generation.vectors, matrix)
     for query in (7, 31):
-        positions, squared = generation.search(matrix[query : query + 1], 5, None)
         truth = ((matrix - matrix[query]) ** 2).sum(axis=1)
-        np.testing.assert_array_equal(positions, np.argsort(truth)[:5])
-        np.testing.assert_allclose(squared, np.sort(truth)[:5], atol=1e-5)
-        np.testing.assert_array_equal(
-            generation.search(matrix[query : query + 1], 5, query)[0], positions
-        )
+        for entry in (None, query):
+            positions, squared = generation.search(matrix[query : query + 1], 5, entry)
+            np.testing.assert_array_equal(positions, np.argsort(truth)[:5])
+            np.testing.assert_allclose(squared, np.sort(truth)[:5], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -104,20 +95,22 @@ def test_hnsw_round_trip(tmp_path: Path, matrix: Array) -> None:
 def test_text_keys(keys: list[str], tmp_path: Path, matrix: Array) -> None:
     data = [key.encode() for key in keys]
     offsets = np.concatenate([[0], np.cumsum([len(item) for item in data])])
-    rows = Rows(
-        np.arange(5), key_offsets=offsets, key_bytes=np.frombuffer(b"".join(data), dtype=np.uint8)
-    )
-    index_file.write(tmp_path, IDENTITY, flat(matrix[:5]), rows, no_poll)
-    found = index_file.read(tmp_path, IDENTITY, no_poll).rows
+    text = np.frombuffer(b"".join(data), dtype=np.uint8)
+    write(tmp_path, matrix[:5], Rows(np.arange(5), key_offsets=offsets, key_bytes=text))
+    found = read(tmp_path).rows
     assert [found.key(row) for row in range(5)] == keys
+
+
+def rows_of(keys: list[int]) -> Rows:
+    rows = Rows(np.arange(len(keys), dtype=np.int64))
+    rows.set_keys(np.array(keys, dtype=np.int64))
+    return rows
 
 
 @pytest.mark.parametrize("keys", [[-9, 3, 4, 2**62], [3, -9, 2**62, 4], []])
 def test_rows_by_integer_key(keys: list[int], tmp_path: Path, matrix: Array) -> None:
-    rows = Rows(np.arange(len(keys), dtype=np.int64))
-    rows.set_keys(np.array(keys, dtype=np.int64))
-    index_file.write(tmp_path, IDENTITY, flat(matrix[: len(keys)]), rows, no_poll)
-    found = index_file.read(tmp_path, IDENTITY, no_poll).rows
+    write(tmp_path, matrix[: len(keys)], rows_of(keys))
+    found = read(tmp_path).rows
     assert [found.row_of_key(key) for key in keys] == list(range(len(keys)))
     assert [found.row_of_key(key) for key in (-10, 0, 2**63 - 1)] == [None] * 3
 
@@ -125,8 +118,8 @@ def test_rows_by_integer_key(keys: list[int], tmp_path: Path, matrix: Array) -> 
 def test_shared_vectors(tmp_path: Path, matrix: Array) -> None:
     rows = Rows(np.arange(5), keys=np.arange(5) * 10)
     rows.place(np.array([0, 1, 0, 2, 0], dtype=np.int32), 3)
-    index_file.write(tmp_path, IDENTITY, flat(matrix[:3]), rows, no_poll)
-    file = index_file.read(tmp_path, IDENTITY, no_poll)
+    write(tmp_path, matrix[:3], rows)
+    file = read(tmp_path)
     generation = opened(file.index, file.rows, True)
     positions, squared = generation.search(matrix[:1], 2, None)
     found, distances = generation.expand(positions, squared)
@@ -136,9 +129,8 @@ def test_shared_vectors(tmp_path: Path, matrix: Array) -> None:
 
 
 def test_empty(tmp_path: Path) -> None:
-    nothing = np.empty((0, DIMENSION), np.float32)
-    index_file.write(tmp_path, IDENTITY, flat(nothing), integer_rows(0), no_poll)
-    file = index_file.read(tmp_path, IDENTITY, no_poll)
+    write(tmp_path, np.empty((0, DIMENSION), np.float32))
+    file = read(tmp_path)
     generation = opened(file.index, file.rows, True)
     assert file.index.ntotal == 0
     assert generation.row_of(1) is None
@@ -153,20 +145,15 @@ def test_rows_by_embedding_id(matrix: Array) -> None:
     assert sparse.rows_of(np.array([9, 4, 2, 99])).tolist() == [2, 0]
 
 
-def test_nothing_but_the_two_files(directory: Path) -> None:
-    assert sorted(path.name for path in directory.iterdir()) == ["5.faiss", "5.meta"]
-
-
 @pytest.mark.law(6)
 def test_files_are_new_ones_each_time(directory: Path, matrix: Array) -> None:
     """A published file is never changed: a backend may have it mapped."""
-    before = index_file.read(directory, IDENTITY, no_poll)
+    before = read(directory)
     inodes = {path.name: path.stat().st_ino for path in directory.iterdir()}
-    index_file.write(directory, IDENTITY, flat(-matrix), integer_rows(60), no_poll)
+    write(directory, -matrix)
     assert all(path.stat().st_ino != inodes[path.name] for path in directory.iterdir())
     np.testing.assert_array_equal(before.index.reconstruct_n(0, 60), matrix)
-    after = index_file.read(directory, IDENTITY, no_poll)
-    np.testing.assert_array_equal(after.index.reconstruct_n(0, 60), -matrix)
+    np.testing.assert_array_equal(read(directory).index.reconstruct_n(0, 60), -matrix)
 
 
 @pytest.mark.law(6)
@@ -178,7 +165,7 @@ def test_failed_write_publishes_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        index_file.write(tmp_path, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+        write(tmp_path, matrix)
     assert not list(tmp_path.iterdir())
 
 
@@ -198,7 +185,7 @@ def test_no_room_for_the_second_file(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space") as caught:
-        index_file.write(tmp_path, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+        write(tmp_path, matrix)
     assert replaced == ["5.faiss", "5.meta"]
     assert caught.value.filename == str(tmp_path / "5.meta")
     assert not list(tmp_path.iterdir())
@@ -210,19 +197,19 @@ def test_a_file_in_place_of_a_directory(level: str, tmp_path: Path, matrix: Arra
     (tmp_path / level).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / level).write_text("not a directory")
     refuse(directory, "cannot be opened")
-    index_file.write(directory, IDENTITY, flat(matrix), integer_rows(60), no_poll)
-    index_file.read(directory, IDENTITY, no_poll)
+    write(directory, matrix)
+    read(directory)
 
 
 def test_links_in_place_of_a_directory(tmp_path: Path, matrix: Array) -> None:
     (tmp_path / "pg_siamese").symlink_to(tmp_path / "disk")
     directory = tmp_path / "pg_siamese" / "1" / "3"
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        index_file.write(directory, IDENTITY, flat(matrix), integer_rows(60), no_poll)
+        write(directory, matrix)
     assert [path.name for path in tmp_path.iterdir()] == ["pg_siamese"]
     (tmp_path / "disk").mkdir()
-    index_file.write(directory, IDENTITY, flat(matrix), integer_rows(60), no_poll)
-    index_file.read(directory, IDENTITY, no_poll)
+    write(directory, matrix)
+    read(directory)
     assert (tmp_path / "disk" / "1" / "3" / "5.faiss").exists()
 
 
@@ -255,13 +242,7 @@ def test_other_generation(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".faiss", ".meta"])
-def test_missing_file(directory: Path, suffix: str) -> None:
-    (directory / f"5{suffix}").unlink()
-    refuse(directory, "missing")
-
-
-@pytest.mark.parametrize("suffix", [".faiss", ".meta"])
-def test_torn_file(directory: Path, suffix: str) -> None:
+def test_torn_file_and_none(directory: Path, suffix: str) -> None:
     path = directory / f"5{suffix}"
     data = path.read_bytes()
     for length in (0, 1, 7, 8, 20, 24, 30, len(data) // 2, len(data) - 1):
@@ -269,6 +250,8 @@ def test_torn_file(directory: Path, suffix: str) -> None:
         refuse(directory, "index file")
     path.write_bytes(data + b"\0")
     refuse(directory, "damaged")
+    path.unlink()
+    refuse(directory, "missing")
 
 
 @pytest.mark.parametrize("suffix", [".faiss", ".meta"])
@@ -281,7 +264,7 @@ def test_every_byte_counts(directory: Path, suffix: str) -> None:
         refuse(directory, "index file")
         data[place] ^= 0x40
     path.write_bytes(data)
-    index_file.read(directory, IDENTITY, no_poll)
+    read(directory)
 
 
 def test_directory_in_place_of_a_file(directory: Path) -> None:
@@ -304,14 +287,8 @@ def test_remove_others(directory: Path) -> None:
 
 @pytest.mark.law(5)
 def test_reading_can_be_left(directory: Path) -> None:
-    class CancelledError(Exception):
-        pass
-
-    def cancel() -> None:
-        raise CancelledError
-
     with pytest.raises(CancelledError):
-        index_file.read(directory, IDENTITY, cancel)
+        index_file.read(directory, IDENTITY, cancel_at(1))
 
 
 @pytest.mark.parametrize(
@@ -324,9 +301,7 @@ def test_reading_can_be_left(directory: Path) -> None:
     ],
 )
 def test_rows_of_integer_keys(keys: list[int], rows: list[int], matrix: Array) -> None:
-    held = Rows(np.arange(len(keys), dtype=np.int64))
-    held.set_keys(np.array(keys, dtype=np.int64))
-    generation = opened(flat(matrix[: len(keys)]), held, True)
+    generation = opened(flat(matrix[: len(keys)]), rows_of(keys), True)
     wanted = np.array([-(2**63), 1, 2, 4, 2**62], dtype=np.int64)
     assert generation.rows_of_keys(wanted).tolist() == rows
 

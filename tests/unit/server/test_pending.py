@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 
 from pg_siamese_server import vectors
-from pg_siamese_server.catalog import Collection
 from pg_siamese_server.index.generations import Generation, opened
 from pg_siamese_server.index.index_file import Rows
 from pg_siamese_server.search import pending
 from pg_siamese_server.search.pending import Added, Changes, Snapshot
 from tests.support import Array
+from tests.unit.server.common import COLLECTION, flat
 
 DIMENSION = 8
 
@@ -54,9 +54,8 @@ def test_what_a_later_snapshot_sees(newer: str, older: str, seen: bool) -> None:
 @pytest.fixture
 def generation() -> Generation:
     """Rows with embedding_ids 1 to 10."""
-    index = faiss.IndexFlatL2(DIMENSION)
-    index.add(np.eye(10, DIMENSION, dtype=np.float32))
-    return opened(index, Rows(np.arange(1, 11), keys=np.arange(1, 11)), True)
+    rows = Rows(np.arange(1, 11), keys=np.arange(1, 11))
+    return opened(flat(np.eye(10, DIMENSION, dtype=np.float32)), rows, True)
 
 
 class Table:
@@ -79,10 +78,8 @@ class Table:
 def table(monkeypatch: pytest.MonkeyPatch) -> Table:
     table = Table()
     generator = np.random.default_rng(0)
-    for number in range(11, 31):
-        table.vectors[number] = vectors.prepare(
-            generator.normal(size=(1, DIMENSION)).astype(np.float32), "cosine"
-        )[0]
+    matrix = vectors.prepare(generator.normal(size=(20, DIMENSION)).astype(np.float32), "cosine")
+    table.vectors = dict(zip(range(11, 31), matrix, strict=True))
     monkeypatch.setattr(pending, "_fetch", table.fetch)
     return table
 
@@ -158,13 +155,9 @@ def test_nearest_are_exact(generation: Generation, table: Table) -> None:
     changes = Changes(5, generation)
     take(changes, list(range(11, 21)), list(range(21, 31)), "100:103:")
     query = np.eye(DIMENSION, dtype=np.float32)[0]
-    truth = {
-        number * 100: ((vector - query) ** 2).sum() for number, vector in table.vectors.items()
-    }
+    truth = {number * 100: ((each - query) ** 2).sum() for number, each in table.vectors.items()}
     near = changes.nearest(query[None], 4)
-    assert dict(zip(near.keys, near.squared, strict=True)) == pytest.approx(
-        {key: truth[key] for key in near.keys}
-    )
+    assert near.squared == pytest.approx([truth[key] for key in near.keys])
     # Nothing that is nearer than it says is missing.
     assert {key for key in truth if truth[key] <= near.complete} <= set(near.keys)
     assert changes.nearest(query[None], 20).complete == np.inf
@@ -216,25 +209,8 @@ def test_added_in_portions() -> None:
 
 def test_collections_have_safe_names() -> None:
     """Table names are made of a number, never of a user's text."""
-    collection = Collection(
-        7,
-        "x; --",
-        1,
-        "public.t",
-        "k",
-        "uuid",
-        "image",
-        "reject",
-        "sync",
-        1,
-        4,
-        "",
-        "cosine",
-        "public",
-    )
-    assert (collection.embeddings, collection.pending) == (
-        "siamese.embedding_7",
-        "siamese.pending_7",
-    )
+    collection = replace(COLLECTION, collection_id=7, name="x; --", key_type="uuid")
+    assert collection.embeddings == "siamese.embedding_7"
+    assert collection.pending == "siamese.pending_7"
     assert (collection.key_array, collection.vector_type) == ("uuid[]", "public.vector")
     assert not collection.has_integer_keys

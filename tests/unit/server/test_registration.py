@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +17,13 @@ from pg_siamese_server.errors import ModelError
 from tests.support import graph, grid_encoder
 
 FLOAT = TensorProto.FLOAT
-MEANS = helper.make_node("ReduceMean", ["image"], ["embedding"], axes=[2, 3], keepdims=0)
+
+
+def means(source: str = "image", result: str = "embedding", axes: Sequence[int] = (2, 3)) -> Any:
+    return helper.make_node("ReduceMean", [source], [result], axes=axes, keepdims=0)
+
+
+MEANS = means()
 GOOD = graph([MEANS])
 
 
@@ -102,7 +110,7 @@ def test_external_data_inside_a_branch() -> None:
     nodes = [
         helper.make_node("Constant", [], ["condition"], value=yes),
         helper.make_node("If", ["condition"], ["chosen"], then_branch=branch, else_branch=branch),
-        helper.make_node("ReduceMean", ["image"], ["means"], axes=[2, 3], keepdims=0),
+        means(result="means"),
         helper.make_node("Add", ["means", "chosen"], ["embedding"]),
     ]
     refuse(graph(nodes), "another file")
@@ -118,8 +126,7 @@ def test_custom_operator() -> None:
 def test_two_inputs_or_outputs() -> None:
     two = [("image", FLOAT, ("n", 3, 8, 8)), ("other", FLOAT, ("n", 3, 8, 8))]
     added = helper.make_node("Add", ["image", "other"], ["sum"])
-    means = helper.make_node("ReduceMean", ["sum"], ["embedding"], axes=[2, 3], keepdims=0)
-    refuse(graph([added, means], inputs=two), "2 inputs and 1 outputs")
+    refuse(graph([added, means("sum")], inputs=two), "2 inputs and 1 outputs")
     outputs = [("embedding", FLOAT, ("n", 3)), ("more", FLOAT, ("n", 3))]
     copy = helper.make_node("Identity", ["embedding"], ["more"])
     refuse(graph([MEANS, copy], outputs=outputs), "1 inputs and 2 outputs")
@@ -143,17 +150,15 @@ def test_input_that_is_no_image(dtype: int, shape: tuple[int | str, ...]) -> Non
 
 @pytest.mark.parametrize("axes", [[0, 1, 2, 3], [1, 2, 3], [3], [0, 2, 3]])
 def test_output_of_wrong_rank(axes: list[int]) -> None:
-    node = helper.make_node("ReduceMean", ["image"], ["embedding"], axes=axes, keepdims=0)
     shape: list[int | str] = ["batch", 3, 8, 8]
     kept: list[int | str] = [size for axis, size in enumerate(shape) if axis not in axes]
-    refuse(graph([node], outputs=[("embedding", FLOAT, kept)]), "not a batch of embeddings")
+    model = graph([means(axes=axes)], outputs=[("embedding", FLOAT, kept)])
+    refuse(model, "not a batch of embeddings")
 
 
 def test_output_of_wrong_type() -> None:
-    nodes = [
-        helper.make_node("ReduceMean", ["image"], ["means"], axes=[2, 3], keepdims=0),
-        helper.make_node("Cast", ["means"], ["embedding"], to=TensorProto.STRING),
-    ]
+    cast = helper.make_node("Cast", ["means"], ["embedding"], to=TensorProto.STRING)
+    nodes = [means(result="means"), cast]
     text = graph(nodes, outputs=[("embedding", TensorProto.STRING, ("batch", 3))])
     refuse(text, "not a batch of embeddings")
 
@@ -161,22 +166,18 @@ def test_output_of_wrong_type() -> None:
 def test_embedding_that_depends_on_its_batch() -> None:
     """Such a model would give an image another vector in each statement."""
     nodes = [
-        helper.make_node("ReduceMean", ["image"], ["means"], axes=[2, 3], keepdims=0),
+        means(result="means"),
         helper.make_node("ReduceMean", ["means"], ["centre"], axes=[0], keepdims=1),
         helper.make_node("Sub", ["means", "centre"], ["around"]),
         helper.make_node("Add", ["around", "one"], ["embedding"]),
     ]
     refuse(graph(nodes, constants={"one": np.ones(1, np.float32)}), "depends on the other images")
-    one_row = [helper.make_node("ReduceMean", ["image"], ["x"], axes=[0], keepdims=1)]
-    one_row.append(helper.make_node("ReduceMean", ["x"], ["embedding"], axes=[2, 3], keepdims=0))
+    one_row = [helper.make_node("ReduceMean", ["image"], ["x"], axes=[0], keepdims=1), means("x")]
     refuse(graph(one_row, outputs=[("embedding", FLOAT, (1, 3))]), "[1, 3] for two images")
 
 
 def test_output_that_is_not_finite() -> None:
-    nodes = [
-        helper.make_node("ReduceMean", ["image"], ["means"], axes=[2, 3], keepdims=0),
-        helper.make_node("Div", ["means", "zero"], ["embedding"]),
-    ]
+    nodes = [means(result="means"), helper.make_node("Div", ["means", "zero"], ["embedding"])]
     refuse(graph(nodes, constants={"zero": np.zeros(1, np.float32)}), "not finite")
 
 

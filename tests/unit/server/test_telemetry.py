@@ -22,13 +22,8 @@ def environment_after(code: str, *options: str, **variables: str) -> dict[str, s
     """Run code in a Python of its own; return the environment it leaves."""
     given = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(PATHS)} | variables
     code += "\nimport json, os\nprint(json.dumps(dict(os.environ)))"
-    done = subprocess.run(
-        [sys.executable, *options, "-c", code],
-        env=given,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, *options, "-c", code]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -49,8 +44,7 @@ def test_the_environments_switch_it_off() -> None:
 
 def test_clusters_switch_it_off(tmp_path: Path) -> None:
     """For functions that import ONNX Runtime without the server package; homes are their own."""
-    cluster = Cluster(tmp_path)
-    found = cluster._environment()
+    found = Cluster(tmp_path)._environment()
     assert found[telemetry.VARIABLE] == "1"
     assert found["HOME"] == str(tmp_path)
     assert f"{telemetry.VARIABLE}=1" in (ROOT / "docker" / "Dockerfile").read_text()
@@ -90,9 +84,8 @@ import matplotlib.font_manager
 import os
 assert os.listdir(os.environ["MPLCONFIGDIR"])
 """
-    found = environment_after(
-        code, HOME=str(tmp_path), TMPDIR=str(tmp_path), TORCHINDUCTOR_CACHE_DIR="/mine"
-    )
+    folders = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    found = environment_after(code, **folders, TORCHINDUCTOR_CACHE_DIR="/mine")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
     assert Path(found["MPLCONFIGDIR"]).is_relative_to(tmp_path)
     assert list(tmp_path.iterdir()) == []

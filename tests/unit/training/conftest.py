@@ -1,31 +1,28 @@
 """A small encoder, trained once for all tests of the export and of what it states."""
 
+# ruff: noqa: E402 - what is imported below needs what is skipped over above
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from tests.unit.training.stripes import PARTS, striped, tiny
+# Without these, all files of the folder are skipped.
+for package in ("torch", "lightning", "pytorch_metric_learning", "efficientnet_lite_pytorch"):
+    pytest.importorskip(package)
 
-if TYPE_CHECKING:
-    from pg_siamese.training.loop import Trained
+from pg_siamese.evaluation import domain, figures
+from pg_siamese.training import export, files, learner, loop
+from tests.unit.training.stripes import PARTS, striped, tiny
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _little_work() -> Iterator[None]:
     """Measure and draw less than for a model that is to be used."""
-    try:
-        from pg_siamese.training import export, learner, loop
-    except ImportError:  # without torch, nothing here trains
-        yield
-        return
-    from pg_siamese.evaluation import domain, figures
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "PAIRS", 2000)
         patch.setattr(learner, "VALIDATED", 500)
@@ -50,12 +47,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture(scope="package")
 def trained(
     tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]
-) -> tuple[Path, Trained]:
+) -> tuple[Path, loop.Trained]:
     folder = tmp_path_factory.mktemp("tiny")
-    from pg_siamese.training import files, loop
-
-    result = loop.fit(
-        tiny(data=data), command="pg_siamese train tiny", folder=folder / "run", threads=1
-    )
+    command = "pg_siamese train tiny"
+    result = loop.fit(tiny(data=data), command=command, folder=folder / "run", threads=1)
     files.write_model(result.model, folder / "tiny.onnx", result.metadata)
     return folder / "tiny.onnx", result

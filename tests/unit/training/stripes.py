@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from pg_siamese.datasets import LabelledImages
-
-if TYPE_CHECKING:
-    from pg_siamese.training.experiments.settings import Experiment
+from pg_siamese.training.experiments.settings import Experiment, parse_experiment
 
 PARTS = (("train", 96), ("val", 24), ("test", 24))
+STAGES = [[16, 2], [32, 2]]
 
 
 def striped(name: str, split: str, count: int, seed: int, grey: bool) -> LabelledImages:
@@ -29,8 +26,6 @@ def striped(name: str, split: str, count: int, seed: int, grey: bool) -> Labelle
 
 def tiny(**changes: object) -> Experiment:
     """Return an experiment of some seconds, with other settings than usual."""
-    from pg_siamese.training.experiments.settings import parse_experiment
-
     table = {
         "name": "tiny",
         "title": "A tiny encoder",
@@ -41,12 +36,7 @@ def tiny(**changes: object) -> Experiment:
         "epochs": 4,
         "batch_size": 32,
         "average_decay": 0.9,
-        "network": {
-            "name": "residual",
-            "dimension": 16,
-            "stem": [8, 2],
-            "stages": [[16, 2], [32, 2]],
-        },
+        "network": {"name": "residual", "dimension": 16, "stem": [8, 2], "stages": STAGES},
         "sampling": {"balance": 1.0},
         "validation": {"every": 2, "keep": "last"},
     }

@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("pytorch_metric_learning")
-pytest.importorskip("efficientnet_lite_pytorch")
-
 from pg_siamese.training.card import renew_card, write_card
 from pg_siamese.training.experiments import load_experiment
 from pg_siamese.training.files import read_metadata
@@ -31,9 +27,8 @@ def card(model: Path, experiment: str, sets: tuple[str, ...], **changes: Any) ->
         SimpleNamespace(name=name, train=range(1000), val=range(78), test=range(156))
         for name in sets
     ]
-    return write_card(
-        load_experiment(experiment), splits, metadata, model, 0.9999994, 1234.5
-    ).read_text()
+    of = load_experiment(experiment)
+    return write_card(of, splits, metadata, model, 0.9999994, 1234.5).read_text()
 
 
 def test_a_card_has_the_figures_of_the_file(model: Path) -> None:
@@ -41,12 +36,10 @@ def test_a_card_has_the_figures_of_the_file(model: Path) -> None:
     written = card(model, "medical", sets)
     shipped = (MODELS / "medical.md").read_text()
     # Files, figures and the errors of the domain: the last cell is a number or a SHA-256.
-    of_figures = re.compile(
-        r"^\| [a-z0-9_. ]+ \|(?: [^|]+ \|)* (?:[0-9.]+|`[0-9a-f]{64}`) \|$", re.M
-    )
-    rows = of_figures.findall(shipped)
+    of_figures = r"(?m)^\| [a-z0-9_. ]+ \|(?: [^|]+ \|)* (?:[0-9.]+|`[0-9a-f]{64}`) \|$"
+    rows = re.findall(of_figures, shipped)
     assert len(rows) == 25
-    assert of_figures.findall(written) == rows
+    assert re.findall(of_figures, written) == rows
     assert "| breastmnist | 1,000 | 78 | 156 | CC BY 4.0 |" in written
     assert "| Speed | 1,234 images per second" in written
     assert "of the right one: 100.00 % (validation), 99.96 % (test).\n" in written

@@ -1,7 +1,5 @@
 """The commands `train`, `export` and `calibrate-domain`, and the experiments that they take."""
 
-# ruff: noqa: E402 - what is imported below needs what is skipped over above
-
 from __future__ import annotations
 
 import json
@@ -10,12 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("lightning")
-
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from pg_siamese import datasets
 from pg_siamese.cli.main import app
@@ -44,8 +39,25 @@ per_epoch = 16
 """
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fails(*arguments: object) -> str:
+    """Return what is said, with white space folded."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 1, result.output
+    return " ".join(result.output.split())
+
+
+def train(toml: Path, folder: Path, *more: object) -> Path:
+    """Train on a folder beside the settings; return the folder of the run."""
+    runs = toml.parent / "runs"
+    run("train", toml, "--data", f"folder:{folder}", "--runs", runs, "--threads", 1, *more)
+    (place,) = (runs / toml.stem).iterdir()
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +82,17 @@ def settings(
     dimension: int = 8,
     more: str = "",
 ) -> Path:
-    path.write_text(
-        SETTINGS.format(
-            network=network, objective=objective, kind=kind, dimension=dimension, more=more
-        )
-    )
+    given = {"network": network, "objective": objective, "kind": kind, "dimension": dimension}
+    path.write_text(SETTINGS.format(**given, more=more))
     return path
 
 
 def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> None:
     toml = settings(tmp_path / "tiny.toml")
-    arguments = ["--data", f"folder:{folder}", "--runs", str(tmp_path / "runs"), "--threads", "1"]
-    result = run(
-        "train", str(toml), *arguments, "--seed", "5", "--output", str(tmp_path / "a.onnx")
-    )
-    assert result.exit_code == 0, result.output
-    place = tmp_path / "runs" / "tiny" / "seed-5"
-    assert {path.name for path in place.iterdir()} >= {
-        "best.ckpt",
-        "last.ckpt",
-        "metrics.json",
-        "model.md",
-        "model.onnx",
-        "tensorboard",
-    }
+    place = train(toml, folder, "--seed", 5, "--output", tmp_path / "a.onnx")
+    assert place.name == "seed-5"
+    names = "best.ckpt last.ckpt metrics.json model.md model.onnx tensorboard"
+    assert {path.name for path in place.iterdir()} >= set(names.split())
     metadata = files.read_metadata(tmp_path / "a.onnx")
     assert metadata == files.read_metadata(place / "model.onnx")
     assert metadata["classes"] == ["colours: blue", "colours: green", "colours: red"]
@@ -105,8 +104,7 @@ def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> 
     assert "Knows two colours." in card
     assert "three convolutions" in card
 
-    again = run("export", str(place), "--output", str(tmp_path / "b.onnx"), "--threads", "1")
-    assert again.exit_code == 0, again.output
+    run("export", place, "--output", tmp_path / "b.onnx", "--threads", 1)
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 20, 3), np.uint8)
     first, second = (export.embed_onnx(tmp_path / f"{name}.onnx", pixels) for name in "ab")
     assert (first == second).all()
@@ -121,9 +119,8 @@ def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> 
     text = beside.read_text()
     before, _, after = text.partition("## Domain\n")
     beside.write_text(before + "## Limits\n" + after.partition("## Limits\n")[2])
-    calibrated = run("calibrate-domain", str(model), "--outside", f"folder:{folder}")
-    assert calibrated.exit_code == 0, calibrated.output
-    assert "pages of text: " in calibrated.output
+    said = run("calibrate-domain", model, "--outside", f"folder:{folder}")
+    assert "pages of text: " in said
     found = files.read_metadata(model)
     assert found["domain"]["limits"] == pytest.approx(metadata["domain"]["limits"], rel=1e-3)
     assert list(found["training"]["domain"]["accepted"])[-1] == "colours"
@@ -142,12 +139,8 @@ def test_only_a_calibration_has_a_domain(tmp_path: Path) -> None:
     model = tmp_path / "m.onnx"
     described = {"input": {"width": 8, "height": 8}}
     model.write_bytes(grid_encoder(("n", 3, 8, 8), pool=4, metadata=json.dumps(described)))
-    result = run("calibrate-domain", str(model))
-    assert result.exit_code == 1
-    assert "neither calibration nor threshold" in result.output
-    result = run("calibrate-domain", str(tmp_path / "none.onnx"))
-    assert result.exit_code == 1
-    assert "No such file" in result.output
+    assert "neither calibration nor threshold" in fails("calibrate-domain", model)
+    assert "No such file" in fails("calibrate-domain", tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize(
@@ -160,23 +153,15 @@ def test_only_a_calibration_has_a_domain(tmp_path: Path) -> None:
 def test_other_systems_train(
     folder: Path, tmp_path: Path, network: str, objective: str, kind: str, more: str
 ) -> None:
-    toml = settings(tmp_path / "x.toml", network, objective, kind, more=more)
-    result = run(
-        "train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path), "--threads", "1"
-    )
-    assert result.exit_code == 0, result.output
-    metadata = files.read_metadata(tmp_path / "x" / "seed-0" / "model.onnx")
+    place = train(settings(tmp_path / "x.toml", network, objective, kind, more=more), folder)
+    metadata = files.read_metadata(place / "model.onnx")
     assert metadata["training"]["objective"] == objective
     assert metadata["metric"] == ("l2" if more else "cosine")
 
 
 def test_the_head_of_a_siamese_network_is_the_calibration(folder: Path, tmp_path: Path) -> None:
     toml = settings(tmp_path / "x.toml", "conv3_gap", "pair_cross_entropy", "pairs")
-    result = run(
-        "train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path), "--threads", "1"
-    )
-    assert result.exit_code == 0, result.output
-    place = tmp_path / "x" / "seed-0"
+    place = train(toml, folder)
     weights = torch.load(place / "best.ckpt", weights_only=True)["state_dict"]
     metadata = files.read_metadata(place / "model.onnx")
     assert metadata["calibration"] == {
@@ -187,19 +172,14 @@ def test_the_head_of_a_siamese_network_is_the_calibration(folder: Path, tmp_path
 
 
 def test_snapshots_show_how_the_plane_forms(folder: Path, tmp_path: Path) -> None:
-    toml = settings(
-        tmp_path / "x.toml", "conv5", "contrastive_hadsell", "pairs", 2, "snapshots = 3"
-    )
-    result = run(
-        "train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path), "--threads", "1"
-    )
-    assert result.exit_code == 0, result.output
-    stored = np.load(tmp_path / "x" / "seed-0" / "snapshots.npz")
+    kinds = ("conv5", "contrastive_hadsell", "pairs")
+    place = train(settings(tmp_path / "x.toml", *kinds, 2, "snapshots = 3"), folder)
+    stored = np.load(place / "snapshots.npz")
     count = len(stored["labels"])
     assert stored["points"].shape == (3, count, 2)
     assert stored["points"].dtype == np.float16
     assert stored["epochs"].tolist() == [0, 1, 2]
-    rows = json.loads((tmp_path / "x" / "seed-0" / "metrics.json").read_text())
+    rows = json.loads((place / "metrics.json").read_text())
     assert {"val_loss", "val_accuracy", "train_loss"} <= set(rows[0])
 
 
@@ -225,32 +205,21 @@ def test_what_cannot_be_trained_is_said(
     folder: Path, tmp_path: Path, change: tuple[str, str], message: str
 ) -> None:
     toml = settings(tmp_path / "x.toml", **{change[0]: change[1]})  # type: ignore[arg-type]
-    result = run("train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path))
-    assert result.exit_code == 1
-    assert message in " ".join(result.output.split())
+    assert message in fails("train", toml, "--data", f"folder:{folder}", "--runs", tmp_path)
 
 
 def test_options_of_networks_and_objectives_are_checked(folder: Path, tmp_path: Path) -> None:
     toml = settings(tmp_path / "x.toml")
     toml.write_text(toml.read_text().replace('name = "cosface"', 'name = "cosface"\nmargins = 1'))
-    result = run("train", str(toml), "--data", f"folder:{folder}", "--runs", str(tmp_path))
-    assert result.exit_code == 1
-    assert '"cosface" has no option "margins"; there are: margin, scale' in result.output
+    line = fails("train", toml, "--data", f"folder:{folder}", "--runs", tmp_path)
+    assert '"cosface" has no option "margins"; there are: margin, scale' in line
 
 
 def test_commands_say_what_there_is(tmp_path: Path) -> None:
-    result = run("train", "none")
-    assert result.exit_code == 1
-    assert "fashion_mnist" in result.output
-    result = run("train", "folder")
-    assert result.exit_code == 1
-    assert "needs data: --data folder:PATH" in result.output
-    result = run("export", str(tmp_path / "none"))
-    assert result.exit_code == 1
-    assert "no such file or folder" in result.output
-    result = run("export", str(tmp_path))
-    assert result.exit_code == 1
-    assert "neither best.ckpt nor last.ckpt" in result.output
+    assert "fashion_mnist" in fails("train", "none")
+    assert "needs data: --data folder:PATH" in fails("train", "folder")
+    assert "no such file or folder" in fails("export", tmp_path / "none")
+    assert "neither best.ckpt nor last.ckpt" in fails("export", tmp_path)
 
 
 def test_too_few_images_are_said(tmp_path: Path) -> None:
@@ -258,7 +227,5 @@ def test_too_few_images_are_said(tmp_path: Path) -> None:
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "1.png")
     toml = settings(tmp_path / "x.toml")
-    result = run("train", str(toml), "--data", f"folder:{tmp_path / 'data'}", "--runs", "r")
-    assert result.exit_code == 1
-    assert "error: " in result.output
-    assert "images" in result.output
+    line = fails("train", toml, "--data", f"folder:{tmp_path / 'data'}", "--runs", "r")
+    assert "error: " in line and "images" in line

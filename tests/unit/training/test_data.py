@@ -1,13 +1,10 @@
 """Data sets joined for training, and augmentation."""
 
-# ruff: noqa: E402 - what is imported below needs what is skipped over above
-
 from __future__ import annotations
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 from pg_siamese.datasets import LabelledImages, open_dataset
 from pg_siamese.training.data import Augmenter, JoinedImages

@@ -1,16 +1,11 @@
 """The Lightning module and its checkpoints."""
 
-# ruff: noqa: E402 - what is imported below needs what is skipped over above
-
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("lightning")
-pytest.importorskip("pytorch_metric_learning")
+import torch
 
 from pg_siamese.training import loop
 from pg_siamese.training.learner import MetricLearner, load_learner, sets_of

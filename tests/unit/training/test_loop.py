@@ -1,20 +1,17 @@
 """Whole runs of training."""
 
-# ruff: noqa: E402 - what is imported below needs what is skipped over above
-
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("lightning")
-pytest.importorskip("pytorch_metric_learning")
+import torch
 
 from pg_siamese.training import callbacks, loop
+from pg_siamese.training.experiments.settings import Experiment
 from tests.unit.training.stripes import tiny
 
 
@@ -28,34 +25,28 @@ def test_a_run_keeps_its_figures(trained: tuple[Path, loop.Trained]) -> None:
     assert list(folder.rglob("events.out.tfevents*"))
 
 
-@pytest.fixture
-def learned_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def learn(experiment: Experiment, folder: Path, **more: Any) -> dict[str, torch.Tensor]:
     """End a run with what it has learned, without the export and the figures."""
-    monkeypatch.setattr(loop, "finish", lambda learner, *_, **__: learner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "finish", lambda learner, *_, **__: learner)
+        learned = loop.fit(experiment, command="", folder=folder, threads=1, test=False, **more)
+    return learned.encoder.state_dict()
 
 
-@pytest.mark.usefixtures("learned_only")
 def test_one_seed_gives_one_encoder(tmp_path: Path, data: tuple[str, ...]) -> None:
     first, second, other = (
-        loop.fit(
-            tiny(epochs=1, data=data, seed=seed),
-            command="",
-            folder=tmp_path / str(number),
-            threads=1,
-            test=False,
-        ).encoder.state_dict()
+        learn(tiny(epochs=1, data=data, seed=seed), tmp_path / str(number))
         for number, seed in enumerate((0, 0, 1))
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-@pytest.mark.usefixtures("learned_only")
 def test_a_resumed_run_ends_where_a_whole_one_does(
     tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = tiny(data=data)
-    whole = loop.fit(experiment, command="", folder=tmp_path / "a", threads=1, test=False)
+    first = learn(experiment, tmp_path / "a")
 
     class Stopped(Exception):
         pass
@@ -71,53 +62,27 @@ def test_a_resumed_run_ends_where_a_whole_one_does(
         patch.setattr(callbacks.EpochLines, "on_train_epoch_end", stop_after_two)
         patch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
         with pytest.raises(Stopped):
-            loop.fit(experiment, command="", folder=tmp_path / "b", threads=1, test=False)
+            learn(experiment, tmp_path / "b")
     said: list[str] = []
-    resumed = loop.fit(
-        experiment,
-        command="",
-        folder=tmp_path / "b",
-        resume=True,
-        threads=1,
-        test=False,
-        say=said.append,
-    )
+    second = learn(experiment, tmp_path / "b", resume=True, say=said.append)
     assert any("going on from" in line for line in said)
     rows = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert rows == json.loads((tmp_path / "a" / "metrics.json").read_text())
-    first, second = whole.encoder.state_dict(), resumed.encoder.state_dict()
-    different = {
-        key: (first[key], second[key]) for key in first if not torch.equal(first[key], second[key])
-    }
-    assert not different
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-@pytest.mark.usefixtures("learned_only")
 def test_training_stops_early(tmp_path: Path, data: tuple[str, ...]) -> None:
     settings = {"patience": 1, "monitor": "train_accuracy", "mode": "min"}
-    loop.fit(
-        tiny(data=data, epochs=30, validation=settings),
-        command="",
-        folder=tmp_path,
-        threads=1,
-        test=False,
-    )
+    learn(tiny(data=data, epochs=30, validation=settings), tmp_path)
     assert len(json.loads((tmp_path / "metrics.json").read_text())) < 15
 
 
-@pytest.mark.usefixtures("learned_only")
 def test_the_rate_falls_where_validation_gets_no_better(
     tmp_path: Path, data: tuple[str, ...]
 ) -> None:
     # Stripes are easy: mAP@5 is 100 from the first epoch on, and so never better.
     optimiser = {"schedule": "plateau", "patience": 2, "learning_rate": 1e-3}
-    loop.fit(
-        tiny(data=data, epochs=7, validation={"keep": "last"}, optimiser=optimiser),
-        command="",
-        folder=tmp_path,
-        threads=1,
-        test=False,
-    )
+    learn(tiny(data=data, epochs=7, validation={"keep": "last"}, optimiser=optimiser), tmp_path)
     rows = json.loads((tmp_path / "metrics.json").read_text())
     assert [row["val_map5"] for row in rows] == [100.0] * 7
     state = torch.load(tmp_path / loop.LAST, weights_only=True)

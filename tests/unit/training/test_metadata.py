@@ -1,16 +1,8 @@
 """What an exported model says of itself."""
 
-# ruff: noqa: E402 - what is imported below needs what is skipped over above
-
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("lightning")
-pytest.importorskip("pytorch_metric_learning")
 
 from pg_siamese.evaluation.figures import draw_pairs
 from pg_siamese.evaluation.pairs import calibrate

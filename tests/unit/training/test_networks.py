@@ -1,15 +1,11 @@
 """The networks of the shipped encoders."""
 
-# ruff: noqa: E402 - what is imported below needs what is skipped over above
-
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("efficientnet_lite_pytorch")
+import torch
 
 from pg_siamese.training.experiments import ExperimentError
 from pg_siamese.training.networks.residual import ResidualEncoder

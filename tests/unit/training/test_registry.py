@@ -1,16 +1,11 @@
 """What an experiment can name."""
 
-# ruff: noqa: E402 - what is imported below needs what is skipped over above
-
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("pytorch_metric_learning")
-pytest.importorskip("efficientnet_lite_pytorch")
+import torch
 
 from pg_siamese.training.experiments import ExperimentError, experiment_names, load_experiment
 from pg_siamese.training.registry import NETWORKS, build_network, build_objective
@@ -43,14 +38,9 @@ def test_every_experiment_can_be_built(name: str) -> None:
     size = (experiment.input.height, experiment.input.width)
     network = experiment.network
     encoder: Any = build_network(network.name, network.dimension, size, network.options)
-    objective: Any = build_objective(
-        experiment.objective.name,
-        network.dimension,
-        10,
-        experiment.metric,
-        experiment.objective.options,
-        parts=encoder.parts,
-    )
+    name, options = experiment.objective.name, experiment.objective.options
+    given = (name, network.dimension, 10, experiment.metric, options)
+    objective: Any = build_objective(*given, parts=encoder.parts)
     labels = torch.arange(200) % 10
     Batches(labels, experiment.sampling, experiment.batch_size, objective.takes, seed=0)
     with torch.inference_mode():
@@ -76,12 +66,7 @@ def test_unknown_networks_and_options() -> None:
 
 def test_every_set_of_an_experiment_has_its_augmentation() -> None:
     medical = load_experiment("medical").augmentation
-    assert set(medical) == {
-        "breastmnist",
-        "dermamnist",
-        "ham10000_28",
-        "pneumoniamnist",
-        "retinamnist",
-    }
+    names = "breastmnist dermamnist ham10000_28 pneumoniamnist retinamnist"
+    assert set(medical) == set(names.split())
     assert set(load_experiment("fashion_mnist").augmentation) == {"fashion_mnist"}
     assert medical["pneumoniamnist"].flip_vertical == 0

@@ -1,7 +1,5 @@
 """Networks and objectives of the systems that are reproduced."""
 
-# ruff: noqa: E402 - what is imported below needs what is skipped over above
-
 from __future__ import annotations
 
 import math
@@ -9,10 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("pytorch_metric_learning")
-pytest.importorskip("efficientnet_lite_pytorch")
+import torch
 
 from pg_siamese.training.experiments import ExperimentError
 from pg_siamese.training.registry import build_network, build_objective
@@ -20,8 +15,6 @@ from pg_siamese.training.reproductions.pairs import distance
 
 # Two pairs: one of label 0 at distance 3, one of labels 0 and 1 at distance 1.
 PAIRS = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
-
-
 PAIR_LABELS = torch.tensor([0, 0, 0, 1])
 
 
@@ -36,11 +29,17 @@ def test_siamese_cnn_is_the_original_one() -> None:
         build_network("siamese_cnn", 16, (12, 12), {})
 
 
-def test_contrastive_loss_on_the_sigmoid_by_hand() -> None:
-    objective: Any = build_objective("contrastive_sigmoid", 2, 2, "l2", {})
+def with_head(name: str) -> Any:
+    """An objective whose head is 2 x - 1."""
+    objective: Any = build_objective(name, 2, 2, "l2", {})
     with torch.no_grad():
         objective.head.weight.fill_(2.0)
         objective.head.bias.fill_(-1.0)
+    return objective
+
+
+def test_contrastive_loss_on_the_sigmoid_by_hand() -> None:
+    objective = with_head("contrastive_sigmoid")
     outcome = objective(PAIRS, PAIR_LABELS)
     same, other = sigmoid(2 * 3 - 1), sigmoid(2 * 1 - 1)
     assert outcome.loss.item() == pytest.approx((same**2 + (1 - other) ** 2) / 2, rel=1e-5)
@@ -49,11 +48,7 @@ def test_contrastive_loss_on_the_sigmoid_by_hand() -> None:
 
 
 def test_pair_cross_entropy_by_hand() -> None:
-    objective: Any = build_objective("pair_cross_entropy", 2, 2, "l2", {})
-    with torch.no_grad():
-        objective.head.weight.fill_(2.0)
-        objective.head.bias.fill_(-1.0)
-    outcome = objective(PAIRS, PAIR_LABELS)
+    outcome = with_head("pair_cross_entropy")(PAIRS, PAIR_LABELS)
     expected = -(math.log(1 - sigmoid(5)) + math.log(sigmoid(1))) / 2
     assert outcome.loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -64,9 +59,8 @@ def test_hadsell_loss_by_hand() -> None:
     assert outcome.loss.item() == pytest.approx((0.5 * 3**2 + 0.5 * (4 - 1) ** 2) / 2, rel=1e-5)
     assert float(outcome.accuracy) == 0  # the matching pair is beyond half the margin
     assert objective.calibration() is None
-    angular: Any = build_objective(
-        "contrastive_hadsell", 2, 2, "l2", {"margin": 4.0, "angular": 1.0}
-    )
+    options = {"margin": 4.0, "angular": 1.0}
+    angular: Any = build_objective("contrastive_hadsell", 2, 2, "l2", options)
     # Two classes: one to the right, one to the left. Points at the origin have no direction, the
     # third is right of it and of label 0, the fourth above it.
     sure = math.log(1 + math.exp(-60))
