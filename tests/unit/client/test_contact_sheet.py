@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,8 @@ from pg_siamese.client.contact_sheet import (
 Pixels = npt.NDArray[np.uint8]
 
 
-def grey(size: int = 28) -> Pixels:
-    return np.random.default_rng(0).integers(0, 256, (size, size), dtype=np.uint8)
-
-
-def rgb(size: int = 28) -> Pixels:
-    return np.random.default_rng(1).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def grey(*size: int) -> Pixels:
+    return np.random.default_rng(0).integers(0, 256, size or (28, 28), dtype=np.uint8)
 
 
 def count(path: Path, colour: str) -> int:
@@ -44,8 +42,13 @@ def row(query: str | None, *labels: str | None, pixels: Pixels | None = None) ->
     return SheetRow("set", pixels, query, [Neighbour(pixels, label, 0.1, 0.9) for label in labels])
 
 
-@pytest.mark.parametrize("pixels", [grey(), rgb(), grey()[:, :, None], rgb()[:, :20], grey(500)])
-def test_a_sheet_is_a_png_that_is_large_enough_to_read(tmp_path: Path, pixels: Pixels) -> None:
+@pytest.mark.parametrize(
+    "size", [(28, 28), (28, 28, 3), (28, 28, 1), (28, 20, 3), (500, 500)], ids=str
+)
+def test_a_sheet_is_a_png_that_is_large_enough_to_read(
+    tmp_path: Path, size: tuple[int, ...]
+) -> None:
+    pixels = grey(*size)
     path = contact_sheet([row("a", "a", "b", pixels=pixels)], tmp_path / "new" / "sheet.png", "t")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
@@ -123,17 +126,11 @@ def test_square_centres_on_white() -> None:
 
 
 @pytest.mark.parametrize(
-    "pixels",
-    [
-        np.zeros((28, 28), np.float32),
-        np.zeros((28, 28, 4), np.uint8),
-        np.zeros(28, np.uint8),
-        np.zeros((0, 28), np.uint8),
-    ],
+    ("shape", "dtype"), [((28, 28), "f4"), ((28, 28, 4), "u1"), ((28,), "u1"), ((0, 28), "u1")]
 )
-def test_arrays_that_are_no_images_are_refused(pixels: Pixels) -> None:
+def test_arrays_that_are_no_images_are_refused(shape: tuple[int, ...], dtype: str) -> None:
     with pytest.raises(ValueError, match="not an image"):
-        square(pixels)
+        square(np.zeros(shape, dtype))
 
 
 def test_a_sheet_needs_a_row(tmp_path: Path) -> None:
@@ -143,9 +140,6 @@ def test_a_sheet_needs_a_row(tmp_path: Path) -> None:
 
 def test_pyplot_is_not_used() -> None:
     """It keeps every figure in memory and may want a display."""
-    import subprocess
-    import sys
-
     script = (
         "import sys, numpy; from pg_siamese.client.contact_sheet import SheetRow, draw_sheet;"
         "draw_sheet([SheetRow('', numpy.zeros((2, 2), 'uint8'), None, [])]);"

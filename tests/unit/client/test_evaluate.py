@@ -58,19 +58,18 @@ def write_model(path: Path, size: int = 8, metadata: dict[str, Any] | None = Non
 
 
 def trained(data: Path, seed: int = 0) -> dict[str, Any]:
-    return {
-        "training": {
-            "experiment": "colours",
-            "seed": seed,
-            "data": [{"name": data.stem, "spec": f"npz:{data}"}],
-        }
-    }
+    sets = [{"name": data.stem, "spec": f"npz:{data}"}]
+    return {"training": {"experiment": "colours", "seed": seed, "data": sets}}
 
 
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+def run(target: Path, *arguments: object) -> Any:
+    """Evaluate; return what was written to ``target``."""
+    command = ["evaluate", *map(str, arguments), "--output", str(target)]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    return result.output
+    content = json.loads(target.read_text())
+    assert f"{content['experiment']}, {len(content['models'])} model" in result.output
+    return content
 
 
 def fails(*arguments: object) -> str:
@@ -93,12 +92,21 @@ def data(tmp_path: Path) -> Path:
     return write_data(tmp_path / "paints.npz")
 
 
-def test_one_model_from_its_own_metadata(tmp_path: Path, data: Path) -> None:
-    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
+@pytest.fixture
+def model(tmp_path: Path, data: Path) -> Path:
+    """A model that names its data."""
+    return write_model(tmp_path / "model.onnx", metadata=trained(data))
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A model that names no data."""
+    return write_model(tmp_path / "bare.onnx")
+
+
+def test_one_model_from_its_own_metadata(tmp_path: Path, model: Path) -> None:
     target, table = tmp_path / "results" / "colours.json", tmp_path / "docs" / "results.md"
-    text = run(model, "--output", target, "--table", table)
-    assert "colours, 1 model" in text
-    content = json.loads(target.read_text())
+    content = run(target, model, "--table", table)
     assert content["experiment"] == "colours"
     assert content["data"] == {"paints": {"gallery": 36, "validation": 18, "queries": 18}}
     assert content["dimension"] == 12
@@ -112,21 +120,16 @@ def test_one_model_from_its_own_metadata(tmp_path: Path, data: Path) -> None:
     assert figures["sets"]["paints"]["precision_at_10"] == 1.0
     # Vectors that are not of length one: both metrics are of interest.
     assert figures["sets"]["paints"]["by_cosine"]["knn_accuracy"]["5"] == 1.0
-    assert content["summary"]["pairs"]["accuracy"] == {
-        "mean": 1.0,
-        "sd": None,
-        "min": 1.0,
-        "max": 1.0,
-    }
+    figure = {"mean": 1.0, "sd": None, "min": 1.0, "max": 1.0}
+    assert content["summary"]["pairs"]["accuracy"] == figure
     assert "| colours | paints | 18 | 100.00 |" in table.read_text()
-    assert not [path for path in tmp_path.rglob(".*.partial")]
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
 def test_the_model_s_own_calibration_is_what_counts(tmp_path: Path, data: Path) -> None:
     said = {"calibration": {"weight": -1.0, "bias": 0.25}, "threshold": 0.0, **trained(data)}
-    model = write_model(tmp_path / "model.onnx", metadata=said)
-    run(model, "--output", tmp_path / "r.json")
-    pairs = json.loads((tmp_path / "r.json").read_text())["models"][0]["figures"]["pairs"]
+    content = run(tmp_path / "r.json", write_model(tmp_path / "model.onnx", metadata=said))
+    pairs = content["models"][0]["figures"]["pairs"]
     assert pairs["threshold"] == 0.0
     assert pairs["accuracy"] == 0.5  # nothing is nearer than that
 
@@ -135,29 +138,23 @@ def test_several_seeds_have_mean_and_spread(tmp_path: Path, data: Path) -> None:
     models = [
         write_model(tmp_path / f"{seed}.onnx", metadata=trained(data, seed)) for seed in range(3)
     ]
-    run(*models, "--output", tmp_path / "r.json", "--table", tmp_path / "t.md")
-    content = json.loads((tmp_path / "r.json").read_text())
+    content = run(tmp_path / "r.json", *models, "--table", tmp_path / "t.md")
     assert [model["seed"] for model in content["models"]] == [0, 1, 2]
     assert content["summary"]["pairs"]["accuracy"]["sd"] == 0.0
     assert "| colours | 3 | class | 100.00 ± 0.00 |" in (tmp_path / "t.md").read_text()
 
 
-def test_models_of_two_experiments_are_not_mixed(tmp_path: Path, data: Path) -> None:
-    first = write_model(tmp_path / "a.onnx", metadata=trained(data))
+def test_models_of_two_experiments_are_not_mixed(tmp_path: Path, data: Path, model: Path) -> None:
     second = write_model(tmp_path / "b.onnx", metadata={"name": "other"})
-    line = fails(first, second, "--data", f"npz:{data}", "--output", tmp_path / "r.json")
+    line = fails(model, second, "--data", f"npz:{data}", "--output", tmp_path / "r.json")
     assert "is of experiment other" in line
     assert not (tmp_path / "r.json").exists()
 
 
-def test_several_data_sets_are_joined(tmp_path: Path, data: Path) -> None:
+def test_several_data_sets_are_joined(tmp_path: Path, data: Path, bare: Path) -> None:
     other = write_data(tmp_path / "inks.npz", ("blues", "reds"), seed=1)
-    model = write_model(tmp_path / "model.onnx")
-    run(
-        model, "--data", f"npz:{data}", "--data", f"npz:{other}", "--output", tmp_path / "r.json",
-        "--table", tmp_path / "t.md",
-    )  # fmt: skip
-    content = json.loads((tmp_path / "r.json").read_text())
+    sets = ("--data", f"npz:{data}", "--data", f"npz:{other}")
+    content = run(tmp_path / "r.json", bare, *sets, "--table", tmp_path / "t.md")
     figures = content["summary"]
     assert list(figures["sets"]) == ["paints", "inks"]
     # The same colours are in both sets, so the sets can't be told.
@@ -170,29 +167,26 @@ def test_several_data_sets_are_joined(tmp_path: Path, data: Path) -> None:
 def test_which_set_models_are_scored_by_set(tmp_path: Path) -> None:
     first = write_data(tmp_path / "warm.npz", ("reds", "reds"))
     second = write_data(tmp_path / "cold.npz", ("blues", "blues"), seed=1)
-    model = write_model(tmp_path / "model.onnx", metadata={"labels": "set"})
-    target = tmp_path / "r.json"
-    run(model, "--data", f"npz:{first}", "--data", f"npz:{second}", "--output", target)
-    summary_ = json.loads(target.read_text())["summary"]
-    assert summary_["pairs"]["accuracy"]["mean"] == 1.0
-    assert summary_["right_set"]["mean"] == 100
-    assert "triples" not in summary_  # of three images of two sets, two always match
+    by_set = write_model(tmp_path / "model.onnx", metadata={"labels": "set"})
+    sets = ("--data", f"npz:{first}", "--data", f"npz:{second}")
+    found = run(tmp_path / "r.json", by_set, *sets)["summary"]
+    assert found["pairs"]["accuracy"]["mean"] == 1.0
+    assert found["right_set"]["mean"] == 100
+    assert "triples" not in found  # of three images of two sets, two always match
 
 
-def test_the_validation_split_can_be_evaluated(tmp_path: Path, data: Path) -> None:
-    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
-    run(model, "--split", "val", "--output", tmp_path / "r.json", "--table", tmp_path / "t.md")
-    content = json.loads((tmp_path / "r.json").read_text())
+def test_the_validation_split_can_be_evaluated(tmp_path: Path, model: Path) -> None:
+    content = run(tmp_path / "r.json", model, "--split", "val", "--table", tmp_path / "t.md")
     assert content["split"] == "val"
     assert content["command"].endswith("--split val")
     assert "colours (val)" in (tmp_path / "t.md").read_text()
 
 
-def test_images_come_to_the_encoder_as_in_the_server(tmp_path: Path) -> None:
+def test_images_come_to_the_encoder_as_in_the_server(bare: Path) -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (5, 9, 13), np.uint8)
     images = LabelledImages("set", "test", pixels, np.zeros(5, np.int64), ("a",))
-    model = open_model(write_model(tmp_path / "model.onnx"))
+    model = open_model(bare)
     expected = model.encoder.embed(
         np.stack([decode_image(png(image), model.spec.input) for image in pixels])
     )
@@ -223,53 +217,45 @@ def test_damaged_metadata(tmp_path: Path) -> None:
     assert 'unknown metric "miles"' in fails(model)
 
 
-def test_a_model_that_names_no_data(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.onnx")
-    assert "say which with --data SPEC" in fails(model)
+def test_a_model_that_names_no_data_or_unknown_data(bare: Path) -> None:
+    assert "say which with --data SPEC" in fails(bare)
+    assert 'no data set "nothing"' in fails(bare, "--data", "nothing")
 
 
-def test_an_unknown_data_set(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.onnx")
-    assert 'no data set "nothing"' in fails(model, "--data", "nothing")
-
-
-def test_an_empty_split(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("split", "step", "message"),
+    [
+        ("test", None, 'data set "paints" has no images in its test split'),
+        ("train", 5, "has 8 train images: at least 10 are needed"),
+    ],
+)
+def test_too_few_images(
+    split: str, step: int | None, message: str, data: Path, model: Path
+) -> None:
+    """None at all in a split, and a gallery that is too small."""
     with np.load(data) as file:
         arrays = dict(file)
-    arrays["test_images"], arrays["test_labels"] = arrays["test_images"][:0], np.empty((0, 1), "u1")
+    for name in (f"{split}_images", f"{split}_labels"):
+        arrays[name] = arrays[name][::step] if step else arrays[name][:0]
     np.savez(data, **arrays)
-    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
-    assert 'data set "paints" has no images in its test split' in fails(model)
+    assert message in fails(model)
 
 
-def test_a_gallery_that_is_too_small(tmp_path: Path, data: Path) -> None:
-    with np.load(data) as file:
-        arrays = dict(file)
-    arrays["train_images"] = arrays["train_images"][::5]
-    arrays["train_labels"] = arrays["train_labels"][::5]
-    np.savez(data, **arrays)
-    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
-    assert "has 8 train images: at least 10 are needed" in fails(model)
-
-
-def test_two_data_sets_of_one_name(tmp_path: Path, data: Path) -> None:
+def test_two_data_sets_of_one_name(tmp_path: Path, data: Path, bare: Path) -> None:
     (tmp_path / "other").mkdir()
     again = write_data(tmp_path / "other" / "paints.npz")
-    model = write_model(tmp_path / "model.onnx")
-    line = fails(model, "--data", f"npz:{data}", "--data", f"npz:{again}")
+    line = fails(bare, "--data", f"npz:{data}", "--data", f"npz:{again}")
     assert 'two data sets are called "paints"' in line
 
 
 def test_without_scikit_learn_it_says_what_to_install(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    line = fails(write_model(tmp_path / "model.onnx", metadata=trained(data)))
-    assert "pg_siamese[train]" in line
+    assert "pg_siamese[train]" in fails(model)
 
 
-def test_torch_is_not_needed(tmp_path: Path, data: Path) -> None:
-    model = write_model(tmp_path / "model.onnx", metadata=trained(data))
+def test_torch_is_not_needed(tmp_path: Path, model: Path) -> None:
     arguments = ["evaluate", str(model), "--output", str(tmp_path / "r.json")]
     arguments += ["--pictures", str(tmp_path)]
     program = (
@@ -301,11 +287,8 @@ def test_spread_is_shown_where_there_is_one() -> None:
 
 
 def test_only_numbers_go_into_results() -> None:
-    assert results.rounded({"a": 0.123456789, "b": 3, "c": None}) == {
-        "a": 0.12346,
-        "b": 3,
-        "c": None,
-    }
+    given = {"a": 0.123456789, "b": 3, "c": None}
+    assert results.rounded(given) == given | {"a": 0.12346}
     with pytest.raises(ValueError, match="not a finite number"):
         results.rounded({"a": float("nan")})
 

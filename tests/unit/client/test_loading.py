@@ -6,9 +6,10 @@ import gzip
 import io
 import os
 import struct
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import psycopg
@@ -19,6 +20,7 @@ from pg_siamese.client.connection import CommandError
 from pg_siamese.client.loading import LoadReport, Target, batches, load_part, store
 from pg_siamese.client.sources import (
     ImageRow,
+    Part,
     count_left_out,
     labelled_part,
     png,
@@ -26,9 +28,6 @@ from pg_siamese.client.sources import (
     read_source,
 )
 from pg_siamese.datasets import DataFormatError, DataNotFoundError, LabelledImages, LeftOut
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 TARGET = Target(
     "siamese.images", "image", {name: "text" for name in ("dataset", "split", "label", "source")}
@@ -126,21 +125,12 @@ def test_a_rejected_image_is_named_and_ends_the_load(fault: bytes) -> None:
 def test_rejected_images_can_be_skipped() -> None:
     server = Server()
     steps: list[int] = []
-    report = store(
-        server.connection,
-        TARGET,
-        many(40, at0=b"bad", at7=b"bad", at8=b"huge", at39=b"bad"),
-        batch_rows=10,
-        skip_rejected=True,
-        advance=steps.append,
-    )
+    rows = many(40, at0=b"bad", at7=b"bad", at8=b"huge", at39=b"bad")
+    options: Any = {"batch_rows": 10, "skip_rejected": True, "advance": steps.append}
+    report = store(server.connection, TARGET, rows, **options)
     assert report.stored == len(server.images) == 36
-    assert [rejection.name for rejection in report.rejected] == [
-        "file 0",
-        "file 7",
-        "file 8",
-        "file 39",
-    ]
+    names = [rejection.name for rejection in report.rejected]
+    assert names == ["file 0", "file 7", "file 8", "file 39"]
     assert sum(steps) == 40
     # Found by halving, not one by one.
     assert server.statements < 25
@@ -156,34 +146,31 @@ def test_other_errors_end_the_load_at_once_and_say_what_is_stored() -> None:
 
 def test_ctrl_c_says_what_is_stored() -> None:
     server = Server(failure=KeyboardInterrupt())
-    with pytest.raises(
-        CommandError, match=r"20 images stored.*run the same command to continue"
-    ) as caught:
+    message = r"20 images stored.*run the same command to continue"
+    with pytest.raises(CommandError, match=message) as caught:
         store(server.connection, TARGET, many(50), batch_rows=10)
     assert caught.value.exit_code == 130
     assert len(server.images) == 20
 
 
+def part_of(count: int) -> Part:
+    pixels, labels = np.zeros((count, 4, 4), np.uint8), np.zeros(count, np.int64)
+    return labelled_part(LabelledImages("set", "train", pixels, labels, ("only",)), "medmnist")
+
+
 def test_what_is_stored_is_left_out() -> None:
-    data = LabelledImages(
-        "set", "train", np.zeros((5, 4, 4), np.uint8), np.zeros(5, np.int64), ("only",)
-    )
     server = Server(stored=("medmnist:set/train/0", "medmnist:set/train/3"))
     steps: list[int] = []
     report = LoadReport(stored=100)
-    part = labelled_part(data, "medmnist")
-    load_part(server.connection, TARGET, part, report=report, advance=steps.append)
+    load_part(server.connection, TARGET, part_of(5), report=report, advance=steps.append)
     assert (report.stored, report.stored_before) == (103, 2)
     assert sum(steps) == 5
 
 
 def test_without_a_source_column_everything_goes_in() -> None:
-    data = LabelledImages(
-        "set", "train", np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.int64), ("only",)
-    )
     server = Server(stored=("medmnist:set/train/0",))
     bare = Target("pictures", "picture", {})
-    assert load_part(server.connection, bare, labelled_part(data, "medmnist")).stored == 3
+    assert load_part(server.connection, bare, part_of(3)).stored == 3
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (7, 5), (28, 28, 3)])
@@ -207,11 +194,8 @@ def npz(path: Path) -> Path:
 def test_npz_files_give_a_part_for_each_split(tmp_path: Path) -> None:
     file = npz(tmp_path / "breastmnist.npz")
     parts = read_source(file)
-    assert [(str(part), len(part)) for part in parts] == [
-        ("breastmnist train", 3),
-        ("breastmnist val", 2),
-        ("breastmnist test", 1),
-    ]
+    counts = {str(part).removeprefix("breastmnist "): len(part) for part in parts}
+    assert counts == {"train": 3, "val": 2, "test": 1}
     row = parts[1].row(1)
     assert row.source == "medmnist:breastmnist/val/1"
     assert (row.dataset, row.split, row.label) == ("breastmnist", "val", "malignant")

@@ -53,14 +53,11 @@ def test_files_without_any_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_what_torch_writes(tmp_path: Path) -> None:
     torch: Any = pytest.importorskip("torch")
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
-    ).eval()
+    layers = (torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     path = tmp_path / "m.onnx"
-    batch = torch.export.Dim("batch")
-    torch.onnx.export(
-        net, (torch.zeros(2, 3, 16, 16),), str(path), dynamic_shapes=({0: batch},), verbose=False
-    )
+    options = {"dynamic_shapes": ({0: torch.export.Dim("batch")},), "verbose": False}
+    net = torch.nn.Sequential(*layers).eval()
+    torch.onnx.export(net, (torch.zeros(2, 3, 16, 16),), str(path), **options)
     assert (tmp_path / "m.onnx.data").exists()  # the reason for all this
     spec, dimension, _ = inspect_model(read_model(path), {})
     assert (spec.input.width, dimension) == (16, 8)
