@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import struct
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -27,6 +27,7 @@ from pg_siamese.datasets import (
     read_idx_images,
     read_npz,
 )
+from tests.unit.datasets.files import idx_bytes
 
 
 def write_npz(path: Path, splits: tuple[str, ...] = ("train", "val", "test"), **extra: object):
@@ -37,11 +38,6 @@ def write_npz(path: Path, splits: tuple[str, ...] = ("train", "val", "test"), **
         arrays[f"{split}_labels"] = (np.arange(4 + number) % 2).astype(np.uint8)[:, None]
     np.savez_compressed(path, **(arrays | extra))  # type: ignore[arg-type]
     return path
-
-
-def idx_bytes(array: np.ndarray, code: int = 0x08) -> bytes:
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
-    return header + array.tobytes()
 
 
 @pytest.fixture
@@ -108,11 +104,8 @@ def test_npz_in_medmnist_layout(tmp_path: Path) -> None:
 
 
 def test_npz_of_an_unknown_set_has_numbered_classes_of_the_whole_file(tmp_path: Path) -> None:
-    path = write_npz(
-        tmp_path / "mine.npz",
-        splits=("train", "test"),
-        test_labels=np.array([4, 0, 1, 1, 2], np.uint8),
-    )
+    labels = np.array([4, 0, 1, 1, 2], np.uint8)
+    path = write_npz(tmp_path / "mine.npz", splits=("train", "test"), test_labels=labels)
     assert read_npz(path, "train").classes == ("0", "1", "2", "3", "4")
     assert read_npz(path, "train", classes=("a", "b", "c", "d", "e")).classes[4] == "e"
     assert datasets.npz_splits(path) == ("train", "test")
@@ -199,20 +192,14 @@ def test_image_folder_by_class_and_split(tmp_path: Path) -> None:
         save_image(tmp_path / split / "blue" / "1.PNG", (0, 0, 255))
     save_image(tmp_path / "train" / ".hidden" / "1.png", (0, 0, 0))
     (tmp_path / "train" / "red" / "notes.txt").write_text("not an image")
-    files = list_image_folder(tmp_path)
-    assert [(f.split, f.label) for f in files] == [
-        ("train", "blue"),
-        ("train", "red"),
-        ("val", "blue"),
-        ("val", "red"),
-    ]
+    files = [f"{file.split} {file.label}" for file in list_image_folder(tmp_path)]
+    assert files == ["train blue", "train red", "val blue", "val red"]
 
 
 def test_image_folder_without_classes(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg", (1, 2, 3))
-    assert [(Path(f.name).name, f.label, f.split) for f in list_image_folder(tmp_path)] == [
-        ("a.jpg", None, None)
-    ]
+    (file,) = list_image_folder(tmp_path)
+    assert (Path(file.name).name, file.label, file.split) == ("a.jpg", None, None)
 
 
 def test_empty_and_missing_folders(tmp_path: Path) -> None:
@@ -356,8 +343,6 @@ def test_real_medmnist_where_it_is_found(name: str, counts: tuple[int, ...], cha
 
 
 def test_importing_datasets_imports_no_torch() -> None:
-    import subprocess
-
     code = "import sys, pg_siamese.datasets, pg_siamese.cli.training; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

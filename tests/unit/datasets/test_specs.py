@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import io
 import pickle
-import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from pg_siamese.client.sources import png
 from pg_siamese.datasets import (
     DataFormatError,
     DataNotFoundError,
@@ -22,13 +21,11 @@ from pg_siamese.datasets import (
 )
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import InputSpec
+from tests.unit.datasets.files import idx_bytes
 
 
-def picture(value: int, size: tuple[int, int] = (12, 10)) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
+def picture(value: int, width: int = 12, height: int = 10) -> bytes:
+    return png(np.random.default_rng(value).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def write_zip(path: Path, members: dict[str, bytes]) -> Path:
@@ -114,14 +111,14 @@ def test_validation_is_the_test_where_there_is_no_other(tmp_path: Path) -> None:
 
 
 def test_images_come_to_the_size_as_in_the_server(tmp_path: Path) -> None:
-    members = by_class(3, "train/") | {"test/cat/x.png": picture(7, (40, 30))}
+    members = by_class(3, "train/") | {"test/cat/x.png": picture(7, 40, 30)}
     write_folder(tmp_path, members | {"val/dog/x.png": picture(8)})
     with pytest.raises(DataFormatError, match=r"has 40 x 30 pixels and .* 12 x 10: say the size"):
         open_dataset(f"folder:{tmp_path}")
     spec = InputSpec(width=16, height=14, resize="pad")
     opened = open_dataset(f"folder:{tmp_path}", input_spec=spec)
     assert opened.test.images.shape == (1, 14, 16, 3)
-    assert (opened.test.images[0] == decode_image(picture(7, (40, 30)), spec)).all()
+    assert (opened.test.images[0] == decode_image(picture(7, 40, 30), spec)).all()
 
 
 @pytest.mark.parametrize(
@@ -183,13 +180,9 @@ def test_folders_without_classes(tmp_path: Path, members: dict[str, bytes], mess
 def test_npz_without_validation(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (100, 8, 8), np.uint8)
     labels = np.repeat([0, 1], [80, 20]).astype(np.uint8)
-    np.savez(
-        tmp_path / "a.npz",
-        train_images=images,
-        train_labels=labels,
-        test_images=images[:10],
-        test_labels=labels[:10],
-    )
+    arrays: dict[str, Any] = {"train_images": images, "train_labels": labels}
+    arrays |= {"test_images": images[:10], "test_labels": labels[:10]}
+    np.savez(tmp_path / "a.npz", **arrays)
     opened = open_dataset(f"npz:{tmp_path / 'a.npz'}")
     assert np.bincount(opened.val.labels).tolist() == [8, 2]
     assert len(opened.train) == 90
@@ -205,30 +198,19 @@ def test_arrays_are_resized_as_in_the_server(tmp_path: Path) -> None:
     opened = open_dataset(f"npz:{tmp_path / 'a.npz'}", input_spec=spec)
     assert opened.train.rgb().shape[1:] == (12, 16, 3)
     place = int(np.flatnonzero((grey == grey[3]).all(axis=(1, 2)))[0])
-    file = io.BytesIO()
-    Image.fromarray(grey[place]).save(file, format="PNG")
-    expected = decode_image(file.getvalue(), spec)
+    expected = decode_image(png(grey[place]), spec)
     parts = np.concatenate([part.rgb() for part in (opened.train, opened.val, opened.test)])
     assert (parts == expected).all(axis=(1, 2, 3)).any()
 
 
-def idx(array: np.ndarray) -> bytes:
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    return gzip.compress(header + array.tobytes())
-
-
-def write_mnist(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for prefix, count in (("train", 40), ("t10k", 10)):
-        images = random.integers(0, 256, (count, 28, 28), np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(idx(images))
-        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(idx(labels))
-
-
 def test_idx_folders_and_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_mnist(tmp_path / "mnist")
+    members = {}
+    for prefix, count in (("train", 40), ("t10k", 10)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        members[f"{prefix}-images-idx3-ubyte.gz"] = gzip.compress(idx_bytes(images))
+        members[f"{prefix}-labels-idx1-ubyte.gz"] = gzip.compress(idx_bytes(labels))
+    write_folder(tmp_path / "mnist", members)
     opened = open_dataset(f"idx:{tmp_path / 'mnist'}")
     assert (opened.name, len(opened.test), len(opened.train) + len(opened.val)) == ("mnist", 10, 40)
     monkeypatch.setenv("PG_SIAMESE_DATA", str(tmp_path))
@@ -238,20 +220,18 @@ def test_idx_folders_and_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_dataset("mnist")
 
 
+BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+
+
 def test_cifar10_in_both_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planes = np.random.default_rng(0).integers(0, 256, (20, 3072), np.uint8)
     labels = np.arange(20) % 10
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    python, binary = tmp_path / "p" / "cifar10", tmp_path / "b" / "cifar10"
-    for folder in (python, binary):
-        folder.mkdir(parents=True)
-    for name in names:
-        batch = {b"data": planes, b"labels": labels.tolist()}
-        (python / name).write_bytes(pickle.dumps(batch, protocol=2))
-        rows = np.concatenate([labels[:, None].astype(np.uint8), planes], axis=1)
-        (binary / f"{name}.bin").write_bytes(rows.tobytes())
-    for folder in (python, binary):
-        monkeypatch.setenv("PG_SIAMESE_DATA", str(folder.parent))
+    batch = pickle.dumps({b"data": planes, b"labels": labels.tolist()}, protocol=2)
+    rows = np.concatenate([labels[:, None].astype(np.uint8), planes], axis=1).tobytes()
+    write_folder(tmp_path / "p" / "cifar10", dict.fromkeys(BATCHES, batch))
+    write_folder(tmp_path / "b" / "cifar10", {f"{name}.bin": rows for name in BATCHES})
+    for folder in "pb":
+        monkeypatch.setenv("PG_SIAMESE_DATA", str(tmp_path / folder))
         opened = open_dataset("cifar10")
         assert len(opened.test) == 20
         assert opened.test.labels.tolist() == labels.tolist()
@@ -267,10 +247,8 @@ class Harmful:
 def test_a_pickle_that_runs_code_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "cifar10"
-    folder.mkdir()
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        (folder / name).write_bytes(pickle.dumps({b"data": Harmful()}, protocol=2))
+    harmful = pickle.dumps({b"data": Harmful()}, protocol=2)
+    folder = write_folder(tmp_path / "cifar10", dict.fromkeys(BATCHES, harmful))
     monkeypatch.setenv("PG_SIAMESE_DATA", str(tmp_path))
     with pytest.raises(DataFormatError, match=r"data_batch_1: .*eval is not allowed"):
         open_dataset("cifar10")
@@ -324,7 +302,5 @@ def test_the_same_seed_never_lets_an_image_into_two_splits() -> None:
     labels = np.arange(200) % 7
     whole = LabelledImages("set", "all", images, labels, tuple("abcdefg"))
     parts = split_at_random(whole, seed=3)
-    together = np.concatenate(
-        [part.images[:, 0, 0] for part in (parts.train, parts.val, parts.test)]
-    )
-    assert sorted(together.tolist()) == list(range(200))
+    together = [part.images[:, 0, 0] for part in (parts.train, parts.val, parts.test)]
+    assert sorted(np.concatenate(together).tolist()) == list(range(200))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -22,9 +24,8 @@ def test_neighbour_figures_by_hand() -> None:
     # Of ten neighbours: relevant at 1 and 3, and at 2, 4, 6, 8, 10.
     found = np.array([[1, 0, 1, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]])
     figures = neighbour_figures(found, np.array([1, 1]))
-    assert figures["retrieval"]["map5"] == pytest.approx(
-        100 * ((1 + 2 / 3) / 2 + (1 / 2 + 2 / 4) / 2) / 2
-    )
+    map5 = 100 * ((1 + 2 / 3) / 2 + (1 / 2 + 2 / 4) / 2) / 2
+    assert figures["retrieval"]["map5"] == pytest.approx(map5)
     assert figures["retrieval"]["acc1"] == 50
     assert figures["retrieval"]["mmv5"] == 0
     assert figures["precision_at_10"] == pytest.approx(0.35)
@@ -86,16 +87,9 @@ def test_stated_figures_ask_for_the_class_or_for_the_set() -> None:
     corners = np.repeat(np.eye(2, dtype=np.float32), 20, axis=0)
     points = embedded(corners, [0, 1] * 10 + [2, 3] * 10, [0] * 20 + [1] * 20)
     calibration = Calibration(weight=-4, bias=2, threshold=0.5)
+    options: Any = {"names": ("a", "b"), "metric": "cosine", "seed": 0}
     by_class, by_set = (
-        stated_figures(
-            points,
-            points,
-            calibration,
-            names=("a", "b"),
-            labels=labels,
-            metric="cosine",
-            seed=0,
-        )
+        stated_figures(points, points, calibration, labels=labels, **options)
         for labels in ("class", "set")
     )
     assert list(by_class["retrieval"]) == ["a", "b"]

@@ -16,6 +16,7 @@ from pg_siamese.evaluation.pairs import (
     pair_distances,
     score_pairs,
 )
+from tests.support import Array
 from tests.unit.evaluation.embeddings import embedded, vectors
 
 
@@ -63,12 +64,18 @@ def test_calibration_recovers_a_known_curve() -> None:
     assert 0 < score.log_loss < math.log(2)
 
 
+def draw(labels: Array, sets: Array, count: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """Draw pairs, and check what must hold of all."""
+    first, second, match = balanced_pairs(labels, sets, count, seed)
+    assert ((labels[first] == labels[second]) == match).all()
+    assert (first != second).all()
+    return first, second, match
+
+
 def test_pairs_of_sets_are_half_and_half() -> None:
     sets = np.array([0] * 30 + [1] * 3)
-    first, second, match = balanced_pairs(sets, sets, 400, seed=0)
+    first, _, match = draw(sets, sets, 400)
     assert match.sum() == 200
-    assert ((sets[first] == sets[second]) == match).all()
-    assert (first != second).all()
     # A small set is drawn as often as a large one.
     assert 150 < (sets[first] == 0).sum() < 250
 
@@ -76,10 +83,8 @@ def test_pairs_of_sets_are_half_and_half() -> None:
 def test_pairs_are_half_and_half_and_of_both_kinds() -> None:
     sets = np.repeat([0, 1, 2], [50, 500, 20])
     labels = sets * 2 + np.random.default_rng(0).integers(0, 2, 570)
-    first, second, match = balanced_pairs(labels, sets, 4000, seed=3)
+    first, second, match = draw(labels, sets, 4000, seed=3)
     assert match.mean() == 0.5
-    assert ((labels[first] == labels[second]) == match).all()
-    assert (first != second).all()
     assert np.bincount(sets[first]) / 4000 == pytest.approx([1 / 3] * 3, abs=0.03)
     assert (sets[first] == sets[second])[~match].mean() == 0.5
     again = balanced_pairs(labels, sets, 4000, seed=3)
@@ -87,9 +92,7 @@ def test_pairs_are_half_and_half_and_of_both_kinds() -> None:
 
 
 def test_pairs_of_one_set() -> None:
-    labels = np.array([0, 0, 1, 1])
-    first, second, match = balanced_pairs(labels, np.zeros(4, np.int64), 100, seed=0)
-    assert ((labels[first] == labels[second]) == match).all()
+    draw(np.array([0, 0, 1, 1]), np.zeros(4, np.int64), 100)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from pg_siamese.client.connection import CommandError
@@ -37,9 +38,7 @@ def grey(seed: int = 0, size: int = 12) -> np.ndarray:
 
 
 def texts(figure: Any) -> list[str]:
-    import matplotlib.text
-
-    return [item.get_text() for item in figure.findobj(matplotlib.text.Text) if item.get_text()]
+    return [item.get_text() for item in figure.findobj(Text) if item.get_text()]
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -93,9 +92,8 @@ def test_a_broken_metrics_file_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_roc_curve_has_area_and_threshold() -> None:
-    apart = np.array([0.1, 0.4, 0.3, 0.9])
-    match = np.array([True, True, False, False])
-    figure = roc((apart, match), 0.35, "title")
+    pairs = (np.array([0.1, 0.4, 0.3, 0.9]), np.array([True, True, False, False]))
+    figure = roc(pairs, 0.35, "title")
     # Of four couples of a matching and another pair, three are in the right order.
     assert {"area 0.7500", "threshold 0.35", "chance"} <= set(texts(figure))
     point = figure.axes[0].lines[-1]
@@ -208,13 +206,8 @@ def evaluation(
         part.name: nearest(queries.of_set(n).vectors, gallery.of_set(n).vectors, 10)
         for n, part in enumerate(data)
     }
-    model: Any = SimpleNamespace(
-        path=folder / "model.onnx",
-        metric="cosine",
-        labels=labels,
-        experiment="tried",
-        spec=ModelSpec(InputSpec(14, 14), weight=-8.0, bias=4.0),
-    )
+    model: Any = SimpleNamespace(path=folder / "model.onnx", labels=labels, experiment="tried")
+    model.metric, model.spec = "cosine", ModelSpec(InputSpec(14, 14), weight=-8.0, bias=4.0)
     pairs = (np.array([0.1, 0.2, 0.8, 0.9]), np.array([True, True, False, False]))
     figures = {"pairs": {"threshold": 0.5}}
     return Evaluation(model, data, "test", gallery, queries, found, pairs, figures)
@@ -227,24 +220,16 @@ def test_the_pictures_that_apply_to_any_model(tmp_path: Path, sets: int, labels:
     assert [path.name for path in paths] == [f"tried-{name}.png" for name in NAMES]
     for path in paths:
         width, height = size_of(path)
-        assert width > 400
-        assert height > 200
+        assert width > 400 and height > 200
         assert path.stat().st_size < 300_000
     assert len(list(target.iterdir())) == len(paths)
 
 
 def test_a_run_gives_curves_and_two_dimensions_a_scatter(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(epochs()))
-    np.savez(
-        tmp_path / "snapshots.npz",
-        points=np.random.default_rng(0).normal(size=(3, 20, 2)).astype(np.float16),
-        labels=np.arange(20) % 3,
-        epochs=np.arange(3),
-    )
+    points = np.random.default_rng(0).normal(size=(3, 20, 2)).astype(np.float16)
+    snapshots = {"points": points, "labels": np.arange(20) % 3, "epochs": np.arange(3)}
+    np.savez(tmp_path / "snapshots.npz", **snapshots)  # type: ignore[arg-type]
     paths = list(write_pictures([evaluation(tmp_path, dimension=2)], tmp_path / "out"))
-    assert {path.name for path in paths} == {
-        "tried-curves.png",
-        "tried-scatter.png",
-        "tried-forming.gif",
-        *(f"tried-{name}.png" for name in NAMES),
-    }
+    names = {f"tried-{name}.png" for name in (*NAMES, "curves", "scatter")}
+    assert {path.name for path in paths} == names | {"tried-forming.gif"}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.tools.scripts import script
 from tools import apt, base_image, docker, engine, project
 from tools.apt import Archive, parse_deb822
 from tools.docker import Variant
@@ -29,12 +30,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     monkeypatch.setattr(engine, "_clients", lambda: found)
 
     def make(name: str, body: str) -> str:
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
-        found.append(str(path))
-        return str(path)
+        found.append(str(script(tmp_path / "bin" / name, body)))
+        return found[-1]
 
     return make
 
@@ -118,9 +115,7 @@ def test_an_engine_that_cannot_start_says_why(
     program: Program, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program("docker", SILENT)
-    daemon = tmp_path / "dockerd"
-    daemon.write_text("#!/bin/sh\necho 'mount: operation not permitted'\nexit 1\n")
-    daemon.chmod(0o755)
+    script(tmp_path / "dockerd", "echo 'mount: operation not permitted'\nexit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(NoEngineError, match="operation not permitted"):
@@ -131,17 +126,12 @@ def test_an_engine_that_cannot_start_says_why(
 def test_the_engine_that_was_started_is_stopped_and_no_other(
     program: Program, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program(
-        "docker", f'case "$*" in --version) echo version 20.1;; *) test -e {tmp_path}/up;; esac'
-    )
+    up = tmp_path / "up"
+    program("docker", f'case "$*" in --version) echo version 20.1;; *) test -e {up};; esac')
     # Its name counts: a number in the file may be another program's by now.
-    daemon = tmp_path / "dockerd"
-    daemon.write_text(
-        f"#!{sys.executable}\nimport time, pathlib\n"
-        "pathlib.Path('/proc/self/comm').write_text('dockerd')\n"
-        f"pathlib.Path('{tmp_path}/up').touch()\ntime.sleep(60)\n"
-    )
-    daemon.chmod(0o755)
+    body = "import time, pathlib\npathlib.Path('/proc/self/comm').write_text('dockerd')\n"
+    body += f"pathlib.Path('{up}').touch()\ntime.sleep(60)\n"
+    script(tmp_path / "dockerd", body, sys.executable)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert not engine.stop()

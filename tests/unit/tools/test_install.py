@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.tools.scripts import script
 from tools import apt, environments, install, pgvector, postgres
 from tools.install import Place, Server
 from tools.installation import Installation
@@ -42,10 +43,7 @@ def contents(monkeypatch: pytest.MonkeyPatch) -> Make:
         if not current[0]:
             raise SetupError("pip could not install: check the network")
         (site / "whole.py").write_text(current[0])
-        (folder / "bin").mkdir(exist_ok=True)
-        interpreter = folder / "bin" / "python"
-        interpreter.write_text(f'#!/bin/sh\necho {current[0]} "$@"\n')
-        interpreter.chmod(0o755)
+        script(folder / "bin" / "python", f'echo {current[0]} "$@"')
 
     monkeypatch.setattr(environments, "make_server", make)
     monkeypatch.setattr(environments, "make_client", make)
@@ -73,8 +71,8 @@ def test_it_is_all_there_and_a_second_run_changes_nothing(
     assert (release / "python3.13" / "whole.py").read_text() == "a"
     shipped = {file.name for file in (ROOT / "models").glob("*.onnx")}
     assert {file.name for file in (release / "models").iterdir()} == shipped != set()
-    script = of.extensions / f"pg_siamese--{version()}.sql"
-    assert f"'{place.packages}/{version()}/python{{" in script.read_text()
+    text = (of.extensions / f"pg_siamese--{version()}.sql").read_text()
+    assert f"'{place.packages}/{version()}/python{{" in text
     command = [str(place.prefix / "bin" / "pg_siamese"), "status", "two words"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "a -I -m pg_siamese status two words\n"
@@ -183,9 +181,8 @@ def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_message_names_every_missing_package(debian: Path) -> None:
-    everything = (
-        f"postgresql-18 postgresql-plpython3-18 postgresql-18-pgvector python{OWN_PYTHON}-venv"
-    )
+    everything = "postgresql-18 postgresql-plpython3-18 postgresql-18-pgvector"
+    everything += f" python{OWN_PYTHON}-venv"
     with pytest.raises(SetupError) as caught:
         install.check(None)
     assert str(caught.value).splitlines() == [
@@ -206,11 +203,10 @@ def test_the_server_that_is_there_decides(debian: Path) -> None:
 
 def test_where_debian_has_no_pgvector(debian: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pgvector, "is_packaged", lambda name: False)
-    with pytest.raises(
-        SetupError,
-        match=r"postgresql-plpython3-18 python3\.\d+-venv\n(.|\n)*"
-        r"also missing: pgvector 0\.5 or later, .* postgresql-18-pgvector",
-    ):
+    message = (
+        r"postgresql-plpython3-18 python3\.\d+-venv\n(.|\n)*also missing: pgvector 0\.5 or later"
+    )
+    with pytest.raises(SetupError, match=f"{message}, .* postgresql-18-pgvector"):
         install.check(None)
 
 
@@ -226,7 +222,7 @@ def test_a_server_of_no_distribution_is_told_of_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lists", "release", "candidate", "expected"),
+    ("lists", "release", "candidate", "found"),
     [
         (True, "bookworm", None, False),
         (True, "trixie", "0.8.0-1", True),
@@ -235,11 +231,7 @@ def test_a_server_of_no_distribution_is_told_of_files(tmp_path: Path) -> None:
     ],
 )
 def test_packages_without_lists(
-    lists: bool,
-    release: str,
-    candidate: str | None,
-    expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    lists: bool, release: str, candidate: str | None, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(name: str) -> str | None:
         if not lists:
@@ -249,7 +241,7 @@ def test_packages_without_lists(
     monkeypatch.setattr(apt, "candidate", ask)
     monkeypatch.setattr(apt, "has_lists", lambda: lists)
     monkeypatch.setattr(apt, "os_release", lambda: {"VERSION_CODENAME": release})
-    assert pgvector.is_packaged("postgresql-17-pgvector") is expected
+    assert pgvector.is_packaged("postgresql-17-pgvector") is found
 
 
 def test_packages_of_another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,11 +84,8 @@ def test_locks_agree() -> None:
 
 
 def test_releases_known_as_bad_cannot_be_chosen() -> None:
-    bad = [
-        Requirement(line)
-        for line in (LOCKS / "known-bad.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
+    lines = (LOCKS / "known-bad.txt").read_text().splitlines()
+    bad = [Requirement(line) for line in lines if line and not line.startswith("#")]
     excluded = {each.name: each.specifier for each in bad}
     for name in ("lightning", "pytorch-lightning"):
         assert not any(excluded[name].contains(version) for version in ("2.6.2", "2.6.3"))
@@ -146,10 +143,10 @@ def wheel(folder: Path, name: str, version: str) -> str:
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
+    digests = {file: hashlib.sha256(text.encode()).digest() for file, text in files.items()}
     record = "".join(
-        f"{file},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-        f",{len(text)}\n"
-        for file, text in files.items()
+        f"{file},sha256={base64.urlsafe_b64encode(digest).decode()},{len(files[file])}\n"
+        for file, digest in digests.items()
     )
     path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -201,9 +198,8 @@ def test_without_a_cpu_build_tests_do_without_torch(
     assert installed(offline) == set()
     assert "no CPU build of torch" in capsys.readouterr().out
     assert environments._install_torch(place, small=False) is True
-    assert [each.name for each in environments.site_packages(place).glob("torch-*")] == [
-        "torch-2.13.0.dist-info"
-    ]
+    (found,) = environments.site_packages(place).glob("torch-*")
+    assert found.name == "torch-2.13.0.dist-info"
     assert environments._has_torch(place)
     (offline / "torch-cpu.txt").write_text(f"torch==2.13.0+cpu --hash=sha256:{other}\n")
     assert environments._install_torch(place, small=True) is True
@@ -224,12 +220,8 @@ def test_environments_without_hashes_are_made_anew(
     state.parent.mkdir()
     state.write_text(json.dumps({"key": "old", "extras": ["test"], "venv": ["x", sys.version]}))
     environments.ensure_client(tmp_path / "client", ["test"])
-    assert done == [
-        "created",
-        str(LOCKS / "client.txt"),
-        str(LOCKS / "test.txt"),
-        str(ROOT / "python"),
-    ]
+    steps = [LOCKS / "client.txt", LOCKS / "test.txt", ROOT / "python"]
+    assert done == ["created", *map(str, steps)]
     done.clear()
     environments.ensure_client(tmp_path / "client", [])
     assert done == []

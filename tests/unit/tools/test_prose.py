@@ -8,17 +8,7 @@ import pytest
 
 from tools import prose
 from tools.project import ROOT
-from tools.prose import (
-    LONGEST_COMMENT,
-    LONGEST_SENTENCE,
-    blocks,
-    check_comments,
-    check_markdown,
-    check_means,
-    comments,
-    documents,
-    main,
-)
+from tools.prose import LONGEST_COMMENT, LONGEST_SENTENCE, check_markdown, check_means, main
 
 LONG = " ".join(["word"] * (LONGEST_SENTENCE + 1)) + "."
 
@@ -136,7 +126,7 @@ def test_a_sentence_of_the_greatest_length() -> None:
     ],
 )
 def test_sentences(markdown: str, lengths: list[int]) -> None:
-    assert [n for block in blocks(markdown) for _, n in block.sentences()] == lengths
+    assert [n for block in prose.blocks(markdown) for _, n in block.sentences()] == lengths
     counts, _ = check_markdown(markdown, "x.md")
     assert (counts.sentences, counts.words) == (len(lengths), sum(lengths))
 
@@ -167,7 +157,7 @@ EXECUTE format(
 
 
 def test_comments() -> None:
-    assert list(comments(SQL)) == [
+    assert list(prose.comments(SQL)) == [
         (2, "what's in it"),
         (3, "do it"),
         (6, "vectors of collection X without index"),
@@ -178,7 +168,7 @@ def test_comments() -> None:
 def test_long_comments() -> None:
     text = " ".join(["word"] * (LONGEST_COMMENT + 1))
     source = f"{SQL}COMMENT ON TABLE c\nIS '{text}';"
-    lengths, found = check_comments(source, "x.sql")
+    lengths, found = prose.check_comments(source, "x.sql")
     assert lengths == [3, 2, 6, 10, LONGEST_COMMENT + 1]
     assert [str(v) for v in found] == [f'x.sql:11: COMMENT of 13 words: at most 12: "{text}"']
 
@@ -203,7 +193,7 @@ def test_status_and_report(
 
 
 def test_what_is_checked() -> None:
-    names = {str(path.relative_to(ROOT)) for path in documents()}
+    names = {str(path.relative_to(ROOT)) for path in prose.documents()}
     assert {"README.md", "docs/operations.md", "docs/decisions/README.md"} <= names
     assert "docs/cli.md" not in names  # generated
-    assert all(path.is_file() for path in documents())
+    assert all(path.is_file() for path in prose.documents())

@@ -8,15 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import (
-    apt,
-    extension,
-    overlay,
-    packages,
-    pgvector,
-    postgres,
-    project,
-)
+from tools import apt, extension, overlay, packages, pgvector, postgres, project
 from tools.apt import Archive, parse_deb822, parse_one_line
 from tools.cluster import Cluster
 from tools.installation import Installation
@@ -57,12 +49,9 @@ Components: main
 
 def test_deb822_sources() -> None:
     first, second = parse_deb822(DEB822)
-    assert first == Archive(
-        ("https://mirror.example/debian",),
-        ("bookworm", "bookworm-updates"),
-        ("main", "contrib"),
-        {"Signed-By": "/usr/share/keyrings/debian-archive-keyring.gpg"},
-    )
+    places = ("https://mirror.example/debian",), ("bookworm", "bookworm-updates")
+    signed = {"Signed-By": "/usr/share/keyrings/debian-archive-keyring.gpg"}
+    assert first == Archive(*places, ("main", "contrib"), signed)
     assert second.options["Signed-By"].splitlines()[1] == " -----BEGIN PGP PUBLIC KEY BLOCK-----"
     # A key that stands in the file survives a round trip.
     assert parse_deb822(second.stanza("deb", second.suites)) == [second]
@@ -98,9 +87,8 @@ def test_main_archive(
     archive = apt.main_archive()
     assert archive is not None
     assert archive.uris == ("http://mirror.example",)
-    assert archive.stanza("deb-src", ["trixie"]) == (
-        "Types: deb-src\nURIs: http://mirror.example\nSuites: trixie\nComponents: main\n"
-    )
+    stanza = "Types: deb-src\nURIs: http://mirror.example\nSuites: trixie\nComponents: main\n"
+    assert archive.stanza("deb-src", ["trixie"]) == stanza
 
 
 def test_a_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,14 +131,18 @@ def test_install_script_refuses_paths_that_would_be_code(place: str) -> None:
         extension.install_script(place)
 
 
+def inodes(folder: Path) -> dict[Path, int]:
+    return {path: path.lstat().st_ino for path in folder.rglob("*")}
+
+
 def test_extension_files_are_written_only_where_they_change(tmp_path: Path) -> None:
     extension.write(tmp_path, "/a")
     names = {path.name for path in tmp_path.iterdir()}
     others = {path.name for path in (ROOT / "migrations").glob("pg_siamese--*.sql")}
     assert names == {"pg_siamese.control", f"pg_siamese--{version()}.sql"} | others
-    before = {path: path.stat().st_ino for path in tmp_path.iterdir()}
+    before = inodes(tmp_path)
     extension.write(tmp_path, "/a")
-    assert {path: path.stat().st_ino for path in tmp_path.iterdir()} == before
+    assert inodes(tmp_path) == before
     extension.write(tmp_path, "/b")
     script = tmp_path / f"pg_siamese--{version()}.sql"
     assert script.stat().st_ino != before[script]
@@ -206,12 +198,9 @@ def test_overlay_adds_files_and_leaves_the_system_alone(tmp_path: Path) -> None:
     assert (private.bin / "psql").is_symlink()
     assert overlay.find(tmp_path / "pg").major == 15
 
-    def state() -> dict[Path, int]:
-        return {p: p.lstat().st_ino for p in (tmp_path / "pg").rglob("*")}
-
-    first = state()
+    first = inodes(tmp_path / "pg")
     overlay.sync(system, tmp_path / "pg", [extra])
-    assert state() == first
+    assert inodes(tmp_path / "pg") == first
     # An upgrade of the system's packages comes through, a removed file goes.
     (system.bin / "postgres").write_text("a newer server")
     (extra / "extension" / "vector.control").unlink()
@@ -228,10 +217,9 @@ def test_overlay_missing(tmp_path: Path) -> None:
 
 
 def test_choice_of_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_system(tmp_path / "usr", 15)
-    newest = fake_system(tmp_path / "usr", 17)
+    found = [fake_system(tmp_path / "usr", major) for major in (15, 17)]
+    newest = found[1]
     (newest.lib / "plpython3.so").unlink()
-    found = [Installation(15, tmp_path / "usr"), Installation(17, tmp_path / "usr")]
     monkeypatch.setattr(postgres, "installed", lambda: found)
     # The newest that has all that is needed …
     assert postgres.choose(tmp_path / "pg") == found[0]

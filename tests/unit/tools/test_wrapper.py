@@ -8,16 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.tools.scripts import script
 from tools import embedded
 from tools.cluster import Cluster
 from tools.project import ROOT
-
-
-def script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 @pytest.fixture
@@ -26,8 +20,7 @@ def clone(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pg_siamese", tmp_path / "pg_siamese")
     client = 'echo "${PGHOST-none} ${PGDATABASE-none}" "$@"'
     script(tmp_path / "build" / "client" / "bin" / "python", client)
-    cluster = Cluster(tmp_path / "it's a cluster")
-    lines = embedded.environment(cluster)
+    lines = embedded.environment(Cluster(tmp_path / "it's a cluster"))
     script(tmp_path / "set-up", f"cat <<'END'\n{lines}\nEND")
     return tmp_path
 
