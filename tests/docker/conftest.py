@@ -21,6 +21,7 @@ from psycopg.conninfo import make_conninfo
 from pg_siamese.client.sources import png
 from tests.conftest import Connection
 from tests.server import DOCKER
+from tests.support import one
 
 IMAGE = os.environ.get("PG_SIAMESE_TEST_IMAGE", "")
 PASSWORD = 'it\'s a "secret" $word'
@@ -30,34 +31,29 @@ PATIENCE = 120  # seconds, of a machine that has much else to do
 _numbers = itertools.count(1)
 
 
-def docker(*arguments: str | Path, check: bool = True) -> str:
+def docker(*arguments: str | Path) -> str:
     """Run the docker client; return its output and errors, which is where servers log."""
-    done = subprocess.run(
-        [DOCKER, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0 or not check, done.stdout
+    command, pipe = [DOCKER, *map(str, arguments)], subprocess.PIPE
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
     return done.stdout.strip()
 
 
 @functools.cache
-def configuration() -> dict[str, Any]:
-    """What the image says of itself."""
-    found: dict[str, Any] = json.loads(docker("image", "inspect", IMAGE))[0]["Config"]
+def described() -> dict[str, Any]:
+    """What the engine says of the image."""
+    found: dict[str, Any] = json.loads(docker("image", "inspect", IMAGE))[0]
     return found
 
 
 def variable(name: str) -> str:
     """One of the image's environment variables."""
-    values = dict(str(each).split("=", 1) for each in configuration()["Env"])
-    return values[name]
+    return dict(str(each).split("=", 1) for each in described()["Config"]["Env"])[name]
 
 
 def volume_at() -> str:
     """Where its volume belongs."""
-    (place,) = configuration()["Volumes"]
+    (place,) = described()["Config"]["Volumes"]
     return str(place)
 
 
@@ -69,17 +65,13 @@ class Container:
 
     def state(self) -> dict[str, Any]:
         """What the engine says of it: Running, ExitCode, Health."""
-        found: dict[str, Any] = json.loads(
-            docker("inspect", "--format", "{{json .State}}", self.name)
-        )
+        found: dict[str, Any] = json.loads(docker("inspect", self.name))[0]["State"]
         return found
 
     def logs(self) -> str:
-        """All that it wrote."""
         return docker("logs", self.name)
 
     def exec(self, *arguments: str, user: str = "postgres") -> str:
-        """Run a program in it."""
         return docker("exec", "--user", user, self.name, *arguments)
 
     def healthy(self) -> Container:
@@ -99,17 +91,12 @@ class Container:
         """Connect over TCP, from outside."""
         port = docker("port", self.name, "5432").splitlines()[0].rpartition(":")[2]
         usual = {"user": "postgres", "password": PASSWORD, "dbname": "siamese"}
-        return psycopg.connect(
-            make_conninfo("", host="127.0.0.1", port=port, **(usual | parameters)),
-            autocommit=True,
-        )
+        place = make_conninfo("", host="127.0.0.1", port=port, **(usual | parameters))
+        return psycopg.connect(place, autocommit=True)
 
-    def one(self, query: str, *values: Any, **parameters: str) -> Any:
-        """Return the first column of a query's first row."""
+    def one(self, query: str, **parameters: str) -> Any:
         with self.connect(**parameters) as connection:
-            row = connection.execute(query, values or None).fetchone()
-        assert row is not None
-        return row[0]
+            return one(connection, query)
 
 
 class Containers:
@@ -129,24 +116,11 @@ class Containers:
     ) -> Container:
         """Make a container without starting it. `files` maps places in it to files or folders."""
         name = f"pg_siamese-test-{self._run}-{next(_numbers)}"
-        usual = {
-            "POSTGRES_PASSWORD": PASSWORD,
-            "POSTGRES_DB": "siamese",
-            "POSTGRES_INITDB_ARGS": "--no-sync",
-        }
-        chosen = usual | dict(environment or {})
+        chosen = {"POSTGRES_PASSWORD": PASSWORD, "POSTGRES_DB": "siamese"}
+        chosen |= {"POSTGRES_INITDB_ARGS": "--no-sync"} | dict(environment or {})
         words = [f"--env={key}={value}" for key, value in chosen.items() if value]
-        docker(
-            "create",
-            "--name",
-            name,
-            "--publish=127.0.0.1::5432",
-            "--health-interval=1s",
-            *words,
-            *options,
-            IMAGE,
-            *command,
-        )
+        words += [f"--name={name}", "--publish=127.0.0.1::5432", "--health-interval=1s"]
+        docker("create", *words, *options, IMAGE, *command)
         self._made.append(name)
         for place, path in (files or {}).items():
             # Copied, not mounted: the engine may be on another machine.
@@ -166,7 +140,6 @@ class Containers:
         return name
 
     def remove(self) -> None:
-        """Remove all of them."""
         if self._made:
             docker("rm", "--force", "--volumes", *self._made)
         if self._volumes:
@@ -175,7 +148,6 @@ class Containers:
 
 @pytest.fixture(scope="session", autouse=True)
 def image() -> str:
-    """The image's name."""
     if not IMAGE:
         pytest.skip("no image to test: make docker-test builds one")
     return IMAGE
@@ -183,7 +155,6 @@ def image() -> str:
 
 @pytest.fixture
 def containers() -> Iterator[Containers]:
-    """Containers of one test."""
     made = Containers()
     yield made
     made.remove()

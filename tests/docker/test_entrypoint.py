@@ -47,9 +47,7 @@ def test_the_password_is_asked_for(usual: Container) -> None:
         with pytest.raises(psycopg.OperationalError, match="password"):
             usual.connect(password=password)
     # Also within the container, unless one has got in already.
-    inside = (
-        "psql --host 127.0.0.1 --no-password --dbname siamese --command 'SELECT 1' 2>&1 || true"
-    )
+    inside = "psql --host 127.0.0.1 --no-password -d siamese -c 'SELECT 1' 2>&1 || true"
     assert "no password supplied" in usual.exec("bash", "-c", inside)
     assert usual.exec("psql", "-XAt", "--dbname", "siamese", "--command", "SELECT 7") == "7"
     assert usual.one("SHOW password_encryption") == "scram-sha-256"
@@ -61,9 +59,7 @@ def test_password_from_a_file(containers: Containers, tmp_path: Path) -> None:
     secret.write_text("from a file\n")
     secret.chmod(0o444)
     name = {"POSTGRES_PASSWORD": "", "POSTGRES_PASSWORD_FILE": "/run/password"}
-    container = containers.create(environment=name, files={"/run/password": secret})
-    docker("start", container.name)
-    container.healthy()
+    container = containers.start(environment=name, files={"/run/password": secret}).healthy()
     assert container.one("SELECT current_user", password="from a file") == "postgres"
 
 
@@ -97,9 +93,8 @@ def test_the_database_is_named_as_the_user(containers: Containers) -> None:
     container = containers.start(environment={"POSTGRES_USER": "anna", "POSTGRES_DB": ""})
     container.healthy()
     assert container.one("SELECT current_database()", user="anna", dbname="anna") == "anna"
-    assert container.one("SHOW search_path", user="anna", dbname="anna") == (
-        '"$user", public, siamese'
-    )
+    path = '"$user", public, siamese'
+    assert container.one("SHOW search_path", user="anna", dbname="anna") == path
 
 
 def test_the_default_database(containers: Containers) -> None:
@@ -135,9 +130,7 @@ def test_scripts_run_once_and_in_order(containers: Containers, tmp_path: Path) -
         " WHERE name = 'medical';",
         n60_txt="not a script",
     )
-    container = containers.create(files={SCRIPTS: folder})
-    docker("start", container.name)
-    container.healthy()
+    container = containers.start(files={SCRIPTS: folder}).healthy()
     expected = ["sql in siamese", "executed", "sourced", "kept", "model medical"]
     query = "SELECT array_agg(step ORDER BY id) FROM steps"
     assert container.one(query) == expected
@@ -153,8 +146,7 @@ def test_scripts_run_once_and_in_order(containers: Containers, tmp_path: Path) -
 def test_a_failing_script_stops_everything(
     containers: Containers, tmp_path: Path, script: dict[str, str]
 ) -> None:
-    container = containers.create(files={SCRIPTS: script_folder(tmp_path / "scripts", **script)})
-    docker("start", container.name)
+    container = containers.start(files={SCRIPTS: script_folder(tmp_path / "scripts", **script)})
     assert container.ended() != 0
     assert "the database could not be made" in container.logs()
     assert "starting the server" not in container.logs()
@@ -169,8 +161,7 @@ def test_not_healthy_and_not_reached_before_it_is_made(
 ) -> None:
     wait = "#!/bin/bash\ntouch /tmp/waiting\nwhile [ -e /tmp/waiting ]; do sleep 0.1; done\n"
     folder = script_folder(tmp_path / "scripts", n10_sh=wait)
-    container = containers.create(files={SCRIPTS: folder})
-    docker("start", container.name)
+    container = containers.start(files={SCRIPTS: folder})
     container.exec("bash", "-c", "until [ -e /tmp/waiting ]; do sleep 0.1; done")
     # A server is there, for the scripts.
     assert container.exec("psql", "-XAt", "--dbname", "siamese", "--command", "SELECT 7") == "7"
@@ -186,8 +177,7 @@ def test_not_healthy_and_not_reached_before_it_is_made(
 
 def test_stopped_while_it_is_made(containers: Containers, tmp_path: Path) -> None:
     folder = script_folder(tmp_path / "scripts", n10_sh="#!/bin/bash\ntouch /tmp/here\nsleep 3\n")
-    container = containers.create(files={SCRIPTS: folder})
-    docker("start", container.name)
+    container = containers.start(files={SCRIPTS: folder})
     container.exec("bash", "-c", "until [ -e /tmp/here ]; do sleep 0.1; done")
     docker("stop", "--time", "60", container.name)
     assert container.state()["ExitCode"] == 130  # of its own, not killed
@@ -200,9 +190,8 @@ def test_arguments_of_initdb(containers: Containers) -> None:
     arguments = "--no-sync --wal-segsize=4 --set 'application_name=two words'"
     container = containers.start(environment={"POSTGRES_INITDB_ARGS": arguments}).healthy()
     assert container.one("SHOW wal_segment_size") == "4MB"
-    assert "two words" in container.exec(
-        "bash", "-c", "grep '^application_name' $PGDATA/postgresql.conf"
-    )
+    find = "grep '^application_name' $PGDATA/postgresql.conf"
+    assert "two words" in container.exec("bash", "-c", find)
 
 
 def test_defaults(usual: Container) -> None:
@@ -231,10 +220,9 @@ def test_arguments_of_the_server(containers: Containers, command: tuple[str, ...
 
 def test_other_programs(image: str) -> None:
     assert docker("run", "--rm", image, "id", "-un") == "postgres"
-    server = f"PostgreSQL) {variable('PG_MAJOR')}."
-    assert server in docker("run", "--rm", image, "postgres", "--version")
-    assert server in docker("run", "--rm", image, "--version")
-    assert server in docker("run", "--rm", image, "pg_dump", "--version")
+    for program in (["postgres"], [], ["pg_dump"]):
+        version = docker("run", "--rm", image, *program, "--version")
+        assert f"PostgreSQL) {variable('PG_MAJOR')}." in version
 
 
 def test_data_of_another_version_is_refused(containers: Containers, tmp_path: Path) -> None:
@@ -244,24 +232,20 @@ def test_data_of_another_version_is_refused(containers: Containers, tmp_path: Pa
     # A volume, since the folder isn't there before the first start.
     volume = f"--volume={containers.volume()}:{volume_at()}"
     docker("stop", containers.start(volume).healthy().name)
-    container = containers.create(volume, files={f"{variable('PGDATA')}/PG_VERSION": mark})
-    docker("start", container.name)
+    container = containers.start(volume, files={f"{variable('PGDATA')}/PG_VERSION": mark})
     assert container.ended() == 1
-    assert (
-        f"was made by PostgreSQL 15; this is PostgreSQL {variable('PG_MAJOR')}" in container.logs()
-    )
+    message = f"was made by PostgreSQL 15; this is PostgreSQL {variable('PG_MAJOR')}"
+    assert message in container.logs()
 
 
 def test_a_volume_in_the_place_of_old_is_refused(containers: Containers) -> None:
     """Or else a new, empty database would be made beside it, and be lost with the container."""
     if int(variable("PG_MAJOR")) < 18:
         pytest.skip("it is the place of this version")
-    container = containers.start(f"--volume={containers.volume()}:/var/lib/postgresql/data")
+    place = "/var/lib/postgresql/data"
+    container = containers.start(f"--volume={containers.volume()}:{place}")
     assert container.ended() == 1
     assert "Mount the volume at /var/lib/postgresql," in container.logs()
-    named = containers.start(
-        f"--volume={containers.volume()}:/var/lib/postgresql/data",
-        "--user=root",
-        environment={"PGDATA": "/var/lib/postgresql/data/pg"},
-    ).healthy()
-    assert named.one("SHOW data_directory") == "/var/lib/postgresql/data/pg"
+    options = f"--volume={containers.volume()}:{place}", "--user=root"
+    named = containers.start(*options, environment={"PGDATA": f"{place}/pg"}).healthy()
+    assert named.one("SHOW data_directory") == f"{place}/pg"

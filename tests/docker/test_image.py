@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import subprocess
 import time
-from typing import Any
 
 import pytest
 
-from tests.docker.conftest import Container, Containers, docker, picture, variable, volume_at
+from pg_siamese.datasets import sha256
+from tests.conftest import MODELS
+from tests.docker.conftest import (
+    Container,
+    Containers,
+    described,
+    docker,
+    picture,
+    variable,
+    volume_at,
+)
 from tools.project import ROOT, version
 
 LARGEST = 1.2e9  # bytes
 
 
-@pytest.fixture(scope="module")
-def described(image: str) -> dict[str, Any]:
-    """What the engine says of the image."""
-    found: dict[str, Any] = json.loads(docker("image", "inspect", image))[0]
-    return found
-
-
-def test_size(described: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_size(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
-        print(f"\nsize of the image: {described['Size'] / 1e9:.2f} GB")
-    assert described["Size"] <= LARGEST
+        print(f"\nsize of the image: {described()['Size'] / 1e9:.2f} GB")
+    assert described()["Size"] <= LARGEST
 
 
-def test_settings(described: dict[str, Any]) -> None:
-    config = described["Config"]
+def test_settings() -> None:
+    config = described()["Config"]
     assert config["User"] == "postgres"
     assert config["StopSignal"] == "SIGINT"
     places = {
@@ -43,9 +43,9 @@ def test_settings(described: dict[str, Any]) -> None:
     assert config["Healthcheck"]["Test"] == ["CMD", "docker-healthcheck.sh"]
 
 
-def test_labels(described: dict[str, Any]) -> None:
+def test_labels() -> None:
     prefix = "org.opencontainers.image."
-    labels = described["Config"]["Labels"]
+    labels = described()["Config"]["Labels"]
     assert labels[f"{prefix}version"] == version()
     assert all(
         labels[f"{prefix}{name}"] not in ("", "unknown")
@@ -62,14 +62,9 @@ def test_no_tools_of_the_build(usual: Container) -> None:
 
 
 def test_nothing_left_of_the_build(usual: Container) -> None:
-    left = usual.exec(
-        "bash",
-        "-c",
-        "find /source /install /root/.cache /var/lib/apt/lists /etc/apt/apt.conf.d/90-build"
-        " /etc/pip.conf /run/secrets -type f -size +0 2>/dev/null || true",
-        user="root",
-    )
-    assert left == ""
+    places = "/source /install /root/.cache /var/lib/apt/lists /etc/apt/apt.conf.d/90-build"
+    find = f"find {places} /etc/pip.conf /run/secrets -type f -size +0 2>/dev/null || true"
+    assert usual.exec("bash", "-c", find, user="root") == ""
 
 
 def test_runs_as_postgres(usual: Container) -> None:
@@ -78,9 +73,8 @@ def test_runs_as_postgres(usual: Container) -> None:
 
 
 def test_the_server_cannot_change_its_own_programs(usual: Container) -> None:
-    folders = "/usr /docker-entrypoint-initdb.d"
-    found = usual.exec("bash", "-c", f"find {folders} -writable -not -type l")
-    assert found == ""
+    find = "find /usr /docker-entrypoint-initdb.d -writable -not -type l"
+    assert usual.exec("bash", "-c", find) == ""
 
 
 def test_the_extension_and_its_packages(usual: Container) -> None:
@@ -91,8 +85,7 @@ def test_the_extension_and_its_packages(usual: Container) -> None:
         python = {"17": "3.13", "18": "3.14"}[variable("PG_MAJOR")]
         assert f"Python {python}" in checks["server package"]
         rows = db.execute("SELECT name, sha256 FROM siamese.models").fetchall()
-    files = {file.stem: file.read_bytes() for file in (ROOT / "models").glob("*.onnx")}
-    assert dict(rows) == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert dict(rows) == {file.stem: sha256(file) for file in MODELS.glob("*.onnx")}
 
 
 def test_python_is_compiled_beforehand(usual: Container) -> None:
@@ -129,14 +122,11 @@ def test_compose_file() -> None:
     else:
         pytest.skip("there is no Docker Compose on this machine")
     check = [*command, "--file", str(ROOT / "docker" / "compose.yaml"), "config"]
-    refused = subprocess.run(check, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
+    refused = subprocess.run(check, env=environment, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "POSTGRES_PASSWORD" in refused.stderr
-    done = subprocess.run(
-        check,
-        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "POSTGRES_PASSWORD": "x"},
-        capture_output=True,
-        text=True,
-    )
+    environment["POSTGRES_PASSWORD"] = "x"
+    done = subprocess.run(check, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "/var/lib/postgresql/data" in done.stdout

@@ -59,17 +59,14 @@ def test_read_only_and_without_privileges(containers: Containers) -> None:
 
 
 def test_data_in_memory(containers: Containers) -> None:
-    container = containers.start(
-        f"--tmpfs={variable('PGDATA')}:uid=999,gid=999,mode=0700"
-    ).healthy()
-    assert len(fill(container)) == 5
+    memory = f"--tmpfs={variable('PGDATA')}:uid=999,gid=999,mode=0700"
+    assert len(fill(containers.start(memory).healthy())) == 5
 
 
 def test_started_as_root_with_a_folder_of_root(containers: Containers) -> None:
     """As with a folder of the host: it is given to postgres, and so is the server."""
-    container = containers.start(
-        "--user=root", f"--tmpfs={variable('PGDATA')}:uid=0,gid=0,mode=0755"
-    ).healthy()
+    folder = f"--tmpfs={variable('PGDATA')}:uid=0,gid=0,mode=0755"
+    container = containers.start("--user=root", folder).healthy()
     assert container.exec("stat", "--format", "%U", "/proc/1") == "postgres"
     assert len(fill(container)) == 5
 

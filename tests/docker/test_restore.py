@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Connection, Pictures, insert_images
-from tests.operations.servers import connect, fill, server
-from tests.support import assert_exact, exact_distances, one
+from tests.conftest import Pictures, insert_images
+from tests.operations.servers import check, connect, fill, server
+from tests.support import one
 from tools.cluster import DATABASE, Cluster
 from tools.report import SetupError
 
@@ -68,23 +68,15 @@ def test_dump_of_the_embedded_server(
         container.exec("psql", "-Xqv", "ON_ERROR_STOP=1", "-d", "restored", "-f", "/tmp/dump")
 
     with container.connect(dbname="restored", options="-c search_path=public,siamese") as restored:
-        assert (
-            int(one(restored, "SHOW server_version_num")) // 10_000 >= embedded.installation.major
-        )
+        major = int(one(restored, "SHOW server_version_num")) // 10_000
+        assert major >= embedded.installation.major
         assert restored.execute(query).fetchall() == vectors
-        check(restored, [*queries.files[:5], pictures.files[105]], "auto")
+        images = [*queries.files[:5], pictures.files[105]]
+        check(restored, *images)
         keys = insert_images(restored, pictures.files[200:210])
         restored.execute("DELETE FROM images WHERE image_id = %s", (keys[0],))
         assert one(restored, "SELECT embed_pending('late')") == 5
-        check(restored, [*queries.files[:5], pictures.files[105], pictures.files[205]], "auto")
+        check(restored, *images, pictures.files[205])
         restored.execute("SELECT build_index(), build_index('late')")
-        check(restored, [*queries.files[:5], pictures.files[105], pictures.files[205]], "faiss")
+        check(restored, *images, pictures.files[205], engine="faiss")
         assert one(restored, "SELECT bool_and(ok) FROM self_check()")
-
-
-def check(db: Connection, images: list[bytes], engine: str) -> None:
-    for image in images:
-        rows = db.execute(
-            "SELECT * FROM similar_images(image => %s, engine => %s)", (image, engine)
-        ).fetchall()
-        assert_exact(rows, exact_distances(db, image), 10)

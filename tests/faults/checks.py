@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.scenarios.gallery import (
     Connection,
@@ -30,12 +31,12 @@ def check_answers(session: Connection, images: Gallery, engine: str, what: str) 
     """Search for the nearest few, and for all rows: each committed one once, and no other."""
     content = Content.read(session, images)
     count = len(content.ids)
+    everything = {"k": count + 10}
+    searches: list[dict[str, Any]] = [{"image": len(images) - 1}, {"image": 0} | everything]
+    searches += [{"row": count // 2} | everything] * bool(count)
     found = Found()
-    found.add(content.check(session, images, image=len(images) - 1, engine=engine, what=what))
-    found.add(content.check(session, images, image=0, k=count + 10, engine=engine, what=what))
-    if count:
-        row = count // 2
-        found.add(content.check(session, images, row=row, k=count + 10, engine=engine, what=what))
+    for search in searches:
+        found.add(content.check(session, images, **search, engine=engine, what=what))
     assert found.recall == 1.0, f"{what}: recall {found.recall}"
 
 

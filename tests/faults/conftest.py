@@ -16,13 +16,11 @@ from tests.scenarios.gallery import Gallery, gallery, insert, prepare
 
 @pytest.fixture(scope="session")
 def is_long(pytestconfig: pytest.Config) -> bool:
-    """Whether to run the long form."""
     return bool(pytestconfig.getoption("--faults-long"))
 
 
 @pytest.fixture(scope="session")
 def cycles(pytestconfig: pytest.Config, is_long: bool) -> int:
-    """How often to kill."""
     given = pytestconfig.getoption("--faults-cycles")
     return int(given) if given is not None else 100 if is_long else 6
 
@@ -46,7 +44,6 @@ def cluster() -> Iterator[FaultyCluster]:
 
 @pytest.fixture(scope="session")
 def images() -> Gallery:
-    """Real images with their vectors."""
     return gallery(700)
 
 

@@ -13,10 +13,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests.conftest import make_template
 from tests.faults.checks import Connect, check_answers, check_repair
 from tests.faults.cluster import SETTINGS, FaultyCluster
 from tests.scenarios.gallery import (
-    MODELS,
     Connection,
     Gallery,
     check_tables,
@@ -24,8 +24,7 @@ from tests.scenarios.gallery import (
     insert,
     prepare,
 )
-from tests.support import sql_error
-from tools.cluster import create_database
+from tests.support import one, sql_error
 
 MEGABYTE = 1024 * 1024
 
@@ -87,15 +86,10 @@ def test_during_builds(db: Connection, connect: Connect, images: Gallery) -> Non
         before = {path.name for path in directory.iterdir()}
         needed = size_of(directory)
         # None at all; in mid-file; all but the last page, so that the second file has no room.
+        texts = ("could not write index file", "No space left on device", "Make room")
         for leave in (0, 8192, needed // 2, needed + needed // 4):
             with filled_up(disk, leave):
-                with sql_error(
-                    "53100",
-                    "could not write index file",
-                    "No space left on device",
-                    "Make room",
-                    "No table is affected",
-                ):
+                with sql_error("53100", *texts, "No table is affected"):
                     connect().execute("SELECT build_index()")
                 assert {path.name for path in directory.iterdir()} == before, leave
                 check_answers(connect(), images, "faiss", f"{leave} bytes free")
@@ -142,10 +136,8 @@ def test_no_room_for_rows(
             full(connect, disk, images)
         finally:
             with psycopg.connect(cluster.dsn("postgres"), autocommit=True) as admin:
-                statement = (
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
-                )
-                admin.execute(statement, (name,))
+                end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+                admin.execute(end, (name,))
                 admin.execute(move.format(sql.Identifier(name), sql.Identifier("pg_default")))
                 admin.execute("DROP TABLESPACE small")
     check_repair(connect, images)
@@ -163,66 +155,57 @@ def full(connect: Connect, disk: Path, images: Gallery) -> None:
                 place = count % 600
                 insert(session, images.files[place : place + 20])
                 count += 20
-        assert session.execute("SELECT count(*) FROM siamese.images").fetchone() == (count,)
+        assert one(session, "SELECT count(*) FROM siamese.images") == count
         check_answers(connect(), images, "auto", "tables full")
-        check_tables_of(session)
+        # Each row has its one vector.
+        query = (
+            "SELECT count(*) FROM siamese.images AS b FULL JOIN siamese.embedding_1 AS e"
+            " ON e.key = b.image_id WHERE b.image_id IS NULL OR e.key IS NULL"
+        )
+        assert one(session, query) == 0
         # What waits stays waiting; nobody took note of a failure that is none of the image's.
         with pytest.raises(psycopg.errors.DiskFull):
             for _ in range(1000):
                 deferred.execute("INSERT INTO t SELECT max(id) + 1, %s FROM t", (images.files[0],))
-        total = deferred.execute("SELECT count(*) FROM t").fetchone()
+        total = one(deferred, "SELECT count(*) FROM t")
         with pytest.raises(psycopg.errors.DiskFull):
             deferred.execute("SELECT embed_pending('t')")
             for _ in range(1000):  # where there was room for these few vectors
                 deferred.execute("INSERT INTO t SELECT max(id) + 1, %s FROM t", (images.files[0],))
-                total = deferred.execute("SELECT count(*) FROM t").fetchone()
+                total = one(deferred, "SELECT count(*) FROM t")
         waiting = deferred.execute(
             "SELECT waiting + (SELECT count(*) FROM siamese.embedding_2), failures"
             " FROM embedding_queue_status"
         ).fetchone()
-        assert total is not None and waiting == (total[0], 0)
+        assert waiting == (total, 0)
     # With room again, all goes on by itself.
     session = connect()
     insert(session, images.files[600:620])
     check_answers(session, images, "auto", "room again")
     session.execute("SELECT embed_pending('t')")
-    assert session.execute(
-        "SELECT count(*) - (SELECT count(*) FROM siamese.embedding_2) FROM t"
-    ).fetchone() == (0,)
+    query = "SELECT count(*) - (SELECT count(*) FROM siamese.embedding_2) FROM t"
+    assert one(session, query) == 0
     session.close()
 
 
-def check_tables_of(session: Connection) -> None:
-    """Each row has its one vector."""
-    row = session.execute(
-        "SELECT count(*) FROM siamese.images AS b FULL JOIN siamese.embedding_1 AS e"
-        " ON e.key = b.image_id WHERE b.image_id IS NULL OR e.key IS NULL"
-    ).fetchone()
-    assert row == (0,)
-
-
-def test_no_room_for_anything(images: Gallery, is_long: bool) -> None:
+def test_no_room_for_anything(images: Gallery, onnx: bytes, is_long: bool) -> None:
     """A whole cluster, down to its write-ahead log: PostgreSQL may stop, and comes back."""
     if not is_long:
         pytest.skip("in the long form only: needs a cluster of its own")
-    with FaultyCluster.temporary(
-        SETTINGS | {"max_wal_size": "64MB", "min_wal_size": "32MB"}
-    ) as own:
+    wal = {"max_wal_size": "64MB", "min_wal_size": "32MB"}
+    with FaultyCluster.temporary(SETTINGS | wal) as own:
         assert isinstance(own, FaultyCluster)
-        create_database(own, "full")
+        name = make_template(own, onnx)
         own.stop()
         with small_disk(own.folder, 300) as disk:
             own.start()
             sessions: list[Connection] = []
 
             def connect() -> Connection:
-                sessions.append(psycopg.connect(own.dsn("full"), autocommit=True))
+                sessions.append(psycopg.connect(own.dsn(name), autocommit=True))
                 return sessions[-1]
 
             db = connect()
-            onnx = (MODELS / "medical.onnx").read_bytes()
-            db.execute("SELECT register_model('medical', %s)", (onnx,))
-            db.execute("SELECT create_collection()")
             prepare(db, images)
             insert(db, images.files[:200])
             db.execute("SELECT build_index()")
@@ -236,8 +219,8 @@ def test_no_room_for_anything(images: Gallery, is_long: bool) -> None:
                 session.close()
             own.recover()
             # The last statement may have been committed without an answer.
-            row = connect().execute("SELECT count(*) FROM siamese.images").fetchone()
-            assert row is not None and row[0] in (committed, committed + 20)
+            count = one(connect(), "SELECT count(*) FROM siamese.images")
+            assert count in (committed, committed + 20)
             check_answers(connect(), images, "auto", "after recovery")
             check_tables(connect())
             check_repair(connect, images)

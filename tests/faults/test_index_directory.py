@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.checks import Connect, check_answers, check_fallback, check_repair
 from tests.faults.cluster import FaultyCluster
-from tests.scenarios.gallery import Connection, Gallery, index_directory
+from tests.scenarios.gallery import Connection, Gallery, index_directory, insert
 from tests.support import one, sql_error
 
 
@@ -127,11 +127,7 @@ def test_closed_while_a_session_searches(
     directory.chmod(0)
     other = connect()
     other.execute("DELETE FROM siamese.images WHERE image_id < 20")
-    other.execute(
-        "INSERT INTO siamese.images (image, dataset, split, label, source)"
-        " SELECT %s, '', '', '', ''",
-        (images.files[170],),
-    )
+    insert(other, images.files[170:171])
     check_answers(session, images, "faiss", "after")
     check_answers(other, images, "auto", "another session")
     directory.chmod(0o700)

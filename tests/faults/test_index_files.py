@@ -21,18 +21,15 @@ from tests.scenarios.gallery import (
     index_directory,
     insert,
 )
-from tests.support import notices_of
+from tests.support import notices_of, one
 
 SUFFIXES = (".faiss", ".meta")
 
 
 def current(db: Connection, suffix: str, number: int = 1) -> Path:
     """Return the path of a current index file of a collection."""
-    row = db.execute(
-        "SELECT generation FROM siamese.collections WHERE collection_id = %s", (number,)
-    ).fetchone()
-    assert row is not None
-    return index_directory(db).with_name(str(number)) / f"{row[0]}{suffix}"
+    query = "SELECT generation FROM siamese.collections WHERE collection_id = %s"
+    return index_directory(db).with_name(str(number)) / f"{one(db, query, number)}{suffix}"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -51,34 +48,25 @@ def test_torn(
     check_repair(connect, images)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+SWAPPED = pytest.mark.parametrize("suffixes", [(".faiss",), (".meta",), SUFFIXES], ids="+".join)
+
+
+@SWAPPED
 def test_swapped_with_another_generation(
-    db: Connection, connect: Connect, images: Gallery, suffix: str
+    db: Connection, connect: Connect, images: Gallery, suffixes: tuple[str, ...]
 ) -> None:
-    old = current(db, suffix).read_bytes()
+    """One file of it, and a whole generation under another's names."""
+    old = {suffix: current(db, suffix).read_bytes() for suffix in suffixes}
     insert(db, images.files[100:200])
     db.execute("DELETE FROM siamese.images WHERE image_id < 50")
-    db.execute("SELECT build_index()")
-    put(current(db, suffix), old)
-    check_fallback(connect, images, "damaged" if suffix == ".faiss" else "another build")
-    check_repair(connect, images)
-
-
-def test_both_swapped_with_another_generation(
-    db: Connection, connect: Connect, images: Gallery
-) -> None:
-    """A whole generation under another's names."""
-    old = {suffix: current(db, suffix).read_bytes() for suffix in SUFFIXES}
-    db.execute("DELETE FROM siamese.images WHERE image_id < 50")
-    insert(db, images.files[100:200])
     db.execute("SELECT build_index()")
     for suffix, data in old.items():
         put(current(db, suffix), data)
-    check_fallback(connect, images, "another build")
+    check_fallback(connect, images, "another build" if ".meta" in suffixes else "damaged")
     check_repair(connect, images)
 
 
-@pytest.mark.parametrize("suffixes", [(".faiss",), (".meta",), SUFFIXES], ids="+".join)
+@SWAPPED
 def test_swapped_with_another_collection(
     db: Connection, connect: Connect, images: Gallery, suffixes: tuple[str, ...]
 ) -> None:
@@ -92,8 +80,7 @@ def test_swapped_with_another_collection(
     db.execute("SELECT build_index('t')")
     for suffix in suffixes:
         put(current(db, suffix), current(db, suffix, 2).read_bytes())
-    message = "another build" if ".meta" in suffixes else "damaged"
-    check_fallback(connect, images, message)
+    check_fallback(connect, images, "another build" if ".meta" in suffixes else "damaged")
     check_repair(connect, images)
 
 
@@ -132,8 +119,8 @@ def test_not_a_readable_file(
         path.symlink_to("nowhere")
     is_missing = kind in ("gone", "dangling link")
     check_fallback(connect, images, "is missing" if is_missing else "cannot be opened")
-    row = db.execute("SELECT generation_file FROM collection_status").fetchone()
-    assert row == ("not readable" if kind == "not readable" else "missing",)
+    state = one(db, "SELECT generation_file FROM collection_status")
+    assert state == ("not readable" if kind == "not readable" else "missing")
     check_repair(connect, images)
     if kind == "directory":  # the generation before is kept; the build after removes it
         check_repair(connect, images)
@@ -152,7 +139,6 @@ class Table:
     """A table with a collection of its name, and what is in it.
 
     Attributes:
-        name: of both.
         keys: of its rows, as text.
         places: of its rows' images in the gallery.
         paths: its two index files.
@@ -195,11 +181,9 @@ def make_tables(db: Connection, images: Gallery, count: int) -> list[Table]:
             (keys, [images.files[place] for place in places]),
         )
         db.execute("SELECT build_index(%s)", (table.name,))
-        row = db.execute(
-            "SELECT collection_id FROM siamese.collections WHERE name = %s", (table.name,)
-        ).fetchone()
-        assert row is not None
-        table.paths = tuple(current(db, suffix, row[0]) for suffix in SUFFIXES)
+        query = "SELECT collection_id FROM siamese.collections WHERE name = %s"
+        identifier = one(db, query, table.name)
+        table.paths = tuple(current(db, suffix, identifier) for suffix in SUFFIXES)
         tables.append(table)
     return tables
 
@@ -210,11 +194,8 @@ def test_flipped_bits(
 ) -> None:
     """Twenty random flips in each of fifty files, each alone; in short, two in each of ten."""
     flips = 20 if is_long else 2
-    tables = [
-        table
-        for table in make_tables(db, images, 26 if is_long else 6)
-        if table.keys  # one that is empty has nothing to find
-    ]
+    # One that is empty has nothing to find.
+    tables = [table for table in make_tables(db, images, 26 if is_long else 6) if table.keys]
     assert len(tables) == (25 if is_long else 5)
     random = np.random.default_rng(seed)
     detected = 0

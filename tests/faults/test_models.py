@@ -7,14 +7,12 @@ import sys
 
 import pytest
 
+from tests.conftest import MODELS
 from tests.faults.checks import Connect, check_answers, check_repair
 from tests.scenarios.gallery import Connection, Gallery
-from tests.support import sql_error
-from tools.project import ROOT
+from tests.support import one, sql_error
 
 ERROR = ("XX001", "ONNX file of model", "does not match its SHA-256", "register_model")
-
-
 CORRUPTIONS = {
     "a flipped bit": "set_byte(onnx, 70000, get_byte(onnx, 70000) # 1)",
     "cut": "substr(onnx, 1, 1000)",
@@ -58,7 +56,7 @@ def test_corrupted_onnx(
 def test_another_file_does_not_repair(db: Connection, connect: Connect, images: Gallery) -> None:
     """Only the file whose SHA-256 is known is the model."""
     db.execute("UPDATE siamese.models SET onnx = ''")
-    other = (ROOT / "models" / "fashion_mnist.onnx").read_bytes()
+    other = (MODELS / "fashion_mnist.onnx").read_bytes()
     with sql_error("42710", "already exists", "another ONNX file"):
         db.execute("SELECT register_model('medical', %s)", (other,))
     with sql_error(*ERROR):
@@ -98,10 +96,10 @@ def test_a_deferred_collection_waits(
     state = "SELECT waiting, failures FROM embedding_queue_status"
     assert db.execute(state).fetchone() == (70, 0)
     db.execute("SELECT register_model('medical', %s)", (onnx,))
-    assert connect().execute("SELECT embed_pending('t')").fetchone() == (70,)
+    assert one(connect(), "SELECT embed_pending('t')") == 70
     assert db.execute(state).fetchone() == (0, 0)
-    row = db.execute(
+    query = (
         "SELECT count(*) FROM t JOIN siamese.embedding_2 AS e ON e.key = t.id"
         " WHERE e.embedding <=> embed_image(t.image) < 1e-5"
-    ).fetchone()
-    assert row == (70,)
+    )
+    assert one(db, query) == 70

@@ -7,16 +7,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
 from tests.conftest import Connection, insert_images
-from tests.support import one, wait_until
+from tests.support import assert_exact, exact_distances, one, wait_until
 from tools.cluster import DATABASE, THROWAWAY, Cluster, create_database
 
 # What was committed must reach standbys and archives at once, and not after some time.
 DURABLE = THROWAWAY | {"synchronous_commit": "on"}
+K = 10
 
 
 @contextmanager
@@ -56,10 +58,26 @@ def wait_for(db: Connection, condition: str) -> None:
 
 
 def index_files(cluster: Cluster) -> Path:
-    """The folder of a cluster's index files."""
     return cluster.data / "pg_siamese"
 
 
 def remove_files(cluster: Cluster) -> None:
-    """Remove all index files of a cluster."""
     shutil.rmtree(index_files(cluster))
+
+
+def search(db: Connection, image: bytes, engine: str = "auto", k: int = K) -> list[Any]:
+    return db.execute(
+        "SELECT * FROM similar_images(image => %s, k => %s, engine => %s)", (image, k, engine)
+    ).fetchall()
+
+
+def check(db: Connection, *images: bytes, engine: str = "auto") -> None:
+    """Compare answers with plain SQL in the same session."""
+    for image in images:
+        assert_exact(search(db, image, engine), exact_distances(db, image), K)
+
+
+def embedding_ids(db: Connection, where: str = "true", *values: Any) -> set[int]:
+    """Return the numbers of vectors of ``siamese.images``."""
+    query = f"SELECT array_agg(embedding_id) FROM siamese.embedding_1 WHERE {where}"
+    return set(one(db, query, *values))

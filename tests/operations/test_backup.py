@@ -6,9 +6,8 @@ import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,22 @@ from tests.conftest import Connection, Pictures, insert_images
 from tests.database.test_upgrade import RELEASED, Databases
 from tests.database.test_upgrade import fill as fill_upgraded
 from tests.operations.servers import (
+    K,
+    check,
     connect,
+    embedding_ids,
     fill,
     index_files,
     remove_files,
     server,
     wait_for,
 )
-from tests.support import assert_exact, exact_distances, grid_encoder, notices_of, one, sql_error
+from tests.support import grid_encoder, notices_of, one, sql_error
 from tools.cluster import DATABASE, Cluster
 from tools.project import version
 
 ON_PATH = "-c search_path=public,siamese"
 ROLES = "CREATE ROLE analyst LOGIN; CREATE ROLE owner LOGIN"
-K = 10
 _numbers = itertools.count(1)
 
 
@@ -119,54 +120,44 @@ def contents(db: Connection) -> dict[str, Any]:
         "SELECT c.relname FROM pg_class AS c WHERE c.relnamespace = 'siamese'::regnamespace"
         " AND c.relkind = 'r' AND c.relname <> 'embedding_batches' ORDER BY 1"
     ).fetchall()
-    found = {}
-    for (name,) in names:
-        # Drawn anew, and meant to be.
-        rows = db.execute(
-            sql.SQL("SELECT (to_jsonb(t) - 'xact_id')::text FROM {} AS t ORDER BY 1").format(
-                sql.Identifier("siamese", name)
-            )
-        )
-        found[name] = rows.fetchall()
-    return found
+    # Numbers of transactions are drawn anew, and meant to be.
+    query = sql.SQL("SELECT (to_jsonb(t) - 'xact_id')::text FROM {} AS t ORDER BY 1")
+    return {
+        name: db.execute(query.format(sql.Identifier("siamese", name))).fetchall()
+        for (name,) in names
+    }
 
 
-def program(cluster: Cluster, name: str, *arguments: str | Path, text: str | None = None) -> str:
+def run(cluster: Cluster, name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run one of PostgreSQL's client programs."""
-    done = subprocess.run(
-        [str(cluster.installation.bin / name), *map(str, arguments)],
-        input=text,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    command = [cluster.installation.bin / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def custom(origin: Cluster, target: Cluster, database: str, folder: Path) -> None:
-    file = folder / "custom"
-    program(origin, "pg_dump", "-Fc", "-f", file, "-d", origin.dsn())
-    program(origin, "pg_restore", "--exit-on-error", "-d", target.dsn(database), file)
+def program(cluster: Cluster, name: str, *arguments: str | Path) -> None:
+    """Run one that must succeed, and have nothing to say."""
+    done = run(cluster, name, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def in_one_transaction(origin: Cluster, target: Cluster, database: str, folder: Path) -> None:
-    file = folder / "one"
-    program(origin, "pg_dump", "-Fc", "-f", file, "-d", origin.dsn())
-    program(origin, "pg_restore", "-1", "-d", target.dsn(database), file)
+# Options of pg_dump, and of pg_restore (or psql). What is dumped in parallel is not restored so:
+# pg_restore -j loads an extension's tables in any order, foreign keys or not.
+CUSTOM = ("-Fc", "--exit-on-error")
+AT_ONCE = ("-Fc", "-1")
+IN_PARALLEL = ("-Fd -j2", "--exit-on-error")
+PLAIN = ("-Fp", "-Xqo /dev/null -v ON_ERROR_STOP=1 -f")
 
 
-def dumped_in_parallel(origin: Cluster, target: Cluster, database: str, folder: Path) -> None:
-    # Not restored so: pg_restore -j loads an extension's tables in any order, foreign keys or not.
-    file = folder / "folder"
-    program(origin, "pg_dump", "-Fd", "-j2", "-f", file, "-d", origin.dsn())
-    program(origin, "pg_restore", "--exit-on-error", "-d", target.dsn(database), file)
-
-
-def plain(origin: Cluster, target: Cluster, database: str, folder: Path) -> None:
-    text = program(origin, "pg_dump", "-d", origin.dsn())
-    stop = ["-v", "ON_ERROR_STOP=1"]
-    program(origin, "psql", "-Xqo", "/dev/null", *stop, "-d", target.dsn(database), text=text)
+def restored(origin: Cluster, target: Cluster, way: tuple[str, str], folder: Path) -> str:
+    """Dump a database to ``dump`` in a folder, restore it into a new one, and return its name."""
+    database = f"restored_{next(_numbers)}"
+    with connect(target, "postgres") as admin:
+        admin.execute(f"CREATE DATABASE {database} TEMPLATE template0")
+    dump, restore = (options.split() for options in way)
+    program(origin, "pg_dump", *dump, "-f", folder / "dump", "-d", origin.dsn())
+    name = "psql" if way is PLAIN else "pg_restore"
+    program(origin, name, "-d", target.dsn(database), *restore, folder / "dump")
+    return database
 
 
 @pytest.fixture(scope="module")
@@ -181,27 +172,24 @@ def elsewhere() -> Iterator[Cluster]:
 @pytest.mark.parametrize(
     ("way", "is_elsewhere"),
     [
-        (custom, False),
-        (custom, True),
-        (in_one_transaction, False),
-        (dumped_in_parallel, False),
-        (plain, True),
+        (CUSTOM, False),
+        (CUSTOM, True),
+        (AT_ONCE, False),
+        (IN_PARALLEL, False),
+        (PLAIN, True),
     ],
 )
 def test_dump_and_restore(
     origin: Cluster,
     elsewhere: Cluster,
-    way: Callable[[Cluster, Cluster, str, Path], None],
+    way: tuple[str, str],
     is_elsewhere: bool,
     pictures: Pictures,
     queries: Pictures,
     tmp_path: Path,
 ) -> None:
     target = elsewhere if is_elsewhere else origin
-    database = f"restored_{next(_numbers)}"
-    with connect(target, "postgres") as admin:
-        admin.execute(f"CREATE DATABASE {database} TEMPLATE template0")
-    way(origin, target, database, tmp_path)
+    database = restored(origin, target, way, tmp_path)
     with (
         connect(origin, options=ON_PATH) as before,
         connect(target, database, options=ON_PATH) as after,
@@ -210,7 +198,7 @@ def test_dump_and_restore(
         assert differences(describe(before), describe(after)) == []
         check_restored(target, database, before, after, pictures, queries)
         # The database that was dumped goes on as it was, with its own file.
-        check(before, queries.files[0], "faiss")
+        check(before, queries.files[0], engine="faiss")
 
 
 def differences(one: dict[str, str], other: dict[str, str]) -> list[tuple[str, str, str]]:
@@ -219,13 +207,6 @@ def differences(one: dict[str, str], other: dict[str, str]) -> list[tuple[str, s
         for name in sorted(one.keys() | other.keys())
         if one.get(name) != other.get(name)
     ]
-
-
-def check(db: Connection, image: bytes, engine: str = "auto") -> None:
-    found = db.execute(
-        "SELECT * FROM similar_images(image => %s, engine => %s)", (image, engine)
-    ).fetchall()
-    assert_exact(found, exact_distances(db, image), K)
 
 
 def seen(cluster: Cluster, database: str, image: bytes) -> list[str]:
@@ -255,8 +236,7 @@ def check_restored(
     )
     said = notices_of(after)
     images = [*queries.files[:4], pictures.files[3], pictures.files[210], pictures.files[230]]
-    for image in images:
-        check(after, image)
+    check(after, *images)
     assert len(said) == 1
     assert "is missing" in said[0]
     assert not (index_files(target) / str(oid(after))).exists()
@@ -266,22 +246,15 @@ def check_restored(
 
     # New numbers everywhere, and new vectors for new images only.
     known = contents(after)
-    vectors = set(one(after, "SELECT array_agg(embedding_id) FROM siamese.embedding_1"))
+    vectors = embedding_ids(after)
     keys = insert_images(after, pictures.files[300:320])
-    assert not vectors & set(
-        one(
-            after,
-            "SELECT array_agg(embedding_id) FROM siamese.embedding_1 WHERE key = ANY(%s)",
-            keys,
-        )
-    )
+    assert not vectors & embedding_ids(after, "key = ANY(%s)", keys)
     assert contents(after)["embedding_1"][0] in known["embedding_1"]
     assert one(after, "SELECT count(*) FROM siamese.embedding_1") == len(vectors) + 20
     after.execute("DELETE FROM images WHERE image_id = %s", (keys[0],))
     after.execute("UPDATE images SET image = %s WHERE image_id = 5", (pictures.files[331],))
     images += [pictures.files[300], pictures.files[301], pictures.files[331]]
-    for image in images:
-        check(after, image)
+    check(after, *images)
     assert one(after, "SELECT embed_pending('late')") == 10
     assert one(after, "SELECT waiting FROM embedding_queue_status") == 0
     after.execute("INSERT INTO late (image) VALUES (%s)", (pictures.files[50],))
@@ -293,8 +266,7 @@ def check_restored(
     generations = set(one(after, "SELECT array_agg(generation) FROM siamese.generations"))
     for name in ("images", "bilder", "late", "more"):
         assert one(after, "SELECT build_index(%s)", name) not in generations
-    for image in images:
-        check(after, image, "faiss")
+    check(after, *images, engine="faiss")
     assert seen(target, database, images[0]) == seen(target_of(before), DATABASE, images[0])
     assert one(after, "SELECT bool_and(ok) FROM self_check()")
 
@@ -304,7 +276,6 @@ def oid(db: Connection) -> int:
 
 
 def target_of(db: Connection) -> Cluster:
-    """The cluster that a connection is to."""
     return Cluster(Path(one(db, "SHOW data_directory")).parent)
 
 
@@ -312,32 +283,17 @@ def test_data_of_a_table_are_restored_with_its_triggers_off(
     origin: Cluster, pictures: Pictures, queries: Pictures, tmp_path: Path
 ) -> None:
     """As after a TRUNCATE by mistake: images come from the dump, and backfill embeds them."""
-    database = f"restored_{next(_numbers)}"
-    with connect(origin, "postgres") as admin:
-        admin.execute(f"CREATE DATABASE {database} TEMPLATE template0")
-    custom(origin, origin, database, tmp_path)
+    database = restored(origin, origin, CUSTOM, tmp_path)
     with connect(origin, database, options=ON_PATH) as db:
         count = one(db, "SELECT count(*) FROM images")
         db.execute("TRUNCATE images")
-        program(
-            origin,
-            "pg_restore",
-            "--exit-on-error",
-            "--data-only",
-            "--disable-triggers",
-            "-n",
-            "siamese",
-            "-t",
-            "images",
-            "-d",
-            origin.dsn(database),
-            tmp_path / "custom",
-        )
+        options = ["--exit-on-error", "--data-only", "--disable-triggers", "-nsiamese", "-timages"]
+        program(origin, "pg_restore", *options, "-d", origin.dsn(database), tmp_path / "dump")
         assert one(db, "SELECT count(*) FROM images") == count
         assert one(db, "SELECT backfill()") == count
         check(db, queries.files[0])
         assert one(db, "SELECT build_index()")
-        check(db, queries.files[0], "faiss")
+        check(db, queries.files[0], engine="faiss")
 
 
 @pytest.mark.parametrize("released", RELEASED)
@@ -358,10 +314,7 @@ def test_a_dump_of_an_earlier_version_is_restored_into_this_one(
         stack.callback(databases.admin.execute, f"DROP DATABASE {name} WITH (FORCE)")
         file = tmp_path / "old"
         program(elsewhere, "pg_dump", "-Fc", "-f", file, "-d", databases.dsn(old))
-        restore = str(elsewhere.installation.bin / "pg_restore")
-        done = subprocess.run(
-            [restore, "-d", elsewhere.dsn(name), str(file)], capture_output=True, text=True
-        )
+        done = run(elsewhere, "pg_restore", "-d", elsewhere.dsn(name), file)
         errors = re.findall(r"error: could not execute query: (.*)", done.stderr)
         assert len(errors) == done.stderr.count("error: could not"), done.stderr
         # Of functions that have other arguments now, and nothing else.
@@ -373,12 +326,9 @@ def test_a_dump_of_an_earlier_version_is_restored_into_this_one(
         with connect(elsewhere, name, options=ON_PATH) as new:
             known = "bool_and(to_regproc('siamese.' || f) IS NOT NULL) FROM unnest(%s::text[]) AS f"
             assert one(new, f"SELECT {known}", changed), changed
-            assert (
-                one(new, "SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'")
-                == version()
-            )
-            for image in pictures.files[40:44]:
-                check(new, image)
+            query = "SELECT extversion FROM pg_extension WHERE extname = 'pg_siamese'"
+            assert one(new, query) == version()
+            check(new, *pictures.files[40:44])
             for statement in ("DELETE FROM images", "SELECT backfill('t')"):
                 with sql_error("55000", "of an earlier version", "renew_collections()"):
                     new.execute(statement)
@@ -386,8 +336,7 @@ def test_a_dump_of_an_earlier_version_is_restored_into_this_one(
             insert_images(new, pictures.files[70:80])
             new.execute("INSERT INTO t VALUES ('c', %s)", (pictures.files[3],))
             new.execute("SELECT build_index(), build_index('t')")
-            for image in pictures.files[40:44]:
-                check(new, image, "faiss")
+            check(new, *pictures.files[40:44], engine="faiss")
             assert one(new, "SELECT bool_and(ok) FROM self_check()")
             new.execute("SELECT renew_grants()")
             new.execute("CREATE TABLE own (id integer PRIMARY KEY, image bytea)")
@@ -403,30 +352,16 @@ def test_a_role_that_dumps(origin: Cluster, tmp_path: Path) -> None:
     """Vectors are visible with their rows, so a dump needs more than SELECT."""
     with connect(origin) as db:
         db.execute("CREATE ROLE dumper LOGIN; GRANT pg_read_all_data TO dumper")
-    dump = [
-        str(origin.installation.bin / "pg_dump"),
-        "-Fc",
-        "-f",
-        str(tmp_path / "dump"),
-        "-d",
-        make_conninfo(origin.dsn(DATABASE), user="dumper"),
-    ]
-    done = subprocess.run(dump, capture_output=True, text=True)
+    source = make_conninfo(origin.dsn(DATABASE), user="dumper")
+    dump = (origin, "pg_dump", "-Fc", "-f", tmp_path / "dump", "-d", source)
+    done = run(*dump)
     assert done.returncode != 0 and "row-level security" in done.stderr, done.stderr
     with connect(origin) as db:
         db.execute("ALTER ROLE dumper BYPASSRLS")
-    done = subprocess.run(dump, capture_output=True, text=True)
+    done = run(*dump)
     assert done.returncode == 0, done.stderr
     with connect(origin) as db:
         db.execute("DROP OWNED BY dumper; DROP ROLE dumper")
-
-
-@dataclass
-class Copy:
-    """A base backup that runs as a server of its own."""
-
-    cluster: Cluster
-    db: Connection
 
 
 @pytest.mark.law(1)
@@ -449,16 +384,13 @@ def test_base_backup(origin: Cluster, state: str, pictures: Pictures, queries: P
             assert contents(db) == contents(before)
             said = notices_of(db)
             images = [*queries.files[:4], pictures.files[210]]
-            for image in images:
-                check(db, image, "faiss" if state == "whole" else "auto")
+            check(db, *images, engine="faiss" if state == "whole" else "auto")
             assert len(said) == (state != "whole")
             insert_images(db, pictures.files[300:310])
             images.append(pictures.files[305])
-            for image in images:
-                check(db, image)
+            check(db, *images)
             db.execute("SELECT build_index()")
-            for image in images:
-                check(db, image, "faiss")
+            check(db, *images, engine="faiss")
             subject = 'collection "images": index'
             assert one(db, "SELECT ok FROM self_check() WHERE subject = %s", subject)
 
@@ -515,15 +447,11 @@ def test_recovery_to_a_point_in_time(
                 current = "SELECT generation FROM siamese.collections WHERE name = 'images'"
                 assert one(restored, current) == generation
                 said = notices_of(restored)
-                for image in images:
-                    check(restored, image, "faiss" if has_file else "auto")
+                check(restored, *images, engine="faiss" if has_file else "auto")
                 # The copy has the file of the generation that was current when it was made.
                 assert len(said) == (not has_file)
                 insert_images(restored, pictures.files[500:510])
                 assert one(restored, "SELECT build_index()") > generation
-                for image in (*images, pictures.files[505]):
-                    check(restored, image, "faiss")
-                assert one(
-                    restored,
-                    "SELECT bool_and(ok) FROM self_check() WHERE subject LIKE '%%\"images\"%%'",
-                )
+                check(restored, *images, pictures.files[505], engine="faiss")
+                sound = "SELECT bool_and(ok) FROM self_check() WHERE subject LIKE '%\"images\"%'"
+                assert one(restored, sound)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import psycopg
@@ -15,19 +15,22 @@ from typer.testing import CliRunner
 from pg_siamese.cli.main import app
 from tests.conftest import Connection, Pictures, insert_images
 from tests.operations.servers import (
+    K,
     catch_up,
+    check,
     connect,
+    embedding_ids,
     fill,
     index_files,
     remove_files,
+    search,
     server,
 )
 from tests.scenarios.gallery import filled_up
-from tests.support import assert_exact, exact_distances, notices_of, one, sql_error
+from tests.support import assert_exact, exact_distances, in_threads, notices_of, one, sql_error
 from tools.cluster import Cluster
 
 SETTINGS = {"max_standby_streaming_delay": "-1"}  # no conflict ends what the tests look at
-K = 10
 
 
 @dataclass
@@ -72,17 +75,6 @@ def fresh(pair: Pair) -> Iterator[Connection]:
         yield session
 
 
-def search(db: Connection, image: bytes, engine: str = "auto", k: int = K) -> list[Any]:
-    return db.execute(
-        "SELECT * FROM similar_images(image => %s, k => %s, engine => %s)", (image, k, engine)
-    ).fetchall()
-
-
-def check(db: Connection, image: bytes, engine: str = "auto") -> None:
-    """Compare an answer with plain SQL in the same session."""
-    assert_exact(search(db, image, engine), exact_distances(db, image), K)
-
-
 @pytest.mark.law(1)
 def test_a_standby_makes_a_file_of_its_own(
     pair: Pair, fresh: Connection, queries: Pictures
@@ -92,8 +84,7 @@ def test_a_standby_makes_a_file_of_its_own(
     if index_files(pair.standby).exists():
         remove_files(pair.standby)
     said = notices_of(fresh)
-    for image in queries.files[:5]:
-        check(fresh, image)
+    check(fresh, *queries.files[:5])
     assert len(said) == 1
     assert "is missing" in said[0]
     assert "rebuild_file" in said[0]
@@ -105,8 +96,7 @@ def test_a_standby_makes_a_file_of_its_own(
     assert "call rebuild_file" in lines[0][0]
 
     assert one(fresh, "SELECT rebuild_file()") == generation
-    for image in queries.files[:5]:
-        check(fresh, image, "faiss")
+    check(fresh, *queries.files[:5], engine="faiss")
     assert len(said) == 1
     assert one(fresh, "SELECT generation_file FROM collection_status") == "present"
     assert one(fresh, "SELECT bool_and(ok) FROM self_check()")
@@ -124,7 +114,7 @@ def test_a_standby_makes_a_file_of_its_own(
         with sql_error("55000", "is damaged"):
             search(another, queries.files[0], "faiss")
         assert one(another, "SELECT rebuild_file()") == generation
-        check(another, queries.files[0], "faiss")
+        check(another, queries.files[0], engine="faiss")
     pair.catch_up()
     assert pair.db.execute("SELECT * FROM siamese.generations").fetchall() == before
 
@@ -135,7 +125,7 @@ def test_rebuild_file_on_the_command_line(pair: Pair, fresh: Connection, queries
     result = CliRunner().invoke(app, ["rebuild-file", "--dsn", pair.standby.dsn()])
     assert result.exit_code == 0, result.output
     assert f"images: generation {generation} is present" in result.stdout
-    check(fresh, queries.files[0], "faiss")
+    check(fresh, queries.files[0], engine="faiss")
 
 
 def test_a_graph_is_made_again(pair: Pair, fresh: Connection) -> None:
@@ -196,8 +186,8 @@ def test_a_file_made_amid_changes(
     if index_files(pair.standby).exists():
         remove_files(pair.standby)
     fresh.execute("SELECT rebuild_file()")
-    for image in [*queries.files[:10], *pictures.files[300:303], pictures.files[341]]:
-        check(fresh, image, "faiss")
+    images = [*queries.files[:10], *pictures.files[300:303], pictures.files[341]]
+    check(fresh, *images, engine="faiss")
     # And changes after it, of rows of all kinds.
     pair.db.execute("DELETE FROM images WHERE image_id = ANY(%s)", (added[:10],))
     pair.db.execute("DELETE FROM images WHERE image_id % 13 = 0")
@@ -206,8 +196,7 @@ def test_a_file_made_amid_changes(
     pair.catch_up()
     with connect(pair.standby) as another:
         for db in (fresh, another):
-            for image in [*queries.files[:10], *pictures.files[300:303], pictures.files[341]]:
-                check(db, image, "faiss")
+            check(db, *images, engine="faiss")
             for key in one(db, "SELECT array_agg(image_id) FROM images WHERE image_id < 20"):
                 found = db.execute(
                     "SELECT * FROM similar_images(image_id => %s, engine => 'faiss')", (key,)
@@ -232,14 +221,14 @@ def test_a_snapshot_older_than_the_file(
         pair.catch_up()
         with connect(pair.standby) as another:
             another.execute("SELECT rebuild_file()")
-            check(another, image, "faiss")
+            check(another, image, engine="faiss")
             assert not set(nearest[:5]) & {row[1] for row in search(another, image)}
         said = notices_of(fresh)
         check(fresh, image)
         assert [row[1] for row in search(fresh, image)] == nearest[:K]
         assert len(said) == 1
         assert "after this transaction began" in said[0]
-    check(fresh, image, "faiss")
+    check(fresh, image, engine="faiss")
 
 
 def test_a_new_generation_does_not_use_the_file_of_the_old_one(
@@ -250,7 +239,7 @@ def test_a_new_generation_does_not_use_the_file_of_the_old_one(
     image = queries.files[1]
     with connect(pair.standby) as earlier, earlier.transaction():
         earlier.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        check(earlier, image, "faiss")
+        check(earlier, image, engine="faiss")
         insert_images(pair.db, pictures.files[360:380])
         new = pair.build()
         said = notices_of(fresh)
@@ -259,9 +248,9 @@ def test_a_new_generation_does_not_use_the_file_of_the_old_one(
         with sql_error("55000", "is missing"):
             search(fresh, image, "faiss")
         assert one(fresh, "SELECT rebuild_file()") == new
-        check(fresh, image, "faiss")
+        check(fresh, image, engine="faiss")
         # The snapshot before still has its own generation, also in the file.
-        check(earlier, image, "faiss")
+        check(earlier, image, engine="faiss")
     folder = next(index_files(pair.standby).glob("*/1"))
     assert {path.stem for path in folder.iterdir()} == {str(old), str(new)}
     newer = pair.build()
@@ -290,10 +279,9 @@ def test_every_function_that_reads(pair: Pair, pictures: Pictures, queries: Pict
         for view in ("collection_status", "index_generations", "embedding_queue_status"):
             assert one(curator, f"SELECT count(*) FROM {view}") > 0
         assert one(curator, "SELECT count(*) FROM embedding_failures") == 0
-        with sql_error("25006"):
-            curator.execute("SELECT embed_pending('late')")
-        with sql_error("25006"):
-            curator.execute("SELECT backfill()")
+        for statement in ("SELECT embed_pending('late')", "SELECT backfill()"):
+            with sql_error("25006"):
+                curator.execute(statement)
         with sql_error("25006"):
             curator.execute("INSERT INTO images (image) VALUES (%s)", (a,))
     with connect(pair.standby, user="analyst") as analyst:
@@ -327,56 +315,41 @@ def test_searches_while_it_replays(
 ) -> None:
     """Each answer is that of its own snapshot, whatever file is there."""
     done = threading.Event()
-    errors: list[BaseException] = []
-    answers: list[int] = []
 
     def look(number: int) -> None:
-        try:
-            with connect(pair.standby) as db:
-                seen = 0
-                while not done.is_set() or seen < 20:
-                    with db.transaction():
-                        db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-                        check(db, queries.files[(seen + 7 * number) % 40])
-                    seen += 1
-                answers.append(seen)
-        except BaseException as error:
-            errors.append(error)
+        with connect(pair.standby) as db:
+            seen = 0
+            while not done.is_set() or seen < 20:
+                with db.transaction():
+                    db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                    check(db, queries.files[(seen + 7 * number) % 40])
+                seen += 1
 
     def rebuild() -> None:
-        try:
-            with connect(pair.standby) as db:
-                while not done.is_set():
-                    db.execute("SELECT rebuild_file()")
-                    done.wait(0.05)
-        except BaseException as error:
-            errors.append(error)
+        with connect(pair.standby) as db:
+            while not done.is_set():
+                db.execute("SELECT rebuild_file()")
+                done.wait(0.05)
 
-    threads = [threading.Thread(target=look, args=(number,)) for number in range(2)]
-    threads.append(threading.Thread(target=rebuild))
-    for thread in threads:
-        thread.start()
-    try:
-        for step in range(12):
-            keys = insert_images(pair.db, pictures.files[400 + 10 * step : 410 + 10 * step])
-            pair.db.execute("DELETE FROM images WHERE image_id = ANY(%s)", (keys[:4],))
-            pair.db.execute(
-                "UPDATE images SET image = %s WHERE image_id = %s",
-                (pictures.files[700 + step], keys[5]),
-            )
-            pair.db.execute("DELETE FROM images WHERE image_id %% 17 = %s", (step,))
-            if step % 3 == 2:
-                pair.build()
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-    assert errors == []
-    assert len(answers) == 2
+    def change() -> None:
+        try:
+            for step in range(12):
+                keys = insert_images(pair.db, pictures.files[400 + 10 * step : 410 + 10 * step])
+                pair.db.execute("DELETE FROM images WHERE image_id = ANY(%s)", (keys[:4],))
+                pair.db.execute(
+                    "UPDATE images SET image = %s WHERE image_id = %s",
+                    (pictures.files[700 + step], keys[5]),
+                )
+                pair.db.execute("DELETE FROM images WHERE image_id %% 17 = %s", (step,))
+                if step % 3 == 2:
+                    pair.build()
+        finally:
+            done.set()
+
+    assert in_threads(partial(look, 0), partial(look, 1), rebuild, change) == []
     pair.catch_up()
     fresh.execute("SELECT rebuild_file()")
-    for image in queries.files[:10]:
-        check(fresh, image, "faiss")
+    check(fresh, *queries.files[:10], engine="faiss")
     keys = one(fresh, "SELECT array_agg(image_id ORDER BY image_id) FROM images")
     assert keys == one(pair.db, "SELECT array_agg(image_id ORDER BY image_id) FROM images")
 
@@ -438,40 +411,27 @@ def test_promotion(pair: Pair, pictures: Pictures, queries: Pictures) -> None:
             said = notices_of(db)
             catch_up(pair.db, db)
             assert one(db, "SELECT pg_is_in_recovery()")
-            for image in queries.files[:5]:
-                check(db, image, "faiss")
+            check(db, *queries.files[:5], engine="faiss")
             assert said == []
             remove_files(other)
             insert_images(pair.db, pictures.files[900:910])
             catch_up(pair.db, db)
             generation = one(db, "SELECT rebuild_file()")
-            check(db, queries.files[0], "faiss")
+            check(db, queries.files[0], engine="faiss")
             other.promote()
             assert not one(db, "SELECT pg_is_in_recovery()")
             with connect(other) as another:
                 for session in (db, another):
-                    for image in (*queries.files[:3], pictures.files[905]):
-                        check(session, image, "faiss")
-            known = set(one(db, "SELECT array_agg(embedding_id) FROM siamese.embedding_1"))
+                    check(session, *queries.files[:3], pictures.files[905], engine="faiss")
+            known = embedding_ids(db)
             keys = insert_images(db, pictures.files[910:940])
             db.execute("DELETE FROM images WHERE image_id = %s", (keys[0],))
-            assert not known & set(
-                one(
-                    db,
-                    "SELECT array_agg(embedding_id) FROM siamese.embedding_1 WHERE key = ANY(%s)",
-                    keys,
-                )
-            )
-            for image in (*queries.files[:3], pictures.files[910], pictures.files[911]):
-                check(db, image, "faiss")
+            assert not known & embedding_ids(db, "key = ANY(%s)", keys)
+            images = (*queries.files[:3], *pictures.files[910:912])
+            check(db, *images, engine="faiss")
             assert one(db, "SELECT build_index()") > generation
-            assert (
-                one(db, "SELECT pending + dead FROM collection_status WHERE collection = 'images'")
-                == 0
-            )
-            for image in (*queries.files[:3], pictures.files[910], pictures.files[911]):
-                check(db, image, "faiss")
-            images = (
-                "SELECT bool_and(ok) FROM self_check() WHERE subject LIKE 'collection \"images\"%'"
-            )
-            assert one(db, images)
+            changes = "SELECT pending + dead FROM collection_status WHERE collection = 'images'"
+            assert one(db, changes) == 0
+            check(db, *images, engine="faiss")
+            sound = "SELECT bool_and(ok) FROM self_check() WHERE subject LIKE '%\"images\"%'"
+            assert one(db, sound)
