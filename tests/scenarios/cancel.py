@@ -30,10 +30,10 @@ def slow_encoder(layers: int, size: int = 224, channels: int = 48) -> bytes:
         inputs = 3 if layer == 0 else channels
         scale = np.sqrt(2 / (9 * inputs))
         weights[f"w{layer}"] = random.normal(0, scale, (channels, inputs, 3, 3)).astype(np.float32)
-        nodes.append(
-            helper.make_node("Conv", [last, f"w{layer}"], [f"c{layer}"], pads=[1, 1, 1, 1])
-        )
-        nodes.append(helper.make_node("Relu", [f"c{layer}"], [f"r{layer}"]))
+        nodes += [
+            helper.make_node("Conv", [last, f"w{layer}"], [f"c{layer}"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", [f"c{layer}"], [f"r{layer}"]),
+        ]
         last = f"r{layer}"
     nodes.append(helper.make_node("GlobalAveragePool", [last], ["pooled"]))
     nodes.append(helper.make_node("Flatten", ["pooled"], ["embedding"]))

@@ -196,9 +196,7 @@ def check_answer(row: Sequence[Any], k: int, what: str) -> Found:
         what: names the search in error messages.
     """
     qualifying, unknown, exact, ranks, keys, distances, true = row
-    exact, ranks, keys = exact or [], ranks or [], keys or []
-    distances, true = distances or [], true or []
-    if ranks == [None]:  # an empty answer, by the outer join
+    if ranks in (None, [None]):  # an empty answer, by the outer join
         ranks, keys, distances, true = [], [], [], []
     assert not unknown, f"{what}: {unknown} images are not in the table of true vectors"
     assert len(set(keys)) == len(keys), f"{what}: duplicates in {keys}"
@@ -309,16 +307,9 @@ class Content:
         qualifying = int(len(self.ids) - excluded.sum())
         truth = [self._of(distances, item[1]) for item in found]
         nearest = np.sort(np.partition(distances, k)[:k] if k < len(distances) else distances)
-        answer = (
-            qualifying,
-            0,
-            nearest[: min(k, qualifying)].tolist(),
-            *(list(values) for values in zip(*found, strict=True)),
-            truth,
-        )
-        if not found:
-            answer = (qualifying, 0, None, None, None, None, None)
-        return check_answer(answer, k, what)
+        columns = [[item[place] for item in found] for place in range(3)]
+        exact = nearest[: min(k, qualifying)].tolist()
+        return check_answer((qualifying, 0, exact, *columns, truth), k, what)
 
     def _of(self, distances: npt.NDArray[np.float64], image_id: int) -> float | None:
         """Return the true distance of a row, or None where it is not there or does not qualify."""

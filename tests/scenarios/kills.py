@@ -33,7 +33,7 @@ from tests.scenarios.gallery import (
     prepare,
     search_in_one_statement,
 )
-from tests.support import one
+from tests.support import one, wait_until
 
 WRITERS = 4
 DEFERRED_FROM = 2  # the writers from this one on write to the deferred collection
@@ -132,12 +132,9 @@ class Kills:
                 "CREATE TABLE public.archive (archive_id bigint PRIMARY KEY, image bytea NOT NULL,"
                 " digest uuid GENERATED ALWAYS AS (md5(image)::uuid) STORED)"
             )
-            owner.execute(
-                "SELECT create_collection('archive', 'public.archive', embed => 'deferred')"
-            )
-            self.directories = [
-                index_directory(owner).with_name(str(table.number)) for table in (IMAGES, ARCHIVE)
-            ]
+            owner.execute("SELECT create_collection('archive', 'archive', embed => 'deferred')")
+            place = index_directory(owner)
+            self.directories = [place.with_name(str(each.number)) for each in (IMAGES, ARCHIVE)]
         for number in range(self.cycles):
             what = self.cycle(number)
             try:
@@ -199,10 +196,7 @@ class Kills:
 
     def await_sessions(self, names: set[str]) -> None:
         """Return once all sessions have done something, or one has failed."""
-        deadline = time.monotonic() + RESTART_SECONDS
-        while not self._stop.is_set() and self._at_work < names:
-            assert time.monotonic() < deadline, f"not at work: {names - self._at_work}"
-            time.sleep(0.005)
+        wait_until(lambda: self._stop.is_set() or not self._at_work < names, "some do not begin")
 
     def await_moment(self) -> str:
         """Wait for a moment to kill at: any, or when an index file is just being published."""
@@ -217,12 +211,7 @@ class Kills:
         return "while publishing"
 
     def files(self) -> set[Path]:
-        return {
-            path
-            for directory in self.directories
-            if directory.is_dir()
-            for path in directory.iterdir()
-        }
+        return {path for directory in self.directories for path in directory.glob("*")}
 
     def kill_one(self, probe: Connection) -> str:
         """Kill one of the sessions; returns whose it was."""

@@ -76,9 +76,7 @@ def mutated(pictures: npt.NDArray[np.uint8], count: int, seed: int) -> Iterator[
         seed: of all that is random.
     """
     random = np.random.default_rng(seed)
-    files: list[tuple[str, bytes]] = []
-    for picture in pictures:
-        files.extend(samples(picture).items())
+    files = [file for picture in pictures for file in samples(picture).items()]
     damages: list[Callable[[bytes, np.random.Generator], bytes]] = [
         _truncate,
         _flip,
@@ -173,25 +171,12 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_file(
-    width: int,
-    height: int,
-    depth: int,
-    colour: int,
-    packed: bytes,
-    before: bytes = b"",
-    interlace: int = 0,
+    width: int, height: int, depth: int, colour: int, packed: bytes, before: bytes = b""
 ) -> bytes:
     """Return a PNG file of packed scan lines; ``before`` are chunks that go before them."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
-    return b"".join(
-        (
-            b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", header),
-            before,
-            chunk(b"IDAT", packed),
-            chunk(b"IEND", b""),
-        )
-    )
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before
+    return start + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
 def tiff_file(entries: dict[int, list[int]], data: bytes) -> bytes:

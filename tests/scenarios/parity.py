@@ -77,8 +77,8 @@ def torch_encoder(path: Path) -> Any:
 def convolution_before(norm: str) -> str:
     """Return the name of the convolution that a batch norm of EfficientNet's follows."""
     parent, _, own = norm.rpartition(".")
-    names = {"_bn0": "_expand_conv", "_bn1": "_depthwise_conv", "_bn2": "_project_conv"}
-    return f"{parent}.{({'1': '0'} | names)[own]}"
+    names = {"1": "0", "_bn0": "_expand_conv", "_bn1": "_depthwise_conv", "_bn2": "_project_conv"}
+    return f"{parent}.{names[own]}"
 
 
 def embed_torch(path: Path, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -139,21 +139,14 @@ class Recall:
         content = Content.read(self.session, self.images)
         for share, (column, modulo) in FILTERS.items():
             found = Found()
-            engines = ["auto", "faiss"] if share == 1.0 else ["auto"]
             for number in range(2 * self.queries):
+                session = (self.session, self.owner)[number % 2]
                 condition = {column: str(int(self._random.integers(modulo)))}
-                for engine in engines:
-                    for what in self.some_query(content, number):
-                        found.add(
-                            content.check(
-                                (self.session, self.owner)[number % 2],
-                                self.images,
-                                **what,
-                                engine=engine,
-                                condition=condition,
-                                what=f"filter on {column}, {what}",
-                            )
-                        )
+                for engine in ("auto", "faiss") if share == 1.0 else ("auto",):
+                    for query in self.some_query(content, number):
+                        what = {"engine": engine, "what": f"filter on {column}, {query}"}
+                        options: Any = query | what | {"condition": condition}
+                        found.add(content.check(session, self.images, **options))
             self.conclude(f"filter matching {share:.1%}", found)
 
     def old_snapshots(self) -> None:
@@ -231,12 +224,9 @@ class Recall:
         for session in sessions or [self.session, self.connect()]:
             content = Content.read(session, self.images)
             for number in range(self.queries):
-                for what in self.some_query(content, number):
-                    found.add(
-                        content.check(
-                            session, self.images, **what, engine=engine, what=f"{step}, {what}"
-                        )
-                    )
+                for query in self.some_query(content, number):
+                    options: Any = query | {"engine": engine, "what": f"{step}, {query}"}
+                    found.add(content.check(session, self.images, **options))
         self.conclude(step, found)
 
     def conclude(self, step: str, found: Found) -> None:
