@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bench.exact import TIE, K, Vectors
 from bench.groups import PLACE, RANDOM, column
 from bench.report import Bar, Line
-from bench.search import BLOCK, check_engine
+from bench.search import BLOCK, check_engine, nth
 from bench.session import BIGINT, Session, bigint, connect, first_bigints
 from bench.timing import Summary, one_core, round_robin
 from tools.cluster import Cluster
@@ -67,10 +67,10 @@ def grouped(
     chosen = cases(vectors, columns)
     with Session(cluster.dsn()) as session:
         check_engine(session, "large")
-        calls = {WITHOUT: partial(_nth, _prepared(session, "without", ""), values)}
+        calls = {WITHOUT: partial(nth, _prepared(session, "without", ""), values)}
         for number, case in enumerate(chosen):
             search = _prepared(session, f"grouped_{number}", f", group_by => '{case.column}'")
-            calls[case.name] = partial(_nth, search, values)
+            calls[case.name] = partial(nth, search, values)
         with one_core([session.pid]):
             seconds, answers = round_robin(calls, len(values), BLOCK, WARM_UP)
         assert not session.notices, session.notices
@@ -103,10 +103,6 @@ def _prepared(session: Session, name: str, more: str) -> Any:
     arguments = f"image_id => $1, k => {K}, collection => 'large'{more}"
     statement = f"SELECT image_id, distance FROM siamese.similar_images({arguments})"
     return session.prepare(name, statement, BIGINT)
-
-
-def _nth(search: Any, values: list[bytes], number: int) -> Any:
-    return search(values[number])
 
 
 def _recall(

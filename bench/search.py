@@ -225,13 +225,13 @@ def _searches(
         theirs_note = f"ef_search {rival.breadth}{', query by embed_image' if is_image else ''}"
         alone = FaissAlone(cluster, collection, truth)
         contestants = {
-            OURS: Contestant(partial(_nth, search, values), first_bigints, note),
-            PGVECTOR: Contestant(partial(_nth, rival.search, values), first_bigints, theirs_note),
+            OURS: Contestant(partial(nth, search, values), first_bigints, note),
+            PGVECTOR: Contestant(partial(nth, rival.search, values), first_bigints, theirs_note),
             FAISS: alone.contestant("embeddings at hand" if is_image else "in a Python process"),
         }
         if is_image:
             embed = mine.prepare("embed", "SELECT siamese.embed_image($1, 'fashion_mnist')", BYTEA)
-            contestants[EMBEDDING] = Contestant(partial(_nth, embed, values))
+            contestants[EMBEDDING] = Contestant(partial(nth, embed, values))
         else:
             contestants |= empty_calls(mine)
         section = BY_IMAGE if is_image else BY_ID
@@ -255,7 +255,7 @@ def pending(
         build = partial(admin.execute, "SELECT siamese.build_index(%s)", (collection,))
         before, after = NONE_PENDING
         steps: dict[str, Callable[[], object]] = {before: lambda: None, PENDING: add, after: build}
-        call = partial(_nth, search, values)
+        call = partial(nth, search, values)
         for name, step in steps.items():
             step()
             with one_core([session.pid]):
@@ -278,5 +278,6 @@ def index_note(cluster: Cluster) -> str:
     return f"m {m}, ef_construction {construction}; ef_search {stored} and {new}, by the build"
 
 
-def _nth(search: Callable[[bytes], Any], values: list[bytes], number: int) -> Any:
+def nth(search: Callable[[bytes], Any], values: list[bytes], number: int) -> Any:
+    """Search with the n-th value."""
     return search(values[number])
