@@ -321,7 +321,8 @@ def _request(
         )
     if image is not None and key is not None:
         raise SiameseError("an image and the key of a stored one are given", hint="Give one.")
-    if None in (k, collection, filter_, max_distance, engine, exclude, group_by, own_group):
+    others = exclude, group_by, per_group, own_group
+    if None in (k, collection, filter_, max_distance, engine, *others):
         _check_given(
             k=k,
             collection=collection,
@@ -330,6 +331,7 @@ def _request(
             engine=engine,
             exclude=exclude,
             group_by=group_by,
+            per_group=per_group,
             own_group=own_group,
         )
     assert max_distance is not None and group_by is not None

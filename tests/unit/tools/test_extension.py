@@ -22,12 +22,14 @@ PGSPOT = [
     "--proc-without-search-path=siamese._xact_id()",
     "--proc-without-search-path=siamese.similar_images(image bytea,k bigint,collection text,"
     "filter siamese.filter,candidates bigint[],max_distance double precision,engine text,"
-    "image_id bigint)",
+    "image_id bigint,exclude siamese.filter,group_by text,per_group bigint,own_group boolean)",
     "--proc-without-search-path=siamese.similar_rows(of_table anyelement,image bytea,k bigint,"
     "collection text,filter siamese.filter,candidates siamese.key[],max_distance double precision,"
-    "engine text,key siamese.key,item anyelement,distance real)",
+    "engine text,key siamese.key,exclude siamese.filter,group_by text,per_group bigint,"
+    "own_group boolean,item anyelement,distance real)",
     "--proc-without-search-path=siamese.classify_image(image bytea,k bigint,collection text,"
-    "label_column text,image_id siamese.key,label text,votes integer,share real)",
+    "label_column text,image_id siamese.key,filter siamese.filter,exclude siamese.filter,"
+    "group_by text,own_group boolean,label text,votes integer,share real)",
     "--proc-without-search-path=siamese.warm_up(collection text,engine text,detail text)",
 ]
 # PostgreSQL lets an extension's script replace its own functions and views only.
