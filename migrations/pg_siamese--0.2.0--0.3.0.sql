@@ -32,78 +32,46 @@ DROP FUNCTION siamese.classify_image(bytea, integer, text, text);
 DROP FUNCTION siamese.build_index(text, integer, integer, real, integer);
 DROP FUNCTION siamese.embed_pending(text, integer);
 
-CREATE TYPE siamese.filter;
-
-CREATE FUNCTION siamese._filter_in(cstring) RETURNS siamese.filter
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'jsonb_in';
-
-CREATE FUNCTION siamese._filter_out(siamese.filter) RETURNS cstring
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'jsonb_out';
-
-CREATE FUNCTION siamese._filter_recv(internal) RETURNS siamese.filter
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'jsonb_recv';
-
-CREATE FUNCTION siamese._filter_send(siamese.filter) RETURNS bytea
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'jsonb_send';
-
-CREATE TYPE siamese.filter (
-    INPUT = siamese._filter_in,
-    OUTPUT = siamese._filter_out,
-    RECEIVE = siamese._filter_recv,
-    SEND = siamese._filter_send,
-    LIKE = pg_catalog.jsonb
-);
-
+DO $do$
+DECLARE
+    made text[];
+    part text[];
+BEGIN
+    FOREACH made SLICE 1 IN ARRAY ARRAY[
+        ['filter', 'jsonb', 'jsonb_', 'IMMUTABLE'], ['key', 'text', 'text', 'STABLE']]
+    LOOP
+        EXECUTE pg_catalog.format('CREATE TYPE siamese.%s', made[1]);
+        FOREACH part SLICE 1 IN ARRAY ARRAY[
+            ['in', 'cstring', 'siamese.' || made[1], 'IMMUTABLE', 'text input'],
+            ['out', 'siamese.' || made[1], 'cstring', 'IMMUTABLE', 'text output'],
+            ['recv', 'internal', 'siamese.' || made[1], made[4], 'binary input'],
+            ['send', 'siamese.' || made[1], 'bytea', made[4], 'binary output']]
+        LOOP
+            EXECUTE pg_catalog.format($sql$
+                CREATE FUNCTION siamese._%1$s_%2$s(%3$s) RETURNS %4$s
+                LANGUAGE internal %5$s STRICT PARALLEL SAFE AS %6$L
+                $sql$, made[1], part[1], part[2], part[3], part[4], made[3] || part[1]);
+            EXECUTE pg_catalog.format(
+                'COMMENT ON FUNCTION siamese._%s_%s IS %L', made[1], part[1], part[5] || ' of type ' || made[1]);
+        END LOOP;
+        EXECUTE pg_catalog.format($sql$
+            CREATE TYPE siamese.%1$s (
+                INPUT = siamese._%1$s_in, OUTPUT = siamese._%1$s_out,
+                RECEIVE = siamese._%1$s_recv, SEND = siamese._%1$s_send, LIKE = pg_catalog.%2$s)
+            $sql$, made[1], made[2]);
+    END LOOP;
+END
+$do$;
 CREATE CAST (jsonb AS siamese.filter) WITHOUT FUNCTION AS IMPLICIT;
-
 CREATE CAST (json AS siamese.filter) WITH INOUT AS IMPLICIT;
-
 CREATE CAST (text AS siamese.filter) WITH INOUT AS IMPLICIT;
-
 CREATE CAST (varchar AS siamese.filter) WITH INOUT AS IMPLICIT;
-
-CREATE TYPE siamese.key;
-
-CREATE FUNCTION siamese._key_in(cstring) RETURNS siamese.key
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'textin';
-
-CREATE FUNCTION siamese._key_out(siamese.key) RETURNS cstring
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'textout';
-
-CREATE FUNCTION siamese._key_recv(internal) RETURNS siamese.key
-LANGUAGE internal STABLE STRICT PARALLEL SAFE
-AS 'textrecv';
-
-CREATE FUNCTION siamese._key_send(siamese.key) RETURNS bytea
-LANGUAGE internal STABLE STRICT PARALLEL SAFE
-AS 'textsend';
-
-CREATE TYPE siamese.key (
-    INPUT = siamese._key_in,
-    OUTPUT = siamese._key_out,
-    RECEIVE = siamese._key_recv,
-    SEND = siamese._key_send,
-    LIKE = pg_catalog.text
-);
-
 CREATE CAST (text AS siamese.key) WITHOUT FUNCTION AS IMPLICIT;
-
 CREATE CAST (varchar AS siamese.key) WITHOUT FUNCTION AS IMPLICIT;
-
 CREATE CAST (smallint AS siamese.key) WITH INOUT AS IMPLICIT;
-
 CREATE CAST (integer AS siamese.key) WITH INOUT AS IMPLICIT;
-
 CREATE CAST (bigint AS siamese.key) WITH INOUT AS IMPLICIT;
-
 CREATE CAST (numeric AS siamese.key) WITH INOUT AS IMPLICIT;
-
 CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 
 CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real);

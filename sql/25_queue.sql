@@ -44,14 +44,6 @@ COMMENT ON FUNCTION siamese.embed_pending(text, bigint) IS 'embed queued rows; r
 
 -- === Private functions ===
 
-CREATE FUNCTION siamese._embed_pending(collection text, max_rows bigint) RETURNS text[]
-LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
-AS $python$
-# @LOAD@
-return GD['pg_siamese @VERSION@'].embed_pending(plpy, collection, max_rows)
-$python$;
-COMMENT ON FUNCTION siamese._embed_pending(text, bigint) IS 'embed queued rows';
-
 CREATE FUNCTION siamese._create_queue(collection_id integer) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
@@ -75,6 +67,14 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._create_queue(integer) IS 'create the queue of a deferred collection';
+
+CREATE FUNCTION siamese._embed_pending(collection text, max_rows bigint) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
+AS $python$
+# @LOAD@
+return GD['pg_siamese @VERSION@'].embed_pending(plpy, collection, max_rows)
+$python$;
+COMMENT ON FUNCTION siamese._embed_pending(text, bigint) IS 'embed queued rows';
 
 CREATE FUNCTION siamese._add_tickets(collection_id integer, keys text[]) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE

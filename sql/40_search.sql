@@ -2,77 +2,46 @@
 -- No function has two forms, so that no call with untyped parameters is ambiguous. similar_images is SQL, so the
 -- private functions that it calls come before it.
 
--- === Type of filters ===
+-- === Types of arguments ===
 
-CREATE TYPE siamese.filter;
-
-CREATE FUNCTION siamese._filter_in(cstring) RETURNS siamese.filter
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'jsonb_in';
-COMMENT ON FUNCTION siamese._filter_in(cstring) IS 'text input of type filter';
-
-CREATE FUNCTION siamese._filter_out(siamese.filter) RETURNS cstring
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'jsonb_out';
-COMMENT ON FUNCTION siamese._filter_out(siamese.filter) IS 'text output of type filter';
-
-CREATE FUNCTION siamese._filter_recv(internal) RETURNS siamese.filter
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'jsonb_recv';
-COMMENT ON FUNCTION siamese._filter_recv(internal) IS 'binary input of type filter';
-
-CREATE FUNCTION siamese._filter_send(siamese.filter) RETURNS bytea
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'jsonb_send';
-COMMENT ON FUNCTION siamese._filter_send(siamese.filter) IS 'binary output of type filter';
-
-CREATE TYPE siamese.filter (
-    INPUT = siamese._filter_in,
-    OUTPUT = siamese._filter_out,
-    RECEIVE = siamese._filter_recv,
-    SEND = siamese._filter_send,
-    LIKE = pg_catalog.jsonb
-);
+-- As jsonb and text, by names that other types can be cast to implicitly.
+DO $do$
+DECLARE
+    made text[];
+    part text[];
+BEGIN
+    FOREACH made SLICE 1 IN ARRAY ARRAY[
+        ['filter', 'jsonb', 'jsonb_', 'IMMUTABLE'], ['key', 'text', 'text', 'STABLE']]
+    LOOP
+        EXECUTE pg_catalog.format('CREATE TYPE siamese.%s', made[1]);
+        FOREACH part SLICE 1 IN ARRAY ARRAY[
+            ['in', 'cstring', 'siamese.' || made[1], 'IMMUTABLE', 'text input'],
+            ['out', 'siamese.' || made[1], 'cstring', 'IMMUTABLE', 'text output'],
+            ['recv', 'internal', 'siamese.' || made[1], made[4], 'binary input'],
+            ['send', 'siamese.' || made[1], 'bytea', made[4], 'binary output']]
+        LOOP
+            EXECUTE pg_catalog.format($sql$
+                CREATE FUNCTION siamese._%1$s_%2$s(%3$s) RETURNS %4$s
+                LANGUAGE internal %5$s STRICT PARALLEL SAFE AS %6$L
+                $sql$, made[1], part[1], part[2], part[3], part[4], made[3] || part[1]);
+            EXECUTE pg_catalog.format(
+                'COMMENT ON FUNCTION siamese._%s_%s IS %L', made[1], part[1], part[5] || ' of type ' || made[1]);
+        END LOOP;
+        EXECUTE pg_catalog.format($sql$
+            CREATE TYPE siamese.%1$s (
+                INPUT = siamese._%1$s_in, OUTPUT = siamese._%1$s_out,
+                RECEIVE = siamese._%1$s_recv, SEND = siamese._%1$s_send, LIKE = pg_catalog.%2$s)
+            $sql$, made[1], made[2]);
+    END LOOP;
+END
+$do$;
 COMMENT ON TYPE siamese.filter IS 'conditions on columns, as JSON';
+COMMENT ON TYPE siamese.key IS 'key of a stored row, of any type';
 
 CREATE CAST (jsonb AS siamese.filter) WITHOUT FUNCTION AS IMPLICIT;
 CREATE CAST (json AS siamese.filter) WITH INOUT AS IMPLICIT;
 CREATE CAST (text AS siamese.filter) WITH INOUT AS IMPLICIT;
 CREATE CAST (varchar AS siamese.filter) WITH INOUT AS IMPLICIT;
-
--- === Type of keys ===
-
-CREATE TYPE siamese.key;
-
-CREATE FUNCTION siamese._key_in(cstring) RETURNS siamese.key
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'textin';
-COMMENT ON FUNCTION siamese._key_in(cstring) IS 'text input of type key';
-
-CREATE FUNCTION siamese._key_out(siamese.key) RETURNS cstring
-LANGUAGE internal IMMUTABLE STRICT PARALLEL SAFE
-AS 'textout';
-COMMENT ON FUNCTION siamese._key_out(siamese.key) IS 'text output of type key';
-
-CREATE FUNCTION siamese._key_recv(internal) RETURNS siamese.key
-LANGUAGE internal STABLE STRICT PARALLEL SAFE
-AS 'textrecv';
-COMMENT ON FUNCTION siamese._key_recv(internal) IS 'binary input of type key';
-
-CREATE FUNCTION siamese._key_send(siamese.key) RETURNS bytea
-LANGUAGE internal STABLE STRICT PARALLEL SAFE
-AS 'textsend';
-COMMENT ON FUNCTION siamese._key_send(siamese.key) IS 'binary output of type key';
-
-CREATE TYPE siamese.key (
-    INPUT = siamese._key_in,
-    OUTPUT = siamese._key_out,
-    RECEIVE = siamese._key_recv,
-    SEND = siamese._key_send,
-    LIKE = pg_catalog.text
-);
-COMMENT ON TYPE siamese.key IS 'key of a stored row, of any type';
-
 CREATE CAST (text AS siamese.key) WITHOUT FUNCTION AS IMPLICIT;
 CREATE CAST (varchar AS siamese.key) WITHOUT FUNCTION AS IMPLICIT;
 CREATE CAST (smallint AS siamese.key) WITH INOUT AS IMPLICIT;
