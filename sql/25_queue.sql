@@ -33,12 +33,8 @@ RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
-DECLARE
-    answer text[] := siamese._embed_pending(collection, max_rows);
-BEGIN
-    PERFORM siamese._raise(answer);
-    RETURN answer[2];
-END
+DECLARE answer text[] := siamese._embed_pending(collection, max_rows);
+BEGIN PERFORM siamese._raise(answer); RETURN answer[2]; END
 $$;
 COMMENT ON FUNCTION siamese.embed_pending(text, bigint) IS 'embed queued rows; returns the number embedded';
 

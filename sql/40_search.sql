@@ -53,25 +53,13 @@ CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 -- === Private functions of similar_images ===
 
 CREATE FUNCTION siamese._similar_images(
-    image bytea,
-    image_id bigint,
-    k bigint,
-    collection text,
-    filter siamese.filter,
-    candidates bigint[],
-    max_distance double precision,
-    engine text,
-    exclude siamese.filter,
-    group_by text,
-    per_group bigint,
+    image bytea, image_id bigint, k bigint, collection text, filter siamese.filter, candidates bigint[],
+    max_distance double precision, engine text, exclude siamese.filter, group_by text, per_group bigint,
     own_group boolean
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].similar_images(
     plpy, image, image_id, k, collection, filter, candidates, max_distance, engine, exclude, group_by,
     per_group, own_group)
@@ -236,25 +224,13 @@ IS 'labels of the k nearest images, with votes';
 -- === Private functions ===
 
 CREATE FUNCTION siamese._similar_keys(
-    image bytea,
-    key text,
-    k bigint,
-    collection text,
-    filter siamese.filter,
-    candidates text[],
-    max_distance double precision,
-    engine text,
-    exclude siamese.filter,
-    group_by text,
-    per_group bigint,
+    image bytea, key text, k bigint, collection text, filter siamese.filter, candidates text[],
+    max_distance double precision, engine text, exclude siamese.filter, group_by text, per_group bigint,
     own_group boolean
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].similar_keys(
     plpy, image, key, k, collection, filter, candidates, max_distance, engine, exclude, group_by,
     per_group, own_group)
@@ -292,22 +268,12 @@ $$;
 COMMENT ON FUNCTION siamese._no_collection(oid, text) IS 'raise why similar_rows has no collection';
 
 CREATE FUNCTION siamese._classify_image(
-    image bytea,
-    key text,
-    k bigint,
-    collection text,
-    label_column text,
-    filter siamese.filter,
-    exclude siamese.filter,
-    group_by text,
-    own_group boolean
+    image bytea, key text, k bigint, collection text, label_column text, filter siamese.filter,
+    exclude siamese.filter, group_by text, own_group boolean
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
-if 'pg_siamese @VERSION@' not in GD:
-    failure = plpy.execute('SELECT siamese._load() AS failure')[0]['failure']
-    if failure:
-        return failure
+# @LOAD@
 return GD['pg_siamese @VERSION@'].classify_image(
     plpy, image, key, k, collection, label_column, filter, exclude, group_by, own_group)
 $python$;
