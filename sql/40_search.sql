@@ -60,13 +60,9 @@ CREATE FUNCTION siamese._similar_images(
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 # @LOAD@
-return GD['pg_siamese @VERSION@'].similar_images(
-    plpy, image, image_id, k, collection, filter, candidates, max_distance, engine, exclude, group_by,
-    per_group, own_group)
+return GD['pg_siamese @VERSION@'].similar_images(plpy, *args)
 $python$;
-COMMENT ON FUNCTION siamese._similar_images(
-    bytea, bigint, bigint, text, siamese.filter, bigint[], double precision, text, siamese.filter, text, bigint, boolean
-) IS 'search with keys of type bigint';
+COMMENT ON FUNCTION siamese._similar_images IS 'search with keys of type bigint';
 
 CREATE FUNCTION siamese._match_line(model_id text, query text) RETURNS double precision[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
@@ -127,9 +123,7 @@ AS $$
     ) WITH ORDINALITY AS s (image_id, distance, rank)
     WHERE a.answer[1] IS NULL OR siamese._raise(a.answer) IS NULL
 $$;
-COMMENT ON FUNCTION siamese.similar_images(
-    bytea, bigint, text, siamese.filter, bigint[], double precision, text, bigint, siamese.filter, text, bigint, boolean
-) IS 'k nearest images of a collection';
+COMMENT ON FUNCTION siamese.similar_images IS 'k nearest images of a collection';
 
 CREATE FUNCTION siamese.similar_rows(
     of_table anyelement,
@@ -187,10 +181,7 @@ BEGIN
     USING answer[2], answer[3]::pg_catalog.float4[];
 END
 $$;
-COMMENT ON FUNCTION siamese.similar_rows(
-    anyelement, bytea, bigint, text, siamese.filter, siamese.key[], double precision, text, siamese.key,
-    siamese.filter, text, bigint, boolean
-) IS 'k nearest rows of any collection''s table';
+COMMENT ON FUNCTION siamese.similar_rows IS 'k nearest rows of any collection''s table';
 
 CREATE FUNCTION siamese.classify_image(
     image bytea DEFAULT NULL,
@@ -216,10 +207,7 @@ BEGIN
     ) AS s (label, votes, share);
 END
 $$;
-COMMENT ON FUNCTION siamese.classify_image(
-    bytea, bigint, text, text, siamese.key, siamese.filter, siamese.filter, text, boolean
-)
-IS 'labels of the k nearest images, with votes';
+COMMENT ON FUNCTION siamese.classify_image IS 'labels of the k nearest images, with votes';
 
 -- === Private functions ===
 
@@ -231,13 +219,9 @@ CREATE FUNCTION siamese._similar_keys(
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 # @LOAD@
-return GD['pg_siamese @VERSION@'].similar_keys(
-    plpy, image, key, k, collection, filter, candidates, max_distance, engine, exclude, group_by,
-    per_group, own_group)
+return GD['pg_siamese @VERSION@'].similar_keys(plpy, *args)
 $python$;
-COMMENT ON FUNCTION siamese._similar_keys(
-    bytea, text, bigint, text, siamese.filter, text[], double precision, text, siamese.filter, text, bigint, boolean
-) IS 'search with keys of any type';
+COMMENT ON FUNCTION siamese._similar_keys IS 'search with keys of any type';
 
 CREATE FUNCTION siamese._no_collection(relation oid, collection text) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -274,12 +258,9 @@ CREATE FUNCTION siamese._classify_image(
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 # @LOAD@
-return GD['pg_siamese @VERSION@'].classify_image(
-    plpy, image, key, k, collection, label_column, filter, exclude, group_by, own_group)
+return GD['pg_siamese @VERSION@'].classify_image(plpy, *args)
 $python$;
-COMMENT ON FUNCTION siamese._classify_image(
-    bytea, text, bigint, text, text, siamese.filter, siamese.filter, text, boolean
-) IS 'classify an image';
+COMMENT ON FUNCTION siamese._classify_image IS 'classify an image';
 
 -- A search, which is STABLE, may not run EXPLAIN. This function is VOLATILE, and has the rights of whoever
 -- searches. It explains what the search that calls it has noted in the session's memory, and nothing else.
