@@ -54,8 +54,7 @@ CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 
 CREATE FUNCTION siamese._similar_images(
     image bytea, image_id bigint, k bigint, collection text, filter siamese.filter, candidates bigint[],
-    max_distance double precision, engine text, exclude siamese.filter, group_by text, per_group bigint,
-    own_group boolean
+    max_distance double precision, engine text, groups text[]
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
@@ -110,7 +109,10 @@ AS $$
             image, image_id, k, collection, filter,
             CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
                 ELSE coalesce(candidates, '{}') END,
-            max_distance, engine, exclude, group_by, per_group, own_group) AS answer
+            -- Folded when it is planned: NULL if none of these is given, as in most searches.
+            max_distance, engine, CASE WHEN exclude::pg_catalog.text OPERATOR(pg_catalog.=) '{}' AND group_by OPERATOR(pg_catalog.=) ''
+                AND per_group OPERATOR(pg_catalog.=) 1 AND own_group THEN NULL
+                ELSE ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text] END) AS answer
         OFFSET 0
     ) AS a
     -- Of one row, as an aggregate is, the planner leaves it out if nobody asks for the similarity.
@@ -164,7 +166,8 @@ BEGIN
         image, key::pg_catalog.text, k, found.name, filter,
         CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
             ELSE coalesce(candidates::pg_catalog.text[], '{}') END,
-        max_distance, engine, exclude, group_by, per_group, own_group);
+        max_distance, engine,
+        ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text]);
     IF answer[1] IS NOT NULL THEN
         PERFORM siamese._raise(answer);
     END IF;
@@ -213,8 +216,7 @@ COMMENT ON FUNCTION siamese.classify_image IS 'labels of the k nearest images, w
 
 CREATE FUNCTION siamese._similar_keys(
     image bytea, key text, k bigint, collection text, filter siamese.filter, candidates text[],
-    max_distance double precision, engine text, exclude siamese.filter, group_by text, per_group bigint,
-    own_group boolean
+    max_distance double precision, engine text, groups text[]
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$

@@ -307,12 +307,13 @@ def _request(
     candidates: list[Any] | None = None,
     max_distance: float | None = math.inf,
     engine: str | None = "auto",
-    exclude: str | None = "{}",
-    group_by: str | None = "",
-    per_group: int | None = 1,
-    own_group: bool | None = True,
+    groups: list[str | None] | None = None,
 ) -> Request:
-    """Return the request. Arguments have the defaults of SQL, none of which is NULL."""
+    """Return the request. Arguments have the defaults of SQL, none of which is NULL.
+
+    ``groups`` are ``exclude``, ``group_by``, ``per_group`` and ``own_group`` as text, or None for
+    their defaults.
+    """
     if image is None and key is None:
         raise SiameseError(
             "image is null",
@@ -321,39 +322,34 @@ def _request(
         )
     if image is not None and key is not None:
         raise SiameseError("an image and the key of a stored one are given", hint="Give one.")
-    others = exclude, group_by, per_group, own_group
-    if None in (k, collection, filter_, max_distance, engine, *others):
+    if None in (k, collection, filter_, max_distance, engine):
         _check_given(
-            k=k,
-            collection=collection,
-            filter=filter_,
-            max_distance=max_distance,
-            engine=engine,
-            exclude=exclude,
-            group_by=group_by,
-            per_group=per_group,
-            own_group=own_group,
+            k=k, collection=collection, filter=filter_, max_distance=max_distance, engine=engine
         )
-    assert max_distance is not None and group_by is not None
+    assert max_distance is not None
     while candidates and isinstance(candidates[0], list):  # of several dimensions
         candidates = [one for part in candidates for one in part]
     limit = None
     if not max_distance > MAX_REAL:  # as real, which is what callers see
         limit = ctypes.c_float(max(max_distance, -MAX_REAL)).value
-    return Request(
+    request = Request(
         collection_name=collection,
         image=image,
         key=key,
         k=k,
         filter=None if filter_ == "{}" else filter_,
-        exclude=None if exclude == "{}" else exclude,
         candidates=candidates,
         max_distance=limit,
         engine=engine,
-        group_by=group_by,
-        per_group=per_group,
-        own_group=bool(own_group),
     )
+    if groups is not None:
+        names = "exclude", "group_by", "per_group", "own_group"
+        _check_given(**dict(zip(names, groups, strict=True)))
+        exclude, group_by, per_group, own_group = map(str, groups)
+        request.exclude = None if exclude == "{}" else exclude
+        request.group_by, request.per_group = group_by, int(per_group)
+        request.own_group = own_group == "true"
+    return request
 
 
 def _cast_keys(
@@ -472,9 +468,7 @@ def classify_image(
         k,
         collection,
         filter_,
-        exclude=exclude,
-        group_by=group_by,
-        own_group=own_group,
+        groups=[exclude, group_by, "1", None if own_group is None else str(own_group).lower()],
     )
     labels = _labels(plpy, _search_or_explain(plpy, request), str(label_column))
     if None in labels:  # rows without a label have no vote

@@ -30,9 +30,9 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
         request: with a column to group by.
         find: answers a request without groups.
     """
-    assert request.k is not None and request.group_by and request.per_group
+    assert request.k is not None and request.group_by
     wanted, column = request.k, request.group_by
-    rows = copy.copy(request)  # which shares the image's embedding
+    rows = copy.copy(request)  # which keeps the image's embedding
     rows.group_by = ""
     rows.k = math.ceil(ENOUGH * wanted) + 1
     groups: dict[Any, str | None] = {}
@@ -52,8 +52,8 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
         share = max(1, len(taken)) / len(keys)
         rows.k = max(GROW * rows.k, math.ceil(ENOUGH * wanted / share))
         if rows.k > MAX_ROWS and request.engine == "auto":
-            scan = copy.copy(request)
-            scan.engine = "pgvector"
+            scan = copy.copy(rows)
+            scan.k, scan.group_by, scan.engine = wanted, column, "pgvector"
             return find(plpy, scan)
 
 
@@ -61,7 +61,7 @@ def _chosen(
     plpy: Any, answer: Answer, groups: dict[Any, str | None], request: Request
 ) -> list[int]:
     """Return the places of the first k rows that their groups have room for."""
-    assert request.k is not None and request.per_group is not None
+    assert request.k is not None
     full: Counter[str | None] = Counter()
     if request.key is not None and not request.own_group and answer.keys:
         own = labels(plpy, answer.collection, request.group_by, [request.key])

@@ -20,7 +20,7 @@ MAX_K = 10_000
 ENGINES = ("auto", "faiss", "pgvector")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Request:
     """Arguments of a search function.
 
@@ -50,11 +50,11 @@ class Request:
     max_distance: float | None = None
     engine: str | None = "auto"
     group_by: str = ""
-    per_group: int | None = 1
+    per_group: int = 1
     own_group: bool = True
     integer_keys: bool = False
-    _embedded: dict[tuple[int, Limits], NDArray[np.float32]] = field(
-        default_factory=dict, init=False, repr=False
+    _embedded: dict[tuple[int, Limits], NDArray[np.float32]] | None = field(
+        default=None, init=False, repr=False
     )
 
     def check(self) -> None:
@@ -67,7 +67,7 @@ class Request:
             )
         if self.max_distance is not None and math.isnan(self.max_distance):
             raise SiameseError("max_distance is not a number")
-        if self.per_group is None or self.per_group < 1:
+        if self.per_group < 1:
             raise SiameseError("per_group must be positive")
         if not self.group_by and (self.per_group > 1 or not self.own_group):
             raise SiameseError("per_group and own_group need a column in group_by")
@@ -80,6 +80,8 @@ class Request:
         if self.key is not None:
             return None
         encoder = collection.model_id, collection.limits
+        if self._embedded is None:
+            self._embedded = {}
         if encoder not in self._embedded:
             self._embedded[encoder] = models.embed(
                 plpy, collection.model_id, [self.image], collection.limits, collection.sha256
