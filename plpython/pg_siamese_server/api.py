@@ -343,13 +343,26 @@ def _request(
         engine=engine,
     )
     if groups is not None:
-        names = "exclude", "group_by", "per_group", "own_group"
-        _check_given(**dict(zip(names, groups, strict=True)))
-        exclude, group_by, per_group, own_group = map(str, groups)
-        request.exclude = None if exclude == "{}" else exclude
-        request.group_by, request.per_group = group_by, int(per_group)
-        request.own_group = own_group == "true"
+        exclude, group_by, per_group, own_group = groups
+        is_own = None if own_group is None else own_group == "true"
+        _set_groups(
+            request, exclude, group_by, None if per_group is None else int(per_group), is_own
+        )
     return request
+
+
+def _set_groups(
+    request: Request,
+    exclude: str | None,
+    group_by: str | None,
+    per_group: int | None,
+    own_group: bool | None,
+) -> None:
+    _check_given(exclude=exclude, group_by=group_by, per_group=per_group, own_group=own_group)
+    assert group_by is not None and per_group is not None
+    request.exclude = None if exclude == "{}" else exclude
+    request.group_by, request.per_group = group_by, per_group
+    request.own_group = bool(own_group)
 
 
 def _cast_keys(
@@ -462,17 +475,13 @@ def classify_image(
     """Body of ``classify_image``. Of a group, the nearest row votes."""
     _check_given(label_column=label_column)
     stored, _ = _cast_keys(plpy, collection, key, None)
-    request = _request(
-        image,
-        stored,
-        k,
-        collection,
-        filter_,
-        groups=[exclude, group_by, "1", None if own_group is None else str(own_group).lower()],
-    )
+    request = _request(image, stored, k, collection, filter_)
+    _set_groups(request, exclude, group_by, 1, own_group)
     labels = _labels(plpy, _search_or_explain(plpy, request), str(label_column))
     if None in labels:  # rows without a label have no vote
-        request.filter = _with_label(request.filter, str(label_column))
+        from pg_siamese_server.search import filters
+
+        request.filter = filters.with_value(request.filter, str(label_column))
         labels = _labels(plpy, _search.search(plpy, request), str(label_column))
     # In order of distance, so that the nearer label comes first if votes are equal.
     votes = Counter(label for label in labels if label is not None)
@@ -483,16 +492,6 @@ def classify_image(
         _array(str(count) for _, count in found),
         _array(f"{count / total:.9g}" for _, count in found),
     )
-
-
-def _with_label(text: str | None, label_column: str) -> str:
-    """Return a filter with one more condition: a label."""
-    wanted = json.loads(text or "{}")
-    given = wanted.get(label_column, {"<>": None})
-    operators = (
-        given if isinstance(given, dict) else {"in" if isinstance(given, list) else "=": given}
-    )
-    return json.dumps(wanted | {label_column: operators | {"<>": None}})
 
 
 def _labels(plpy: Any, answer: Answer, label_column: str) -> list[str | None]:

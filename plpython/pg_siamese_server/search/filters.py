@@ -147,6 +147,15 @@ def _to_conditions(
     return conditions
 
 
+def with_value(text: str | None, column: str) -> str:
+    """Return a filter, as JSON, with the condition added that a column has a value."""
+    wanted = _load_object(text)
+    given = wanted.get(column, {})
+    if not isinstance(given, dict):
+        given = {"in" if isinstance(given, list) else "=": given}
+    return _json(wanted | {column: given | {"<>": None}})
+
+
 def explain(plpy: Any, collection: Collection, text: str) -> None:
     """Raise an error that names column, type and value, if a value of a filter is to blame.
 

@@ -40,8 +40,10 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
         answer = find(plpy, rows)
         keys = answer.keys
         new = [key for key in keys if key not in groups]
+        if request.key is not None and not request.own_group and request.key not in groups:
+            new.append(request.key)
         groups.update(labels(plpy, answer.collection, column, new))
-        taken = _chosen(plpy, answer, groups, request)
+        taken = _chosen(keys, groups, request)
         if len(taken) == wanted or len(keys) < rows.k:
             return Answer(
                 answer.collection,
@@ -57,17 +59,15 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
             return find(plpy, scan)
 
 
-def _chosen(
-    plpy: Any, answer: Answer, groups: dict[Any, str | None], request: Request
-) -> list[int]:
+def _chosen(keys: list[Any], groups: dict[Any, str | None], request: Request) -> list[int]:
     """Return the places of the first k rows that their groups have room for."""
     assert request.k is not None
     full: Counter[str | None] = Counter()
-    if request.key is not None and not request.own_group and answer.keys:
-        own = labels(plpy, answer.collection, request.group_by, [request.key])
-        full.update({group: request.per_group for group in own.values() if group is not None})
+    own = None if request.own_group else groups.get(request.key)
+    if own is not None:
+        full[own] = request.per_group
     taken: list[int] = []
-    for place, key in enumerate(answer.keys):
+    for place, key in enumerate(keys):
         if key not in groups:  # a rule hides what it showed before
             continue
         group = groups[key]
@@ -83,11 +83,12 @@ def place(
     plpy: Any, collection: Collection, request: Request, where: Conditions, order: str
 ) -> str:
     """Return SQL of the place of a row in its group; adds the condition on the own group."""
-    label = f"b.{filters.columns(plpy, collection, [request.group_by])[request.group_by]['quoted']}"
+    column = _quoted(plpy, collection, request.group_by)
+    label = f"b.{column}"
     if request.key is not None and not request.own_group:
         own = where.parameter(collection.key_array, [request.key])
         where.clauses.append(
-            f"({label}::text OPERATOR(pg_catalog.=) (SELECT {label.replace('b.', 'o.', 1)}::text"
+            f"({label}::text OPERATOR(pg_catalog.=) (SELECT o.{column}::text"
             f" FROM {collection.relation} AS o WHERE o.{collection.key_column} = ANY({own})))"
             " IS NOT TRUE"
         )
@@ -100,7 +101,7 @@ def labels(
     """Return a column's value of each row, as text, as the invoker sees it."""
     if not keys:
         return {}
-    quoted = filters.columns(plpy, collection, [column])[column]["quoted"]
+    quoted = _quoted(plpy, collection, column)
     shown = "b.{0}" if collection.has_integer_keys else "b.{0}::text"
     plan = prepare(
         plpy,
@@ -109,3 +110,9 @@ def labels(
         (collection.key_array,),
     )
     return {row["key"]: row["label"] for row in plan.execute([keys])}
+
+
+def _quoted(plpy: Any, collection: Collection, column: str) -> str:
+    """Return a column's name for SQL, looked up once: it stays the name, whatever becomes of it."""
+    found = collection.columns.get(column)
+    return str((found or filters.columns(plpy, collection, [column])[column])["quoted"])

@@ -48,25 +48,31 @@ def search(plpy: Any, request: Request) -> Answer:
     """Answer a search."""
     request.check()
     if request.group_by and request.engine != "pgvector":
-        return groups.search(plpy, request, _search)
-    return _search(plpy, request)
+        answer = groups.search(plpy, request, _search)
+    else:
+        found = _search_unchanged(plpy, request)
+        if found is not None:
+            return found
+        answer = _search_ordinary(plpy, request)
+    if answer.collection.embed == "deferred":
+        _notice_queued_rows(plpy, request, answer)
+    return answer
 
 
 def _search(plpy: Any, request: Request) -> Answer:
-    """Answer a search without groups, or by pgvector."""
+    """Answer a search that is a part of one."""
     answer = _search_unchanged(plpy, request)
-    if answer is not None:
-        return answer
+    return _search_ordinary(plpy, request) if answer is None else answer
+
+
+def _search_ordinary(plpy: Any, request: Request) -> Answer:
     try:
-        answer = _search_snapshot(plpy, request)
+        return _search_snapshot(plpy, request)
     except (plpy.spiexceptions.UndefinedFunction, plpy.spiexceptions.InvalidSchemaName):
         # pgvector may have moved to another schema.
         if _collections.pop(request.collection_name or "", None) is None:
             raise
-        answer = _search_snapshot(plpy, request)
-    if answer.collection.embed == "deferred":
-        _notice_queued_rows(plpy, request, answer)
-    return answer
+        return _search_snapshot(plpy, request)
 
 
 def _search_unchanged(plpy: Any, request: Request) -> Answer | None:

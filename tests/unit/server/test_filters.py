@@ -111,3 +111,18 @@ def test_what_is_no_filter(text: str, message: str, sqlstate: str) -> None:
     with pytest.raises(SiameseError, match=message) as caught:
         conditions(text)
     assert caught.value.sqlstate == sqlstate
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, '{"side": {"<>": null}}'),
+        ('{"n": 1.10}', '{"n": 1.10, "side": {"<>": null}}'),
+        ('{"side": "left"}', '{"side": {"=": "left", "<>": null}}'),
+        ('{"side": ["left", null]}', '{"side": {"in": ["left", null], "<>": null}}'),
+        ('{"side": {">": 3}}', '{"side": {">": 3, "<>": null}}'),
+    ],
+)
+def test_with_value(text: str | None, expected: str) -> None:
+    """Numbers stay as they were written."""
+    assert filters.with_value(text, "side") == expected
