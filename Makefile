@@ -11,6 +11,9 @@ PYTHON ?= /usr/bin/python3
 DEV := PYTHONPATH=. $(PYTHON) -m tools
 BIN := build/client/bin
 
+# A process per core, each with a server of its own. A file's tests stay together, since they share tables.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 ARGS ?=
 
 help: ## this list
@@ -57,11 +60,11 @@ demo: python ## load medical images, search, print the answers and draw them
 	@echo "open the same database: make psql"
 
 test: deps-test ## run the tests, on clusters of their own (ARGS='-k name')
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-small: python ## the tests that need no PyTorch, with the smaller environment
 	@$(DEV).deps --test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-matrix: test ## all tests here, and those of the database on PostgreSQL 17 and 18, in containers
 	@for major in 17 18; do $(MAKE) docker-test POSTGRES_MAJOR=$$major ARGS="$(ARGS)" || exit; done

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -15,14 +17,17 @@ from tools.project import ROOT
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Path:
+def clone() -> Iterator[Path]:
     """A clone whose client says what it was called with, and whose cluster runs."""
-    shutil.copy(ROOT / "pg_siamese", tmp_path / "pg_siamese")
-    client = 'echo "${PGHOST-none} ${PGDATABASE-none}" "$@"'
-    script(tmp_path / "build" / "client" / "bin" / "python", client)
-    lines = embedded.environment(Cluster(tmp_path / "it's a cluster"))
-    script(tmp_path / "set-up", f"cat <<'END'\n{lines}\nEND")
-    return tmp_path
+    # pytest's folders can be too long for the path of a socket, which is elsewhere then.
+    with TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        shutil.copy(ROOT / "pg_siamese", folder / "pg_siamese")
+        client = 'echo "${PGHOST-none} ${PGDATABASE-none}" "$@"'
+        script(folder / "build" / "client" / "bin" / "python", client)
+        lines = embedded.environment(Cluster(folder / "it's a cluster"))
+        script(folder / "set-up", f"cat <<'END'\n{lines}\nEND")
+        yield folder
 
 
 def call(clone: Path, *words: str, **environment: str) -> str:
