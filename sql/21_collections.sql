@@ -171,7 +171,6 @@ AS $$
 DECLARE
     collection siamese.collections;
     trigger_name text;
-    item record;
 BEGIN
     SELECT c.* INTO collection FROM siamese.collections AS c WHERE c.name = drop_collection.name;
     IF NOT FOUND THEN
@@ -195,20 +194,7 @@ BEGIN
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', trigger_name, collection.relation);
     END LOOP;
-    FOR item IN
-        SELECT CASE t.relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END AS kind, t.oid::regclass::text AS name, n.place
-        FROM unnest(ARRAY['source', 'pending', 'embedding', 'queue']) WITH ORDINALITY AS n (name, place)
-        INNER JOIN pg_class AS t ON t.relname = format('%s_%s', n.name, collection.collection_id)
-        WHERE t.relnamespace = 'siamese'::regnamespace AND t.relkind IN ('r', 'v')
-        UNION ALL
-        SELECT 'FUNCTION', p.oid::regprocedure::text, 5 FROM pg_proc AS p
-        WHERE p.pronamespace = 'siamese'::regnamespace AND p.proname::text = ANY(
-            siamese._row_function_names(collection.collection_id)
-            || format('_queue_insert_%s', collection.collection_id))
-        ORDER BY place
-    LOOP
-        EXECUTE format('DROP %s %s', item.kind, item.name);
-    END LOOP;
+    PERFORM siamese._drop_objects(collection.collection_id);
     DELETE FROM siamese.embedding_batches AS b WHERE b.collection_id = collection.collection_id;
     DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = collection.collection_id;
     DELETE FROM siamese.collections AS c WHERE c.collection_id = collection.collection_id;

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from pg_siamese_server.errors import NULL_VALUE_NOT_ALLOWED, UNDEFINED_OBJECT, SiameseError
 from pg_siamese_server.limits import Limits
@@ -14,8 +14,33 @@ from pg_siamese_server.limits import Limits
 # Prepared plans outlive transactions and follow changes of their tables by themselves.
 _plans: dict[tuple[str, tuple[str, ...]], Any] = {}
 MAX_PLANS = 200
+_caches: list[MutableMapping[Any, Any]] = []
+_catalogs: set[int] = set()
+_Cache = TypeVar("_Cache", bound=MutableMapping[Any, Any])
+
+
+def session_cache(cache: _Cache) -> _Cache:
+    """Register what a session keeps by the catalog's numbers, or by names in it.
+
+    When the extension is dropped and created again, numbers begin at 1 again. A session that goes
+    on sees by the table's OID that the catalog is another one, and forgets all of this.
+    """
+    _caches.append(cache)
+    return cache
+
+
+def note_catalog(oid: int) -> None:
+    """Forget what the session keeps if the catalog is not the one of the last lookup."""
+    if oid in _catalogs:
+        return
+    _catalogs.clear()
+    _catalogs.add(oid)
+    for cache in _caches:
+        cache.clear()
+
+
 # Collections that triggers found in order, with the versions of the catalog's rows.
-_kept: dict[int, tuple[str, Collection]] = {}
+_kept: dict[int, tuple[str, Collection]] = session_cache({})
 # Pending changes that a session reads. With more, pgvector scans the table.
 MAX_CHANGES = 300_000
 MAX_XACT_ID = 2**64 - 1
@@ -28,7 +53,7 @@ SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
     quote_ident(n.nspname::text) || '.' || quote_ident(r.relname::text) AS relation,
     quote_ident(c.key_column::text) AS key_column, c.key_type,
     quote_ident(c.image_column::text) AS image_column, c.on_error, c.embed, c.model_id, m.dimension,
-    c.max_bytes, c.max_pixels,
+    c.max_bytes, c.max_pixels, c.tableoid::int8 AS catalog,
     m.sha256, m.specification ->> 'metric' AS metric,
     (SELECT quote_ident(v.nspname::text) FROM pg_catalog.pg_extension AS x
         INNER JOIN pg_catalog.pg_namespace AS v ON x.extnamespace = v.oid
@@ -83,6 +108,7 @@ class Collection:
     """A row of ``siamese.collections``, with names quoted for SQL text.
 
     Attributes:
+        catalog: OID of the table that the row is in.
         plans: of its searches, by purpose. To build their SQL, only to look them up by it, would
             take a good part of a search's time.
         columns: those that filters named, as last looked up.
@@ -104,6 +130,7 @@ class Collection:
     sha256: str
     metric: str
     vector_schema: str
+    catalog: int
     max_bytes: int | None = None
     max_pixels: int | None = None
     is_ready: bool = False
@@ -158,7 +185,8 @@ class Collection:
             for name, value in vars(self.limits).items()
         )
         return (
-            f"c.collection_id = {self.collection_id} AND c.name = {name}"
+            f"c.tableoid = {self.catalog}"
+            f" AND c.collection_id = {self.collection_id} AND c.name = {name}"
             f" AND c.model_id = {self.model_id} AND {limits}"
             f" AND c.relation::oid = {relation}::regclass::oid"
         )
@@ -281,12 +309,14 @@ def collection_of_trigger(
         plan.execute([collection_id, relation_oid])
         return collection
     collection = Collection(**rows[0], is_ready=True)
+    note_catalog(collection.catalog)
     if versions is not None:
         _kept[collection_id] = versions, collection
     return collection
 
 
 def _check_relation(collection: Collection) -> Collection:
+    note_catalog(collection.catalog)
     if collection.relation is None:
         raise no_table(collection.name)
     return collection
@@ -303,8 +333,15 @@ def no_table(name: str) -> SiameseError:
 
 def model_id_by_name(plpy: Any, name: str | None) -> int:
     """Return a model's number, or that of the default model if ``name`` is None."""
-    plan = prepare(plpy, "SELECT siamese._model_id($1) AS model_id", ("text",))
-    return int(plan.execute([name])[0]["model_id"])
+    plan = prepare(
+        plpy,
+        "SELECT siamese._model_id($1) AS model_id,"
+        " 'siamese.collections'::regclass::oid::int8 AS catalog",
+        ("text",),
+    )
+    found = plan.execute([name])[0]
+    note_catalog(found["catalog"])
+    return int(found["model_id"])
 
 
 def load_json(text: str | None) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts
-from pg_siamese_server.catalog import load_json, prepare
+from pg_siamese_server.catalog import load_json, prepare, session_cache
 from pg_siamese_server.encoding.open_encoders import OpenEncoders
 from pg_siamese_server.errors import (
     DATA_CORRUPTED,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # searches by a stored image need neither
     from pg_siamese_server.encoding.specification import ModelSpec
 
 # With their JSON text, which is quicker to hash.
-_specs: dict[int, tuple[str, ModelSpec]] = {}
+_specs: dict[int, tuple[str, ModelSpec]] = session_cache({})
 _encoders = OpenEncoders()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts
-from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.catalog import Collection, prepare, session_cache
 from pg_siamese_server.errors import IndexFileError
 from pg_siamese_server.index import index_file
 from pg_siamese_server.index.index_file import Identity, Rows
@@ -38,7 +38,7 @@ FACTOR_UNKNOWN = 4
 # A backend's working directory is the data directory. The path is kept from its first use. Only
 # some roles may read the setting data_directory.
 _directory_of_database: str | None = None
-_open: OrderedDict[tuple[int, int], Generation] = OrderedDict()
+_open: OrderedDict[tuple[int, int], Generation] = session_cache(OrderedDict())
 
 
 def directory(plpy: Any, collection_id: int | None = None) -> str:

@@ -165,9 +165,8 @@ class _FastSearch:
     def all(self) -> Neighbours | None:
         """Find the nearest of all rows."""
         near = self._nearest(self.k + (self.entry is not None))
-        if self.own is not None and self.own not in near.keys:
+        if self.own is not None and not near.remove(self.own):
             return None
-        near.remove(self.own)
         near.cut(self.k)
         if len(near.keys) < self.k:
             return None

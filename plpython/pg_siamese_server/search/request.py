@@ -118,11 +118,13 @@ class Neighbours:
             keys, squared = [keys[place] for place in order], [squared[place] for place in order]
         return cls(keys, squared, complete)
 
-    def remove(self, key: Any) -> None:
-        """Remove a row, if it is present."""
-        if key is not None and key in self.keys:
-            place = self.keys.index(key)
-            del self.keys[place], self.squared[place]
+    def remove(self, key: Any) -> bool:
+        """Remove a row. Return whether it was present."""
+        if key is None or key not in self.keys:
+            return False
+        place = self.keys.index(key)
+        del self.keys[place], self.squared[place]
+        return True
 
     def within(self, limit: float) -> int:
         """Return how many of the rows are within a squared distance."""

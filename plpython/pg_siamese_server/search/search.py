@@ -21,6 +21,7 @@ from pg_siamese_server.catalog import (
     is_standby,
     no_table,
     prepare,
+    session_cache,
 )
 from pg_siamese_server.encoding import models
 from pg_siamese_server.errors import (
@@ -39,8 +40,8 @@ from pg_siamese_server.search.request import Answer, Request
 # If a statement reads more changes than this at once, it is planned again.
 REPLAN_ROWS = 1_000
 
-_collections: dict[str, Collection] = {}
-_changes: dict[int, Any] = {}
+_collections: dict[str, Collection] = session_cache({})
+_changes: dict[int, Any] = session_cache({})
 _noticed: set[tuple[int, int, str]] = set()
 
 

@@ -17,7 +17,8 @@ from pg_siamese_server.errors import ImageError
 from tests.support import Array
 
 COLLECTION = Collection(
-    1, "c", 1, "public.t", "id", "bigint", "image", "reject", "sync", 1, 4, "", "cosine", "public"
+    *(1, "c", 1, "public.t", "id", "bigint", "image", "reject", "sync", 1, 4, "", "cosine"),
+    *("public", 1),
 )
 
 
