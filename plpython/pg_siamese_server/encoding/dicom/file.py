@@ -85,20 +85,21 @@ _SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 class _Reader(io.BytesIO):
     """A file in memory that counts reads, and calls back: a hostile one has very many elements."""
 
-    def __init__(self, data: bytes, poll: Poll) -> None:
+    def __init__(self, data: bytes, poll: Poll, max_reads: int) -> None:
         super().__init__(data)
         self._poll = poll
         self._reads = 0
+        self._max_reads = max_reads
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._reads += 1
         if self._reads % READS_PER_POLL == 0:
             self._poll()
-            if self._reads > MAX_READS:
+            if self._reads > self._max_reads:
                 raise ImageError(
                     "DICOM file has too many elements",
                     sqlstate=PROGRAM_LIMIT_EXCEEDED,
-                    detail=f"The limit is about {MAX_READS // 2}.",
+                    detail=f"The limit is about {self._max_reads // 2}.",
                     hint="Store the picture without its private elements.",
                 )
         return super().read(size)
@@ -221,8 +222,16 @@ def read(data: bytes, spec: InputSpec, poll: Poll) -> File:
     return result
 
 
-def read_elements(data: bytes, spec: InputSpec, poll: Poll) -> tuple[bytes, Dataset, uid.UID, int]:
+def read_elements(
+    data: bytes, spec: InputSpec, poll: Poll, *, max_reads: int = MAX_READS
+) -> tuple[bytes, Dataset, uid.UID, int]:
     """Read all elements before the pixels, whatever the object is.
+
+    Args:
+        data: the file.
+        spec: its ``max_bytes`` is the limit of a deflated data set, inflated.
+        poll: called while the file is read. May raise to leave.
+        max_reads: about twice the number of elements that the file may have.
 
     Returns:
         The file, inflated if it was deflated, its elements, its transfer syntax, and where reading
@@ -232,7 +241,7 @@ def read_elements(data: bytes, spec: InputSpec, poll: Poll) -> tuple[bytes, Data
     syntax, start = _transfer_syntax(whole)
     if syntax == uid.DeflatedExplicitVRLittleEndian:
         whole = _header(uid.ExplicitVRLittleEndian) + _inflated(whole[start:], spec)
-    reader = _Reader(whole, poll)
+    reader = _Reader(whole, poll, max_reads)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
