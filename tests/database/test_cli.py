@@ -17,44 +17,18 @@ import psycopg
 import pytest
 from PIL import Image
 from psycopg.conninfo import make_conninfo
-from typer.testing import CliRunner
 
 from pg_siamese import datasets
 from pg_siamese.cli.demo import things_to_try
-from pg_siamese.cli.main import app
 from pg_siamese.client.connection import connect, schema_prefix
 from pg_siamese.client.sources import png
 from tests.conftest import Connection
+from tests.database.commands import fails, run, works
 from tests.server import login_role, pg_environment
 from tests.support import graph, grid_encoder, one, rows_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from typer.testing import Result
-
-
-def run(dsn: str, *arguments: str) -> Result:
-    """Run a command on a database, or on that of the PG variables."""
-    options = ["--dsn", dsn] if dsn else []
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, *options])
-
-
-def works(dsn: str, *arguments: str) -> str:
-    result = run(dsn, *arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fails(dsn: str, *arguments: str) -> str:
-    """Run a command that must fail as it should; return its error, which is one line."""
-    result = run(dsn, *arguments)
-    assert result.exit_code == 1, result.output
-    # Progress bars are on stderr too.
-    lines = [line for line in result.stderr.splitlines() if not re.search(r"━|\d% ", line)]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def count(db: Connection, table: str = "siamese.images") -> int:
