@@ -34,14 +34,19 @@ SYNTAXES = (
 
 def written(dataset: Dataset, syntax: str = uid.ExplicitVRLittleEndian) -> bytes:
     """Return a data set as the bytes of a DICOM file."""
+    target = io.BytesIO()
+    filed(dataset, syntax).save_as(target, enforce_file_format=True)
+    return target.getvalue()
+
+
+def filed(dataset: Dataset, syntax: str = uid.ExplicitVRLittleEndian) -> Dataset:
+    """Return a data set with what a file says of itself."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = uid.UID(syntax)
     meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.file_meta = meta
-    target = io.BytesIO()
-    dataset.save_as(target, enforce_file_format=True)
-    return target.getvalue()
+    return dataset
 
 
 def dataset(pixels: NDArray[Any], **elements: Any) -> Dataset:
@@ -69,6 +74,37 @@ def image(
 ) -> bytes:
     """Return an uncompressed DICOM file."""
     return written(dataset(pixels, **elements), syntax)
+
+
+def instance(number: int, *, patient: str = "p 1", **elements: Any) -> Dataset:
+    """Return a picture with what archives ask for: one patient, study and series."""
+    place = np.arange(32)
+    blob = np.exp(-((place[:, None] - number % 32) ** 2 + (place - number // 32 % 32) ** 2) / 60)
+    given = {
+        "SOPInstanceUID": f"1.2.826.0.1.{number}",
+        "PatientID": patient,
+        "PatientName": f"Name^of {patient}",
+        "StudyInstanceUID": f"1.2.826.0.2.{patient.split()[-1]}",
+        "SeriesInstanceUID": f"1.2.826.0.3.{patient.split()[-1]}",
+        "StudyID": "1",
+        "StudyDate": "20240229",
+        "StudyTime": "101530",
+        "SeriesNumber": "1",
+        "InstanceNumber": str(number),
+        "Modality": "CT",
+        "BodyPartExamined": "CHEST",
+        "Manufacturer": "Maker",
+        "ManufacturerModelName": "Model 7",
+    }
+    return dataset((4095 * blob).astype(np.uint16), **given | elements)
+
+
+def report(number: int) -> Dataset:
+    """Return a structured report: an instance without pixels."""
+    result = Dataset()
+    result.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
+    result.SOPInstanceUID = f"1.2.826.0.4.{number}"
+    return result
 
 
 def compressed(

@@ -1,11 +1,11 @@
-"""Commands on collections: load images, search them, maintain the index."""
+"""Commands on collections: search them, maintain the index."""
 
 from __future__ import annotations
 
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -13,101 +13,10 @@ from rich.table import Table
 
 from pg_siamese.cli.failures import INTERRUPTED, describe_failure
 from pg_siamese.cli.options import CollectionName, Dsn
-from pg_siamese.cli.terminal import answer_table, errors, notice_bar, output, progress_bar
+from pg_siamese.cli.terminal import answer_table, notice_bar, output
 from pg_siamese.client.connection import CommandError, connect
-from pg_siamese_server.errors import counted
-
-if TYPE_CHECKING:
-    from pg_siamese.datasets import LeftOut
 
 SHEET_NEIGHBOURS = 64  # a sheet is for looking at
-
-
-def load(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder (its sub-folders are the labels), an npz file in MedMNIST's layout, "
-            "or an IDX file (with --labels).",
-            metavar="SOURCE",
-        ),
-    ],
-    collection: CollectionName = "images",
-    table: Annotated[
-        str | None, typer.Option(help="Insert into this table instead of a collection's.")
-    ] = None,
-    image_column: Annotated[
-        str, typer.Option(help="Image column of --table (not needed with --collection).")
-    ] = "image",
-    split: Annotated[
-        list[str] | None, typer.Option(help="Load only this split: train, val or test. Repeatable.")
-    ] = None,
-    labels: Annotated[Path | None, typer.Option(help="IDX file of labels.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Name of the data set. Default: the name of SOURCE.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="If the collection does not exist, create it on siamese.images with this model."
-        ),
-    ] = None,
-    skip_rejected: Annotated[
-        bool, typer.Option("--skip-rejected", help="Skip images that the server rejects.")
-    ] = False,
-    dsn: Dsn = None,
-) -> None:
-    """Load images into a collection.
-
-    The collection's triggers embed the images. Image files are stored unchanged, pixels of npz and
-    IDX files as PNG. The columns dataset, split, label and source are filled if the table has them.
-    Images whose source is already stored are left out, so a second run continues the first one.
-    """
-    from pg_siamese.client.loading import LoadReport, find_target, load_part
-    from pg_siamese.client.queries import ensure_collection, find_collection
-    from pg_siamese.client.sources import count_left_out, printable, read_source
-
-    if model is not None and table is not None:
-        raise CommandError("--model can't be used with --table")
-    left_out: list[LeftOut] = []
-    parts = read_source(
-        source, splits=split, labels=labels, dataset=dataset, leave_out=left_out.append
-    )
-    for file in left_out:
-        if file.reason is not None:
-            errors().print(
-                f"[yellow]left out:[/] {escape(printable(file.path))}: {file.reason}",
-                soft_wrap=True,
-            )
-    report = LoadReport()
-    with connect(dsn) as connection:
-        if table is None:
-            if model is not None:
-                ensure_collection(connection, collection, model)
-            found = find_collection(connection, collection)
-            target = find_target(connection, found.relation, found.image_name)
-        else:
-            target = find_target(connection, table, image_column)
-        for part in parts:
-            with progress_bar(str(part), len(part)) as advance:
-                load_part(
-                    connection,
-                    target,
-                    part,
-                    report=report,
-                    skip_rejected=skip_rejected,
-                    advance=advance,
-                )
-    for rejection in report.rejected:
-        errors().print(
-            f"[yellow]rejected:[/] {escape(rejection.name)}: {escape(rejection.reason)}",
-            soft_wrap=True,
-        )
-    before = f" (already stored: {report.stored_before:,})" if report.stored_before else ""
-    images = counted(report.stored, "image")
-    output().print(f"{images} stored in {escape(target.relation)}{before}")
-    if left_out:
-        output().print(escape(count_left_out(left_out)), soft_wrap=True)
 
 
 def query(

@@ -6,7 +6,7 @@ commands import heavy modules when they run, so that `--help` and mistakes answe
 
 import typer
 
-from pg_siamese.cli import collections, demo, evaluation, models, training, worker
+from pg_siamese.cli import collections, demo, evaluation, loading, models, training, worker
 from pg_siamese.cli.failures import Commands
 
 app = typer.Typer(
@@ -17,7 +17,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Similar-image search inside PostgreSQL: load and search images, and maintain the index.",
 )
-app.command()(collections.load)
+app.command()(loading.load)
+app.command()(loading.create_dicom_table)
 app.command()(collections.query)
 app.command()(collections.status)
 app.command()(collections.build_index)

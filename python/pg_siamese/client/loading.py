@@ -10,6 +10,7 @@ import psycopg
 from psycopg import sql
 
 from pg_siamese.client.connection import CommandError, describe_error
+from pg_siamese.client.dicom_columns import COLUMNS, SOP_UID
 from pg_siamese.client.sources import ImageRow, Part
 from pg_siamese_server.errors import counted
 
@@ -24,23 +25,39 @@ DESCRIPTION = ("dataset", "split", "label", "source")
 # Errors of single rows: no image, an image over the model's limits, or a violated constraint of the
 # table. Any other error concerns the whole load.
 REJECTIONS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+BAD_IMAGES = (
+    psycopg.errors.InvalidBinaryRepresentation,
+    psycopg.errors.ProgramLimitExceeded,
+)
+# PostgreSQL's own limit of a value.
+MAX_BYTES = 1024**3 - 1
 
 
 @dataclass(frozen=True)
 class Target:
     """The table to load images into: ``relation`` as the server quotes it (schema.table).
 
-    ``columns`` maps the columns among :data:`DESCRIPTION` that the table has to their SQL types.
+    Attributes:
+        relation: the table.
+        image_column: its column of images, not quoted.
+        columns: the columns to fill beside it, with their SQL types: those of :data:`DESCRIPTION`
+            that the table has.
+        tag_columns: those of ``dicom_columns.COLUMNS`` that the table has, in the same way.
+        has_unique_uid: whether the table refuses an SOP Instance UID that it has.
+        max_bytes: largest file that its collections take.
     """
 
     relation: str
     image_column: str
     columns: dict[str, str]
+    tag_columns: dict[str, str] = field(default_factory=dict)
+    has_unique_uid: bool = False
+    max_bytes: int = MAX_BYTES
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """An image that the server rejected, by its name, and the reason in one line."""
+    """An image that is not stored, by its name, and the reason in one line."""
 
     name: str
     reason: str
@@ -53,6 +70,15 @@ class LoadReport:
     stored: int = 0
     stored_before: int = 0
     rejected: list[Rejection] = field(default_factory=list)
+
+    def add(self, rows: Sequence[ImageRow], stored: int) -> None:
+        """Count rows that were sent. Those that are not stored by it were stored meanwhile."""
+        self.stored += stored
+        self.stored_before += len(rows) - stored
+
+    def reject(self, name: str, reason: str, error: psycopg.Error) -> None:
+        """Note an image that the server rejected."""
+        self.rejected.append(Rejection(name, reason))
 
 
 def find_target(
@@ -80,7 +106,29 @@ def find_target(
     columns: dict[str, str] = dict(found)
     if image_column not in columns:
         raise CommandError(f'table "{name}" has no column "{image_column}"')
-    return Target(name, image_column, {c: columns[c] for c in DESCRIPTION if c in columns})
+    return Target(
+        name,
+        image_column,
+        {c: columns[c] for c in DESCRIPTION if c in columns},
+        {c: columns[c] for c in COLUMNS if c in columns},
+        *_limits(connection, oid, image_column),
+    )
+
+
+def _limits(connection: psycopg.Connection[Any], oid: int, image_column: str) -> tuple[bool, int]:
+    """Return whether ``sop_uid`` is unique, and the largest file that a collection takes."""
+    row = connection.execute(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_index AS i"
+        "  JOIN pg_catalog.pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]"
+        "  WHERE i.indrelid = %s AND i.indisunique AND i.indisvalid AND i.indimmediate"
+        "   AND i.indnkeyatts = 1 AND i.indpred IS NULL AND a.attname = %s),"
+        " (SELECT min(coalesce(c.max_bytes, (m.specification #>> '{input,max_bytes}')::bigint))"
+        "  FROM siamese.collections AS c JOIN siamese.models AS m USING (model_id)"
+        "  WHERE c.relation = %s AND c.image_column = %s)",
+        (oid, SOP_UID, oid, image_column),
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1] or MAX_BYTES
 
 
 def stored_sources(connection: psycopg.Connection[Any], target: Target, part: Part) -> set[str]:
@@ -133,6 +181,8 @@ def store(
     *,
     report: LoadReport | None = None,
     skip_rejected: bool = False,
+    skips_bad_images: bool = False,
+    select: Callable[[list[ImageRow]], list[ImageRow]] = lambda batch: batch,
     advance: Callable[[int], object] = lambda count: None,
     batch_rows: int = BATCH_ROWS,
 ) -> LoadReport:
@@ -146,7 +196,9 @@ def store(
         target: the table.
         rows: to insert.
         report: of earlier loads, to be added to.
-        skip_rejected: continue after an image that the server rejects.
+        skip_rejected: continue after a row that the server rejects.
+        skips_bad_images: continue after an image that it can't decode or that is over a limit.
+        select: called with each batch. Returns the rows to send.
         advance: called after each statement with the number of rows that it dealt with.
         batch_rows: largest number of rows per statement.
 
@@ -158,15 +210,18 @@ def store(
             says how many images are stored. Ctrl-C cancels the running statement in the server.
     """
     report = report or LoadReport()
-    loader = _Loader(connection, target, report, skip_rejected, advance)
+    skipped = REJECTIONS if skip_rejected else BAD_IMAGES if skips_bad_images else ()
+    loader = _Loader(connection, target, report, skipped, advance)
+    can_continue = not {"source", SOP_UID}.isdisjoint(target.columns)
     try:
         for batch in batches(rows, batch_rows):
-            loader.insert(batch)
+            if selected := select(batch):
+                loader.insert(selected)
     except KeyboardInterrupt:
         # psycopg has cancelled the statement in the server, and its transaction is rolled back.
         raise CommandError(
             f"interrupted: the running statement was cancelled; {_stored(report)}"
-            + ("; run the same command to continue" if "source" in target.columns else ""),
+            + ("; run the same command to continue" if can_continue else ""),
             exit_code=130,
         ) from None
     except psycopg.Error as error:
@@ -181,7 +236,7 @@ class _Loader:
     connection: psycopg.Connection[Any]
     target: Target
     report: LoadReport
-    skip_rejected: bool
+    skipped: tuple[type[psycopg.Error], ...]
     advance: Callable[[int], object]
 
     def __post_init__(self) -> None:
@@ -189,16 +244,17 @@ class _Loader:
 
     def insert(self, batch: Sequence[ImageRow]) -> None:
         values: list[list[object]] = [[row.image for row in batch]]
-        values += [[getattr(row, column) for row in batch] for column in self.target.columns]
+        values += [[row.value(column) for row in batch] for column in self.target.columns]
         try:
             with self.connection.transaction():
-                self.connection.execute(self.statement, values)
+                cursor = self.connection.execute(self.statement, values)
         except REJECTIONS as error:
             if len(batch) == 1:
                 self._reject(batch[0], describe_error(error), error)
                 return
         else:
-            self.report.stored += len(batch)
+            stored = cursor.rowcount if _is_unique(self.target) else len(batch)
+            self.report.add(batch, stored)
             self.advance(len(batch))
             return
         middle = len(batch) // 2
@@ -206,9 +262,9 @@ class _Loader:
         self.insert(batch[middle:])
 
     def _reject(self, row: ImageRow, reason: str, error: psycopg.Error) -> None:
-        self.report.rejected.append(Rejection(row.name, reason))
+        self.report.reject(row.name, reason, error)
         self.advance(1)
-        if not self.skip_rejected:
+        if not isinstance(error, self.skipped):
             raise CommandError(f"{row.name}: {reason} ({_stored(self.report)})") from error
 
 
@@ -225,28 +281,42 @@ def _insert_statement(target: Target) -> sql.Composed:
     comma = sql.SQL(", ")
     return sql.SQL(
         "INSERT INTO {} ({}) SELECT {} FROM ROWS FROM (unnest({})) WITH ORDINALITY"
-        " AS u ({}, position) ORDER BY position"
+        " AS u ({}, position) ORDER BY position{}"
     ).format(
         sql.SQL(target.relation),
         comma.join(map(sql.Identifier, names)),
         comma.join(values),
         comma.join(arrays),
         comma.join(aliases),
+        sql.SQL(f" ON CONFLICT ({SOP_UID}) DO NOTHING" if _is_unique(target) else ""),
     )
+
+
+def _is_unique(target: Target) -> bool:
+    """Return whether rows are left to others that store the same instance meanwhile."""
+    return target.has_unique_uid and SOP_UID in target.columns
 
 
 def batches(
     rows: Iterable[ImageRow], batch_rows: int = BATCH_ROWS, batch_bytes: int = BATCH_BYTES
 ) -> Iterator[list[ImageRow]]:
-    """Group ``rows`` in order, up to limits of rows and bytes. A batch has at least one row."""
+    """Group ``rows`` in order, up to limits of rows and bytes. A batch has at least one row.
+
+    No batch has an SOP Instance UID twice.
+    """
     batch: list[ImageRow] = []
+    uids: set[str | None] = set()
     size = 0
     for row in rows:
-        if batch and (len(batch) >= batch_rows or size + len(row.image) > batch_bytes):
+        uid = row.tags.get(SOP_UID)
+        is_full = len(batch) >= batch_rows or size + len(row.image) > batch_bytes
+        if batch and (is_full or uid in uids):
             yield batch
-            batch, size = [], 0
+            batch, uids, size = [], set(), 0
         batch.append(row)
         size += len(row.image)
+        if uid is not None:
+            uids.add(uid)
     if batch:
         yield batch
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ class ImageRow:
     """One image to store: the bytes of an image file, and where it is from.
 
     ``source`` identifies the image ('medmnist:breastmnist/train/17'). A second load leaves out the
-    sources that are stored. ``name`` is for error messages.
+    sources that are stored. ``name`` is for error messages. ``tags`` has values of further columns.
     """
 
     image: bytes
@@ -45,6 +45,11 @@ class ImageRow:
     dataset: str | None = None
     split: str | None = None
     label: str | None = None
+    tags: Mapping[str, str | None] = field(default_factory=dict)
+
+    def value(self, column: str) -> str | None:
+        """Return what a column of the table gets."""
+        return self.tags[column] if column in self.tags else getattr(self, column, None)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,9 @@ def read_source(
         ]
     if "idx" in path.name:
         raise CommandError(f"{path}: IDX images need their labels: --labels FILE")
-    raise CommandError(f"{path}: neither a folder, nor an npz file, nor an IDX file with --labels")
+    raise CommandError(
+        f"{path}: neither a folder, nor an npz file, nor an IDX file with --labels, nor DICOM"
+    )
 
 
 def labelled_part(images: LabelledImages, origin: str) -> Part:
@@ -162,7 +169,11 @@ def printable(path: Path) -> str:
 
 def count_left_out(left_out: Iterable[LeftOut]) -> str:
     """Return how many files were left out, by kind: '3 files left out: 2 .heic, 1 hidden'."""
-    kinds = Counter(file.kind for file in left_out)
+    return count_kinds(Counter(file.kind for file in left_out))
+
+
+def count_kinds(kinds: Counter[str]) -> str:
+    """Return how many files were left out, from their numbers by kind."""
     if not kinds:
         return ""
     each = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())

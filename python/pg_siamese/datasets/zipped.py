@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from pg_siamese.datasets.base import DataFormatError, DataNotFoundError
 from pg_siamese.datasets.folder import IMAGE_SUFFIXES, Member, class_and_split
@@ -70,17 +71,31 @@ def _folder_around(places: list[PurePosixPath]) -> int:
     )
 
 
+@contextmanager
+def open_member(
+    path: Path | str, archive: zipfile.ZipFile, member: str | zipfile.ZipInfo
+) -> Iterator[IO[bytes]]:
+    """Open a member for reading.
+
+    Raises:
+        DataFormatError: it is encrypted or damaged, also if that is found while it is read.
+    """
+    try:
+        with archive.open(member) as file:
+            yield file
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        name = member if isinstance(member, str) else member.filename
+        raise DataFormatError(f"{path}: {name}: {error}") from error
+
+
 def read_member(path: Path | str, archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
     """Return the bytes of a member, whatever its header says of its size.
 
     Raises:
         DataFormatError: it is larger than ``max_bytes``, encrypted or damaged.
     """
-    try:
-        with archive.open(name) as file:
-            data = file.read(max_bytes + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise DataFormatError(f"{path}: {name}: {error}") from error
+    with open_member(path, archive, name) as file:
+        data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise DataFormatError(f"{path}: {name}: larger than the limit of {max_bytes} bytes")
     return data

@@ -64,6 +64,44 @@ KEYWORDS = (
     "PatientIdentityRemoved",
     "DeidentificationMethod",
 )
+# Who is shown, or whom to ask for the name (PS3.15 table E.1-1, without UIDs and dates of studies).
+IDENTIFYING = frozenset(
+    (
+        "AccessionNumber",
+        "AdmissionID",
+        "CountryOfResidence",
+        "MilitaryRank",
+        "NameOfPhysiciansReadingStudy",
+        "OperatorsName",
+        "OtherPatientIDs",
+        "OtherPatientIDsSequence",
+        "OtherPatientNames",
+        "PatientAddress",
+        "PatientBirthDate",
+        "PatientBirthName",
+        "PatientBirthTime",
+        "PatientComments",
+        "PatientID",
+        "PatientInsurancePlanCodeSequence",
+        "PatientMotherBirthName",
+        "PatientName",
+        "PatientReligiousPreference",
+        "PatientTelecomInformation",
+        "PatientTelephoneNumbers",
+        "PerformingPhysicianName",
+        "PersonAddress",
+        "PersonName",
+        "PersonTelephoneNumbers",
+        "PhysiciansOfRecord",
+        "ReferringPhysicianName",
+        "ReferringPhysicianAddress",
+        "ReferringPhysicianTelephoneNumbers",
+        "RegionOfResidence",
+        "RequestingPhysician",
+        "ResponsiblePerson",
+        "StudyID",
+    )
+)
 # Bytes that are no text, and pixels among them.
 _BINARY = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "UN", "OB or OW", "US or OW"))
 _DATE = re.compile(r"(\d{4})\.?(\d{2})\.?(\d{2})")
@@ -103,12 +141,19 @@ def read(data: bytes | None, keywords: Iterable[str], poll: Poll) -> dict[str, A
         if is_database_error(error):
             raise
         return None
-    return _object(elements, keywords)
+    return values(elements, keywords)
 
 
-def _object(
+def values(
     elements: Dataset, keywords: Iterable[str] | None = None, depth: int = 0
 ) -> dict[str, Any]:
+    """Return elements as JSON values by keyword, as ``read`` does.
+
+    Args:
+        elements: a data set that was read, or an item of a sequence in it.
+        keywords: those to return. By default, all but private ones.
+        depth: sequences around the item.
+    """
     result = {}
     names = [e.keyword for e in elements if not e.tag.is_private] if keywords is None else keywords
     for name in names:
@@ -128,7 +173,7 @@ def _value(element: DataElement, depth: int) -> Any:
     if element.VR == "SQ":
         if depth == _DEEPEST:
             return None
-        return [_object(item, depth=depth + 1) for item in element.value]
+        return [values(item, depth=depth + 1) for item in element.value]
     if isinstance(element.value, MultiValue | list):
         return [_single(element.VR, value) for value in element.value]
     return _single(element.VR, element.value)
