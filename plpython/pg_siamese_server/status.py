@@ -39,6 +39,16 @@ PACKAGES = (
     "imagecodecs",
 )
 TRIGGERS = ("insert", "update", "change", "delete", "truncate")
+# Names of columns, without what is no letter, that hold a person's name, birth date or address.
+_PERSONAL = re.compile(
+    r"(?:patients?|persons?|subjects?)?"
+    r"(?:(?:full|first|last|middle|given|family|maiden|birth|sur|fore)names?"
+    r"|birthdate|birthday|dateofbirth|dob"
+    r"|(?:home|street|postal|email)?address|email|(?:tele|mobile)?phone(?:numbers?)?"
+    r"|ssn|socialsecuritynumber)"
+    r"|(?:patients?|persons?|subjects?)names?|nameof(?:the)?(?:patient|person|subject)"
+    r"|(?:\w*physicians?|operators?)(?:names?)?"
+)
 # CVE-2026-3172, in parallel builds of HNSW indexes: the first unsafe and the first safe version.
 PGVECTOR_UNSAFE = ((0, 6), (0, 8, 2))
 
@@ -81,6 +91,7 @@ def self_check(plpy: Any, full: bool) -> list[Line]:
         _run_check(plpy, "pgvector", partial(_pgvector, plpy)),
         _run_check(plpy, "index directory", _directory),
         _run_check(plpy, "triggers", partial(_stray_triggers, plpy)),
+        _run_check(plpy, "dicom_keywords", partial(_dicom_keywords, plpy)),
     ]
     found: dict[str, list[Line]] = {}
     # In the order in which renew_collections locks their tables.
@@ -139,6 +150,17 @@ def _stray_triggers(plpy: Any) -> Line:
     return ("triggers", True, "none of other tables' collections")
 
 
+def _dicom_keywords(plpy: Any) -> Line:
+    from pg_siamese_server.encoding.dicom.tags import IDENTIFYING
+
+    rows = plpy.execute("SELECT k.keyword FROM siamese.dicom_keywords AS k WHERE k.shown")
+    found = ", ".join(sorted(IDENTIFYING.intersection(row["keyword"] for row in rows)))
+    if found:
+        remedy = "delete these rows of siamese.dicom_keywords, or let dicom_tag read them"
+        return ("dicom_keywords", False, f"dicom_tags shows who a person is: {found}; {remedy}")
+    return ("dicom_keywords", True, "none that identifies a person")
+
+
 def _package(name: str) -> Line:
     module = {"pillow": "PIL", "faiss-cpu": "faiss"}.get(name, name)
     try:
@@ -191,6 +213,7 @@ def _collection(plpy: Any, collection: Collection, full: bool) -> list[Line]:
     abandoned = abandoned_query(collection, "count(*) AS n")
     checks: dict[str, Callable[[], Line]] = {
         "table": partial(_table, plpy, collection),
+        "personal data": partial(_personal_data, plpy, collection),
         "owner": partial(_owner, plpy, collection),
         "triggers": partial(_triggers, plpy, collection),
         "rows without vector": partial(
@@ -219,6 +242,18 @@ def _table(plpy: Any, collection: Collection) -> Line:
             detail += ": changes through its parent fire no triggers, so call backfill after them"
         return ("table", False, f"{detail}. {row['hint']}")
     return ("table", True, "ordinary and permanent")
+
+
+def _personal_data(plpy: Any, collection: Collection) -> Line:
+    found = ", ".join(
+        name
+        for name in _column_names(plpy, collection)
+        if _PERSONAL.fullmatch(re.sub(r"[^a-z]", "", name.lower()))
+    )
+    if found:
+        remedy = "keep them in a table of their own, which searches do not return"
+        return ("personal data", False, f"columns that may name a person: {found}; {remedy}")
+    return ("personal data", True, "no column by the name of it")
 
 
 def _owner(plpy: Any, collection: Collection) -> Line:
@@ -270,15 +305,20 @@ def _sample(plpy: Any, collection: Collection) -> list[Any]:
 def _columns(plpy: Any, collection: Collection) -> Line:
     lock_table(plpy, collection.collection_id)  # before the checks take others
     names = (collection.key_column, collection.image_column)
+    found = _column_names(plpy, collection)
+    missing = ", ".join(name for name in names if name not in found)
+    return ("columns", not missing, f"renamed or dropped: {missing}" if missing else "there")
+
+
+def _column_names(plpy: Any, collection: Collection) -> list[str]:
+    """Return the names of the table's columns, quoted for SQL if necessary, in their order."""
     plan = prepare(
         plpy,
         "SELECT quote_ident(a.attname::text) AS name FROM pg_catalog.pg_attribute AS a"
-        " WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped",
+        " WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
         ("oid",),
     )
-    found = {row["name"] for row in plan.execute([collection.relation_oid])}
-    missing = ", ".join(name for name in names if name not in found)
-    return ("columns", not missing, f"renamed or dropped: {missing}" if missing else "there")
+    return [row["name"] for row in plan.execute([collection.relation_oid])]
 
 
 def _not_queued(collection: Collection) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg import sql
 
 from pg_siamese_server.status import pgvector_line
 from tests.conftest import Connect, Connection, Pictures, insert_images
@@ -91,6 +93,7 @@ def test_self_check_of_a_sound_database(db: Connection, pictures: Pictures) -> N
         ),
         ("UPDATE models SET onnx = 'x'", "model"),
         ("UPDATE siamese.generations SET build_id = gen_random_uuid()", "index"),
+        ("ALTER TABLE images ADD COLUMN patient_name text", "personal data"),
     ],
 )
 def test_self_check_finds(
@@ -102,6 +105,35 @@ def test_self_check_finds(
     rows = connect().execute("SELECT subject, detail FROM self_check() WHERE NOT ok").fetchall()
     assert [row[0] for row in rows] == [f'collection "images": {subject}']
     assert rows[0][1]
+
+
+def test_self_check_warns_of_columns_that_name_persons(db: Connection) -> None:
+    """By their names, in any spelling: what they hold is not read."""
+    bad = (
+        *("PatientName", "patient_s_name", "name_of_patient", "last_name", "Surname", "fullName"),
+        *("birth_date", "date_of_birth", "PatientBirthDate", "address", "PatientAddress"),
+        *("e_mail", "phone_number", "ReferringPhysicianName", "OperatorsName", "ssn"),
+    )
+    good = ("patient_id", "name", "file_name", "model_name", "study_date", "addressee", "sop_uid")
+    for name in (*bad, *good):
+        db.execute(sql.SQL("ALTER TABLE images ADD COLUMN {} text").format(sql.Identifier(name)))
+    ((subject, detail),) = rows_of(db, "SELECT subject, detail FROM self_check() WHERE NOT ok")
+    assert subject == 'collection "images": personal data'
+    found = re.search(r"columns that may name a person: (.*); keep them in a table", detail)
+    assert found is not None, detail
+    assert [name.strip('"') for name in found[1].split(", ")] == list(bad)
+
+
+def test_self_check_warns_of_keywords_that_identify(db: Connection) -> None:
+    line = "SELECT ok, detail FROM self_check() WHERE subject = 'dicom_keywords'"
+    db.execute(
+        "INSERT INTO siamese.dicom_keywords VALUES ('StudyDate', true), ('PatientName', false)"
+    )
+    assert db.execute(line).fetchone() == (True, "none that identifies a person")
+    db.execute("UPDATE siamese.dicom_keywords SET shown = true")
+    found = db.execute(line).fetchone()
+    assert found is not None and not found[0]
+    assert "who a person is: PatientName; delete these rows" in found[1]
 
 
 def test_self_check_says_that_the_index_directory_is_a_link(

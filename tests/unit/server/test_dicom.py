@@ -18,7 +18,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from pg_siamese_server.encoding.dicom import frames
+from pg_siamese_server.encoding.dicom import frames, tags
 from pg_siamese_server.encoding.images import decode_image, render_image
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
@@ -406,3 +406,9 @@ def test_other_formats_load_no_pydicom() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]"
+
+
+def test_keywords_are_those_of_the_standard() -> None:
+    for keyword in (*tags.KEYWORDS, *tags.IDENTIFYING):
+        tags.check_keyword(keyword)
+    assert not tags.IDENTIFYING & set(tags.KEYWORDS)
