@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hmac
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator
 from datetime import date
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.fileset import FileSet
 
 from pg_siamese.client import dicom_loading
 from pg_siamese.client.connection import connect
@@ -25,6 +27,7 @@ from tests import dicom_files
 from tests.conftest import Connection
 from tests.database.commands import fails, run, works
 from tests.support import column_of, one, rows_of
+from tools.project import ROOT
 
 KEY = "a key of at least sixteen bytes"
 SERIES = next((path for path in data_folders("dicom_series") if path.is_dir()), None)
@@ -40,7 +43,7 @@ def file(number: int, **elements: Any) -> bytes:
 def folder_of(folder: Path, *contents: bytes) -> Path:
     """Write files that have numbers for names, some to a folder."""
     for number, data in enumerate(contents):
-        place = folder / f"ser{number // 4}" / f"{number:08}"
+        place = folder / f"series{number // 4}" / f"{number:08}"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data)
     return folder
@@ -295,7 +298,7 @@ def test_tables_of_today(dsn: str, db: Connection, tmp_path: Path) -> None:
     assert "already stored: 2" in works(dsn, "load", str(folder), "--recursive")
     assert "already stored: 2" in works(dsn, "load", str(folder))
     assert rows_of(db, "SELECT dataset, label, source FROM siamese.images ORDER BY 3") == [
-        ("set", None, f"file:set/ser0/0000000{number}") for number in range(2)
+        ("set", None, f"file:set/series0/0000000{number}") for number in range(2)
     ]
 
 
@@ -379,6 +382,42 @@ def test_one_portion_after_the_other(films: str, monkeypatch: pytest.MonkeyPatch
     with connect(films) as connection:
         load_instances(connection, find_target(connection, "films"), instances())
     assert len(ahead) == 10 and max(ahead) == 3
+
+
+def test_the_documentation(dsn: str, db: Connection, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "dicom.md").read_text()
+    folder_of(tmp_path / "archive", file(1), file(2))
+    folder_of(tmp_path / "media" / "cdrom", file(4))
+    with zipfile.ZipFile(tmp_path / "study.zip", "w") as archive:
+        archive.writestr("IM1", file(3))
+    files = FileSet()
+    files.add(dicom_files.filed(dicom_files.instance(5)))
+    files.write(tmp_path / "media" / "cdrom")
+    (tmp_path / "films.key").write_text(KEY)
+    (tmp_path / "films.key").chmod(0o600)
+    places = {word: str(tmp_path / word.strip("/~")) for word in text.split() if word[0] in "/~"}
+    places["study.zip"] = str(tmp_path / "study.zip")
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
+        for line in block.splitlines():
+            program, *words = shlex.split(line, comments=True)
+            assert program == "pg_siamese"
+            works(dsn, *(places.get(word, word) for word in words))
+    assert column_of(db, "SELECT right(sop_uid, 2) FROM films ORDER BY 1") == [
+        f".{number}" for number in (1, 2, 3, 5)
+    ]
+    ((table,),) = [re.findall(r"\| column \| from the tag \|\n(.*?)\n\n", text, re.S)]
+    rows = [row.strip("|").split("|") for row in table.splitlines()[1:]]
+    names = [word for row in rows for word in re.findall(r"`(\w+)`", row[0])]
+    keywords = {word for row in rows for word in re.findall(r"`(\w+)`", row[1])}
+    assert sorted(names) == sorted(COLUMNS)
+    assert keywords == {word for column in COLUMNS.values() for word in column.keywords}
+    statement = next(
+        block for block in re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S) if "NOT ok" in block
+    )
+    db.execute("ALTER TABLE films ADD COLUMN patient_name text")
+    db.execute("INSERT INTO siamese.dicom_keywords VALUES ('PatientName')")
+    assert one(db, "SELECT count(*) FROM siamese.self_check() WHERE NOT ok") == 2
+    assert rows_of(db, statement) == []
 
 
 @needs_series

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from psycopg import sql
 
+from tests import dicom_files
 from tests.conftest import Connection, Pictures
 from tests.server import pg_environment
 from tests.support import grid_encoder, one, rows_of
@@ -83,6 +84,9 @@ def test_shell(
         folder = tmp_path / "pictures" / pictures.labels[place]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{place}.png").write_bytes(pictures.files[place])
+    (tmp_path / "archive").mkdir()
+    film = dicom_files.written(dicom_files.instance(1))
+    (tmp_path / "archive" / "IM000001").write_bytes(film)
     model = grid_encoder(("batch", 3, 64, 64), pool=32)
     (tmp_path / "resnet.onnx").write_bytes(model)
     environment = os.environ | pg_environment(dsn)
@@ -101,3 +105,4 @@ def test_shell(
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert (tmp_path / "answer.png").stat().st_size > 1000
     assert one(filled, "SELECT dimension FROM siamese.models WHERE name = 'resnet'") == 12
+    assert one(filled, "SELECT image FROM films") == film
