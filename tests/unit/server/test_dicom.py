@@ -6,6 +6,7 @@ import random
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from pg_siamese_server.encoding.dicom import frames, tags
+from pg_siamese_server.encoding.dicom import file, frames, tags
 from pg_siamese_server.encoding.images import decode_image, render_image
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
@@ -412,3 +413,14 @@ def test_keywords_are_those_of_the_standard() -> None:
     for keyword in (*tags.KEYWORDS, *tags.IDENTIFYING):
         tags.check_keyword(keyword)
     assert not tags.IDENTIFYING & set(tags.KEYWORDS)
+
+
+def test_values_stay_out_of_the_log() -> None:
+    """A warning of pydicom would quote them."""
+    data = made.image(ramp(0, 4095), StudyDate="20240229")
+    data = data.replace(b"20240229", b"tomorrow").replace(made.CT.encode(), b"CT".ljust(25, b"?"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tags.read(data, ["StudyDate"], lambda: None)
+        assert found == {"StudyDate": "tomorrow"}
+        file.read(data, SPEC, lambda: None)

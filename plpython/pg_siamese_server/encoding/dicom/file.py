@@ -11,6 +11,8 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,15 @@ from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError
 
 # Nobody's log wants what pydicom thinks of a file: what matters becomes an error.
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings of pydicom out of the log: they quote values, names of patients among them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
 
 PREAMBLE = 128
 MAGIC = b"DICM"
@@ -207,6 +218,7 @@ def _is_empty(value: Any) -> bool:
     return hasattr(value, "__len__") and len(value) == 0
 
 
+@quiet()
 def read(data: bytes, spec: InputSpec, poll: Poll) -> File:
     """Read all elements before the pixels, and check what a picture must have."""
     whole, elements, syntax, place = read_elements(data, spec, poll)
@@ -243,8 +255,7 @@ def read_elements(
         whole = _header(uid.ExplicitVRLittleEndian) + _inflated(whole[start:], spec)
     reader = _Reader(whole, poll, max_reads)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             elements = dcmread(reader, stop_before_pixels=True)
     except RecursionError:
         raise ImageError(

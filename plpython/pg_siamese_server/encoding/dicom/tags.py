@@ -144,16 +144,15 @@ def read(data: bytes | None, keywords: Iterable[str], poll: Poll) -> dict[str, A
     return values(elements, keywords)
 
 
-def values(
+@file.quiet()
+def values(elements: Dataset, keywords: Iterable[str]) -> dict[str, Any]:
+    """Return elements of a data set that was read as JSON values by keyword, as ``read`` does."""
+    return _object(elements, keywords)
+
+
+def _object(
     elements: Dataset, keywords: Iterable[str] | None = None, depth: int = 0
 ) -> dict[str, Any]:
-    """Return elements as JSON values by keyword, as ``read`` does.
-
-    Args:
-        elements: a data set that was read, or an item of a sequence in it.
-        keywords: those to return. By default, all but private ones.
-        depth: sequences around the item.
-    """
     result = {}
     names = [e.keyword for e in elements if not e.tag.is_private] if keywords is None else keywords
     for name in names:
@@ -173,7 +172,7 @@ def _value(element: DataElement, depth: int) -> Any:
     if element.VR == "SQ":
         if depth == _DEEPEST:
             return None
-        return [values(item, depth=depth + 1) for item in element.value]
+        return [_object(item, depth=depth + 1) for item in element.value]
     if isinstance(element.value, MultiValue | list):
         return [_single(element.VR, value) for value in element.value]
     return _single(element.VR, element.value)
