@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hmac
+import random
 import re
 import shlex
 import zipfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.conninfo import make_conninfo
 from pydicom.fileset import FileSet
 
 from pg_siamese.client import dicom_loading
@@ -26,6 +28,7 @@ from pg_siamese.datasets.places import data_folders
 from tests import dicom_files
 from tests.conftest import Connection
 from tests.database.commands import fails, run, works
+from tests.server import login_role
 from tests.support import column_of, one, rows_of
 from tools.project import ROOT
 
@@ -286,7 +289,9 @@ def test_zip_files_and_single_files(films: str, db: Connection, tmp_path: Path) 
 def test_a_folder_without_recursive(films: str, db: Connection, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, file(1))
     (folder / "top").write_bytes(file(2))
-    assert "1 sub-folder (--recursive loads them)" in load(films, folder)
+    (folder / "notes.txt").write_bytes(b"notes")
+    wanted = "2 files left out: 1 sub-folder (--recursive loads them), 1 not DICOM"
+    assert wanted in load(films, folder)
     assert column_of(db, "SELECT sop_uid FROM films") == ["1.2.826.0.1.2"]
 
 
@@ -362,6 +367,35 @@ def test_a_race(films: str, db: Connection, monkeypatch: pytest.MonkeyPatch) -> 
         report = load_instances(connection, target, instances)
         assert (report.stored, report.stored_before) == (1, 1)
     assert one(db, "SELECT count(*) FROM films") == 2
+
+
+def test_nothing_goes_missing(films: str, db: Connection) -> None:
+    """Damaged files are stored or counted, one by one."""
+    generator = random.Random(5)
+    damaged = [dicom_files.mutated(file(number), generator) for number in range(150)]
+    with connect(films) as connection:
+        target = find_target(connection, "films")
+        steps: list[int] = []
+        instances = (Instance(str(n), partial(bytes, data)) for n, data in enumerate(damaged))
+        report = load_instances(connection, target, instances, advance=steps.append)
+    assert report.stored == one(db, "SELECT count(*) FROM films") > 30
+    assert report.left_out["broken"] > 10
+    assert report.stored + report.stored_before + report.left_out.total() == 150
+    assert sum(steps) == 150
+
+
+def test_a_role_that_only_inserts(films: str, db: Connection, tmp_path: Path) -> None:
+    role = "loader_of_films"
+    db.execute(login_role(role))
+    try:
+        db.execute(f"GRANT SELECT, INSERT ON films TO {role}")
+        output = works(
+            make_conninfo(films, user=role),
+            *("load", str(folder_of(tmp_path, file(1))), "--recursive", "--table", "films"),
+        )
+        assert "1 image stored" in output
+    finally:
+        db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 def test_one_portion_after_the_other(films: str, monkeypatch: pytest.MonkeyPatch) -> None:

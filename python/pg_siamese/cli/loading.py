@@ -102,26 +102,26 @@ def load(
     identify: Callable[[str], str] | None = str if patient_ids == "keep" else None
     if patient_ids == "hash":
         identify = keyed_hash(read_hash_key(hash_key))
-    left_out: list[LeftOut] = []
     is_dicom = is_dicom_source(source, recursive)
     if is_dicom and (split or labels):
         raise CommandError("--split and --labels can't be used with DICOM files")
-    parts = (
-        []
-        if is_dicom
-        else read_source(
-            source, splits=split, labels=labels, dataset=dataset, leave_out=left_out.append
+    parts: list[Part] = []
+    no_parts: list[LeftOut] = []
+    if not is_dicom:
+        parts = read_source(
+            source, splits=split, labels=labels, dataset=dataset, leave_out=no_parts.append
         )
-    )
     with connect(dsn) as connection:
         target = _find_target(connection, collection, table, image_column, model)
         if not is_dicom and not (source.is_dir() and SOP_UID in target.tag_columns):
-            _load_parts(connection, target, parts, left_out, skip_rejected)
+            _load_parts(connection, target, parts, no_parts, skip_rejected)
             return
+        left_out: list[LeftOut] = []
+        name = source.resolve().name
         with open_instances(
             source,
             recursive=recursive,
-            dataset=dataset or source.resolve().name,
+            dataset=dataset or name,
             max_bytes=target.max_bytes,
             leave_out=left_out.append,
         ) as instances:
@@ -130,7 +130,7 @@ def load(
                 target,
                 instances,
                 total=len(instances),
-                description=source.name,
+                description=name,
                 left_out=left_out,
                 patient_ids=identify,
                 skip_rejected=skip_rejected,

@@ -175,11 +175,12 @@ def _file_set(index: Path, leave_out: Callable[[LeftOut], object]) -> list[Path]
         _, elements, _, _ = file.read_elements(
             data, InputSpec(1, 1), lambda: None, max_reads=len(data)
         )
-        names = [
-            record.ReferencedFileID
-            for record in elements.DirectoryRecordSequence
-            if record.get("ReferencedFileID") and record.get("RecordInUseFlag") != 0
-        ]
+        with file.quiet():
+            names = [
+                record.ReferencedFileID
+                for record in elements.DirectoryRecordSequence
+                if record.get("ReferencedFileID") and record.get("RecordInUseFlag") != 0
+            ]
     except MemoryError:
         raise
     except Exception:  # whatever pydicom meets in a damaged file

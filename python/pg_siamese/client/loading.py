@@ -111,24 +111,34 @@ def find_target(
         image_column,
         {c: columns[c] for c in DESCRIPTION if c in columns},
         {c: columns[c] for c in COLUMNS if c in columns},
-        *_limits(connection, oid, image_column),
+        _has_unique_uid(connection, oid),
+        _max_bytes(connection, oid, image_column),
     )
 
 
-def _limits(connection: psycopg.Connection[Any], oid: int, image_column: str) -> tuple[bool, int]:
-    """Return whether ``sop_uid`` is unique, and the largest file that a collection takes."""
+def _has_unique_uid(connection: psycopg.Connection[Any], oid: int) -> bool:
     row = connection.execute(
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_index AS i"
-        "  JOIN pg_catalog.pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]"
-        "  WHERE i.indrelid = %s AND i.indisunique AND i.indisvalid AND i.indimmediate"
-        "   AND i.indnkeyatts = 1 AND i.indpred IS NULL AND a.attname = %s),"
-        " (SELECT min(coalesce(c.max_bytes, (m.specification #>> '{input,max_bytes}')::bigint))"
-        "  FROM siamese.collections AS c JOIN siamese.models AS m USING (model_id)"
-        "  WHERE c.relation = %s AND c.image_column = %s)",
-        (oid, SOP_UID, oid, image_column),
+        "SELECT FROM pg_catalog.pg_index AS i"
+        " JOIN pg_catalog.pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]"
+        " WHERE i.indrelid = %s AND i.indisunique AND i.indisvalid AND i.indimmediate"
+        "  AND i.indnkeyatts = 1 AND i.indpred IS NULL AND a.attname = %s",
+        (oid, SOP_UID),
     ).fetchone()
-    assert row is not None
-    return row[0], row[1] or MAX_BYTES
+    return row is not None
+
+
+def _max_bytes(connection: psycopg.Connection[Any], oid: int, image_column: str) -> int:
+    """Return the largest file that all collections of an image column take."""
+    try:
+        row = connection.execute(
+            "SELECT min(coalesce(c.max_bytes, (m.specification #>> '{input,max_bytes}')::bigint))"
+            "  FROM siamese.collections AS c JOIN siamese.models AS m USING (model_id)"
+            " WHERE c.relation = %s AND c.image_column = %s",
+            (oid, image_column),
+        ).fetchone()
+    except psycopg.errors.InsufficientPrivilege:  # who only inserts need not see the catalogue
+        return MAX_BYTES
+    return MAX_BYTES if row is None or row[0] is None else int(row[0])
 
 
 def stored_sources(connection: psycopg.Connection[Any], target: Target, part: Part) -> set[str]:
