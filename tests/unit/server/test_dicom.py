@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import struct
 import subprocess
@@ -413,6 +414,17 @@ def test_keywords_are_those_of_the_standard() -> None:
     for keyword in (*tags.KEYWORDS, *tags.IDENTIFYING):
         tags.check_keyword(keyword)
     assert not tags.IDENTIFYING & set(tags.KEYWORDS)
+
+
+def test_a_directory_of_media_is_no_picture() -> None:
+    directory = made.report(1)
+    directory.SOPClassUID = uid.MediaStorageDirectoryStorage
+    named = made.filed(directory)
+    del named.SOPClassUID
+    target = io.BytesIO()
+    named.save_as(target)
+    with pytest.raises(ImageError, match="without pixels: Media Storage Directory Storage"):
+        decode_image(target.getvalue(), SPEC)
 
 
 def test_values_stay_out_of_the_log() -> None:

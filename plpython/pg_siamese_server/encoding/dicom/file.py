@@ -356,7 +356,9 @@ def _pixels(data: bytes, place: int, syntax: uid.UID) -> tuple[int, int, str] | 
 
 def _check_class(elements: Dataset, has_pixels: bool) -> None:
     """Refuse what is no picture, by its SOP class."""
-    number = str(elements.get("SOPClassUID") or "").strip("\0 ")
+    # A DICOMDIR says what it is in its file meta information only.
+    meta = getattr(elements, "file_meta", Dataset()).get("MediaStorageSOPClassUID")
+    number = str(elements.get("SOPClassUID") or meta or "").strip("\0 ")
     name = uid.UID(number).name
     name = "" if name == number else name
     kind = _NO_PICTURES.get(number)
