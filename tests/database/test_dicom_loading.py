@@ -290,7 +290,10 @@ def test_a_folder_without_recursive(films: str, db: Connection, tmp_path: Path) 
     folder = folder_of(tmp_path, file(1))
     (folder / "top").write_bytes(file(2))
     (folder / "notes.txt").write_bytes(b"notes")
-    wanted = "2 files left out: 1 sub-folder (--recursive loads them), 1 not DICOM"
+    folder_of(folder / "train", file(3))
+    split = ("-c", "films", "--split", "train")
+    assert "can't be used with DICOM" in fails(films, "load", str(folder), *split)
+    wanted = "3 files left out: 2 sub-folder (--recursive loads them), 1 not DICOM"
     assert wanted in load(films, folder)
     assert column_of(db, "SELECT sop_uid FROM films") == ["1.2.826.0.1.2"]
 

@@ -103,8 +103,6 @@ def load(
     if patient_ids == "hash":
         identify = keyed_hash(read_hash_key(hash_key))
     is_dicom = is_dicom_source(source, recursive)
-    if is_dicom and (split or labels):
-        raise CommandError("--split and --labels can't be used with DICOM files")
     parts: list[Part] = []
     no_parts: list[LeftOut] = []
     if not is_dicom:
@@ -116,6 +114,8 @@ def load(
         if not is_dicom and not (source.is_dir() and SOP_UID in target.tag_columns):
             _load_parts(connection, target, parts, no_parts, skip_rejected)
             return
+        if split or labels is not None:
+            raise CommandError("--split and --labels can't be used with DICOM files")
         left_out: list[LeftOut] = []
         name = source.resolve().name
         with open_instances(

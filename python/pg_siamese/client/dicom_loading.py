@@ -89,9 +89,9 @@ def read_hash_key(path: Path | None) -> bytes:
         CommandError: there is none, it is too short, or others may read the file.
     """
     if path is None:
-        key = os.environ.get(HASH_KEY, "").encode()
+        key = os.fsencode(os.environ.get(HASH_KEY, ""))
         if not key:
-            raise CommandError(f"hashing needs a key: set {HASH_KEY}, or name a file of it")
+            raise CommandError(f"no key to hash with: set {HASH_KEY}, or use --hash-key FILE")
         name = HASH_KEY
     else:
         if path.stat().st_mode & 0o077:
@@ -261,7 +261,7 @@ def _tags(data: bytes, max_bytes: int) -> dict[str, Any]:
 
 
 def _no_instance(error: ImageError) -> NoInstanceError:
-    reason = " ".join(filter(None, (error.message, error.detail)))
+    reason = ": ".join(filter(None, (error.message, error.detail)))
     if error.message.startswith(_NO_PICTURE):
         return NoInstanceError(error.message.removeprefix(_NO_PICTURE))
     if error.sqlstate == PROGRAM_LIMIT_EXCEEDED:
