@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(arguments)
     train = chosen.train or chosen.train_if_small
-    extras = [name for name, wanted in (("test", chosen.test), ("train", train)) if wanted]
+    extras = ["dicomweb", "test"] if chosen.test else []
+    extras += ["train"] if train else []
     build = ensure(extras, small=not chosen.train)
     if chosen.bench:
         ensure_fashion_mnist()

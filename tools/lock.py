@@ -66,6 +66,7 @@ def _requirements() -> dict[str, list[str]]:
         "tool": [TOOL],
         "server": servers,
         "client": [each for each in clients if not each.startswith(_OWN)],
+        "dicomweb": extras["dicomweb"],
         "test": extras["test"],
         "train": extras["train"],
         "alone": client["dependency-groups"]["without-dependencies"],
@@ -95,7 +96,9 @@ def write(upgrade: bool = False) -> None:
     # versions in the output file.
     every = scratch / "all.txt"
     every.write_text("".join(f"{line}\n" for line in known.values()))
-    roots = [each for name in ("server", "client", "test", "train") for each in wanted[name]]
+    roots = [
+        each for name in ("server", "client", "dicomweb", "test", "train") for each in wanted[name]
+    ]
     options = ["--upgrade"] if upgrade else []
     uv.compile(roots, "--output-file", every, *options, hashes=False)
     chosen = pins(every.read_text())
@@ -111,6 +114,7 @@ def write(upgrade: bool = False) -> None:
     # Installed in addition to the client's packages. What those have on every system isn't
     # repeated.
     base = [name for name, line in pins(texts["client"]).items() if ";" not in line]
+    texts["dicomweb"] = locked(wanted["dicomweb"], base)
     texts["test"] = locked(wanted["test"], base)
     texts["train"] = locked(wanted["train"], [*base, *large])
     small = [name for name in chosen if name not in large]
@@ -126,6 +130,7 @@ _ABOUT = {
     "tool": "What `make lock` itself uses.",
     "server": "What the server package needs, and what builds it.",
     "client": "What the client needs, with the server package's own needs.",
+    "dicomweb": "What loading from a PACS needs besides the client's packages.",
     "test": "What the tests and linters need besides the client's packages.",
     "train": "What training needs besides the client's packages and torch.",
     "torch": "The package index's build of torch: on Linux with CUDA, several GB.",

@@ -56,6 +56,7 @@ def test_locks_are_of_what_the_projects_ask_for() -> None:
     asked = {
         "server": [*project("plpython")["project"]["dependencies"], "flit_core==4.2.0"],
         "client": client["project"]["dependencies"],
+        "dicomweb": extras["dicomweb"],
         "test": extras["test"],
         "train": extras["train"],
     }
