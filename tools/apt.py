@@ -107,6 +107,34 @@ def install(packages: Sequence[str], what: str) -> None:
         attempt()
 
 
+def unpack(packages: Sequence[str], folder: Path, what: str) -> None:
+    """Unpack packages, and what they need beyond the system's own, into a new folder.
+
+    Nothing is installed: no service starts, and any user may do it. Raises ``SetupError``.
+    """
+    if not available():
+        raise SetupError(f"{what} is missing, and this machine has no apt")
+    if not has_lists() and os.geteuid() == 0:
+        update()
+    failure = f"{what} could not be fetched: {_NETWORK}"
+    with (
+        step(f"Fetching {what} ({' '.join(packages)})"),
+        tempfile.TemporaryDirectory(prefix="pg_siamese-apt-") as name,
+    ):
+        cache, temporary = Path(name), folder.with_name(folder.name + ".new")
+        (cache / "archives" / "partial").mkdir(parents=True)
+        cache.chmod(0o755)  # for apt's own user
+        command: list[str | Path] = ["apt-get", "install", "--download-only", "-qq", "-y"]
+        command += ["--no-install-recommends", "--reinstall", *_RETRIES]
+        command += ["-o", f"Dir::Cache={cache}", "-o", "Debug::NoLocking=1", *packages]
+        run(command, env=_environment(), failure=failure)
+        shutil.rmtree(temporary, ignore_errors=True)
+        for file in sorted((cache / "archives").glob("*.deb")):
+            run(["dpkg-deb", "-x", file, temporary], failure=f"{file.name} could not be unpacked")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
 @contextlib.contextmanager
 def no_new_cluster() -> Iterator[None]:
     """Keep Debian's packages from creating and starting a system cluster meanwhile.
