@@ -11,7 +11,7 @@ from psycopg import sql
 
 from pg_siamese.client.connection import CommandError, describe_error
 from pg_siamese.client.dicom_columns import COLUMNS, SOP_UID
-from pg_siamese.client.sources import ImageRow, Part
+from pg_siamese.client.sources import ImageRow, Part, SourceError
 from pg_siamese_server.errors import counted
 
 # Enough rows per statement to fill the encoder's batches, few enough that the progress bar moves
@@ -223,6 +223,7 @@ def store(
     skipped = REJECTIONS if skip_rejected else BAD_IMAGES if skips_bad_images else ()
     loader = _Loader(connection, target, report, skipped, advance)
     can_continue = not {"source", SOP_UID}.isdisjoint(target.columns)
+    how_to_continue = "; run the same command to continue" if can_continue else ""
     try:
         for batch in batches(rows, batch_rows):
             if selected := select(batch):
@@ -230,12 +231,13 @@ def store(
     except KeyboardInterrupt:
         # psycopg has cancelled the statement in the server, and its transaction is rolled back.
         raise CommandError(
-            f"interrupted: the running statement was cancelled; {_stored(report)}"
-            + ("; run the same command to continue" if can_continue else ""),
+            f"interrupted: the running statement was cancelled; {_stored(report)}{how_to_continue}",
             exit_code=130,
         ) from None
     except psycopg.Error as error:
         raise CommandError(f"{describe_error(error)} ({_stored(report)})") from error
+    except SourceError as error:
+        raise CommandError(f"{error}; {_stored(report)}{how_to_continue}") from error
     except OSError as error:
         raise CommandError(f"{error.filename}: {error.strerror} ({_stored(report)})") from error
     return report
@@ -312,21 +314,27 @@ def batches(
 ) -> Iterator[list[ImageRow]]:
     """Group ``rows`` in order, up to limits of rows and bytes. A batch has at least one row.
 
-    No batch has an SOP Instance UID twice.
+    No batch has an SOP Instance UID twice. If the rows end with an error of their source, those
+    before it are a batch, so that they need not be read again.
     """
     batch: list[ImageRow] = []
     uids: set[str | None] = set()
     size = 0
-    for row in rows:
-        uid = row.tags.get(SOP_UID)
-        is_full = len(batch) >= batch_rows or size + len(row.image) > batch_bytes
-        if batch and (is_full or uid in uids):
+    try:
+        for row in rows:
+            uid = row.tags.get(SOP_UID)
+            is_full = len(batch) >= batch_rows or size + len(row.image) > batch_bytes
+            if batch and (is_full or uid in uids):
+                yield batch
+                batch, uids, size = [], set(), 0
+            batch.append(row)
+            size += len(row.image)
+            if uid is not None:
+                uids.add(uid)
+    except SourceError:
+        if batch:
             yield batch
-            batch, uids, size = [], set(), 0
-        batch.append(row)
-        size += len(row.image)
-        if uid is not None:
-            uids.add(uid)
+        raise
     if batch:
         yield batch
 

@@ -31,6 +31,10 @@ from pg_siamese.datasets import (
 from pg_siamese_server.errors import counted
 
 
+class SourceError(CommandError):
+    """The rest of a source can't be read. Those who load it add how many images are stored."""
+
+
 @dataclass(frozen=True)
 class ImageRow:
     """One image to store: the bytes of an image file, and where it is from.

@@ -21,6 +21,7 @@ from pg_siamese.client.loading import LoadReport, Target, batches, load_part, st
 from pg_siamese.client.sources import (
     ImageRow,
     Part,
+    SourceError,
     count_left_out,
     labelled_part,
     png,
@@ -102,6 +103,18 @@ def test_batches_read_no_further_than_they_must() -> None:
 
     next(batches(rows(), batch_rows=5))
     assert len(read) == 6
+
+
+def test_rows_before_a_broken_source_are_stored() -> None:
+    def rows() -> Iterator[ImageRow]:
+        yield from many(13)
+        raise SourceError("the connection broke off")
+
+    server = Server()
+    message = "the connection broke off; 13 images stored by this command; run the same command"
+    with pytest.raises(CommandError, match=message):
+        store(server.connection, TARGET, rows(), batch_rows=10)
+    assert len(server.images) == 13
 
 
 def test_all_good_rows_go_in_a_few_statements() -> None:
