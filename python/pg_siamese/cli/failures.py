@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -32,6 +34,17 @@ class Commands(TyperGroup):
             code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else code
         errors().print(f"[bold red]error:[/] {escape(one_line(message))}", soft_wrap=True)
         raise typer.Exit(code)
+
+
+@contextmanager
+def extra_packages(extra: str) -> Iterator[None]:
+    """Say which packages to install if the body can't import them."""
+    try:
+        yield
+    except ImportError as error:
+        raise CommandError(
+            f"this needs the extra packages of pg_siamese[{extra}]: {error}"
+        ) from error
 
 
 def describe_failure(error: BaseException) -> str | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
+from pg_siamese.cli.failures import extra_packages
 from pg_siamese.cli.options import CollectionName, Dsn
 from pg_siamese.cli.terminal import errors, output, progress_bar
 from pg_siamese.client.connection import CommandError, connect
@@ -24,16 +29,17 @@ if TYPE_CHECKING:
     from pg_siamese.client.sources import Part
     from pg_siamese.datasets import LeftOut
 
+PACS = "dicomweb:"
 PatientIds = Literal["omit", "hash", "keep"]
 
 
 def load(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             help="A folder (its sub-folders are the labels), an npz file in MedMNIST's layout, "
             "or an IDX file (with --labels). DICOM: a folder with --recursive, a zip file, "
-            "a DICOMDIR or its folder, or a single file.",
+            "a DICOMDIR or its folder, a single file, or a PACS as dicomweb:URL.",
             metavar="SOURCE",
         ),
     ],
@@ -75,6 +81,31 @@ def load(
             "Default: the environment variable PG_SIAMESE_HASH_KEY."
         ),
     ] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a PACS: only this Study Instance UID. Repeatable."),
+    ] = None,
+    patient: Annotated[
+        str | None, typer.Option(help="Of a PACS: only studies of this patient ID.")
+    ] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="Of a PACS: only series of this modality, e.g. CT.")
+    ] = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="Of a PACS: only studies of this date or later."),
+    ] = None,
+    credentials: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a PACS: a file with user and password in the format of .netrc, of mode 0600. "
+            "Default: the variables PG_SIAMESE_DICOMWEB_TOKEN, or _USER and _PASSWORD, or ~/.netrc."
+        ),
+    ] = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(help="Of a PACS: certificates of the authorities to trust, in PEM."),
+    ] = None,
     skip_rejected: Annotated[
         bool, typer.Option("--skip-rejected", help="Skip images that the server rejects.")
     ] = False,
@@ -102,39 +133,74 @@ def load(
     identify: Callable[[str], str] | None = str if patient_ids == "keep" else None
     if patient_ids == "hash":
         identify = keyed_hash(read_hash_key(hash_key))
-    is_dicom = is_dicom_source(source, recursive)
-    parts: list[Part] = []
+    path = Path(source)
+    left_out: list[LeftOut] = []
     no_parts: list[LeftOut] = []
+    is_pacs = source.startswith(PACS)
+    is_dicom = is_pacs or is_dicom_source(path, recursive)
+    open_source: Callable[..., AbstractContextManager[Iterable[Instance]]]
+    if is_pacs:
+        if recursive:
+            raise CommandError("--recursive can't be used with a PACS")
+        open_source = _pacs(
+            source.removeprefix(PACS),
+            credentials,
+            ca_file,
+            studies=tuple(study or ()),
+            patient=patient,
+            modality=modality,
+            since=since and since.date(),
+        )
+    elif study or patient or modality or since or credentials or ca_file:
+        raise CommandError(
+            "--study, --patient, --modality, --since, --credentials and --ca-file"
+            f" need a PACS as the source: {PACS}URL"
+        )
+    else:
+        open_source = partial(open_instances, path, recursive=recursive, leave_out=left_out.append)
+    parts: list[Part] = []
     if not is_dicom:
         parts = read_source(
-            source, splits=split, labels=labels, dataset=dataset, leave_out=no_parts.append
+            path, splits=split, labels=labels, dataset=dataset, leave_out=no_parts.append
         )
     with connect(dsn) as connection:
         target = _find_target(connection, collection, table, image_column, model)
-        if not is_dicom and not (source.is_dir() and SOP_UID in target.tag_columns):
+        if not is_dicom and not (path.is_dir() and SOP_UID in target.tag_columns):
             _load_parts(connection, target, parts, no_parts, skip_rejected)
             return
         if split or labels is not None:
             raise CommandError("--split and --labels can't be used with DICOM files")
-        left_out: list[LeftOut] = []
-        name = source.resolve().name
-        with open_instances(
-            source,
-            recursive=recursive,
-            dataset=dataset or name,
-            max_bytes=target.max_bytes,
-            leave_out=left_out.append,
+        name = path.resolve().name
+        with open_source(
+            dataset=dataset or (None if is_pacs else name), max_bytes=target.max_bytes
         ) as instances:
             _load_dicom(
                 connection,
                 target,
                 instances,
-                total=len(instances),
+                total=len(instances) if isinstance(instances, list) else None,
                 description=name,
                 left_out=left_out,
                 patient_ids=identify,
                 skip_rejected=skip_rejected,
             )
+
+
+def _pacs(
+    url: str, credentials: Path | None, ca_file: Path | None, **conditions: Any
+) -> Callable[..., AbstractContextManager[Iterable[Instance]]]:
+    """Check what is said of a PACS, and return a function that opens it."""
+    with extra_packages("dicomweb"):
+        from pg_siamese.client import dicomweb
+
+    url = dicomweb.check_url(url)
+    return partial(
+        dicomweb.open_instances,
+        url,
+        dicomweb.Selection(**conditions),
+        auth=dicomweb.credentials(url, credentials, os.environ),
+        ca_file=ca_file,
+    )
 
 
 def _find_target(

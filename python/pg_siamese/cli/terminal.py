@@ -139,11 +139,13 @@ def worker_display() -> Iterator[Callable[[Totals], None]]:
 
 
 class _Count(ProgressColumn):
-    """How many of how many, if that is known."""
+    """How many, and of how many if that is known."""
 
     def render(self, task: Task) -> Text:
         """Return the text for a task."""
-        if task.total is None or task.total <= 1:
+        if task.total is None:
+            return Text(f"{task.completed:,.0f}" if task.completed else "")
+        if task.total <= 1:
             return Text("")
         return Text(f"{task.completed:,.0f} of {task.total:,.0f}")
 

