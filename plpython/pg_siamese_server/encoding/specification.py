@@ -39,6 +39,8 @@ class InputSpec:
         input_range: samples that are black and white, in files that leave it open. These have 16
             bits without significant bits, more bits, signed samples or fractions. None is the full
             range of 16 bits, and refuses the others.
+        dicom_window: window of grey DICOM images (``encoding.windows``), or None for the file's
+            own. Collections and callers set it. It is no part of a model.
     """
 
     width: int
@@ -49,9 +51,10 @@ class InputSpec:
     max_bytes: int = 32 * 1024 * 1024
     max_pixels: int = 25_000_000
     input_range: tuple[float, float] | None = None
+    dicom_window: str | None = None
 
     def within(self, limits: Limits) -> InputSpec:
-        """Return this input with a collection's limits in place of its own."""
+        """Return this input with what a collection sets in place of its own."""
         given = {name: value for name, value in vars(limits).items() if value is not None}
         return replace(self, **given) if given else self
 
@@ -80,7 +83,7 @@ class InputSpec:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> InputSpec:
         """Make a specification from a JSON object, ignoring unknown keys."""
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"dicom_window"}
         given = {name: item for name, item in value.items() if name in names}
         if given.get("input_range") is not None:
             given["input_range"] = tuple(given["input_range"])
@@ -89,6 +92,7 @@ class InputSpec:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that ``from_json`` takes."""
         value = asdict(self)
+        del value["dicom_window"]
         if self.input_range is None:
             del value["input_range"]  # as versions before 0.3.0 wrote it
         else:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 import subprocess
 import sys
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import imagecodecs
@@ -20,11 +22,13 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from pg_siamese_server.encoding import windows
 from pg_siamese_server.encoding.dicom import file, frames, tags
 from pg_siamese_server.encoding.images import decode_image, render_image
 from pg_siamese_server.encoding.specification import InputSpec
-from pg_siamese_server.errors import ImageError
+from pg_siamese_server.errors import ImageError, SiameseError
 from tests import dicom_files as made
+from tests.support import encode
 from tools.project import ROOT
 
 REAL = ROOT.parent / "shared" / "data" / "dicom"
@@ -436,3 +440,122 @@ def test_values_stay_out_of_the_log() -> None:
         found = tags.read(data, ["StudyDate"], lambda: None)
         assert found == {"StudyDate": "tomorrow"}
         file.read(data, SPEC, lambda: None)
+
+
+# --- windows by argument -------------------------------------------------------------------------
+
+
+def asked(window: str) -> InputSpec:
+    return replace(SPEC, dicom_window=window)
+
+
+def ct(values: NDArray[Any], **elements: Any) -> bytes:
+    """Return a CT image in Hounsfield units, with two windows of its own."""
+    given = {
+        "Modality": "CT",
+        "RescaleIntercept": "-1000",
+        "RescaleSlope": "1",
+        "WindowCenter": ["0", "300"],
+        "WindowWidth": ["3000", "700"],
+        "WindowCenterWidthExplanation": ["WIDE", "Vessels"],
+    }
+    return made.image(values, **given | elements)
+
+
+HOUNSFIELD = ramp(0, 3000, np.uint16)
+UNITS = HOUNSFIELD.astype(np.int64) - 1000
+
+
+@pytest.mark.parametrize(
+    ("window", "centre", "width"),
+    [
+        *((name, *window) for name, window in windows.PRESETS.items()),
+        ("LUNG ", -600, 1500),
+        ("40/400", 40, 400),
+        (" -12.5 / 1e2 ", -12.5, 100),
+        ("1", 0, 3000),
+        ("2", 300, 700),
+        ("explanation:vessels", 300, 700),
+    ],
+)
+def test_a_window_by_argument(window: str, centre: float, width: float) -> None:
+    expected = windowed(UNITS, centre, width)
+    assert np.array_equal(shown(ct(HOUNSFIELD), asked(window)), expected)
+    assert not np.array_equal(expected, shown(ct(HOUNSFIELD))) or window == "1"
+
+
+def test_a_window_that_the_file_does_not_have_leaves_its_own() -> None:
+    own = shown(ct(HOUNSFIELD))
+    for window in ("3", "explanation:lung"):
+        assert np.array_equal(shown(ct(HOUNSFIELD), asked(window)), own)
+    zero = ct(HOUNSFIELD, WindowWidth=["3000", "0"])
+    assert np.array_equal(shown(zero, asked("2")), own)
+
+
+def test_presets_are_for_hounsfield_units() -> None:
+    lung = windowed(UNITS, *windows.PRESETS["lung"])
+    for elements, is_hounsfield in (
+        ({"RescaleType": "HU"}, True),
+        ({"RescaleType": "US"}, False),
+        ({"Modality": "MR"}, False),
+        ({"Modality": "MR", "RescaleType": "HU"}, True),
+        ({"Modality": None}, False),
+    ):
+        data = ct(HOUNSFIELD, **elements)
+        assert np.array_equal(shown(data, asked("lung")), lung) == is_hounsfield, elements
+        # A pair of numbers needs no unit.
+        assert np.array_equal(shown(data, asked("-600/1500")), lung), elements
+    unscaled = ct(HOUNSFIELD, RescaleIntercept=None, RescaleSlope=None)
+    assert np.array_equal(shown(unscaled, asked("lung")), shown(unscaled))
+
+
+def test_a_window_by_argument_comes_before_tables_and_groups() -> None:
+    item = Dataset()
+    item.LUTDescriptor = [2, 0, 8]
+    item.LUTData = [0, 255]
+    item["LUTData"].VR = "US"
+    data = ct(HOUNSFIELD, VOILUTSequence=Sequence([item]))
+    assert np.array_equal(shown(data, asked("2")), windowed(UNITS, 300, 700))
+    frame = Dataset()
+    frame.WindowCenter, frame.WindowWidth = ["10", "20"], ["100", "200"]
+    groups = Dataset()
+    groups.FrameVOILUTSequence = Sequence([frame])
+    data = ct(HOUNSFIELD, SharedFunctionalGroupsSequence=Sequence([groups]))
+    assert np.array_equal(shown(data, asked("2")), windowed(UNITS, 20, 200))
+    assert np.array_equal(shown(data, asked("brain")), windowed(UNITS, 40, 80))
+
+
+def test_a_window_leaves_presentation_and_other_images_alone() -> None:
+    inverted = ct(HOUNSFIELD, PhotometricInterpretation="MONOCHROME1")
+    assert np.array_equal(shown(inverted, asked("bone")), 255 - windowed(UNITS, 400, 1800))
+    colour = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+    data = made.image(colour)
+    assert np.array_equal(shown(data, asked("40/400")), shown(data))
+    picture = encode(colour, "PNG")
+    assert np.array_equal(shown(picture, asked("40/400")), shown(picture))
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ("lungs", 'unknown window "lungs"'),
+        ("0", 'unknown window "0"'),
+        ("-1", 'unknown window "-1"'),
+        ("explanation: ", "unknown window"),
+        ("40/400/1", "unknown window"),
+        ("40/0", "out of range"),
+        ("40/-5", "out of range"),
+        ("1e999/5", "out of range"),
+        ("5/1e999", "out of range"),
+    ],
+)
+def test_windows_that_are_none(window: str, message: str) -> None:
+    with pytest.raises(SiameseError, match=re.escape(message)) as caught:
+        windows.parse(window)
+    assert caught.value.sqlstate == "22023"
+    if "unknown" in message:
+        assert "bone, brain, liver, lung" in str(caught.value.detail)
+
+
+def test_a_window_is_no_part_of_a_model() -> None:
+    assert InputSpec.from_json(asked("lung").to_json() | {"dicom_window": "lung"}) == SPEC

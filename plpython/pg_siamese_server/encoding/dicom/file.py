@@ -153,6 +153,12 @@ class File:
         except (ValueError, TypeError):
             return []
 
+    def texts(self, keyword: str, source: Dataset | None = None) -> list[str]:
+        """Return an element's values as text, none if it is absent."""
+        value = self.value(keyword, source)
+        values = value if isinstance(value, MultiValue | list | tuple) else [value]
+        return [] if value is None else [str(each).strip() for each in values]
+
     def integer(self, keyword: str, default: int | None = None) -> int:
         """Return a whole number. Raises ImageError if there is none and no default."""
         found = self.numbers(keyword)

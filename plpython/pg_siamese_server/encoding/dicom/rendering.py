@@ -12,6 +12,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut, convert_color_space
 
+from pg_siamese_server.encoding import windows
 from pg_siamese_server.encoding.dicom.file import File
 from pg_siamese_server.encoding.dicom.frames import Pixels
 from pg_siamese_server.encoding.opened import damaged
@@ -158,7 +159,7 @@ class _Grey:
     def _voi(self) -> Callable[[Numbers], NDArray[np.uint8]]:
         """Return what turns stored values into 8 bits."""
         modality = self._modality()
-        voi = self._lut() or self._window() or self._own_range(modality)
+        voi = self._asked() or self._lut() or self._window(0) or self._own_range(modality)
         inverse = str(self.file.value("PresentationLUTShape") or "").strip().upper() == "INVERSE"
         is_inverted = self.pixels.photometric == "MONOCHROME1" or inverse
 
@@ -183,6 +184,32 @@ class _Grey:
         if not (math.isfinite(slope) and math.isfinite(intercept)) or slope == 0:
             slope, intercept = 1.0, 0.0
         return lambda stored: stored * slope + intercept
+
+    def _asked(self) -> Callable[[Numbers], Numbers] | None:
+        """Return the window that was asked for. None if it has no meaning for this file."""
+        if self.spec.dicom_window is None:
+            return None
+        match windows.parse(self.spec.dicom_window):
+            case windows.Fixed(centre, width, is_preset):
+                return None if is_preset and not self._is_hounsfield() else _linear(centre, width)
+            case windows.Numbered(number):
+                return self._window(number - 1)
+            case windows.Explained(explanation):
+                group = self.file.group("FrameVOILUTSequence", self.frame)
+                texts = self.file.texts("WindowCenterWidthExplanation", group)
+                names = [text.casefold() for text in texts]
+                return self._window(names.index(explanation)) if explanation in names else None
+
+    def _is_hounsfield(self) -> bool:
+        """Return whether modality values are Hounsfield units (PS3.3 C.8.2.1, C.11.1.1.2)."""
+        file = self.file
+        group = file.group("PixelValueTransformationSequence", self.frame)
+        lut = file.item("ModalityLUTSequence")
+        unit = file.texts("RescaleType", group) or file.texts("ModalityLUTType", lut)
+        if unit:
+            return unit[0].upper() == "HU"
+        # A CT image has to name its unit unless it is this one.
+        return file.texts("Modality") == ["CT"] and bool(file.numbers("RescaleIntercept", group))
 
     def _lut(self) -> Callable[[Numbers], Numbers] | None:
         """Return the first VOI LUT (PS3.3 C.11.2.1.1)."""
@@ -221,14 +248,17 @@ class _Grey:
             return None
         return first, (entries[:count].astype(np.int64) & 0xFFFF).astype(np.float64)
 
-    def _window(self) -> Callable[[Numbers], Numbers] | None:
-        """Return the first window (PS3.3 C.11.2.1.2, C.7.6.16.2.10); None if it has no width."""
+    def _window(self, place: int) -> Callable[[Numbers], Numbers] | None:
+        """Return one of the file's windows (PS3.3 C.11.2.1.2, C.7.6.16.2.10).
+
+        None if there is none at this place, or if it has no width.
+        """
         group = self.file.group("FrameVOILUTSequence", self.frame)
         centres = self.file.numbers("WindowCenter", group)
         widths = self.file.numbers("WindowWidth", group)
-        if not centres or not widths:
+        if place >= min(len(centres), len(widths)):
             return None
-        centre, width = centres[0], widths[0]
+        centre, width = centres[place], widths[place]
         if not (math.isfinite(centre) and math.isfinite(width)) or width <= 0:
             return None
         function = str(self.file.value("VOILUTFunction", group) or "LINEAR").strip().upper()
@@ -236,11 +266,7 @@ class _Grey:
             return lambda values: (
                 255 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
             )
-        if function == "LINEAR_EXACT" or width < 1:
-            return lambda values: ((values - centre) / width + 0.5) * 255
-        if width == 1:
-            return lambda values: np.where(values > centre - 0.5, 255.0, 0.0)
-        return lambda values: ((values - (centre - 0.5)) / (width - 1) + 0.5) * 255
+        return _linear(centre, width, is_exact=function == "LINEAR_EXACT")
 
     def _own_range(self, modality: Callable[[Numbers], Numbers]) -> Callable[[Numbers], Numbers]:
         """Return the range of a file without VOI: the encoder's, else that of the picture."""
@@ -296,6 +322,15 @@ class _Grey:
             self.file.syntax in _LOSSY
             or str(self.file.value("LossyImageCompression") or "").strip() == "01"
         )
+
+
+def _linear(centre: float, width: float, *, is_exact: bool = False) -> Callable[[Numbers], Numbers]:
+    """Return the function LINEAR or LINEAR_EXACT (PS3.3 C.11.2.1.2.1, C.11.2.1.3.2)."""
+    if is_exact or width < 1:
+        return lambda values: ((values - centre) / width + 0.5) * 255
+    if width == 1:
+        return lambda values: np.where(values > centre - 0.5, 255.0, 0.0)
+    return lambda values: ((values - (centre - 0.5)) / (width - 1) + 0.5) * 255
 
 
 def _looked_up(table: tuple[int, Numbers], values: Numbers) -> Numbers:
