@@ -17,7 +17,9 @@ CREATE TABLE siamese.collections (
     created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
     embed text NOT NULL DEFAULT 'sync' CHECK (embed IN ('sync', 'deferred')),
     max_bytes bigint CHECK (max_bytes > 0),
-    max_pixels bigint CHECK (max_pixels > 0)
+    max_pixels bigint CHECK (max_pixels > 0),
+    group_column name,
+    dicom_window text
 );
 COMMENT ON TABLE siamese.collections IS 'tables whose images are embedded and searched';
 COMMENT ON COLUMN siamese.collections.relation IS 'table that holds the images';
@@ -26,6 +28,8 @@ COMMENT ON COLUMN siamese.collections.embed IS 'when images are embedded: sync o
 COMMENT ON COLUMN siamese.collections.key_type IS 'type that keys are compared as';
 COMMENT ON COLUMN siamese.collections.max_bytes IS 'maximum file size; NULL means the model''s limit';
 COMMENT ON COLUMN siamese.collections.max_pixels IS 'maximum pixels; NULL means the model''s limit';
+COMMENT ON COLUMN siamese.collections.group_column IS 'column of groups, such as patients; NULL means none';
+COMMENT ON COLUMN siamese.collections.dicom_window IS 'window of DICOM images; NULL means the file''s';
 COMMENT ON COLUMN siamese.collections.generation IS 'current index generation, if any';
 COMMENT ON COLUMN siamese.collections.epoch IS 'number of truncations; invalidates earlier builds';
 

@@ -14,7 +14,9 @@ CREATE FUNCTION siamese.create_collection(
     backfill boolean DEFAULT TRUE,
     embed text DEFAULT 'sync',
     max_bytes bigint DEFAULT -1,
-    max_pixels bigint DEFAULT -1
+    max_pixels bigint DEFAULT -1,
+    group_column text DEFAULT '',
+    dicom_window text DEFAULT ''
 ) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 -- Types are compared by their names.
@@ -38,7 +40,8 @@ BEGIN
         ('name', name IS NULL), ('relation', relation IS NULL), ('key_column', key_column IS NULL),
         ('image_column', image_column IS NULL), ('model', model IS NULL), ('on_error', on_error IS NULL),
         ('backfill', backfill IS NULL), ('embed', embed IS NULL), ('max_bytes', max_bytes IS NULL),
-        ('max_pixels', max_pixels IS NULL)) AS a (argument, is_null)
+        ('max_pixels', max_pixels IS NULL), ('group_column', group_column IS NULL),
+        ('dicom_window', dicom_window IS NULL)) AS a (argument, is_null)
     WHERE a.is_null LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION '% is null', missing
@@ -51,6 +54,9 @@ BEGIN
     IF embed NOT IN ('sync', 'deferred') THEN
         RAISE EXCEPTION 'invalid value for "embed": "%"', embed
         USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "sync" or "deferred".';
+    END IF;
+    IF dicom_window <> '' THEN
+        PERFORM siamese._raise(siamese._check_window(dicom_window));
     END IF;
     -- Two that create one by the same name come one after the other, even if both make siamese.images.
     PERFORM pg_advisory_xact_lock(hashtext('pg_siamese create'), hashtext(name));
@@ -86,6 +92,7 @@ BEGIN
         END IF;
     END IF;
     key_type := siamese._key_type(relation, key_column);
+    PERFORM siamese._check_group_column(relation, group_column);
     -- Triggers that a copy of another collection's table has brought along.
     FOR stray IN
         SELECT t.name FROM siamese._triggers() AS t
@@ -107,10 +114,11 @@ BEGIN
     END IF;
     BEGIN
         INSERT INTO siamese.collections AS c
-            (name, relation, key_column, key_type, image_column, model_id, on_error, embed, max_bytes, max_pixels)
+            (name, relation, key_column, key_type, image_column, model_id, on_error, embed, max_bytes, max_pixels,
+            group_column, dicom_window)
         VALUES (
             name, relation, key_column, key_type, image_column, model_id, on_error, embed,
-            nullif(max_bytes, -1), nullif(max_pixels, -1))
+            nullif(max_bytes, -1), nullif(max_pixels, -1), nullif(group_column, ''), nullif(dicom_window, ''))
         RETURNING c.collection_id INTO collection_id;
     EXCEPTION WHEN foreign_key_violation THEN
         -- The model was dropped meanwhile: look again, and say so.
@@ -128,14 +136,15 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.create_collection(
-    text, regclass, text, text, text, text, boolean, text, bigint, bigint
+    text, regclass, text, text, text, text, boolean, text, bigint, bigint, text, text
 ) IS 'create a collection; returns rows embedded or queued';
 
 CREATE FUNCTION siamese.alter_collection(
     name text,
     on_error text DEFAULT NULL,
     max_bytes bigint DEFAULT NULL,
-    max_pixels bigint DEFAULT NULL
+    max_pixels bigint DEFAULT NULL,
+    group_column text DEFAULT NULL
 ) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -149,10 +158,12 @@ BEGIN
     END IF;
     PERFORM siamese._check_owner(relation);
     PERFORM siamese._check_settings(on_error, max_bytes, max_pixels);
+    PERFORM siamese._check_group_column(relation, group_column);
     UPDATE siamese.collections AS c SET
         on_error = coalesce(alter_collection.on_error, c.on_error),
         max_bytes = nullif(coalesce(alter_collection.max_bytes, c.max_bytes), -1),
-        max_pixels = nullif(coalesce(alter_collection.max_pixels, c.max_pixels), -1)
+        max_pixels = nullif(coalesce(alter_collection.max_pixels, c.max_pixels), -1),
+        group_column = nullif(coalesce(alter_collection.group_column, c.group_column::text), '')
     WHERE c.name = alter_collection.name;
     -- Dropped while this waited.
     IF NOT FOUND THEN
@@ -160,7 +171,7 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION siamese.alter_collection(text, text, bigint, bigint)
+COMMENT ON FUNCTION siamese.alter_collection(text, text, bigint, bigint, text)
 IS 'change settings; -1 means the model''s limit';
 
 CREATE FUNCTION siamese.drop_collection(name text) RETURNS void
@@ -253,6 +264,30 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._check_settings(text, bigint, bigint) IS 'check settings of a collection';
+
+CREATE FUNCTION siamese._check_group_column(relation regclass, group_column text) RETURNS void
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF group_column <> '' AND NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = relation AND a.attname = group_column AND a.attnum > 0 AND NOT a.attisdropped
+    ) THEN
+        RAISE EXCEPTION 'column "%" of table % does not exist', group_column, relation
+        USING ERRCODE = 'undefined_column', HINT = 'Name a column of the table as group_column, or "" for none.';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION siamese._check_group_column(regclass, text) IS 'check that a group column exists';
+
+CREATE FUNCTION siamese._check_window(dicom_window text) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+# @LOAD@
+return GD['pg_siamese @VERSION@'].check_window(plpy, dicom_window)
+$python$;
+COMMENT ON FUNCTION siamese._check_window(text) IS 'error of an unknown window, if it is one';
 
 CREATE FUNCTION siamese._check_owner(relation regclass) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -478,7 +513,7 @@ BEGIN
     FOR role IN SELECT siamese._grantees('siamese.build_index') LOOP
         EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON siamese.images TO %I', role);
     END LOOP;
-    FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
+    FOR role IN SELECT siamese._grantees('siamese.image_distance') LOOP
         EXECUTE format('GRANT SELECT ON siamese.images TO %I', role);
     END LOOP;
     RETURN 'siamese.images'::regclass;

@@ -107,7 +107,7 @@ BEGIN
         $sql$, table_name, collection.relation, collection.key_column);
     EXECUTE format(
         'COMMENT ON POLICY visible_rows ON %s IS %L', table_name, 'a vector is visible with its row');
-    FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
+    FOR role IN SELECT siamese._grantees('siamese.image_distance') LOOP
         EXECUTE format('GRANT SELECT ON %s, %s TO %I', table_name, changes_name, role);
     END LOOP;
     PERFORM siamese._create_vectors_view(collection_id);
@@ -250,7 +250,7 @@ BEGIN
             SELECT e.key, e.embedding FROM siamese.embedding_%s AS e
         $sql$, view_name, collection_id);
     EXECUTE format('COMMENT ON VIEW %s IS %L', view_name, 'keys and vectors of collection ' || collection_name);
-    FOR role IN SELECT siamese._grantees('siamese.embed_image') LOOP
+    FOR role IN SELECT siamese._grantees('siamese.image_distance') LOOP
         EXECUTE format('GRANT SELECT ON %s TO %I', view_name, role);
     END LOOP;
 END

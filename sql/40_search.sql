@@ -194,8 +194,9 @@ CREATE FUNCTION siamese.classify_image(
     image_id siamese.key DEFAULT NULL,
     filter siamese.filter DEFAULT '{}',
     exclude siamese.filter DEFAULT '{}',
-    group_by text DEFAULT '',
-    own_group boolean DEFAULT TRUE
+    -- The collection's group column. NULL is not the default, and '' is no groups, as in searches.
+    group_by text DEFAULT '-',
+    own_group boolean DEFAULT FALSE
 ) RETURNS TABLE (label text, votes integer, share real)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 5
 AS $$

@@ -149,7 +149,9 @@ SELECT
     g.built_at,
     siamese._generation_file(c.collection_id, c.generation) AS generation_file,
     c.embed,
-    q.waiting
+    q.waiting,
+    c.group_column,
+    c.dicom_window
 FROM siamese.collections AS c
 INNER JOIN siamese.models AS m ON c.model_id = m.model_id
 LEFT JOIN siamese.generations AS g ON c.generation = g.generation

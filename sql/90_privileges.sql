@@ -29,9 +29,9 @@ BEGIN
     PERFORM siamese._create_vectors_view(c.collection_id) FROM siamese.collections AS c
     WHERE siamese._vectors_view(c.collection_id) IS NULL
         AND to_regclass(format('siamese.embedding_%s', c.collection_id)) IS NOT NULL;
-    -- Who has one of these functions, in whatever version, has been granted what it is listed with.
+    -- Who has one of these functions, with the same arguments in all versions, has been granted what it is listed with.
     PERFORM siamese._grant(r.role, k.kind)
-    FROM (VALUES ('usage', 'embed_image'), ('admin', 'drop_model'), ('worker', '_take_tickets')) AS k (kind, sign)
+    FROM (VALUES ('usage', 'image_distance'), ('admin', 'drop_model'), ('worker', '_take_tickets')) AS k (kind, sign)
     CROSS JOIN LATERAL siamese._grantees(format('siamese.%s', k.sign)::regproc) AS r (role);
 END
 $$;
@@ -52,7 +52,7 @@ FROM (VALUES
     (ARRAY[
         '_load', '_raise', '_caller', '_model_id', 'similar_images', '_similar_images', '_match_line', 'similar_rows',
         '_similar_keys', '_no_collection', 'classify_image', '_classify_image', '_estimate', 'embed_image',
-        'image_distance', 'same_class', 'any_two_match', '_compare_images', 'warm_up', '_warm_up', '_is_waiting',
+        '_embed_image', 'image_distance', 'same_class', 'any_two_match', '_compare_images', 'warm_up', '_warm_up', '_is_waiting',
         '_may_see', '_collection_counts', '_queue_counts', '_generation_file', 'dicom_keywords', 'dicom_tags',
         '_dicom_tags', 'dicom_tag', '_dicom_tag',
         -- The planner calls these, as the caller, when it folds a constant.

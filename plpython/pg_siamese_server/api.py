@@ -28,6 +28,7 @@ for _name, _value in (
 from pg_siamese_server import interrupts  # noqa: E402 -- after the environment
 from pg_siamese_server.catalog import (  # noqa: E402
     collection_by_name,
+    group_column,
     load_json,
     model_id_by_name,
     near_collection_hint,
@@ -43,6 +44,7 @@ from pg_siamese_server.errors import (  # noqa: E402
     file_error,
     package_error,
 )
+from pg_siamese_server.limits import Limits  # noqa: E402
 
 # Their threads inherit the mask. PostgreSQL's signal handlers stay in the main thread.
 with interrupts.signals_blocked():
@@ -51,6 +53,8 @@ with interrupts.signals_blocked():
 
 # The largest real, the type of distances.
 MAX_REAL = 3.4028234663852886e38
+# What stands for the collection's group column, as the name of a column.
+OWN_COLUMN = "-"
 # The largest bigint, which in SQL stands for no limit.
 ALL_ROWS = 2**63 - 1
 
@@ -472,10 +476,18 @@ def classify_image(
     group_by: str | None,
     own_group: bool | None,
 ) -> tuple[str, str, str]:
-    """Body of ``classify_image``. Of a group, the nearest row votes."""
+    """Body of ``classify_image``. Of a group, the nearest row votes.
+
+    ``-`` as ``group_by`` stands for the collection's group column, if it has one.
+    """
     _check_given(label_column=label_column)
     stored, _ = _cast_keys(plpy, collection, key, None)
     request = _request(image, stored, k, collection, filter_)
+    own_column = group_column(plpy, collection)
+    if group_by == OWN_COLUMN:
+        group_by = own_column or ""
+    if not group_by and own_column is None and own_group is False:
+        own_group = True  # without groups, none is to be left out
     _set_groups(request, exclude, group_by, 1, own_group)
     labels = _labels(plpy, _search_or_explain(plpy, request), str(label_column))
     if None in labels:  # rows without a label have no vote
@@ -537,23 +549,47 @@ def _json(value: Any) -> str:
 
 
 @_entry_point
+def embed_image(
+    plpy: Any, image: bytes | None, model: str | None, dicom_window: str | None
+) -> tuple[str]:
+    """Body of ``embed_image``."""
+    from pg_siamese_server import vectors
+    from pg_siamese_server.encoding import models
+
+    limits = Limits(dicom_window=_window(dicom_window))
+    embedded = models.embed(plpy, _model_id(plpy, model), [image], limits)
+    return (vectors.to_text(embedded[0]),)
+
+
+@_entry_point
+def check_window(plpy: Any, dicom_window: str | None) -> tuple[()]:
+    """Body of ``_check_window``."""
+    _window(dicom_window)
+    return ()
+
+
+def _window(text: str | None) -> str | None:
+    """Return the window to render with, or None for the file's own, which is an empty text."""
+    _check_given(dicom_window=text)
+    if not text:
+        return None
+    from pg_siamese_server.encoding import windows
+
+    windows.parse(text)
+    return text
+
+
+@_entry_point
 def compare_images(
     plpy: Any, function: str, images: list[bytes | None] | None, model: str | None
 ) -> tuple[str | None]:
-    """Body of the functions that embed or compare images, by name."""
+    """Body of the functions that compare images, by name."""
     return (COMPARISONS[function](plpy, images or [], model),)
 
 
 def _model_id(plpy: Any, model: str | None) -> int:
     _check_given(model=model)
     return model_id_by_name(plpy, model or None)
-
-
-def _embed_image(plpy: Any, images: list[bytes | None], model: str | None) -> str:
-    from pg_siamese_server import vectors
-    from pg_siamese_server.encoding import models
-
-    return vectors.to_text(models.embed(plpy, _model_id(plpy, model), images)[0])
 
 
 def _embed(plpy: Any, model_id: int, images: list[bytes | None]) -> Any:
@@ -627,7 +663,6 @@ def _any_two_match(plpy: Any, images: list[bytes | None], model: str | None) -> 
 
 MAX_IMAGES = 100
 COMPARISONS: dict[str, Callable[[Any, list[bytes | None], str | None], str | None]] = {
-    "embed_image": _embed_image,
     "image_distance": _image_distance,
     "same_class": _same_class,
     "any_two_match": _any_two_match,

@@ -53,7 +53,7 @@ SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
     quote_ident(n.nspname::text) || '.' || quote_ident(r.relname::text) AS relation,
     quote_ident(c.key_column::text) AS key_column, c.key_type,
     quote_ident(c.image_column::text) AS image_column, c.on_error, c.embed, c.model_id, m.dimension,
-    c.max_bytes, c.max_pixels, c.tableoid::int8 AS catalog,
+    c.max_bytes, c.max_pixels, c.dicom_window, c.tableoid::int8 AS catalog,
     m.sha256, m.specification ->> 'metric' AS metric,
     (SELECT quote_ident(v.nspname::text) FROM pg_catalog.pg_extension AS x
         INNER JOIN pg_catalog.pg_namespace AS v ON x.extnamespace = v.oid
@@ -133,6 +133,7 @@ class Collection:
     catalog: int
     max_bytes: int | None = None
     max_pixels: int | None = None
+    dicom_window: str | None = None
     is_ready: bool = False
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -159,8 +160,8 @@ class Collection:
 
     @cached_property
     def limits(self) -> Limits:
-        """Limits of its images, and of the query images of its searches."""
-        return Limits(self.max_bytes, self.max_pixels)
+        """Limits and window of its images, and of the query images of its searches."""
+        return Limits(self.max_bytes, self.max_pixels, self.dicom_window)
 
     @cached_property
     def keeps_failures(self) -> bool:
@@ -181,7 +182,7 @@ class Collection:
         """Return a condition on ``siamese.collections AS c``: unchanged, and with this name."""
         relation = plpy.quote_literal(self.relation)
         limits = " AND ".join(
-            f"c.{name} {'IS NULL' if value is None else f'= {value}'}"
+            f"c.{name} {'IS NULL' if value is None else f'= {plpy.quote_literal(str(value))}'}"
             for name, value in vars(self.limits).items()
         )
         return (
@@ -230,6 +231,15 @@ def collection_by_name(plpy: Any, name: str | None) -> Collection:
         sqlstate=UNDEFINED_OBJECT,
         hint=near_collection_hint(plpy, name),
     )
+
+
+def group_column(plpy: Any, name: str | None) -> str | None:
+    """Return the group column of a collection, or None if it has none or does not exist."""
+    plan = prepare(
+        plpy, "SELECT c.group_column FROM siamese.collections AS c WHERE c.name = $1", ("text",)
+    )
+    rows = plan.execute([name])
+    return rows[0]["group_column"] if rows else None
 
 
 def locked_collection(

@@ -16,6 +16,7 @@ from pg_siamese_server import __version__, interrupts, telemetry
 from pg_siamese_server.catalog import (
     COLLECTION_QUERY,
     Collection,
+    group_column,
     is_standby,
     lock_table,
     prepare,
@@ -212,6 +213,7 @@ def _collection(plpy: Any, collection: Collection, full: bool) -> list[Line]:
     missing = missing_query(collection, "count(*) AS n") + " AND f.key IS NULL"
     abandoned = abandoned_query(collection, "count(*) AS n")
     checks: dict[str, Callable[[], Line]] = {
+        "group column": partial(_group_column, plpy, collection),
         "table": partial(_table, plpy, collection),
         "personal data": partial(_personal_data, plpy, collection),
         "owner": partial(_owner, plpy, collection),
@@ -319,6 +321,16 @@ def _column_names(plpy: Any, collection: Collection) -> list[str]:
         ("oid",),
     )
     return [row["name"] for row in plan.execute([collection.relation_oid])]
+
+
+def _group_column(plpy: Any, collection: Collection) -> Line:
+    column = group_column(plpy, collection.name)
+    if column is None:
+        return ("group column", True, "none")
+    if plpy.quote_ident(column) in _column_names(plpy, collection):
+        return ("group column", True, column)
+    remedy = "set another with alter_collection"
+    return ("group column", False, f"renamed or dropped: {column}; {remedy}")
 
 
 def _not_queued(collection: Collection) -> str:

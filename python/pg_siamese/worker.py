@@ -298,7 +298,8 @@ class Worker:
         """Do one batch of each collection that has tickets. Return whether anything was done."""
         _check_version(connection)  # each time: it may be upgraded meanwhile
         queued = connection.execute(
-            "SELECT q.collection_id, q.name, q.model_id, q.sha256, c.max_bytes, c.max_pixels"
+            "SELECT q.collection_id, q.name, q.model_id, q.sha256,"
+            " c.max_bytes, c.max_pixels, c.dicom_window"
             " FROM siamese._queued_collections() AS q"
             " INNER JOIN siamese.collections AS c USING (collection_id)"
         ).fetchall()

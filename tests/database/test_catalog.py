@@ -61,9 +61,9 @@ def test_search_functions_are_stable(shared: Connection) -> None:
         " WHERE pronamespace = 'siamese'::regnamespace AND proname IN ('similar_images',"
         " '_similar_images', '_match_line', '_similar_keys', 'similar_rows', 'classify_image',"
         " '_classify_image',"
-        " 'embed_image', '_compare_images', 'warm_up', '_warm_up')"
+        " 'embed_image', '_embed_image', '_compare_images', 'warm_up', '_warm_up')"
     ).fetchall()
-    assert len(rows) == 11
+    assert len(rows) == 12
     assert {row[1:] for row in rows} == {("s", False)}  # and with the invoker's rights
 
 

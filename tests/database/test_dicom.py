@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from pydicom import uid
 
+from pg_siamese_server.encoding import windows
 from tests import dicom_files
-from tests.conftest import Connection
-from tests.support import sql_error
+from tests.conftest import Connect, Connection
+from tests.support import column_of, one, sql_error
 from tools.project import ROOT
 
 SHAPE = (64, 64)
@@ -73,7 +74,9 @@ def test_the_documentation(db: Connection) -> None:
 
 def test_the_documentation_of_tags(db: Connection) -> None:
     text = (ROOT / "docs" / "dicom.md").read_text()
-    block = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)[1]
+    (block,) = (
+        each for each in re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S) if "films" in each
+    )
     db.execute(block.encode())
     db.execute("INSERT INTO films (id, image) VALUES (1, %s)", (tagged(),))
     row = db.execute("SELECT patient, taken FROM films").fetchone()
@@ -183,3 +186,87 @@ def test_a_tag_in_a_generated_column(db: Connection) -> None:
     ):
         row = db.execute("SELECT siamese.dicom_tag(%s, %s)", (tagged(), keyword)).fetchone()
         assert row == (expected,)
+
+
+# --- windows -------------------------------------------------------------------------------------
+
+
+def slices(count: int) -> list[bytes]:
+    """Return CT images of 12 bits in Hounsfield units."""
+    given = {"Modality": "CT", "RescaleIntercept": "-1024", "RescaleSlope": "1"}
+    window = {"WindowCenter": "40", "WindowWidth": "400"}
+    return [
+        dicom_files.image(values, BitsStored=12, **given, **window) for values in pictures(count)
+    ]
+
+
+def embedded(db: Connection, image: bytes, *arguments: str) -> str:
+    places = ", ".join(("%s", *arguments))
+    return str(one(db, f"SELECT siamese.embed_image({places})::text", image))
+
+
+def test_a_window_by_argument(db: Connection) -> None:
+    (image,) = slices(1)
+    own = embedded(db, image)
+    assert embedded(db, image, "dicom_window => ''") == own
+    assert embedded(db, image, "dicom_window => '40/400'") == own
+    assert embedded(db, image, "'', 'LUNG'") == embedded(db, image, "'', '-600/1500'") != own
+    picture = png(pictures(1)[0])
+    assert embedded(db, picture, "dicom_window => 'lung'") == embedded(db, picture)
+
+
+def test_the_documentation_of_windows(db: Connection) -> None:
+    text = (ROOT / "docs" / "dicom.md").read_text()
+    (block,) = (
+        each for each in re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S) if "chests" in each
+    )
+    db.execute("CREATE TABLE public.chests (id bigint PRIMARY KEY, image bytea)")
+    creation, embedding = block.strip().rstrip(";").split(";\n")
+    db.execute(creation.encode())
+    (image,) = slices(1)
+    row = db.execute(embedding.replace("$1", "%s").encode(), (image,)).fetchone()
+    assert row == (embedded(db, image),)
+    presets = re.findall(r"^\| `(\w+)` \| (-?\d+) \| (\d+) \|$", text, re.M)
+    assert {name: (float(centre), float(width)) for name, centre, width in presets} == (
+        windows.PRESETS
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "embed_image('', dicom_window => {})",
+        "create_collection('films', 'public.films', dicom_window => {})",
+    ],
+)
+def test_windows_that_are_refused(db: Connection, call: str) -> None:
+    db.execute("CREATE TABLE public.films (id bigint PRIMARY KEY, image bytea)")
+    with sql_error("22023", 'unknown window "lungs"', "lung, mediastinum"):
+        db.execute("SELECT siamese." + call.format("'lungs'"))
+    with sql_error("22004", "dicom_window is null"):
+        db.execute("SELECT siamese." + call.format("NULL"))
+
+
+def test_a_collection_renders_all_its_images_with_its_window(
+    db: Connection, connect: Connect, embed: str
+) -> None:
+    images = slices(6)
+    session = connect()
+    db.execute("CREATE TABLE public.t (id bigint PRIMARY KEY, image bytea)")
+    db.execute("INSERT INTO public.t VALUES (0, %s)", (images[0],))
+    db.execute(
+        "SELECT siamese.create_collection('t', 'public.t', embed => %s, dicom_window => 'lung')",
+        (embed,),
+    )
+    for number, image in enumerate(images[1:], 1):
+        db.execute("INSERT INTO public.t VALUES (%s, %s)", (number, image))
+    db.execute("SELECT siamese.embed_pending()")
+    vectors = "SELECT e.embedding <=> siamese.embed_image(t.image, dicom_window => %s)"
+    vectors += " FROM public.t AS t JOIN siamese.embedding_2 AS e ON e.key = t.id ORDER BY t.id"
+    assert column_of(db, vectors, "lung") == [pytest.approx(0, abs=1e-6)] * 6
+    assert min(column_of(db, vectors, "")) > 1e-3
+    db.execute("SELECT siamese.build_index('t')")
+    search = "SELECT image_id, distance FROM siamese.similar_images(%s, 1, 't')"
+    for number, image in enumerate(images):  # the fast path comes with the third
+        assert session.execute(search, (image,)).fetchone() == (number, pytest.approx(0, abs=1e-6))
+    assert one(db, "SELECT dicom_window FROM collection_status WHERE collection = 't'") == "lung"

@@ -138,6 +138,7 @@ def test_bad_argument(shared: Connection, call: str, sqlstate: str, message: str
 
 SETTINGS = """
 name relation key_column image_column model on_error backfill embed max_bytes max_pixels
+group_column dicom_window
 """
 
 
@@ -155,7 +156,8 @@ def test_create_collection_takes_no_null(shared: Connection, argument: str) -> N
 def test_defaults_of_create_collection(shared: Connection) -> None:
     shared.execute("SELECT create_collection('x')")
     query = (
-        "SELECT relation::text, key_column, model_id, on_error, embed, max_bytes, max_pixels"
+        "SELECT relation::text, key_column, model_id, on_error, embed, max_bytes, max_pixels,"
+        " group_column, dicom_window"
         " FROM siamese.collections WHERE name = '{}'"
     )
     made = shared.execute(query.format("x")).fetchone()

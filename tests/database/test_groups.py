@@ -12,7 +12,7 @@ from psycopg import sql
 from tests.conftest import Connection
 from tests.scenarios.gallery import Gallery, gallery
 from tests.server import login_role
-from tests.support import sql_error
+from tests.support import one, sql_error
 from tools.project import ROOT
 
 ROWS = 240
@@ -230,6 +230,20 @@ def test_the_documentation(patients: Connection, images: Gallery) -> None:
         assert len(found) == 10
 
 
+def test_the_documentation_of_the_group_column(patients: Connection) -> None:
+    text = (ROOT / "docs" / "dicom.md").read_text()
+    blocks = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)
+    (block,) = [each for each in blocks if "group_column" in each]
+    _, classification, search = block.strip().rstrip(";").split(";\n")
+    patients.execute(block.encode())
+    rows = patients.execute(classification.encode()).fetchall()
+    assert {row[0]: row[1] for row in rows} == sides(
+        patients, exact(patients, 100, 10, 1, f"{OTHERS.format(100)} AND {LABELLED}")
+    )
+    found = patients.execute(search.encode()).fetchall()
+    same([(row[1], row[2]) for row in found], exact(patients, 100, 10, 1000, OTHERS.format(100)))
+
+
 def test_refused(patients: Connection) -> None:
     for arguments, error in (
         ({"group_by": "nobody"}, ("42703", 'column "nobody" of table')),
@@ -242,3 +256,123 @@ def test_refused(patients: Connection) -> None:
     ):
         with sql_error(*error):
             found(patients, 5, 10, **arguments)
+
+
+# --- the group column of a collection ------------------------------------------------------------
+
+
+@pytest.fixture
+def grouped(patients: Connection) -> Connection:
+    """The same table, whose collection names its group column."""
+    patients.execute("SELECT siamese.alter_collection('scans', group_column => 'patient')")
+    return patients
+
+
+def votes(db: Connection, arguments: str, *values: object) -> dict[str, int]:
+    rows = db.execute(
+        "SELECT label, votes FROM siamese.classify_image(k => 12, collection => 'scans',"
+        f" label_column => 'side', {arguments})",
+        values,
+    ).fetchall()
+    return {label: count for label, count in rows}
+
+
+def sides(db: Connection, found: list[Any]) -> dict[str, int]:
+    rows = db.execute(
+        "SELECT side, count(*) FROM public.scans WHERE id = ANY(%s) GROUP BY 1",
+        ([key for key, _ in found],),
+    ).fetchall()
+    return {label: count for label, count in rows}
+
+
+OTHERS = "patient IS DISTINCT FROM (SELECT patient FROM scans WHERE id = {})"
+LABELLED = "side IS NOT NULL"
+
+
+def test_votes_are_by_the_collections_groups(grouped: Connection, images: Gallery) -> None:
+    """One vote per patient, and none of the stored image's own, whose label would leak."""
+    for key in (100, 170, 51):
+        others = f"{OTHERS.format(key)} AND {LABELLED}" if key != 51 else LABELLED
+        wanted = sides(grouped, exact(grouped, key, 12, 1, others))
+        assert votes(grouped, f"image_id => {key}") == wanted
+        assert votes(grouped, f"image_id => {key}, group_by => 'patient'") == wanted
+        with_own = sides(grouped, exact(grouped, key, 12, 1, LABELLED))
+        assert votes(grouped, f"image_id => {key}, own_group => true") == with_own
+        # Every row has a vote, but for those of the own group.
+        ungrouped = sides(grouped, exact(grouped, key, 12, 1000, others))
+        assert votes(grouped, f"image_id => {key}, group_by => ''") == ungrouped
+    by_image = votes(grouped, "image => %s", images.files[100])
+    assert sum(by_image.values()) == 12
+
+
+def test_votes_without_a_group_column(patients: Connection) -> None:
+    wanted = sides(patients, exact(patients, 170, 12, 1000, LABELLED))
+    assert votes(patients, "image_id => 170") == wanted
+    assert votes(patients, "image_id => 170, group_by => ''") == wanted
+    with sql_error("22004", "group_by is null"):
+        votes(patients, "image_id => 170, group_by => NULL")
+    with sql_error("22004", "own_group is null"):
+        votes(patients, "image_id => 170, own_group => NULL")
+
+
+def test_searches_group_only_if_asked(grouped: Connection) -> None:
+    """But the column says what the own group is."""
+    same(found(grouped, 170, 10, own_group=True), exact(grouped, 170, 10, 1000))
+    for engine in ("auto", "pgvector"):
+        for key in (100, 170, 201):
+            answer = found(grouped, key, 10, own_group=False, engine=engine)
+            same(answer, exact(grouped, key, 10, 1000, OTHERS.format(key)))
+    rows = grouped.execute(
+        "SELECT (item).id, distance FROM siamese.similar_rows(NULL::public.scans, key => 170,"
+        " k => 10, own_group => false)"
+    ).fetchall()
+    same(rows, exact(grouped, 170, 10, 1000, OTHERS.format(170)))
+    with sql_error("22023", "need a column in group_by"):
+        found(grouped, 170, 10, per_group=2, own_group=False)
+
+
+def test_own_group_of_an_image_that_is_not_stored(grouped: Connection, images: Gallery) -> None:
+    search = "SELECT image_id FROM siamese.similar_images(%s, 10, 'scans'"
+    plain = grouped.execute(f"{search})", (images.files[100],)).fetchall()
+    without = grouped.execute(f"{search}, own_group => false)", (images.files[100],)).fetchall()
+    assert without == plain
+    grouped.execute("SELECT siamese.alter_collection('scans', group_column => '')")
+    with sql_error("22023", "need a column in group_by"):
+        grouped.execute(f"{search}, own_group => false)", (images.files[100],))
+
+
+def test_a_group_column_is_set_and_kept(patients: Connection) -> None:
+    column = "SELECT group_column FROM siamese.collection_status WHERE collection = 'scans'"
+    assert one(patients, column) is None
+    patients.execute("SELECT siamese.alter_collection('scans', group_column => 'patient')")
+    patients.execute("SELECT siamese.alter_collection('scans', max_bytes => 1000000)")
+    assert one(patients, column) == "patient"
+    patients.execute("SELECT siamese.alter_collection('scans', group_column => '')")
+    assert one(patients, column) is None
+    patients.execute("CREATE TABLE public.more (id bigint PRIMARY KEY, image bytea, who int)")
+    patients.execute("SELECT siamese.create_collection('m', 'public.more', group_column => 'who')")
+    assert one(patients, column.replace("scans", "m")) == "who"
+    for call in (
+        "alter_collection('m', group_column => 'nobody')",
+        "create_collection('n', 'public.more', group_column => 'nobody')",
+    ):
+        with sql_error("42703", 'column "nobody" of table public.more does not exist'):
+            patients.execute(f"SELECT siamese.{call}")
+
+
+def test_a_group_column_that_is_gone(grouped: Connection) -> None:
+    check = "SELECT ok, detail FROM siamese.self_check() WHERE subject LIKE '%scans%group column'"
+    assert grouped.execute(check).fetchall() == [(True, "patient")]
+    grouped.execute("ALTER TABLE public.scans RENAME patient TO person")
+    for search in (
+        lambda: votes(grouped, "image_id => 100"),
+        lambda: found(grouped, 100, 10, own_group=False),
+    ):
+        with sql_error("42703", 'column "patient" of table public.scans does not exist'):
+            search()
+    assert grouped.execute(check).fetchall() == [
+        (False, "renamed or dropped: patient; set another with alter_collection")
+    ]
+    assert len(found(grouped, 100, 10, own_group=True)) == 10
+    grouped.execute("SELECT siamese.alter_collection('scans', group_column => 'person')")
+    assert len(found(grouped, 100, 10, own_group=False)) == 10

@@ -8,15 +8,30 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.catalog import Collection, group_column, prepare
 from pg_siamese_server.search import filters
 from pg_siamese_server.search.filters import Conditions
-from pg_siamese_server.search.request import Answer, Request
+from pg_siamese_server.search.request import MAX_K, Answer, Request
 
 # Times what is expected to be enough, and the least by which a round is larger than the last.
 ENOUGH, GROW = 1.5, 2
 # With more rows a round, one scan by pgvector that knows of groups is quicker.
 MAX_ROWS = 20_000
+
+
+def leave_out_own(plpy: Any, request: Request) -> None:
+    """Let the collection's group column say which rows are of the stored image's own group.
+
+    All rows of other groups count, so ``per_group`` is no limit. A request for a collection without
+    the column stays as it is, for ``Request.check`` to refuse.
+    """
+    column = group_column(plpy, request.collection_name)
+    if column is None or request.per_group > 1:
+        return
+    if request.key is None:  # which has no group
+        request.own_group = True
+    else:
+        request.group_by, request.per_group = column, MAX_K
 
 
 def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) -> Answer:

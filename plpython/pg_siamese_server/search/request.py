@@ -36,7 +36,8 @@ class Request:
         engine: ``auto``, ``faiss`` or ``pgvector``.
         group_by: column of which each value is a group, or none if it is empty.
         per_group: how many rows of a group.
-        own_group: whether rows of the stored image's own group count.
+        own_group: whether rows of the stored image's own group count. If not, and without
+            ``group_by``, the collection's group column says which these are.
         integer_keys: whether the caller can take integer keys only.
     """
 
@@ -70,7 +71,11 @@ class Request:
         if self.per_group < 1:
             raise SiameseError("per_group must be positive")
         if not self.group_by and (self.per_group > 1 or not self.own_group):
-            raise SiameseError("per_group and own_group need a column in group_by")
+            raise SiameseError(
+                "per_group and own_group need a column in group_by",
+                hint="For own_group, the collection's group column serves as well: set it with"
+                " alter_collection.",
+            )
 
     def embedding(self, plpy: Any, collection: Collection) -> NDArray[np.float32] | None:
         """Return the image's embedding, float32 (1, dimension), or None for a search by key.

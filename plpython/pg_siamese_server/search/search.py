@@ -47,6 +47,8 @@ _noticed: set[tuple[int, int, str]] = set()
 
 def search(plpy: Any, request: Request) -> Answer:
     """Answer a search."""
+    if not (request.own_group or request.group_by):
+        groups.leave_out_own(plpy, request)
     request.check()
     if request.group_by and request.engine != "pgvector":
         answer = groups.search(plpy, request, _search)
