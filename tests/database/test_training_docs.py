@@ -49,7 +49,7 @@ def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
 
 def test_all_blocks_are_run() -> None:
     """The first three are, below; the others are the same two commands, for as many minutes."""
-    texts = [text for _, text in BLOCKS]
+    texts = [text for language, text in BLOCKS if language != "csv"]
     assert texts[0].startswith("pg_siamese train folder")
     assert texts[1].startswith("pg_siamese train medmnist_siamese")
     assert texts[2].startswith("pg_siamese calibrate-domain photos.onnx")

@@ -195,4 +195,10 @@ def figure_table(evaluations: Sequence[Evaluation]) -> Table:
         for engine, stored in values.get("in_database", {}).items():
             label = f"{escape(name)}: greatest difference in the database, {engine}"
             table.add_row(label, f"{stored['greatest_difference']['max']:.3f}")
+    if apart := [part.name for part in evaluations[0].data if part.has_groups]:
+        table.caption = (
+            f"No group of {escape(', '.join(apart))} is among both queries and neighbours, "
+            "and pairs that match are of two groups."
+        )
+        table.caption_justify = "left"
     return table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pg_siamese_server.errors import counted
+
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+Groups = npt.NDArray[np.str_]
 
 SPLITS = ("train", "val", "test")
 # What is held out if a data set has no such split.
@@ -41,6 +46,7 @@ class LabelledImages:
         labels: int64 (N,), each an index into ``classes``.
         classes: names of the classes.
         files: the files it was read from.
+        groups: text (N,), what each image belongs to, such as its patient. None if not known.
 
     Raises:
         DataFormatError: shapes, types or label numbers don't fit together.
@@ -52,6 +58,7 @@ class LabelledImages:
     labels: Labels
     classes: tuple[str, ...]
     files: tuple[Path, ...] = ()
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         where = f"{self.name} ({self.split})"
@@ -64,6 +71,10 @@ class LabelledImages:
         if self.labels.shape != (len(self.images),):
             raise DataFormatError(
                 f"{where}: {len(self.images)} images, but labels of shape {self.labels.shape}"
+            )
+        if self.groups is not None and self.groups.shape != (len(self.images),):
+            raise DataFormatError(
+                f"{where}: {len(self.images)} images, but groups of shape {self.groups.shape}"
             )
         if len(self.labels) and not (
             int(self.labels.min()) >= 0 and int(self.labels.max()) < len(self.classes)
@@ -89,7 +100,8 @@ class LabelledImages:
     def select(self, indices: Sequence[int] | npt.NDArray[Any] | slice) -> LabelledImages:
         """Return the images at ``indices`` (numbers, a mask or a slice), in that order."""
         chosen: Any = indices if isinstance(indices, slice) else np.asarray(indices)
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+        groups = None if self.groups is None else self.groups[chosen]
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen], groups=groups)
 
 
 @dataclass(frozen=True)
@@ -101,12 +113,15 @@ class JoinedLabels:
         sets: int64 (N,), the number of each image's data set.
         classes: "set: class" for every class of every set.
         starts: number of each set's first class.
+        groups: int64 (N,), equal for images of one group, or None if no set has groups. An image of
+            a set without groups is a group by itself.
     """
 
     labels: Labels
     sets: Labels
     classes: tuple[str, ...]
     starts: tuple[int, ...]
+    groups: Labels | None = None
 
 
 def join_labels(parts: Sequence[LabelledImages]) -> JoinedLabels:
@@ -117,7 +132,20 @@ def join_labels(parts: Sequence[LabelledImages]) -> JoinedLabels:
         sets=np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
         classes=tuple(f"{part.name}: {name}" for part in parts for name in part.classes),
         starts=tuple(starts),
+        groups=_join_groups(parts),
     )
+
+
+def _join_groups(parts: Sequence[LabelledImages]) -> Labels | None:
+    if all(part.groups is None for part in parts):
+        return None
+    joined, start = [], 0
+    for part in parts:
+        names = np.arange(len(part)) if part.groups is None else part.groups
+        numbers = np.unique(names, return_inverse=True)[1]
+        joined.append(start + numbers)
+        start += len(part)
+    return np.concatenate(joined).astype(np.int64)
 
 
 def sha256(path: Path | str) -> str:
@@ -131,12 +159,24 @@ class DataSplits:
     """The three splits of one data set.
 
     ``spec`` is the text that ``open_dataset`` opened it by.
+
+    Raises:
+        DataFormatError: a group is in two splits, or only some splits have groups.
     """
 
     train: LabelledImages
     val: LabelledImages
     test: LabelledImages
     spec: str = ""
+
+    def __post_init__(self) -> None:
+        for one, other in itertools.combinations((self.train, self.val, self.test), 2):
+            _check_apart(one, other)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether it is known what its images belong to."""
+        return self.train.groups is not None
 
     @property
     def name(self) -> str:
@@ -150,13 +190,35 @@ class DataSplits:
         return tuple(dict.fromkeys(file for part in parts for file in part.files))
 
 
+def _check_apart(one: LabelledImages, other: LabelledImages) -> None:
+    """Refuse two splits with a group in common: figures would tell how well it is remembered."""
+    if one.groups is None and other.groups is None:
+        return
+    if one.groups is None or other.groups is None:
+        having, lacking = (other, one) if one.groups is None else (one, other)
+        raise DataFormatError(
+            f"{one.name}: split {having.split} has groups, but {lacking.split} has none"
+        )
+    shared = np.intersect1d(one.groups, other.groups)
+    if len(shared):
+        sides = [
+            f"{part.split} ({counted(int((part.groups == shared[0]).sum()), 'image')})"
+            for part in (one, other)
+        ]
+        raise DataFormatError(
+            f'{one.name}: group "{shared[0]}" is in {" and in ".join(sides)}, '
+            f"groups in both: {len(shared)}"
+        )
+
+
 def hold_out(
     images: LabelledImages, count: int, seed: int, *, split: str = "val"
 ) -> tuple[LabelledImages, LabelledImages]:
     """Split off some images as another part, stratified by class.
 
     For data sets without that split. The same seed gives the same parts. A class of at least
-    ``PAIR_FROM`` images gives at least two.
+    ``PAIR_FROM`` images gives at least two. Images of one group stay together, so the share of each
+    class is then only about that of the part.
 
     Args:
         images: what to split.
@@ -166,7 +228,18 @@ def hold_out(
 
     Returns:
         The rest, and the part that was held out.
+
+    Raises:
+        DataFormatError: there are groups, but not two, or no class of two images.
     """
+    if images.groups is None:
+        held = _drawn(images, count, seed)
+    else:
+        held = _drawn_groups(images, images.groups, count, seed)
+    return images.select(~held), replace(images.select(held), split=split)
+
+
+def _drawn(images: LabelledImages, count: int, seed: int) -> npt.NDArray[np.bool_]:
     random = np.random.default_rng(seed)
     share = count / max(len(images), 1)
     held = np.zeros(len(images), bool)
@@ -174,11 +247,41 @@ def hold_out(
         members = np.flatnonzero(images.labels == label)
         few = 2 if len(members) >= PAIR_FROM else 0
         held[random.permutation(members)[: max(round(share * len(members)), few)]] = True
-    return images.select(~held), replace(images.select(held), split=split)
+    return held
+
+
+def _drawn_groups(
+    images: LabelledImages, groups: Groups, count: int, seed: int
+) -> npt.NDArray[np.bool_]:
+    """Draw whole groups, so that classes are held out in about equal shares."""
+    try:
+        from sklearn.model_selection import StratifiedGroupKFold
+    except ImportError:
+        raise DataFormatError(
+            f"{images.name}: splitting by groups needs scikit-learn, which comes with the extra "
+            "packages of pg_siamese[train]"
+        ) from None
+    # No more folds than groups, nor than images of the largest class.
+    most = min(len(np.unique(groups)), int(np.bincount(images.labels).max()))
+    if most < 2:
+        raise DataFormatError(
+            f"{images.name}: too few groups or images: none is left for the split that is held out"
+        )
+    folds = max(2, min(round(len(images) / max(count, 1)), most))
+    parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a class of few images can't be in every fold
+        found = [held for _, held in parts.split(images.labels, images.labels, groups)]
+    held = np.zeros(len(images), bool)
+    held[min(found, key=lambda places: abs(len(places) - count))] = True
+    return held
 
 
 def split_at_random(images: LabelledImages, seed: int) -> DataSplits:
-    """Split a data set without splits 70 / 15 / 15, stratified by class and seeded."""
+    """Split a data set without splits 70 / 15 / 15, stratified by class and seeded.
+
+    Images of one group are in one split.
+    """
     whole = replace(images, split="train")
     count = len(images)
     rest, test = hold_out(whole, round(TEST_SHARE * count), seed, split="test")

@@ -13,6 +13,7 @@ from pg_siamese.datasets.base import (
     SPLITS,
     DataFormatError,
     DataNotFoundError,
+    Groups,
     LabelledImages,
     Pixels,
 )
@@ -140,10 +141,11 @@ def decode_members(
     split: str,
     classes: tuple[str, ...],
     files: tuple[Path, ...],
+    groups: Groups | None = None,
 ) -> LabelledImages:
     """Decode images one by one, as the server does.
 
-    ``read`` gives the bytes of a name.
+    ``read`` gives the bytes of a name. ``groups`` are those of the images, in their order.
 
     Raises:
         DataFormatError: an image can't be decoded. The message names it.
@@ -165,4 +167,5 @@ def decode_members(
         labels=np.array([number[str(member.label)] for member in members], np.int64),
         classes=classes,
         files=files,
+        groups=groups,
     )

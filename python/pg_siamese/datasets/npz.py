@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pg_siamese.datasets.base import SPLITS, DataFormatError, LabelledImages, Labels
+from pg_siamese.datasets.base import SPLITS, DataFormatError, Groups, LabelledImages, Labels
 from pg_siamese.datasets.names import class_names
 
 
@@ -30,7 +30,8 @@ def read_npz(
 ) -> LabelledImages:
     """Read one split of an npz file in MedMNIST's layout: ``train_images``, ``train_labels``, ….
 
-    Labels may be (N,) or (N, 1). Pickled arrays are refused.
+    Labels may be (N,) or (N, 1). Groups (``train_groups``, …) are optional: integers or text (N,).
+    Pickled arrays are refused.
 
     Args:
         path: the file.
@@ -52,6 +53,7 @@ def read_npz(
             )
         try:
             images, labels = file[f"{split}_images"], file[f"{split}_labels"]
+            groups = file.get(f"{split}_groups")
             everything = [file[f"{s}_labels"] for s in SPLITS if f"{s}_labels" in file]
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataFormatError(f"{path}: {error}") from error
@@ -68,7 +70,14 @@ def read_npz(
         labels=label_vector(labels, path),
         classes=class_names(name, count, classes),
         files=(path,),
+        groups=None if groups is None else _group_vector(groups, path),
     )
+
+
+def _group_vector(groups: npt.NDArray[Any], path: Path) -> Groups:
+    if groups.dtype.kind not in "iuU":
+        raise DataFormatError(f"{path}: groups are {groups.dtype}, neither integers nor text")
+    return groups.reshape(-1).astype(np.str_)
 
 
 def _open_npz(path: Path) -> np.lib.npyio.NpzFile:

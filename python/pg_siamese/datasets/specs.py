@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
@@ -22,13 +22,14 @@ from pg_siamese.datasets.base import (
 from pg_siamese.datasets.cifar import find_cifar10, read_cifar10
 from pg_siamese.datasets.fashion_mnist import load_fashion_mnist
 from pg_siamese.datasets.folder import Member, classes_of, decode_members, list_image_folder
+from pg_siamese.datasets.groups import GROUPS_FILE, groups_of, read_groups
 from pg_siamese.datasets.idx import read_idx_folder
 from pg_siamese.datasets.medmnist import medmnist_file, medmnist_info
 from pg_siamese.datasets.names import CLASS_NAMES
 from pg_siamese.datasets.npz import npz_splits, read_npz
 from pg_siamese.datasets.places import data_folders, find_data
 from pg_siamese.datasets.resizing import resized
-from pg_siamese.datasets.zipped import list_image_zip, open_zip, read_member
+from pg_siamese.datasets.zipped import groups_name, list_image_zip, open_zip, read_member
 
 if TYPE_CHECKING:
     from pg_siamese_server.encoding.specification import InputSpec
@@ -54,6 +55,9 @@ def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = Non
     A data set without splits is split 70 / 15 / 15. A missing validation split is held out of
     train. If there are only ``train`` and ``val``, nobody trains on the latter, so it becomes
     ``test``. All of this is stratified by class and seeded.
+
+    Images of one group, such as a patient, are in one split. A folder or zip names groups in
+    ``groups.csv``, with columns ``file`` and ``group``. An npz does in ``train_groups`` and so on.
 
     Args:
         spec: the text.
@@ -161,12 +165,15 @@ def _imagenette(_: str, spec: InputSpec | None) -> Parts:
 
 
 def _folder(path: str, spec: InputSpec | None, name: str | None = None) -> Parts:
+    table = Path(path) / GROUPS_FILE
+    groups = read_groups(table.read_bytes(), table) if table.is_file() else None
     return _decoded(
         name or Path(path).resolve().name,
         list_image_folder(path),
         lambda member: Path(member).read_bytes(),
         spec,
         lambda chosen: tuple(Path(member.name) for member in chosen),
+        groups,
     )
 
 
@@ -175,12 +182,18 @@ def _zip(path: str, spec: InputSpec | None, name: str | None = None) -> Parts:
         raise DataNotFoundError(f"zip:{path}: no such file")
     limit = spec.max_bytes if spec else _MAX_BYTES
     with open_zip(path) as archive:
+        members = list_image_zip(path, archive)
+        table = groups_name(archive, members)
+        groups = None
+        if table is not None:
+            groups = read_groups(read_member(path, archive, table, limit), PurePosixPath(table))
         return _decoded(
             name or Path(path).stem,
-            list_image_zip(path, archive),
+            members,
             lambda member: read_member(path, archive, member, limit),
             spec,
             lambda chosen: (Path(path),),
+            groups,
         )
 
 
@@ -190,15 +203,16 @@ def _decoded(
     read: Callable[[str], bytes],
     spec: InputSpec | None,
     files: Callable[[list[Member]], tuple[Path, ...]],
+    groups: dict[str, str] | None,
 ) -> Parts:
     classes = classes_of(members)
     if len(classes) < 2:
         raise DataFormatError(
             f"{name}: one class only ({classes[0]}): each class needs a sub-folder of its own"
         )
-    groups: dict[str, list[Member]] = {}
+    parts: dict[str, list[Member]] = {}
     for member in members:
-        groups.setdefault(member.split or "train", []).append(member)
+        parts.setdefault(member.split or "train", []).append(member)
     outside = [member.name for member in members if not member.split]
     if 0 < len(outside) < len(members):
         folders = sorted({member.split for member in members if member.split})
@@ -209,9 +223,16 @@ def _decoded(
     spec = spec or _common_size(members, read)
     return {
         split: decode_members(
-            group, read, spec, name=name, split=split, classes=classes, files=files(group)
+            part,
+            read,
+            spec,
+            name=name,
+            split=split,
+            classes=classes,
+            files=files(part),
+            groups=groups_of(part, groups),
         )
-        for split, group in groups.items()
+        for split, part in parts.items()
     }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from pg_siamese.datasets.base import DataFormatError, DataNotFoundError
 from pg_siamese.datasets.folder import IMAGE_SUFFIXES, Member, class_and_split
+from pg_siamese.datasets.groups import GROUPS_FILE
 
 
 @contextmanager
@@ -27,6 +28,14 @@ def open_zip(path: Path | str) -> Iterator[zipfile.ZipFile]:
         raise DataFormatError(f"{path}: not a zip file: {error}") from error
     with archive:
         yield archive
+
+
+def groups_name(archive: zipfile.ZipFile, members: Sequence[Member]) -> str | None:
+    """Return the name of the file of groups, beside all images or in a folder around, if any."""
+    names = {info.filename for info in archive.infolist()}
+    around = _folder_around([PurePosixPath(member.name) for member in members])
+    name = str(PurePosixPath(*PurePosixPath(members[0].name).parts[:around], GROUPS_FILE))
+    return name if name in names else None
 
 
 def list_image_zip(path: Path | str, archive: zipfile.ZipFile) -> list[Member]:

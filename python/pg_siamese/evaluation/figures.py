@@ -228,7 +228,9 @@ def set_figures(
     set.
     """
     labelled = queries.by_set()
-    first, second, match = balanced_pairs(labelled.labels, labelled.sets, PAIRS, SCORING_SEED)
+    first, second, match = balanced_pairs(
+        labelled.labels, labelled.sets, PAIRS, SCORING_SEED, labelled.groups
+    )
     apart = distances(queries.vectors[first], queries.vectors[second], metric)
     guessed = nearest_sets(gallery, queries, metric)
     agree = (guessed[first] == guessed[second]) == match

@@ -163,4 +163,4 @@ def embed_joined(
     """
     vectors = np.concatenate([embed_images(model, part, advance) for part in parts])
     joined = join_labels(parts)
-    return Embedded(vectors, joined.labels, joined.sets)
+    return Embedded(vectors, joined.labels, joined.sets, joined.groups)

@@ -39,7 +39,7 @@ class PairScores:
 
 
 def balanced_pairs(
-    labels: Integers, sets: Integers, count: int, seed: int
+    labels: Integers, sets: Integers, count: int, seed: int, groups: Integers | None = None
 ) -> tuple[Integers, Integers, Flags]:
     """Draw ``count`` pairs of images, half of which match (same label).
 
@@ -52,6 +52,8 @@ def balanced_pairs(
         sets: set numbers (N,).
         count: number of pairs.
         seed: seed of the draw.
+        groups: groups (N,), such as patients, or None. Matching pairs are of two groups: those of
+            one are too easy.
 
     Returns:
         First and second index (count,), and whether they match (count,).
@@ -62,11 +64,17 @@ def balanced_pairs(
     random = np.random.default_rng(seed)
     if len(np.unique(labels)) < 2:
         raise ValueError("no pair of different classes among these images")
-    shared = np.bincount(labels)[labels] > 1
+    apart = np.arange(len(labels)) if groups is None else groups
+    _, kinds, sizes = np.unique(
+        np.stack([labels, apart]), axis=1, return_inverse=True, return_counts=True
+    )
+    shared = np.bincount(labels)[labels] > sizes[kinds.reshape(-1)]
     members = {int(s): np.flatnonzero(sets == s) for s in np.unique(sets)}
     paired = {s: found for s, i in members.items() if len(found := i[shared[i]])}
     if not paired:
-        raise ValueError("no pair of one class among these images")
+        raise ValueError(
+            f"no pair of one class among these images{'' if groups is None else ' in two groups'}"
+        )
     first = np.empty(count, np.int64)
     second = np.empty(count, np.int64)
     match = np.arange(count) % 2 == 0
@@ -75,8 +83,7 @@ def balanced_pairs(
         anchor = int(random.choice(anchors[int(random.choice(list(anchors)))]))
         same_set, same_label = sets == sets[anchor], labels == labels[anchor]
         if match[i]:
-            pool = same_label
-            pool[anchor] = False
+            pool = same_label & (apart != apart[anchor])
         else:
             pool = same_set & ~same_label if i % 4 == 1 else ~same_set
             if not pool.any():
@@ -89,7 +96,9 @@ def pair_distances(
     embedded: Embedded, count: int, seed: int, metric: str = "cosine"
 ) -> tuple[Floats, Flags]:
     """Draw pairs, half and half, and return their distances and whether they match."""
-    first, second, match = balanced_pairs(embedded.labels, embedded.sets, count, seed)
+    first, second, match = balanced_pairs(
+        embedded.labels, embedded.sets, count, seed, embedded.groups
+    )
     return distances(embedded.vectors[first], embedded.vectors[second], metric), match
 
 

@@ -63,14 +63,17 @@ def result(evaluations: Sequence[Evaluation], command: str) -> dict[str, Any]:
 
 
 def _counts(evaluation: Evaluation) -> dict[str, dict[str, int]]:
-    return {
-        part.name: {
+    found = {}
+    for part in evaluation.data:
+        queries = getattr(part, evaluation.split)
+        found[part.name] = {
             "gallery": len(part.train),
             "validation": len(part.val),
-            "queries": len(getattr(part, evaluation.split)),
+            "queries": len(queries),
         }
-        for part in evaluation.data
-    }
+        if part.has_groups:
+            found[part.name]["query_groups"] = len(set(queries.groups))
+    return found
 
 
 def summary(figures: Sequence[Any]) -> Any:

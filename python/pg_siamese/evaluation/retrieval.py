@@ -19,16 +19,18 @@ BLOCK_NUMBERS = 12_000_000
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings (N, d) with joined labels (N,) and set numbers (N,)."""
+    """Embeddings (N, d) with joined labels (N,), set numbers (N,) and, if known, groups (N,)."""
 
     vectors: Vectors
     labels: Integers
     sets: Integers
+    groups: Integers | None = None
 
     def of_set(self, number: int) -> Embedded:
         """Return the part that belongs to one data set."""
         own = self.sets == number
-        return Embedded(self.vectors[own], self.labels[own], self.sets[own])
+        groups = None if self.groups is None else self.groups[own]
+        return Embedded(self.vectors[own], self.labels[own], self.sets[own], groups)
 
     def by_set(self) -> Embedded:
         """Return the same embeddings with "which set" as their label."""

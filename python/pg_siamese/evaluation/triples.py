@@ -8,7 +8,9 @@ from pg_siamese.evaluation.pairs import Flags
 from pg_siamese.evaluation.retrieval import Embedded, Floats, Integers, distances
 
 
-def balanced_triples(labels: Integers, count: int, seed: int) -> tuple[Integers, Flags]:
+def balanced_triples(
+    labels: Integers, count: int, seed: int, groups: Integers | None = None
+) -> tuple[Integers, Flags]:
     """Draw ``count`` triples of images: in half of them two match, in the others none do.
 
     Labels are drawn uniformly, so that rare classes count as much as others. If two match, the
@@ -18,6 +20,7 @@ def balanced_triples(labels: Integers, count: int, seed: int) -> tuple[Integers,
         labels: labels (N,).
         count: number of triples.
         seed: seed of the draw.
+        groups: groups (N,), such as patients, or None. Two that match are of two groups.
 
     Returns:
         Indices (count, 3), in random order within a triple, and whether two match (count,).
@@ -31,16 +34,25 @@ def balanced_triples(labels: Integers, count: int, seed: int) -> tuple[Integers,
     if len(members) < 3:
         raise ValueError("triples without a match need at least three classes")
     known = np.array(list(members))
-    paired = np.array([label for label, found in members.items() if len(found) > 1])
+    apart = np.arange(len(labels)) if groups is None else groups
+    paired = np.array(
+        [label for label, found in members.items() if len(np.unique(apart[found])) > 1]
+    )
     if not len(paired):
-        raise ValueError("no pair of one class among these images")
+        reason = "" if groups is None else " in two groups"
+        raise ValueError(f"no pair of one class among these images{reason}")
     match = np.arange(count) % 2 == 0
     triples = np.empty((count, 3), np.int64)
     for i in range(count):
         if match[i]:
             label = int(random.choice(paired))
             other = int(random.choice(known[known != label]))
-            both = random.choice(members[label], 2, replace=False)
+            found = members[label]
+            if groups is None:
+                both = random.choice(found, 2, replace=False)
+            else:
+                one = int(random.choice(found))
+                both = np.array([one, random.choice(found[groups[found] != groups[one]])])
             triple = np.append(both, random.choice(members[other]))
         else:
             chosen = random.choice(known, 3, replace=False)
@@ -64,5 +76,5 @@ def triple_distances(
     embedded: Embedded, count: int, seed: int, metric: str = "cosine"
 ) -> tuple[Floats, Flags]:
     """Draw triples, half and half: return their least distances and whether two match."""
-    triples, match = balanced_triples(embedded.labels, count, seed)
+    triples, match = balanced_triples(embedded.labels, count, seed, embedded.groups)
     return least_distances(embedded, triples, metric), match

@@ -29,6 +29,7 @@ class JoinedImages(Dataset[Batch]):
         classes: "set: class", or the set's name.
         sets: int64 (N,), each an index into ``names``.
         names: names of the sets.
+        groups: int64 (N,), equal for images of one group, or None if no set has groups.
 
     Raises:
         ValueError: the data sets have images of different sizes.
@@ -45,6 +46,7 @@ class JoinedImages(Dataset[Batch]):
         self.classes = self.names if by_set else joined.classes
         self.sets = torch.from_numpy(joined.sets)
         self.labels = torch.from_numpy(joined.sets if by_set else joined.labels).clone()
+        self.groups = None if joined.groups is None else torch.from_numpy(joined.groups)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -79,6 +81,7 @@ class JoinedImages(Dataset[Batch]):
         if pixels:
             copied.pixels = self.pixels[chosen]
         copied.labels, copied.sets = self.labels[chosen], self.sets[chosen]
+        copied.groups = None if self.groups is None else self.groups[chosen]
         return copied
 
 

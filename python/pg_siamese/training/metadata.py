@@ -27,7 +27,8 @@ GALLERY = 60_000
 def embed_joined(model: bytes, images: JoinedImages) -> Embedded:
     """Embed joined data sets by a model's ONNX file."""
     vectors = embed_onnx(model, images.pixels.numpy(), threads=torch.get_num_threads())
-    return Embedded(vectors, images.labels.numpy(), images.sets.numpy())
+    groups = None if images.groups is None else images.groups.numpy()
+    return Embedded(vectors, images.labels.numpy(), images.sets.numpy(), groups)
 
 
 def describe(

@@ -104,6 +104,26 @@ def bare(tmp_path: Path) -> Path:
     return write_model(tmp_path / "bare.onnx")
 
 
+def test_groups_are_kept_apart(tmp_path: Path, bare: Path, data: Path) -> None:
+    arrays = dict(np.load(data))
+    for split, count in (("train", 36), ("val", 18), ("test", 18)):
+        arrays[f"{split}_groups"] = np.array([f"{split} {i // 2}" for i in range(count)], "U9")
+    np.savez(data, **arrays)
+    target = tmp_path / "grouped.json"
+    content = run(target, bare, "--data", f"npz:{data}")
+    counts = {"gallery": 36, "validation": 18, "queries": 18, "query_groups": 9}
+    assert content["data"] == {"paints": counts}
+    result = CliRunner().invoke(
+        app, ["evaluate", str(bare), "--data", f"npz:{data}", "--output", str(target)]
+    )
+    said = " ".join(result.output.split())
+    assert "No group of paints is among both queries and neighbours" in said
+    arrays["test_groups"][0] = "train 3"
+    np.savez(data, **arrays)
+    line = fails(bare, "--data", f"npz:{data}", "--output", target)
+    assert 'group "train 3" is in train (2 images) and in test (1 image)' in line
+
+
 def test_one_model_from_its_own_metadata(tmp_path: Path, model: Path) -> None:
     target, table = tmp_path / "results" / "colours.json", tmp_path / "docs" / "results.md"
     content = run(target, model, "--table", table)

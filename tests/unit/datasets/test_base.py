@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
-from pg_siamese.datasets import LabelledImages, hold_out, join_labels
+import numpy as np
+import pytest
+
+from pg_siamese.datasets import (
+    DataFormatError,
+    DataSplits,
+    LabelledImages,
+    hold_out,
+    join_labels,
+    split_at_random,
+)
 
 
 def test_hold_out_is_stratified_disjoint_and_repeatable() -> None:
@@ -31,3 +41,89 @@ def test_labels_of_several_sets_are_numbered_through() -> None:
     assert joined.sets.tolist() == [0, 0, 0, 1, 1]
     assert joined.classes == ("a: x", "a: y", "b: x", "b: y", "b: z")
     assert joined.starts == (0, 2)
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+def grouped(groups: list[str], split: str = "train") -> LabelledImages:
+    count = len(groups)
+    pixels = np.arange(count, dtype=np.uint8)[:, None, None] + np.zeros((1, 2, 2), np.uint8)
+    return LabelledImages(
+        "set",
+        split,
+        pixels,
+        np.arange(count) % 2,
+        ("a", "b"),
+        groups=np.array(groups),
+    )
+
+
+def names(part: LabelledImages) -> list[str]:
+    assert part.groups is not None
+    return [str(group) for group in part.groups]
+
+
+def test_groups_are_held_out_whole() -> None:
+    patients = np.random.default_rng(0).integers(0, 40, 300)
+    whole = grouped([f"patient {number}" for number in patients])
+    for seed in range(5):
+        opened = split_at_random(whole, seed)
+        parts = (opened.train, opened.val, opened.test)
+        held = [set(names(part)) for part in parts]
+        assert set().union(*held) == set(names(whole))
+        assert sum(map(len, held)) == len(set(names(whole)))
+        assert [len(part) for part in parts] == pytest.approx([210, 45, 45], abs=25)
+        for part in parts:  # about half of each class
+            assert part.labels.mean() == pytest.approx(0.5, abs=0.12)
+        again = split_at_random(whole, seed)
+        assert (again.test.images == opened.test.images).all()
+    first, second = (split_at_random(whole, seed) for seed in (0, 1))
+    assert set(names(first.test)) != set(names(second.test))
+
+
+def test_images_keep_their_groups() -> None:
+    whole = grouped([str(place) for place in range(9)])
+    assert names(whole.select([3, 1])) == ["3", "1"]
+    train, val = hold_out(whole, 3, seed=0)
+    for part in (train, val):
+        assert names(part) == [str(number) for number in part.images[:, 0, 0]]
+
+
+def test_too_few_groups_to_hold_one_out() -> None:
+    with pytest.raises(DataFormatError, match="set: too few groups"):
+        hold_out(grouped(["one"] * 10), 3, seed=0)
+    with pytest.raises(DataFormatError, match="set: too few groups"):
+        split_at_random(grouped(["one", "two"] * 10), seed=0)
+    with pytest.raises(DataFormatError, match="too few groups or images"):
+        hold_out(grouped(["one", "two"]), 1, seed=0)
+
+
+def test_a_group_on_both_sides_is_refused() -> None:
+    train = grouped(["p1", "p1", "p2", "p3", "p1"])
+    val = grouped(["p4"], split="val")
+    test = grouped(["p1", "p1", "p3", "p5"], split="test")
+    message = (
+        r'set: group "p1" is in train \(3 images\) and in test \(2 images\), groups in both: 2$'
+    )
+    with pytest.raises(DataFormatError, match=message):
+        DataSplits(train, val, test)
+    DataSplits(train, val, test.select([3]))
+    without = replace(test.select([3]), groups=None)
+    with pytest.raises(DataFormatError, match="set: split train has groups, but test has none"):
+        DataSplits(train, val, without)
+
+
+def test_groups_must_fit_the_images() -> None:
+    with pytest.raises(DataFormatError, match=r"2 images, but groups of shape \(3,\)"):
+        replace(grouped(["a", "b"]), groups=np.array(["a", "b", "c"]))
+
+
+def test_groups_of_several_sets_are_numbered_through() -> None:
+    one, other = grouped(["x", "y", "x"]), grouped(["x", "x"])
+    single = replace(other, groups=None)
+    joined, mixed = join_labels([one, other]).groups, join_labels([single, one]).groups
+    assert joined is not None and mixed is not None
+    assert joined.tolist() == [0, 1, 0, 3, 3]
+    assert mixed.tolist() == [0, 1, 2, 3, 2]
+    assert join_labels([single, single]).groups is None

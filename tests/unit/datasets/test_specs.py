@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from pg_siamese.datasets import (
     open_dataset,
     split_at_random,
 )
+from pg_siamese.datasets.base import Groups
+from pg_siamese.datasets.groups import read_groups
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import InputSpec
 from tests.unit.datasets.files import idx_bytes
+from tools.project import ROOT
 
 
 def picture(value: int, width: int = 12, height: int = 10) -> bytes:
@@ -304,3 +308,96 @@ def test_the_same_seed_never_lets_an_image_into_two_splits() -> None:
     parts = split_at_random(whole, seed=3)
     together = [part.images[:, 0, 0] for part in (parts.train, parts.val, parts.test)]
     assert sorted(np.concatenate(together).tolist()) == list(range(200))
+
+
+# --- groups -----------------------------------------------------------------------------------
+
+
+def with_groups(members: dict[str, bytes], prefix: str = "") -> dict[str, bytes]:
+    """Put images of each class into groups of three, by a table beside them."""
+    names = [name.removeprefix(prefix) for name in members]
+    rows = [f"{name},{name[:3]} {place // 3}" for place, name in enumerate(names)]
+    return members | {f"{prefix}groups.csv": "\n".join(["file,group", *rows]).encode()}
+
+
+def groups_in(part: LabelledImages) -> Groups:
+    assert part.groups is not None
+    return part.groups
+
+
+def test_groups_of_a_folder_and_its_zip(tmp_path: Path) -> None:
+    write_folder(tmp_path / "pets", with_groups(by_class(30)))
+    folder = open_dataset(f"folder:{tmp_path / 'pets'}", seed=2)
+    parts = (folder.train, folder.val, folder.test)
+    assert folder.has_groups
+    groups = [groups_in(part).tolist() for part in parts]
+    assert sum(len(set(names)) for names in groups) == len(set().union(*groups)) == 20
+    for part, names in zip(parts, groups, strict=True):
+        assert len(part) == len(names) > 0
+        assert [name[:3] for name in names] == [part.class_of(i) for i in range(len(part))]
+    for name, prefix in (("pets", ""), ("around", "pets/")):
+        write_zip(tmp_path / f"{name}.zip", with_groups(by_class(30, prefix), prefix))
+        zipped = open_dataset(f"zip:{tmp_path / name}.zip", seed=2)
+        assert np.array_equal(groups_in(zipped.test), groups_in(folder.test))
+        assert (zipped.test.images == folder.test.images).all()
+
+
+def test_the_documentation_of_groups() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    (table,) = re.findall(r"^```csv\n(.*?)^```", text, re.M | re.S)
+    assert read_groups(table.encode(), Path("photos/groups.csv")) == {
+        "photos/cat/001.png": "patient 17",
+        "photos/cat/002.png": "patient 17",
+        "photos/dog/001.png": "patient 4",
+    }
+
+
+def test_groups_of_splits_are_checked(tmp_path: Path) -> None:
+    members = by_class(4, "train/") | by_class(3, "val/") | by_class(3, "test/")
+    rows = [f"{name},{name.split('/')[0]}" for name in members]
+    rows[0] = rows[0].replace(",train", ",test")
+    members["groups.csv"] = "\n".join(["file,group", *rows]).encode()
+    write_folder(tmp_path, members)
+    message = r'group "test" is in train \(1 image\) and in test \(6 images\)'
+    with pytest.raises(DataFormatError, match=message):
+        open_dataset(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (b"file,group\ncat/00.png,a\n", r"cat/01\.png: has no group in groups\.csv"),
+        (b"image,patient\ncat/00.png,a\n", r"groups\.csv: row 2 lacks a value of file or group"),
+        (b"file,group\ncat/00.png,\n", r"groups\.csv: row 2 lacks a value of file or group"),
+        (b"file,group\ncat/00.png\n", r"groups\.csv: row 2 lacks a value of file or group"),
+        (
+            b"file,group\ncat/00.png,a\ncat/00.png,b\n",
+            r'row 3 puts "cat/00\.png" into another group',
+        ),
+        (b"\xff\xfe\x00", r"groups\.csv: not a CSV file in UTF-8"),
+        (b'file,group\n"cat/00.png,a\n', r"groups\.csv: not a CSV file in UTF-8"),
+    ],
+)
+def test_tables_of_groups_that_are_wrong(tmp_path: Path, table: bytes, message: str) -> None:
+    write_folder(tmp_path, by_class(3) | {"groups.csv": table})
+    with pytest.raises(DataFormatError, match=message):
+        open_dataset(f"folder:{tmp_path}")
+
+
+def test_groups_of_an_npz(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    arrays: dict[str, Any] = {"train_images": images, "train_labels": np.arange(60) % 2}
+    for name, groups in (
+        ("numbers", np.arange(60) // 4),
+        ("texts", [f"p{i // 4}" for i in range(60)]),
+    ):
+        np.savez(tmp_path / f"{name}.npz", train_groups=groups, **arrays)
+        opened = open_dataset(f"npz:{tmp_path / name}.npz")
+        assert not set(groups_in(opened.train)) & set(groups_in(opened.test))
+    arrays |= {"test_images": images[:6], "test_labels": np.arange(6) % 2}
+    np.savez(tmp_path / "both.npz", train_groups=np.arange(60), test_groups=np.arange(6), **arrays)
+    with pytest.raises(DataFormatError, match=r'group "0" is in train .* and in test .* both: 6'):
+        open_dataset(f"npz:{tmp_path / 'both.npz'}")
+    np.savez(tmp_path / "wrong.npz", train_groups=np.arange(60) / 2, **arrays)
+    with pytest.raises(DataFormatError, match="groups are float64, neither integers nor text"):
+        open_dataset(f"npz:{tmp_path / 'wrong.npz'}")

@@ -91,6 +91,24 @@ def test_pairs_are_half_and_half_and_of_both_kinds() -> None:
     assert (again[0] == first).all() and (again[1] == second).all()
 
 
+def test_matching_pairs_are_of_two_groups() -> None:
+    random = np.random.default_rng(0)
+    labels, groups = random.integers(0, 3, 60), random.integers(0, 12, 60)
+    labels[0], groups[0] = 3, 20  # a class of one group
+    labels[1], groups[1] = 3, 20
+    sets = np.zeros(60, np.int64)
+    first, second, match = balanced_pairs(labels, sets, 600, 0, groups)
+    assert ((labels[first] == labels[second]) == match).all()
+    assert (groups[first] != groups[second])[match].all()
+    assert 3 not in labels[first][match] and 3 in labels[first][~match]
+    # Each image for itself is the same as no groups.
+    alone = balanced_pairs(labels, sets, 600, 0, np.arange(60))
+    plain = balanced_pairs(labels, sets, 600, 0)
+    assert all((one == other).all() for one, other in zip(alone, plain, strict=True))
+    with pytest.raises(ValueError, match="no pair of one class among these images in two groups"):
+        balanced_pairs(labels, sets, 10, 0, labels)
+
+
 def test_pairs_of_one_set() -> None:
     draw(np.array([0, 0, 1, 1]), np.zeros(4, np.int64), 100)
 

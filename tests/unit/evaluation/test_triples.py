@@ -25,6 +25,20 @@ def test_triples_are_half_and_half() -> None:
     assert np.array_equal(balanced_triples(labels, 600, seed=1)[0], triples)
 
 
+def test_two_that_match_are_of_two_groups() -> None:
+    random = np.random.default_rng(0)
+    labels, groups = random.integers(0, 4, 60), random.integers(0, 12, 60)
+    labels[:2], groups[:2] = 4, 20  # a class of one group
+    triples, match = balanced_triples(labels, 300, 0, groups)
+    for triple in triples[match]:
+        of = labels[triple]
+        (label,) = {one for one in of.tolist() if (of == one).sum() == 2}
+        assert label != 4
+        assert len(set(groups[triple][of == label])) == 2
+    with pytest.raises(ValueError, match="in two groups"):
+        balanced_triples(labels, 10, 0, labels)
+
+
 @pytest.mark.parametrize(
     ("labels", "reason"), [([0, 0, 1, 1], "three classes"), ([0, 1, 2], "no pair")]
 )

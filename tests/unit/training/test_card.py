@@ -24,7 +24,13 @@ def model(tmp_path: Path) -> Path:
 def card(model: Path, experiment: str, sets: tuple[str, ...], **changes: Any) -> str:
     metadata = read_metadata(model) | changes
     splits: list[Any] = [
-        SimpleNamespace(name=name, train=range(1000), val=range(78), test=range(156))
+        SimpleNamespace(
+            name=name,
+            train=range(1000),
+            val=range(78),
+            test=range(156),
+            has_groups=name == "imagenette",
+        )
         for name in sets
     ]
     of = load_experiment(experiment)
@@ -45,6 +51,7 @@ def test_a_card_has_the_figures_of_the_file(model: Path) -> None:
     assert "of the right one: 100.00 % (validation), 99.96 % (test).\n" in written
     assert "drawn in proportion to n ** 0.5. Images are changed at random" in written
     assert "half are of one data set and half of two." in written
+    assert "come in groups" not in written
     assert "\n\n\n" not in written
     assert "{{" not in written
 
@@ -55,6 +62,7 @@ def test_a_card_of_one_set_whose_head_is_the_calibration(model: Path) -> None:
     assert "compared by Euclidean distance" in written
     assert "Weight and bias are the Siamese head's own." in written
     assert "all are of different classes." in written
+    assert "\n\nImages of imagenette come in groups. Each group is in one split only" in written
     assert "of the right one" not in written
     assert "The epoch with the best val_map5 was exported." in written
     assert "\n\n\n" not in written

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,19 @@ def test_some_and_replaced_images_keep_their_labels(data: tuple[str, ...]) -> No
     assert joined.some(0, seed=1) is joined
     twice = joined.with_pixels(torch.zeros(2 * len(joined), 5), times=2)
     assert torch.equal(twice.labels, joined.labels.repeat(2))
+
+
+def test_joined_sets_keep_their_groups(data: tuple[str, ...]) -> None:
+    train = open_dataset(data[0]).train
+    assert JoinedImages([train]).groups is None
+    groups = np.array([f"patient {place // 4}" for place in range(len(train))])
+    joined = JoinedImages([replace(train, groups=groups)])
+    some = joined.some(10, seed=1)
+    assert joined.groups is not None and some.groups is not None
+    for place in range(10):
+        (found,) = (joined.pixels == some.pixels[place]).all(dim=(1, 2, 3)).nonzero().tolist()
+        assert some.groups[place] == joined.groups[found[0]]
+    assert len(set(joined.groups.tolist())) == 24
 
 
 def test_joined_sets_must_be_of_one_size() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from pg_siamese.evaluation.figures import draw_pairs
 from pg_siamese.evaluation.pairs import calibrate
 from pg_siamese.evaluation.retrieval import Embedded
-from pg_siamese.training import export, loop
+from pg_siamese.training import export, loop, metadata
 from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.learner import load_learner
 
@@ -26,6 +29,18 @@ def test_stated_figures_are_those_of_the_file(trained: tuple[Path, loop.Trained]
         found = calibrate(*pairs)
         assert each.metadata["calibration"] == {"weight": found.weight, "bias": found.bias}
     assert result.metadata["calibration"] != halved.metadata["calibration"]
+
+
+def test_embeddings_keep_their_groups(trained: tuple[Path, loop.Trained]) -> None:
+    """So that stated figures are of pairs in two groups."""
+    result = trained[1]
+    part = result.splits[0].val
+    groups = np.array([f"patient {place // 2}" for place in range(len(part))])
+    joined = JoinedImages([replace(part, groups=groups)])
+    embedded = metadata.embed_joined(result.model.SerializeToString(), joined)
+    assert embedded.groups is not None and joined.groups is not None
+    assert embedded.groups.tolist() == joined.groups.tolist()
+    assert embedded.of_set(0).groups is not None
 
 
 def test_it_learned(trained: tuple[Path, loop.Trained]) -> None:
