@@ -194,7 +194,7 @@ CREATE FUNCTION siamese.classify_image(
     image_id siamese.key DEFAULT NULL,
     filter siamese.filter DEFAULT '{}',
     exclude siamese.filter DEFAULT '{}',
-    -- The collection's group column. NULL is not the default, and '' is no groups, as in searches.
+    -- The collection's group column, if it has one. '' means no groups, as in searches.
     group_by text DEFAULT '-',
     own_group boolean DEFAULT FALSE
 ) RETURNS TABLE (label text, votes integer, share real)

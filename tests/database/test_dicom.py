@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from pydicom import uid
 
+from pg_siamese.worker import Options, Worker
 from pg_siamese_server.encoding import windows
 from tests import dicom_files
 from tests.conftest import Connect, Connection
@@ -248,7 +249,7 @@ def test_windows_that_are_refused(db: Connection, call: str) -> None:
 
 
 def test_a_collection_renders_all_its_images_with_its_window(
-    db: Connection, connect: Connect, embed: str
+    db: Connection, connect: Connect, dsn: str, embed: str
 ) -> None:
     images = slices(6)
     session = connect()
@@ -260,7 +261,9 @@ def test_a_collection_renders_all_its_images_with_its_window(
     )
     for number, image in enumerate(images[1:], 1):
         db.execute("INSERT INTO public.t VALUES (%s, %s)", (number, image))
-    db.execute("SELECT siamese.embed_pending()")
+        if number == 3:
+            db.execute("SELECT siamese.embed_pending()")
+    Worker(Options(dsn, once=True, rebuild_pending=None)).run()
     vectors = "SELECT e.embedding <=> siamese.embed_image(t.image, dicom_window => %s)"
     vectors += " FROM public.t AS t JOIN siamese.embedding_2 AS e ON e.key = t.id ORDER BY t.id"
     assert column_of(db, vectors, "lung") == [pytest.approx(0, abs=1e-6)] * 6

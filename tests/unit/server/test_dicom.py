@@ -18,7 +18,7 @@ import imagecodecs
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pydicom import uid
+from pydicom import dcmread, uid
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
@@ -32,6 +32,7 @@ from tests.support import encode
 from tools.project import ROOT
 
 REAL = ROOT.parent / "shared" / "data" / "dicom"
+SERIES = ROOT.parent / "shared" / "data" / "dicom_series" / "covid19_ny_sbu"
 SIDE = 32
 SPEC = InputSpec(SIDE, SIDE, channels=1)
 REFUSED = {
@@ -484,6 +485,18 @@ def test_a_window_by_argument(window: str, centre: float, width: float) -> None:
     assert not np.array_equal(expected, shown(ct(HOUNSFIELD))) or window == "1"
 
 
+def test_presets_of_real_slices() -> None:
+    """Of two scanners, with four windows and three ways to name the unit."""
+    paths = sorted(SERIES.rglob("*.dcm"))
+    if not paths:
+        pytest.skip("needs the DICOM series beside the project (shared/data/dicom_series)")
+    for path in paths:
+        file = dcmread(path)
+        values = file.pixel_array * float(file.RescaleSlope) + float(file.RescaleIntercept)
+        spec = InputSpec(file.Columns, file.Rows, channels=1, dicom_window="lung")
+        assert np.array_equal(shown(path.read_bytes(), spec), windowed(values, -600, 1500)), path
+
+
 def test_a_window_that_the_file_does_not_have_leaves_its_own() -> None:
     own = shown(ct(HOUNSFIELD))
     for window in ("3", "explanation:lung"):
@@ -496,6 +509,9 @@ def test_presets_are_for_hounsfield_units() -> None:
     lung = windowed(UNITS, *windows.PRESETS["lung"])
     for elements, is_hounsfield in (
         ({"RescaleType": "HU"}, True),
+        ({"RescaleType": "Houndsfield Unit"}, True),
+        ({"RescaleType": "hounsfield units"}, True),
+        ({"RescaleType": "HUE"}, False),
         ({"RescaleType": "US"}, False),
         ({"Modality": "MR"}, False),
         ({"Modality": "MR", "RescaleType": "HU"}, True),

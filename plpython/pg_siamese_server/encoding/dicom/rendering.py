@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ BLOCK = 1 << 20
 # Around the padding value of lossy images: this share of the range is padding, too.
 LOSSY_PADDING = 0.01
 MAX_ASPECT = 16.0
+# The standard's term, and what scanners write instead, spelt so.
+_HOUNSFIELD = re.compile(r"HU|Hound?sfield( Units?)?", re.I)
 _LOSSY = (
     uid.JPEGBaseline8Bit,
     uid.JPEGExtended12Bit,
@@ -207,7 +210,7 @@ class _Grey:
         lut = file.item("ModalityLUTSequence")
         unit = file.texts("RescaleType", group) or file.texts("ModalityLUTType", lut)
         if unit:
-            return unit[0].upper() == "HU"
+            return _HOUNSFIELD.fullmatch(unit[0]) is not None
         # A CT image has to name its unit unless it is this one.
         return file.texts("Modality") == ["CT"] and bool(file.numbers("RescaleIntercept", group))
 
