@@ -107,6 +107,14 @@ def report(number: int) -> Dataset:
     return result
 
 
+def frames(
+    stack: NDArray[Any], syntax: str = uid.ExplicitVRLittleEndian, /, **elements: Any
+) -> bytes:
+    """Return an uncompressed DICOM file of several frames: (frames, rows, columns)."""
+    values = {"NumberOfFrames": len(stack), "PixelData": stack.tobytes(), **elements}
+    return image(stack[0], syntax, **values)
+
+
 def compressed(
     frames: Sequence[bytes | bytearray],
     like: NDArray[Any],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,6 +75,76 @@ def embed(
         except ImageError as error:
             fail(key, error)
     return [keys[place] for place in kept], embeddings[kept]
+
+
+def embed_frames(
+    encoder: Encoder,
+    rows: Iterable[tuple[Any, bytes | None]],
+    fail: Fail,
+    poll: Callable[[], None],
+    limits: Limits = MODELS_OWN,
+) -> Iterator[tuple[Any, int, NDArray[np.float32]]]:
+    """Decode and embed all frames of some rows' images, a batch of frames at a time.
+
+    An image with a bad frame fails as a whole.
+
+    Args:
+        encoder, rows, fail, poll, limits: as for ``embed``.
+
+    Yields:
+        Of each good image its key, the number of its representative frame, and the embeddings of
+        its frames in order, float32 (frames, dimension).
+
+    Raises:
+        ModelError: the graph failed.
+    """
+    for key, image in rows:
+        poll()
+        try:
+            representative, embeddings = _embed_image(encoder, image, poll, limits)
+        except ImageError as error:
+            fail(key, error)
+            continue
+        yield key, representative, embeddings
+
+
+def _embed_image(
+    encoder: Encoder, image: bytes | None, poll: Callable[[], None], limits: Limits
+) -> tuple[int, NDArray[np.float32]]:
+    from pg_siamese_server.encoding.encoder import check_embedding
+    from pg_siamese_server.encoding.images import decode_frames
+
+    frames = decode_frames(image, encoder.spec.input.within(limits), poll)
+    parts: list[NDArray[np.float32]] = []
+    for first in range(1, frames.count + 1, encoder.max_batch):
+        numbers = range(first, min(first + encoder.max_batch, frames.count + 1))
+        pixels: list[NDArray[np.uint8]] = []
+        for number in numbers:
+            poll()
+            with _named(number, frames.count):
+                pixels.append(next(frames.pixels))
+        embeddings = encoder.embed(np.stack(pixels), poll)
+        for number, embedding in zip(numbers, embeddings, strict=True):
+            with _named(number, frames.count):
+                check_embedding(embedding, encoder.spec.metric)
+        parts.append(embeddings)
+    return frames.representative, np.concatenate(parts)
+
+
+@contextmanager
+def _named(number: int, count: int) -> Iterator[None]:
+    """Name the frame in errors of an image that has several."""
+    try:
+        yield
+    except ImageError as error:
+        if count == 1:
+            raise
+        raise ImageError(
+            f"frame {number} of {count}: {error.message}",
+            sqlstate=error.sqlstate,
+            detail=error.detail,
+            hint=error.hint,
+        ) from None
 
 
 def image_hash(image: bytes) -> bytes:

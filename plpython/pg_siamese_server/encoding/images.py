@@ -12,12 +12,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from pg_siamese_server.encoding.opened import MAX_SIDE, Box, Opened, Poll, check_size, damaged
+from pg_siamese_server.encoding.opened import (
+    MAX_SIDE,
+    Box,
+    Opened,
+    Poll,
+    check_frame,
+    check_size,
+    damaged,
+)
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import (
     NULL_VALUE_NOT_ALLOWED,
@@ -27,6 +37,10 @@ from pg_siamese_server.errors import (
     is_database_error,
 )
 
+if TYPE_CHECKING:  # a session that meets no DICOM file loads no pydicom
+    from pg_siamese_server.encoding.dicom.file import File
+
+_Result = TypeVar("_Result")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -53,6 +67,8 @@ DRAFT_MARGIN = 3
 EIGHT_BITS = frozenset(
     ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 )
+# Each frame of a collection of all frames has a vector of its own.
+MAX_FRAMES = 10_000
 # Keys of Pillow's metadata that may hold an orientation.
 ORIENTED_BY = frozenset(("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"))
 # How a viewer turns a picture of each EXIF orientation.
@@ -79,8 +95,23 @@ class _PolledFile(io.BytesIO):
         return super().read(size)
 
 
+@dataclass(frozen=True)
+class Frames:
+    """All frames of an image file.
+
+    Attributes:
+        count: how many.
+        representative: number of the one that stands for the image, from 1.
+        pixels: of each in turn, decoded when asked for, as ``decode_image`` returns them.
+    """
+
+    count: int
+    representative: int
+    pixels: Iterator[NDArray[np.uint8]]
+
+
 def decode_image(
-    data: bytes | None, spec: InputSpec, poll: Poll | None = None
+    data: bytes | None, spec: InputSpec, poll: Poll | None = None, frame: int = 0
 ) -> NDArray[np.uint8]:
     """Decode an image file and bring it to the encoder's size.
 
@@ -92,6 +123,7 @@ def decode_image(
         data: the bytes of the file.
         spec: size, channels, resize mode and limits.
         poll: called while reading, may raise to stop.
+        frame: number of a DICOM frame, from 1, or 0 for the representative one.
 
     Returns:
         uint8 array of shape (height, width, channels), C-contiguous.
@@ -99,15 +131,50 @@ def decode_image(
     Raises:
         ImageError: no data, over a limit, not an allowed format, or damaged.
     """
-    return _decode(data, _Decoder(spec, poll))
+    decoder = _Decoder(spec, poll, frame=frame)
+    return _guarded(data, spec, decoder.run)
 
 
-def render_image(data: bytes, side: int) -> NDArray[np.uint8]:
+def decode_frames(data: bytes | None, spec: InputSpec, poll: Poll | None = None) -> Frames:
+    """Decode all frames of an image file, one at a time.
+
+    DICOM files can have several frames. Every other file has one, as ``decode_image`` shows it.
+
+    Args:
+        data: the bytes of the file.
+        spec: size, channels, resize mode and limits.
+        poll: called while reading, may raise to stop.
+
+    Raises:
+        ImageError: as for ``decode_image``, or too many frames.
+    """
+    decoder = _Decoder(spec, poll)
+    file = _guarded(data, spec, decoder.dicom)
+    if file is None:
+        return Frames(1, 1, iter([decode_image(data, spec, poll)]))
+    from pg_siamese_server.encoding import dicom
+
+    count = file.frame_count
+    if count > MAX_FRAMES:
+        raise ImageError(
+            f"DICOM image has {count} frames",
+            sqlstate=PROGRAM_LIMIT_EXCEEDED,
+            detail=f"The limit of a collection of all frames is {MAX_FRAMES}.",
+            hint="Store parts of it, or use a collection of one frame per image.",
+        )
+    pixels = (
+        _guarded(data, spec, partial(decoder.dicom_frame, file, frame)) for frame in range(count)
+    )
+    return Frames(count, dicom.choose(file) + 1, pixels)
+
+
+def render_image(data: bytes, side: int, frame: int = 0) -> NDArray[np.uint8]:
     """Decode an image file for display, as ``decode_image`` does, in its own proportions.
 
     Args:
         data: the bytes of the file.
         side: most pixels of the longer side.
+        frame: as for ``decode_image``.
 
     Returns:
         uint8 array of shape (height, width, 3), no larger than the picture itself.
@@ -115,11 +182,12 @@ def render_image(data: bytes, side: int) -> NDArray[np.uint8]:
     Raises:
         ImageError: as for ``decode_image``.
     """
-    return _decode(data, _Decoder(InputSpec(side, side), None, keeps_shape=True))
+    decoder = _Decoder(InputSpec(side, side), None, keeps_shape=True, frame=frame)
+    return _guarded(data, decoder.spec, decoder.run)
 
 
-def _decode(data: bytes | None, decoder: _Decoder) -> NDArray[np.uint8]:
-    spec = decoder.spec
+def _guarded(data: bytes | None, spec: InputSpec, work: Callable[[bytes], _Result]) -> _Result:
+    """Run a part of decoding within the limits, and return errors as ``ImageError``."""
     if data is None:
         raise ImageError("image is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
     if not data:
@@ -134,7 +202,7 @@ def _decode(data: bytes | None, decoder: _Decoder) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings(), _pillow_limits(spec):
             warnings.simplefilter("ignore")  # odd metadata does not matter, only pixels do
-            return decoder.run(data)
+            return work(data)
     except (ImageError, ImportError):  # a package that is missing is no fault of the image
         raise
     except Image.DecompressionBombError:
@@ -247,6 +315,7 @@ class _Decoder:
     spec: InputSpec
     poll_or_none: Poll | None
     keeps_shape: bool = False
+    frame: int = 0
 
     def poll(self) -> None:
         if self.poll_or_none:
@@ -263,14 +332,32 @@ class _Decoder:
             opened = self.open_bare(data, error)
         return self.finish(opened)
 
-    def open(self, data: bytes) -> Opened:
+    def dicom(self, data: bytes) -> File | None:
+        """Read a DICOM file up to its pixels. Return None for other formats."""
         if data[128:132] == b"DICM" or data[:1] in (b"\2", b"\x08"):
             from pg_siamese_server.encoding import kinds
 
             if kinds.supported(data) == "DICOM":
                 from pg_siamese_server.encoding import dicom
 
-                return dicom.decode(data, self.spec, self.poll, keeps_shape=self.keeps_shape)
+                return dicom.read(data, self.spec, self.poll)
+        return None
+
+    def dicom_frame(self, file: File, frame: int, _: bytes) -> NDArray[np.uint8]:
+        from pg_siamese_server.encoding import dicom
+
+        return self.finish(
+            dicom.decode(file, frame, self.spec, self.poll, keeps_shape=self.keeps_shape)
+        )
+
+    def open(self, data: bytes) -> Opened:
+        file = self.dicom(data)
+        if file is not None:
+            from pg_siamese_server.encoding import dicom
+
+            frame = dicom.choose(file, self.frame)
+            return dicom.decode(file, frame, self.spec, self.poll, keeps_shape=self.keeps_shape)
+        check_frame(self.frame, 1)
         if data[:4] in TIFF_HEADERS:
             from pg_siamese_server.encoding import tiff
 

@@ -94,6 +94,7 @@ def embed(
     images: list[bytes | None],
     limits: Limits = MODELS_OWN,
     sha256: str | None = None,
+    frame: int = 0,
 ) -> NDArray[np.float32]:
     """Decode and embed a few images, within the limits of a collection.
 
@@ -103,6 +104,7 @@ def embed(
         images: image files.
         limits: of the collection.
         sha256: of the model's ONNX file, if the caller has read it.
+        frame: of each image, from 1, or 0 for the representative one.
 
     Returns:
         float32 (images, dimension).
@@ -116,7 +118,7 @@ def embed(
     model = encoder(plpy, model_id, sha256)
     poll = partial(interrupts.check, plpy)
     spec = model.spec.input.within(limits)
-    pixels = np.stack([decode_image(image, spec, poll) for image in images])
+    pixels = np.stack([decode_image(image, spec, poll, frame) for image in images])
     result = model.embed(pixels, poll)
     for embedding in result:
         check_embedding(embedding, model.spec.metric)

@@ -8,7 +8,12 @@ from typing import NamedTuple
 from PIL import Image
 
 from pg_siamese_server.encoding.specification import InputSpec
-from pg_siamese_server.errors import ImageError, ImageSizeError
+from pg_siamese_server.errors import (
+    INVALID_PARAMETER_VALUE,
+    ImageError,
+    ImageSizeError,
+    counted,
+)
 
 # Resampling takes memory and time by the length of a side: 1.5 GB for 1 x 25,000,000 pixels.
 MAX_SIDE = 65_535
@@ -37,6 +42,17 @@ def check_size(width: int, height: int, spec: InputSpec) -> None:
     if width * height > spec.max_pixels or max(width, height) > MAX_SIDE:
         raise ImageSizeError(
             f"image of {width} x {height} pixels is too large", spec.max_pixels, MAX_SIDE
+        )
+
+
+def check_frame(number: int, count: int) -> None:
+    """Refuse the number of a frame that an image does not have. Raises ``ImageError``."""
+    if not 0 <= number <= count:
+        raise ImageError(
+            f"frame {number} is out of range",
+            sqlstate=INVALID_PARAMETER_VALUE,
+            detail=f"The image has {counted(count, 'frame')}.",
+            hint="Frames are counted from 1. 0 is the representative one.",
         )
 
 

@@ -18,13 +18,19 @@ import imagecodecs
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from pydicom import dcmread, uid
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from pg_siamese_server.encoding import windows
+from pg_siamese_server.encoding import dicom, windows
 from pg_siamese_server.encoding.dicom import file, frames, tags
-from pg_siamese_server.encoding.images import decode_image, render_image
+from pg_siamese_server.encoding.images import (
+    MAX_FRAMES,
+    decode_frames,
+    decode_image,
+    render_image,
+)
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError, SiameseError
 from tests import dicom_files as made
@@ -60,10 +66,9 @@ def windowed(values: NDArray[Any], centre: float, width: float) -> NDArray[np.in
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in REAL.glob("*.dcm")) or [None])
-def test_reference_renderings(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_renderings(name: str | None) -> None:
     if name is None:
         pytest.skip("needs the DICOM files beside the project (shared/data/dicom)")
-    monkeypatch.setattr(frames, "choose", lambda file: 0)  # what the references show
     data = (REAL / f"{name}.dcm").read_bytes()
     spec = InputSpec(224, 224)
     if name in REFUSED:
@@ -71,7 +76,8 @@ def test_reference_renderings(name: str | None, monkeypatch: pytest.MonkeyPatch)
             decode_image(data, spec)
         return
     reference = decode_image((REAL / "ref" / f"{name}.png").read_bytes(), spec)
-    difference = np.abs(decode_image(data, spec).astype(int) - reference).mean()
+    shown = decode_image(data, spec, frame=1)  # what the references show
+    difference = np.abs(shown.astype(int) - reference).mean()
     assert difference <= (1.5 if any(kind in name for kind in LOSSY) else 1.0)
 
 
@@ -244,6 +250,76 @@ def test_frames() -> None:
     for has_table in (True, False):
         data = made.compressed(streams, parts[0], uid.JPEGLSLossless, has_table, **window)
         assert shown(data)[0, 0] == 30
+
+
+def test_all_frames_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = frame_values(5)
+    window = {"WindowCenter": "128", "WindowWidth": "256"}
+    streams = [imagecodecs.jpegls_encode(part) for part in parts]
+    native = made.frames(np.stack(parts), RepresentativeFrameNumber=2, **window)
+    for data, chosen in (
+        (native, 2),
+        (made.compressed(streams, parts[0], uid.JPEGLSLossless, False, **window), 3),
+        (made.compressed(streams, parts[0], uid.JPEGLSLossless, True, **window), 3),
+    ):
+        found = decode_frames(data, SPEC)
+        assert (found.count, found.representative) == (5, chosen)
+        for number, pixels in enumerate(found.pixels, 1):
+            assert np.array_equal(pixels, decode_image(data, SPEC, frame=number))
+            assert pixels[0, 0] == 10 * number
+        assert number == 5
+
+    decoded: list[int] = []
+    decode = dicom.decode
+
+    def note(file: Any, frame: int, *arguments: Any, **options: Any) -> Any:
+        decoded.append(frame)
+        return decode(file, frame, *arguments, **options)
+
+    monkeypatch.setattr(dicom, "decode", note)
+    found = decode_frames(native, SPEC)
+    assert decoded == []
+    next(found.pixels)
+    assert decoded == [0]
+
+
+def test_other_formats_have_one_frame() -> None:
+    target = io.BytesIO()
+    pages = [Image.fromarray(part) for part in frame_values(3)]
+    pages[0].save(target, "GIF", save_all=True, append_images=pages[1:])
+    found = decode_frames(target.getvalue(), SPEC)
+    assert (found.count, found.representative) == (1, 1)
+    (pixels,) = found.pixels
+    assert np.array_equal(pixels, decode_image(target.getvalue(), SPEC, frame=1))
+    with pytest.raises(ImageError, match="frame 2 is out of range") as caught:
+        decode_image(target.getvalue(), SPEC, frame=2)
+    assert caught.value.detail == "The image has 1 frame."
+
+
+def test_frames_out_of_range() -> None:
+    data = made.frames(np.stack(frame_values(5)))
+    for number in (6, -1):
+        with pytest.raises(ImageError, match=f"frame {number} is out of range") as caught:
+            decode_image(data, SPEC, frame=number)
+        assert caught.value.detail == "The image has 5 frames."
+        assert caught.value.sqlstate == "22023"
+
+
+def test_too_many_frames() -> None:
+    data = made.image(np.zeros((1, 1), np.uint8), NumberOfFrames=MAX_FRAMES + 1)
+    with pytest.raises(ImageError, match=f"has {MAX_FRAMES + 1} frames") as caught:
+        decode_frames(data, SPEC)
+    assert caught.value.sqlstate == "54000"
+
+
+def test_a_frame_that_is_cut_short() -> None:
+    values = np.stack(frame_values(5))
+    found = decode_frames(made.frames(values, PixelData=values[:4].tobytes()), SPEC)
+    for _ in range(4):
+        next(found.pixels)
+    with pytest.raises(ImageError, match="cannot be decoded") as caught:
+        next(found.pixels)
+    assert "cut short" in str(caught.value.detail)
 
 
 def test_windows_of_frames() -> None:

@@ -1,35 +1,37 @@
-"""DICOM files as images: guarded reading, one frame, the standard's grey scale pipeline."""
+"""DICOM files as images: guarded reading, single frames, the standard's grey scale pipeline."""
 
 from __future__ import annotations
 
 from PIL import Image
 
-from pg_siamese_server.encoding.dicom import file, frames, rendering
+from pg_siamese_server.encoding.dicom import frames, rendering
+from pg_siamese_server.encoding.dicom.file import File
+from pg_siamese_server.encoding.dicom.file import read as read
+from pg_siamese_server.encoding.dicom.frames import choose as choose
 from pg_siamese_server.encoding.opened import Opened, Poll, check_size
 from pg_siamese_server.encoding.specification import InputSpec
 
 
-def decode(data: bytes, spec: InputSpec, poll: Poll, *, keeps_shape: bool) -> Opened:
+def decode(file: File, frame: int, spec: InputSpec, poll: Poll, *, keeps_shape: bool) -> Opened:
     """Render one frame of a DICOM file to 8 bits per sample.
 
     Args:
-        data: a DICOM Part 10 file, or a data set without its preamble.
+        file: as ``read`` returns it.
+        frame: index of the frame, from 0.
         spec: limits, resize mode, and the range of files without a window.
         poll: called between steps. May raise to leave.
         keeps_shape: whether pixels that are not square matter, whatever the resize mode.
 
     Raises:
-        ImageError: over a limit, damaged, not a picture, or of an unsupported transfer syntax.
+        ImageError: over a limit or damaged.
     """
-    opened = file.read(data, spec, poll)
-    chosen = frames.choose(opened)
     poll()
-    pixels = frames.decode(opened, chosen)
+    pixels = frames.decode(file, frame)
     poll()
-    picture = Image.fromarray(rendering.render(opened, chosen, pixels, spec))
+    picture = Image.fromarray(rendering.render(file, frame, pixels, spec))
     if keeps_shape or spec.resize != "stretch":
-        picture = _with_square_pixels(picture, rendering.aspect(opened, chosen), spec)
-    profile = opened.value("ICCProfile") if picture.mode == "RGB" else None
+        picture = _with_square_pixels(picture, rendering.aspect(file, frame), spec)
+    profile = file.value("ICCProfile") if picture.mode == "RGB" else None
     return Opened(picture, 1, profile)
 
 

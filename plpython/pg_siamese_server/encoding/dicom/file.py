@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydicom import dcmread, uid
@@ -127,6 +127,7 @@ class File:
         start: where the value of the pixels begins.
         length: bytes of that value, or ``UNDEFINED`` for encapsulated frames.
         keyword: ``PixelData``, ``FloatPixelData`` or ``DoubleFloatPixelData``.
+        fragments: of encapsulated frames, once a frame was read.
     """
 
     data: bytes
@@ -135,6 +136,7 @@ class File:
     start: int
     length: int
     keyword: str
+    fragments: list[tuple[int, int]] = field(default_factory=list)
 
     def value(self, keyword: str, source: Dataset | None = None) -> Any:
         """Return an element's value. None if it is absent, empty or not readable."""

@@ -26,7 +26,7 @@ from pg_siamese_server.encoding.dicom.file import (
     UNDEFINED,
     File,
 )
-from pg_siamese_server.encoding.opened import damaged
+from pg_siamese_server.encoding.opened import check_frame, damaged
 from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError
 
 MAX_FRAGMENTS = 200_000
@@ -64,9 +64,15 @@ class Pixels(NamedTuple):
     photometric: str
 
 
-def choose(file: File) -> int:
-    """Return the index of the representative frame (PS3.3 C.7.6.6), else of the middle one."""
+def choose(file: File, frame: int = 0) -> int:
+    """Return the index of a frame by its number, which counts from 1.
+
+    For number 0 it is the representative frame (PS3.3 C.7.6.6), else the middle one.
+    """
     count = file.frame_count
+    if frame:
+        check_frame(frame, count)
+        return frame - 1
     number = file.integer("RepresentativeFrameNumber", 0)
     return number - 1 if 1 <= number <= count else count // 2
 
@@ -150,6 +156,17 @@ def _full(values: NDArray[Any]) -> NDArray[Any]:
 
 def _encapsulated(file: File, frame: int) -> bytes:
     """Return the bytes of a frame out of its fragments (PS3.5 A.4)."""
+    if not file.fragments:
+        file.fragments.extend(_all_fragments(file))
+    (table, size), *fragments = file.fragments
+    chosen = _fragments(file, frame, file.data[table : table + size], fragments)
+    if not chosen:
+        raise damaged("DICOM", f"It has no frame {frame + 1}.")
+    return b"".join(file.data[start : start + length] for start, length in chosen)
+
+
+def _all_fragments(file: File) -> list[tuple[int, int]]:
+    """Return where each fragment begins and how long it is; the offset table comes first."""
     data, place = file.data, file.start
     items: list[tuple[int, int]] = []
     while True:
@@ -170,11 +187,7 @@ def _encapsulated(file: File, frame: int) -> bytes:
         place += 8 + length
     if len(items) < 2:
         raise damaged("DICOM", "It has no frame.")
-    (table, size), fragments = items[0], items[1:]
-    chosen = _fragments(file, frame, data[table : table + size], fragments)
-    if not chosen:
-        raise damaged("DICOM", f"It has no frame {frame + 1}.")
-    return b"".join(data[start : start + length] for start, length in chosen)
+    return items
 
 
 def _fragments(
