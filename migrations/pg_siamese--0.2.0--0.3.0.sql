@@ -74,7 +74,7 @@ CREATE CAST (bigint AS siamese.key) WITH INOUT AS IMPLICIT;
 CREATE CAST (numeric AS siamese.key) WITH INOUT AS IMPLICIT;
 CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 
-CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real);
+CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real, frame integer);
 
 CREATE TABLE siamese.dicom_keywords (
     keyword text PRIMARY KEY,
@@ -83,14 +83,16 @@ CREATE TABLE siamese.dicom_keywords (
 SELECT pg_catalog.pg_extension_config_dump('siamese.dicom_keywords', '');
 
 CREATE TYPE siamese.embedding_result AS (
-    key text, digest bytea, embedding text, sqlstate text, message text, may_retry boolean
+    key text, digest bytea, embedding text, sqlstate text, message text, may_retry boolean, frame integer,
+    representative boolean
 );
 
 ALTER TABLE siamese.collections
 ADD COLUMN max_bytes bigint CHECK (max_bytes > 0),
 ADD COLUMN max_pixels bigint CHECK (max_pixels > 0),
 ADD COLUMN group_column name,
-ADD COLUMN dicom_window text;
+ADD COLUMN dicom_window text,
+ADD COLUMN frames text NOT NULL DEFAULT 'one' CHECK (frames IN ('one', 'all'));
 
 -- Without a key, publications of all tables stop deletes.
 ALTER TABLE siamese.embedding_batches

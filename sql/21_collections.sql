@@ -16,7 +16,8 @@ CREATE FUNCTION siamese.create_collection(
     max_bytes bigint DEFAULT -1,
     max_pixels bigint DEFAULT -1,
     group_column text DEFAULT '',
-    dicom_window text DEFAULT ''
+    dicom_window text DEFAULT '',
+    frames text DEFAULT 'one'
 ) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 -- Types are compared by their names.
@@ -41,7 +42,7 @@ BEGIN
         ('image_column', image_column IS NULL), ('model', model IS NULL), ('on_error', on_error IS NULL),
         ('backfill', backfill IS NULL), ('embed', embed IS NULL), ('max_bytes', max_bytes IS NULL),
         ('max_pixels', max_pixels IS NULL), ('group_column', group_column IS NULL),
-        ('dicom_window', dicom_window IS NULL)) AS a (argument, is_null)
+        ('dicom_window', dicom_window IS NULL), ('frames', frames IS NULL)) AS a (argument, is_null)
     WHERE a.is_null LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION '% is null', missing
@@ -57,6 +58,10 @@ BEGIN
     END IF;
     IF dicom_window <> '' THEN
         PERFORM siamese._raise(siamese._check_window(dicom_window));
+    END IF;
+    IF frames NOT IN ('one', 'all') THEN
+        RAISE EXCEPTION 'invalid value for "frames": "%"', frames
+        USING ERRCODE = 'invalid_parameter_value', HINT = 'Use "one" or "all".';
     END IF;
     -- Two that create one by the same name come one after the other, even if both make siamese.images.
     PERFORM pg_advisory_xact_lock(hashtext('pg_siamese create'), hashtext(name));
@@ -115,10 +120,10 @@ BEGIN
     BEGIN
         INSERT INTO siamese.collections AS c
             (name, relation, key_column, key_type, image_column, model_id, on_error, embed, max_bytes, max_pixels,
-            group_column, dicom_window)
+            group_column, dicom_window, frames)
         VALUES (
             name, relation, key_column, key_type, image_column, model_id, on_error, embed,
-            nullif(max_bytes, -1), nullif(max_pixels, -1), nullif(group_column, ''), nullif(dicom_window, ''))
+            nullif(max_bytes, -1), nullif(max_pixels, -1), nullif(group_column, ''), nullif(dicom_window, ''), frames)
         RETURNING c.collection_id INTO collection_id;
     EXCEPTION WHEN foreign_key_violation THEN
         -- The model was dropped meanwhile: look again, and say so.
@@ -136,7 +141,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese.create_collection(
-    text, regclass, text, text, text, text, boolean, text, bigint, bigint, text, text
+    text, regclass, text, text, text, text, boolean, text, bigint, bigint, text, text, text
 ) IS 'create a collection; returns rows embedded or queued';
 
 CREATE FUNCTION siamese.alter_collection(

@@ -201,9 +201,10 @@ $$;
 COMMENT ON FUNCTION siamese._read_images(integer, text[]) IS 'images of queued rows without a vector';
 
 CREATE TYPE siamese.embedding_result AS (
-    key text, digest bytea, embedding text, sqlstate text, message text, may_retry boolean
+    key text, digest bytea, embedding text, sqlstate text, message text, may_retry boolean, frame integer,
+    representative boolean
 );
-COMMENT ON TYPE siamese.embedding_result IS 'vector or failure of a row';
+COMMENT ON TYPE siamese.embedding_result IS 'vector of a row or frame, or failure';
 
 CREATE FUNCTION siamese._store_vectors(
     collection_id integer,
@@ -217,12 +218,16 @@ SET search_path = pg_catalog, pg_temp SET jit = off
 AS $$
 DECLARE
     collection record;
-    keys text[] := ARRAY(SELECT r.key FROM unnest(results) AS r);
+    -- Of several frames, one stands for the row.
+    keys text[] := ARRAY(SELECT r.key FROM unnest(results) AS r WHERE r.representative IS NOT FALSE);
     unchanged text[];
     done text[];
     stored integer;
 BEGIN
-    SELECT c.key_type, quote_ident(n.nspname) || '.vector' AS vector_type INTO collection
+    SELECT c.key_type, quote_ident(n.nspname) || '.vector' AS vector_type,
+        CASE c.frames WHEN 'all' THEN ', frame' ELSE '' END AS frame,
+        CASE c.frames WHEN 'all' THEN ', representative' ELSE '' END AS representative
+    INTO collection
     FROM siamese.collections AS c
     INNER JOIN siamese.models AS m USING (model_id)
     CROSS JOIN pg_extension AS e
@@ -237,20 +242,23 @@ BEGIN
         SELECT coalesce(array_agg(r.key::text), '{}')
         FROM siamese._locked_rows_%s($1::%s[]) AS r
         INNER JOIN unnest($2) AS g ON r.key::text = g.key
-        WHERE sha256(r.image) IS NOT DISTINCT FROM g.digest
+        WHERE g.representative IS NOT FALSE AND sha256(r.image) IS NOT DISTINCT FROM g.digest
         $sql$, collection_id, collection.key_type)
     INTO unchanged USING keys, results;
     EXECUTE format($sql$
         WITH added AS (
-            INSERT INTO siamese.embedding_%1$s (key, embedding, image_hash)
-            SELECT g.key::%2$s, g.embedding::%3$s, substring(g.digest FROM 1 FOR 16)
+            INSERT INTO siamese.embedding_%1$s (key, embedding, image_hash %4$s %5$s)
+            SELECT g.key::%2$s, g.embedding::%3$s, substring(g.digest FROM 1 FOR 16) %4$s %5$s
             FROM unnest($1) AS g
-            WHERE g.embedding IS NOT NULL AND g.key = ANY($2) ORDER BY g.key::%2$s
-            ON CONFLICT (key) DO NOTHING RETURNING embedding_id)
-        INSERT INTO siamese.pending_%1$s (embedding_id) SELECT embedding_id FROM added
-        $sql$, collection_id, collection.key_type, collection.vector_type)
-    USING results, unchanged;
-    GET DIAGNOSTICS stored = ROW_COUNT;
+            WHERE g.embedding IS NOT NULL AND g.key = ANY($2) ORDER BY g.key::%2$s %4$s
+            ON CONFLICT (key %4$s) DO NOTHING RETURNING embedding_id %5$s
+        ), noted AS (
+            INSERT INTO siamese.pending_%1$s (embedding_id) SELECT embedding_id FROM added
+        )
+        SELECT count(*) FROM added %6$s
+        $sql$, collection_id, collection.key_type, collection.vector_type, collection.frame,
+        collection.representative, CASE WHEN collection.frame <> '' THEN 'WHERE representative' ELSE '' END)
+    INTO stored USING results, unchanged;
     DELETE FROM siamese.failures AS f
     WHERE f.collection_id = _store_vectors.collection_id AND f.key = ANY(unchanged);
     -- Rows that failed for a reason that may pass come again in tickets of their own, up to five times.
@@ -302,7 +310,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION siamese._store_vectors(integer, text, bigint[], text[], siamese.embedding_result[])
-IS 'store results of unchanged images; returns vectors stored';
+IS 'store results of unchanged images; returns rows stored';
 
 -- === Index ===
 

@@ -54,7 +54,7 @@ CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 
 CREATE FUNCTION siamese._similar_images(
     image bytea, image_id bigint, k bigint, collection text, filter siamese.filter, candidates bigint[],
-    max_distance double precision, engine text, groups text[]
+    max_distance double precision, engine text, options text[]
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
@@ -74,7 +74,7 @@ IS 'weight and bias of match probabilities within the domain';
 
 -- === Public functions ===
 
-CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real);
+CREATE TYPE siamese.similar_image AS (rank integer, image_id bigint, distance real, similarity real, frame integer);
 COMMENT ON TYPE siamese.similar_image IS 'one answer of similar_images';
 
 CREATE FUNCTION siamese.similar_images(
@@ -90,7 +90,8 @@ CREATE FUNCTION siamese.similar_images(
     exclude siamese.filter DEFAULT '{}',
     group_by text DEFAULT '',
     per_group bigint DEFAULT 1,
-    own_group boolean DEFAULT TRUE
+    own_group boolean DEFAULT TRUE,
+    query_frame bigint DEFAULT 0
 ) RETURNS SETOF siamese.similar_image
 -- SQL without settings of its own, so that the planner makes it part of the query that calls it: as PL/pgSQL it
 -- would take as long again as the search.
@@ -102,7 +103,8 @@ AS $$
             1::pg_catalog.float8 OPERATOR(pg_catalog./) (1::pg_catalog.float8 OPERATOR(pg_catalog.+) pg_catalog.exp(
                 LEAST(85::pg_catalog.float8, GREATEST(-700::pg_catalog.float8, OPERATOR(pg_catalog.-) (
                     m.line[1] OPERATOR(pg_catalog.*) s.distance::pg_catalog.float8
-                    OPERATOR(pg_catalog.+) m.line[2]))))))::pg_catalog.float4 END
+                    OPERATOR(pg_catalog.+) m.line[2]))))))::pg_catalog.float4 END,
+        s.frame
     -- OFFSET: evaluated once, and not by way of a temporary table, as a function in FROM would be.
     FROM (
         SELECT siamese._similar_images(
@@ -111,8 +113,9 @@ AS $$
                 ELSE coalesce(candidates, '{}') END,
             -- Folded when it is planned: NULL if none of these is given, as in most searches.
             max_distance, engine, CASE WHEN exclude::pg_catalog.text OPERATOR(pg_catalog.=) '{}' AND group_by OPERATOR(pg_catalog.=) ''
-                AND per_group OPERATOR(pg_catalog.=) 1 AND own_group THEN NULL
-                ELSE ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text] END) AS answer
+                AND per_group OPERATOR(pg_catalog.=) 1 AND own_group AND query_frame OPERATOR(pg_catalog.=) 0 THEN NULL
+                ELSE ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text,
+                    query_frame::pg_catalog.text] END) AS answer
         OFFSET 0
     ) AS a
     -- Of one row, as an aggregate is, the planner leaves it out if nobody asks for the similarity.
@@ -121,8 +124,9 @@ AS $$
     ) AS m ON true
     CROSS JOIN LATERAL ROWS FROM (
         pg_catalog.unnest(a.answer[2]::pg_catalog.int8[]),
-        pg_catalog.unnest(a.answer[3]::pg_catalog.float4[])
-    ) WITH ORDINALITY AS s (image_id, distance, rank)
+        pg_catalog.unnest(a.answer[3]::pg_catalog.float4[]),
+        pg_catalog.unnest(a.answer[6]::pg_catalog.int4[])
+    ) WITH ORDINALITY AS s (image_id, distance, frame, rank)
     WHERE a.answer[1] IS NULL OR siamese._raise(a.answer) IS NULL
 $$;
 COMMENT ON FUNCTION siamese.similar_images IS 'k nearest images of a collection';
@@ -140,8 +144,9 @@ CREATE FUNCTION siamese.similar_rows(
     exclude siamese.filter DEFAULT '{}',
     group_by text DEFAULT '',
     per_group bigint DEFAULT 1,
-    own_group boolean DEFAULT TRUE
-) RETURNS TABLE (item anyelement, distance real)
+    own_group boolean DEFAULT TRUE,
+    query_frame bigint DEFAULT 0
+) RETURNS TABLE (item anyelement, distance real, frame integer)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
 SET jit = off
 AS $$
@@ -167,21 +172,22 @@ BEGIN
         CASE WHEN pg_catalog.array_ndims(candidates) OPERATOR(pg_catalog.=) 6 THEN NULL
             ELSE coalesce(candidates::pg_catalog.text[], '{}') END,
         max_distance, engine,
-        ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text]);
+        ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text,
+            query_frame::pg_catalog.text]);
     IF answer[1] IS NOT NULL THEN
         PERFORM siamese._raise(answer);
     END IF;
     -- Row by row: a join by hash would read the whole table, images and all. The names of the user's columns
     -- can't meet these, since nothing here stands by itself.
     RETURN QUERY EXECUTE pg_catalog.format($sql$
-        SELECT b.item, u.distance
-        FROM unnest($1::%1$s[], $2) WITH ORDINALITY AS u (key, distance, rank)
+        SELECT b.item, u.distance, u.frame
+        FROM unnest($1::%1$s[], $2, $3) WITH ORDINALITY AS u (key, distance, frame, rank)
         CROSS JOIN LATERAL (
             SELECT CAST(t.* AS %2$s) AS item FROM %2$s AS t
             WHERE t.%3$I OPERATOR(pg_catalog.=) u.key OFFSET 0) AS b
         ORDER BY u.rank
         $sql$, found.key_type, found.relation, found.key_column)
-    USING answer[2], answer[3]::pg_catalog.float4[];
+    USING answer[2], answer[3]::pg_catalog.float4[], answer[6]::pg_catalog.int4[];
 END
 $$;
 COMMENT ON FUNCTION siamese.similar_rows IS 'k nearest rows of any collection''s table';
@@ -217,7 +223,7 @@ COMMENT ON FUNCTION siamese.classify_image IS 'labels of the k nearest images, w
 
 CREATE FUNCTION siamese._similar_keys(
     image bytea, key text, k bigint, collection text, filter siamese.filter, candidates text[],
-    max_distance double precision, engine text, groups text[]
+    max_distance double precision, engine text, options text[]
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$

@@ -2,19 +2,20 @@
 
 -- === Public functions ===
 
-CREATE FUNCTION siamese.embed_image(image bytea, model text DEFAULT '', dicom_window text DEFAULT '')
-RETURNS vector
+CREATE FUNCTION siamese.embed_image(
+    image bytea, model text DEFAULT '', dicom_window text DEFAULT '', frame bigint DEFAULT 0
+) RETURNS vector
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    answer text[] := siamese._embed_image(image, model, dicom_window);
+    answer text[] := siamese._embed_image(image, model, dicom_window, frame);
 BEGIN
     PERFORM siamese._raise(answer);
     RETURN answer[2];
 END
 $$;
-COMMENT ON FUNCTION siamese.embed_image(bytea, text, text) IS 'embedding of an image';
+COMMENT ON FUNCTION siamese.embed_image(bytea, text, text, bigint) IS 'embedding of an image or a frame';
 
 CREATE FUNCTION siamese.image_distance(a bytea, b bytea, model text DEFAULT '') RETURNS real
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -59,13 +60,13 @@ IS 'whether two images match at the default model''s threshold';
 
 -- === Private functions ===
 
-CREATE FUNCTION siamese._embed_image(image bytea, model text, dicom_window text) RETURNS text[]
+CREATE FUNCTION siamese._embed_image(image bytea, model text, dicom_window text, frame bigint) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
 # @LOAD@
-return GD['pg_siamese @VERSION@'].embed_image(plpy, image, model, dicom_window)
+return GD['pg_siamese @VERSION@'].embed_image(plpy, image, model, dicom_window, frame)
 $python$;
-COMMENT ON FUNCTION siamese._embed_image(bytea, text, text) IS 'embed an image';
+COMMENT ON FUNCTION siamese._embed_image(bytea, text, text, bigint) IS 'embed an image';
 
 CREATE FUNCTION siamese._compare_images(function text, images bytea[], model text) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE

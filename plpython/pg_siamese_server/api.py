@@ -278,7 +278,7 @@ def rebuild_file(plpy: Any, collection: str | None) -> tuple[str | None]:
 @_entry_point
 def similar_images(
     plpy: Any, image: bytes | None, image_id: int | None, *arguments: Any
-) -> tuple[str, str, str | None, str | None]:
+) -> tuple[str | None, ...]:
     """Body of ``_similar_images``."""
     request = _request(image, image_id, *arguments)
     request.integer_keys = True
@@ -295,7 +295,7 @@ def similar_keys(
     filter_: str | None,
     candidates: list[str | None] | None,
     *arguments: Any,
-) -> tuple[str, str, str | None, str | None]:
+) -> tuple[str | None, ...]:
     """Body of ``_similar_keys``, which ``similar_rows`` uses."""
     stored, chosen = _cast_keys(plpy, collection, key, candidates)
     request = _request(image, stored, k, collection, filter_, chosen, *arguments)
@@ -311,12 +311,12 @@ def _request(
     candidates: list[Any] | None = None,
     max_distance: float | None = math.inf,
     engine: str | None = "auto",
-    groups: list[str | None] | None = None,
+    options: list[str | None] | None = None,
 ) -> Request:
     """Return the request. Arguments have the defaults of SQL, none of which is NULL.
 
-    ``groups`` are ``exclude``, ``group_by``, ``per_group`` and ``own_group`` as text, or None for
-    their defaults.
+    ``options`` are ``exclude``, ``group_by``, ``per_group``, ``own_group`` and ``query_frame`` as
+    text, or None for their defaults.
     """
     if image is None and key is None:
         raise SiameseError(
@@ -346,12 +346,14 @@ def _request(
         max_distance=limit,
         engine=engine,
     )
-    if groups is not None:
-        exclude, group_by, per_group, own_group = groups
+    if options is not None:
+        exclude, group_by, per_group, own_group, frame = options
         is_own = None if own_group is None else own_group == "true"
         _set_groups(
             request, exclude, group_by, None if per_group is None else int(per_group), is_own
         )
+        _check_given(query_frame=frame)
+        request.frame = int(frame or 0)
     return request
 
 
@@ -405,8 +407,8 @@ def _search_or_explain(plpy: Any, request: Request) -> Answer:
         raise
 
 
-def _to_columns(plpy: Any, answer: Answer) -> tuple[str, str, str | None, str | None]:
-    """Return keys and distances as arrays, and the arguments of ``match_line``, as text.
+def _to_columns(plpy: Any, answer: Answer) -> tuple[str | None, ...]:
+    """Return keys and distances as arrays, the arguments of ``match_line``, and frames, as text.
 
     PL/Python would write all 17 digits of each float, and make each row separately.
     """
@@ -416,7 +418,10 @@ def _to_columns(plpy: Any, answer: Answer) -> tuple[str, str, str | None, str | 
     else:
         keys = _array(answer.keys)
     query = "" if answer.query is None else answer.query.tobytes().hex()
-    return keys, distances, str(answer.collection.model_id), query
+    frames = None
+    if answer.frames is not None:
+        frames = "{" + ",".join(map(str, answer.frames)) + "}"
+    return keys, distances, str(answer.collection.model_id), query, frames
 
 
 def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[float, float] | None:
@@ -550,14 +555,19 @@ def _json(value: Any) -> str:
 
 @_entry_point
 def embed_image(
-    plpy: Any, image: bytes | None, model: str | None, dicom_window: str | None
+    plpy: Any,
+    image: bytes | None,
+    model: str | None,
+    dicom_window: str | None,
+    frame: int | None,
 ) -> tuple[str]:
     """Body of ``embed_image``."""
     from pg_siamese_server import vectors
     from pg_siamese_server.encoding import models
 
     limits = Limits(dicom_window=_window(dicom_window))
-    embedded = models.embed(plpy, _model_id(plpy, model), [image], limits)
+    _check_given(frame=frame)
+    embedded = models.embed(plpy, _model_id(plpy, model), [image], limits, frame=frame or 0)
     return (vectors.to_text(embedded[0]),)
 
 

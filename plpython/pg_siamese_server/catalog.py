@@ -53,7 +53,7 @@ SELECT c.collection_id, c.name, c.relation::oid::int8 AS relation_oid,
     quote_ident(n.nspname::text) || '.' || quote_ident(r.relname::text) AS relation,
     quote_ident(c.key_column::text) AS key_column, c.key_type,
     quote_ident(c.image_column::text) AS image_column, c.on_error, c.embed, c.model_id, m.dimension,
-    c.max_bytes, c.max_pixels, c.dicom_window, c.tableoid::int8 AS catalog,
+    c.max_bytes, c.max_pixels, c.dicom_window, c.frames, c.tableoid::int8 AS catalog,
     m.sha256, m.specification ->> 'metric' AS metric,
     (SELECT quote_ident(v.nspname::text) FROM pg_catalog.pg_extension AS x
         INNER JOIN pg_catalog.pg_namespace AS v ON x.extnamespace = v.oid
@@ -134,6 +134,7 @@ class Collection:
     max_bytes: int | None = None
     max_pixels: int | None = None
     dicom_window: str | None = None
+    frames: str = "one"
     is_ready: bool = False
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -168,15 +169,54 @@ class Collection:
         """Whether a bad image is recorded in ``embedding_failures`` and its statement goes on."""
         return self.on_error == "quarantine" or self.embed == "deferred"
 
+    @cached_property
+    def has_frames(self) -> bool:
+        """Whether each frame of an image has a vector of its own."""
+        return self.frames == "all"
+
     @property
     def has_integer_keys(self) -> bool:
         """Whether keys fit a bigint."""
         return self.key_type in ("integer", "bigint")
 
     @property
+    def is_by_integer(self) -> bool:
+        """Whether an integer key identifies a vector, in index files as well."""
+        return self.has_integer_keys and not self.has_frames
+
+    @property
     def key_array(self) -> str:
         """The type of an array of keys."""
         return f"{self.key_type}[]"
+
+    @property
+    def candidate_array(self) -> str:
+        """The type of an array of keys that callers give, which may be beyond ``integer``."""
+        return "bigint[]" if self.has_integer_keys else self.key_array
+
+    @property
+    def label(self) -> str:
+        """SQL of what identifies a vector ``e``: its key, as text unless ``is_by_integer``.
+
+        Of a frame, it is the frame's number and the key, which ``items`` takes apart.
+        """
+        if self.has_frames:
+            return "pg_catalog.concat_ws(' ', e.frame, e.key)"
+        return "e.key" if self.has_integer_keys else "e.key::text"
+
+    def items(self, labels: list[Any]) -> list[Any]:
+        """Return what stands for vectors in a search: keys, or pairs of key and frame."""
+        if not self.has_frames:
+            return labels
+        parts = (label.split(" ", 1) for label in labels)
+        if self.has_integer_keys:
+            return [(int(key), int(frame)) for frame, key in parts]
+        return [(key, int(frame)) for frame, key in parts]
+
+    @property
+    def one_per_image(self) -> str:
+        """SQL condition that one vector ``e`` of each image meets."""
+        return "e.representative" if self.has_frames else "true"
 
     def as_it_was(self, plpy: Any, name: str = "$1") -> str:
         """Return a condition on ``siamese.collections AS c``: unchanged, and with this name."""

@@ -266,7 +266,10 @@ def _owner(plpy: Any, collection: Collection) -> Line:
 
 def _hashes(plpy: Any, collection: Collection, full: bool) -> Line:
     what = "vectors of other images"
-    unknown = f"SELECT count(*) AS n FROM {collection.embeddings} AS e WHERE e.image_hash IS NULL"
+    unknown = (
+        f"SELECT count(*) AS n FROM {collection.embeddings} AS e"
+        f" WHERE {collection.one_per_image} AND e.image_hash IS NULL"
+    )
     unhashed = int(plpy.execute(unknown)[0]["n"])
     if full:
         stale = len(stale_keys(plpy, collection, None)) - unhashed
@@ -286,7 +289,8 @@ def _sample(plpy: Any, collection: Collection) -> list[Any]:
     """Return keys with a hash: all of a small collection, else a random sample."""
     first = plpy.execute(
         f"SELECT array_agg(s.key) AS keys FROM (SELECT e.key FROM {collection.embeddings} AS e"
-        f" WHERE e.image_hash IS NOT NULL LIMIT {SAMPLE_ROWS + 1}) AS s"
+        f" WHERE {collection.one_per_image} AND e.image_hash IS NOT NULL"
+        f" LIMIT {SAMPLE_ROWS + 1}) AS s"
     )[0]["keys"]
     if first is None or len(first) <= SAMPLE_ROWS:
         return first or []

@@ -298,13 +298,13 @@ class Worker:
         """Do one batch of each collection that has tickets. Return whether anything was done."""
         _check_version(connection)  # each time: it may be upgraded meanwhile
         queued = connection.execute(
-            "SELECT q.collection_id, q.name, q.model_id, q.sha256,"
+            "SELECT q.collection_id, q.name, q.model_id, q.sha256, c.frames,"
             " c.max_bytes, c.max_pixels, c.dicom_window"
             " FROM siamese._queued_collections() AS q"
             " INNER JOIN siamese.collections AS c USING (collection_id)"
         ).fetchall()
         is_any = False
-        for collection_id, name, model_id, sha256, *limits in queued:
+        for collection_id, name, model_id, sha256, frames, *limits in queued:
             if self.options.collections and name not in self.options.collections:
                 continue
             if self._held.get(collection_id, 0.0) > time.monotonic():
@@ -324,6 +324,7 @@ class Worker:
                         self.signals.check,
                         BATCH_SECONDS,
                         Limits(*limits),
+                        frames,
                     )
             except SiameseError as error:
                 self._hold(collection_id, name, error.message, BROKEN_SECONDS)

@@ -22,6 +22,7 @@ from pg_siamese import datasets
 from pg_siamese.cli.demo import things_to_try
 from pg_siamese.client.connection import connect, schema_prefix
 from pg_siamese.client.sources import png
+from tests import dicom_files
 from tests.conftest import Connection
 from tests.database.commands import fails, run, works
 from tests.server import login_role, pg_environment
@@ -252,6 +253,20 @@ def test_the_sheet(loaded: str, db: Connection, tmp_path: Path) -> None:
             assert image.format == "PNG"
             assert image.width > 800
         sheet.unlink()
+
+
+def test_the_frame_of_each_answer(dsn: str, db: Connection, tmp_path: Path) -> None:
+    stack = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
+    file, sheet = tmp_path / "loop.dcm", tmp_path / "sheet.png"
+    file.write_bytes(dicom_files.frames(stack))
+    db.execute("CREATE TABLE loops (id text PRIMARY KEY, image bytea)")
+    db.execute("SELECT siamese.create_collection('loops', 'loops', frames => 'all')")
+    db.execute("INSERT INTO loops VALUES ('a', %s)", (file.read_bytes(),))
+    query = ["query", str(file), "-c", "loops", "-k", "1", "--sheet", str(sheet)]
+    for frame, wanted in ((0, "3"), (2, "2")):
+        header, answer, *_ = works(dsn, *query, "--frame", str(frame)).splitlines()
+        assert dict(zip(header.split(), answer.split(), strict=False))["frame"] == wanted
+    assert "frame 6 is out of range" in fails(dsn, *query, "--frame", "6")
 
 
 def test_bad_queries_are_one_line(loaded: str, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def store(db: Connection, key: str, digest: bytes) -> int:
         "siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), %s::bigint[],"
         " %s::text[], %s::siamese.embedding_result[])"
     )
-    result = (key, digest, None, "XX000", "graph failed", True)
+    result = Result(key, digest, None, "XX000", "graph failed", True)
     return int(one(db, f"SELECT {call}", tickets, [key], [result]))
 
 

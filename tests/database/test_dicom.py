@@ -75,9 +75,8 @@ def test_the_documentation(db: Connection) -> None:
 
 def test_the_documentation_of_tags(db: Connection) -> None:
     text = (ROOT / "docs" / "dicom.md").read_text()
-    (block,) = (
-        each for each in re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S) if "films" in each
-    )
+    blocks = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)
+    (block,) = [each for each in blocks if "dicom_tags" in each]
     db.execute(block.encode())
     db.execute("INSERT INTO films (id, image) VALUES (1, %s)", (tagged(),))
     row = db.execute("SELECT patient, taken FROM films").fetchone()

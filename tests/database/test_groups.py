@@ -222,7 +222,7 @@ def test_one_vote_per_patient(patients: Connection) -> None:
 def test_the_documentation(patients: Connection, images: Gallery) -> None:
     text = (ROOT / "docs" / "dicom.md").read_text()
     blocks = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)
-    (block,) = [each for each in blocks if "group_by" in each]
+    (block,) = [each for each in blocks if "per_group" in each]
     lines = re.sub(r"^--.*\n", "", block, flags=re.M).strip().rstrip(";")
     for statement in lines.split(";\n"):
         given = (images.files[5],) if "$1" in statement else ()

@@ -20,7 +20,7 @@ ENGINES = ("faiss", "pgvector", "auto")
 
 
 def search(db: Connection, query: bytes | int, k: int = 10, **options: Any) -> list[Any]:
-    """Rows (rank, image_id, distance, similarity) of collection ``images``."""
+    """Rows (rank, image_id, distance, similarity, frame) of collection ``images``."""
     extra = "".join(f", {name} => %({name})s" for name in options)
     kind = "image" if isinstance(query, bytes) else "image_id"
     return db.execute(
@@ -164,7 +164,7 @@ def test_similarity_is_calibrated(connect: Connect, ids: list[int], queries: Pic
     connect().execute("UPDATE models SET specification = specification - 'domain'")
     db = connect()
     head = one(db, "SELECT specification -> 'calibration' FROM models")
-    for _, key, distance, similarity in search(db, queries.files[0], 5):
+    for _, key, distance, similarity, _ in search(db, queries.files[0], 5):
         logit = head["weight"] * distance + head["bias"]
         assert similarity == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-4)
         same_class = "SELECT same_class(image, %s) FROM images WHERE image_id = %s"

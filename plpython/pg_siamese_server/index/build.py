@@ -155,8 +155,8 @@ def _read(plpy: Any, collection: Collection, condition: str) -> tuple[Rows, NDAr
     In a build each portion has its own snapshot. That is enough. What a portion does not see stays
     in the pending table, since only ids that were read leave it.
     """
-    integer = collection.has_integer_keys
-    key = "int8send(e.key::int8)" if integer else "convert_to(e.key::text, 'UTF8')"
+    integer = collection.is_by_integer
+    key = "int8send(e.key::int8)" if integer else f"convert_to({collection.label}, 'UTF8')"
     limit = max(MIN_READ_ROWS, READ_VALUES // collection.dimension)
     # One row per portion. Python objects for each vector would take ten times as long.
     plan = prepare(

@@ -64,7 +64,8 @@ class Rows:
     Attributes:
         embedding_ids: int64 (rows,).
         keys: int64 (rows,) for integer keys. Else None, and the two arrays below are set.
-        key_offsets, key_bytes: int64 (rows + 1,) and uint8, UTF-8 text of uuid and text keys.
+        key_offsets, key_bytes: int64 (rows + 1,) and uint8, UTF-8 text of uuid and text keys, and
+            of frames (``Collection.label``).
         by_key: int64 (rows,), the rows in the order of their integer keys, or None if these ascend.
         slots: int32 (rows,), the FAISS position of each row's vector. None if row i has position i.
         by_slot: int32 (rows,), the rows in the order of their positions, if ``slots`` is set.

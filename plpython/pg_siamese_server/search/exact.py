@@ -88,12 +88,12 @@ def read_keys(
     """Read, as the invoker, what identifies the rows that qualify.
 
     Returns:
-        int64 (rows,): integer keys, or for other keys the embedding_ids. None if more than
-        ``limit`` rows qualify.
+        int64 (rows,): integer keys, or for other keys and frames the embedding_ids. None if more
+        than ``limit`` qualify.
     """
     clauses = f" WHERE {' AND '.join(conditions.clauses)}" if conditions.clauses else ""
     source, wanted = f"{collection.relation} AS b", f"b.{collection.key_column}::pg_catalog.int8"
-    if not collection.has_integer_keys:
+    if not collection.is_by_integer:
         source += f" INNER JOIN {collection.embeddings} AS e ON e.key = b.{collection.key_column}"
         wanted = "e.embedding_id"
     plan = prepare(

@@ -137,10 +137,10 @@ class FaissSearch:
         if self.keeps_pending:
             return self.changes.nearest(query, count)
         collection = self.collection
-        key = "e.key" if collection.has_integer_keys else "e.key::text"
         plan = prepare(
             self.plpy,
-            f"SELECT {key} AS key, {collection.vector_schema}.vector_send(e.embedding) AS vector"
+            f"SELECT {collection.label} AS label,"
+            f" {collection.vector_schema}.vector_send(e.embedding) AS vector"
             f" FROM {collection.pending} AS p INNER JOIN {collection.embeddings} AS e"
             " ON e.embedding_id = p.embedding_id WHERE NOT p.deleted"
             f" ORDER BY e.embedding {collection.distance_operator} $1 LIMIT $2",
@@ -152,7 +152,8 @@ class FaissSearch:
         matrix = vectors.from_send(b"".join(row["vector"] for row in rows), len(rows))
         near = vectors.squared_distances(vectors.prepare(matrix, collection.metric), query)
         complete = math.inf if len(rows) < count else float(near.max()) * (1 - 1e-5)
-        return Neighbours([row["key"] for row in rows], near.tolist(), complete)
+        items = collection.items([row["label"] for row in rows])
+        return Neighbours(items, near.tolist(), complete)
 
 
 class _Search:
@@ -183,14 +184,16 @@ class _Search:
         self.conditions = conditions
         self.among: NDArray[np.int64] | None = None
         if request.candidates is not None:
-            if self.collection.has_integer_keys:
+            if self.collection.is_by_integer:
                 wanted = request.candidates
                 if None in wanted:
                     wanted = [key for key in wanted if key is not None]
                 self.among = np.fromiter(wanted, dtype=np.int64, count=len(wanted))
             else:
                 self.conditions = conditions.copy()
-                place = self.conditions.parameter(self.collection.key_array, request.candidates)
+                place = self.conditions.parameter(
+                    self.collection.candidate_array, request.candidates
+                )
                 key = f"b.{self.collection.key_column}"
                 self.conditions.clauses.append(f"{key} = ANY({place})")
         self.is_plain = not self.conditions.clauses and not finder.is_restricted
@@ -282,11 +285,10 @@ class _Search:
             if dead is not None:
                 rows, squared = rows[~dead], squared[~dead]
             self.seen = len(rows)
-            if index.rows.keys is None:
-                keys = [index.rows.key(row) for row in rows.tolist()]
-            elif self.among is None:
-                keys = index.rows.keys[rows].tolist()
+            if self.among is None:
+                keys = self._items(rows)
             else:
+                assert index.rows.keys is not None
                 found = index.rows.keys[rows]
                 taken = np.isin(found, _intersection(found, self.among))
                 keys, squared = found[taken].tolist(), squared[taken]
@@ -302,10 +304,10 @@ class _Search:
             if read is None:
                 return None
             labels = read
-            if self.collection.has_integer_keys:
+            if self.collection.is_by_integer:
                 self.qualifying = labels
             self.way = True, len(labels)
-        by_key = self.collection.has_integer_keys
+        by_key = self.collection.is_by_integer
         rows = index.rows_of_keys(labels) if by_key else index.rows_of(labels)
         dead = self.changes.is_dead(rows)
         if dead is not None:
@@ -314,11 +316,7 @@ class _Search:
         count = 4 * (self.k + 1)
         while True:
             places, complete = exact.nearest_places(squared, count)
-            near = rows[places]
-            if index.rows.keys is not None:
-                keys = index.rows.keys[near].tolist()
-            else:
-                keys = [index.rows.key(row) for row in near.tolist()]
+            keys = self._items(rows[places])
             if self.among is None:
                 self.checked.update(dict.fromkeys(keys, True))
             answer = self._merge(Neighbours(keys, squared[places].tolist(), complete), count)
@@ -326,6 +324,14 @@ class _Search:
                 return answer
             self.poll()
             count *= 8
+
+    def _items(self, rows: NDArray[np.integer[Any]]) -> list[Any]:
+        """Return what identifies rows of the index: keys, or pairs of key and frame."""
+        held = self.index.rows
+        if held.keys is not None:
+            keys: list[Any] = held.keys[rows].tolist()
+            return keys
+        return self.collection.items([held.key(row) for row in rows.tolist()])
 
     def _merge(self, near: Neighbours, count: int) -> Neighbours:
         """Add pending rows and return the k nearest that qualify, as far as the lists go."""
@@ -347,7 +353,10 @@ class _Search:
 
     def _first_k(self, near: Neighbours) -> Neighbours:
         """Return the first k rows that qualify by the table, as far as all rows are known."""
-        near.remove(self.own)
+        if self.collection.has_frames:
+            near.remove_frames(self.own)
+        else:
+            near.remove(self.own)
         end = near.within(min(self.limit, near.complete))
         taken = Neighbours(complete=near.complete)
         place = 0
@@ -368,23 +377,29 @@ class _Search:
         if not keys:
             return
         collection = self.collection
+        asked = list({key for key, _ in keys}) if collection.has_frames else keys
         plan = None if self.conditions.clauses else collection.plans.get("check")
         if plan is None:
-            plan, values = self._check_plan(keys)
+            plan, values = self._check_plan(asked)
         else:
-            values = [keys]
+            values = [asked]
         self.checked.update(dict.fromkeys(keys, False))
         found = plan.execute(values)[0]["keys"]
-        if found:
+        if found and collection.has_frames:
+            seen = set(found)
+            self.checked.update((item, True) for item in keys if item[0] in seen)
+        elif found:
             self.checked.update(dict.fromkeys(found, True))
 
     def _check_plan(self, keys: list[Any]) -> tuple[Any, list[Any]]:
         collection = self.collection
         where = self.conditions.copy()
-        type_name = "bigint[]" if collection.has_integer_keys else collection.key_array
         key = f"b.{collection.key_column}"
         shown = key if collection.has_integer_keys else f"{key}::text"
-        clauses = [f"{key} = ANY({where.parameter(type_name, keys)})", *where.clauses]
+        clauses = [
+            f"{key} = ANY({where.parameter(collection.candidate_array, keys)})",
+            *where.clauses,
+        ]
         plan = prepare(
             self.plpy,
             f"SELECT pg_catalog.array_agg({shown}) AS keys FROM {collection.relation} AS b"

@@ -60,12 +60,7 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
         groups.update(labels(plpy, answer.collection, column, new))
         taken = _chosen(keys, groups, request)
         if len(taken) == wanted or len(keys) < rows.k:
-            return Answer(
-                answer.collection,
-                [keys[place] for place in taken],
-                [answer.distances[place] for place in taken],
-                answer.query,
-            )
+            return answer.taken(taken)
         share = max(1, len(taken)) / len(keys)
         rows.k = max(GROW * rows.k, math.ceil(ENOUGH * wanted / share))
         if rows.k > MAX_ROWS and request.engine == "auto":

@@ -250,10 +250,9 @@ class Changes:
 def _fetch(
     plpy: Any, collection: Collection, ids: list[int]
 ) -> tuple[list[int], list[Any], NDArray[np.float32]]:
-    key = "e.key" if collection.has_integer_keys else "e.key::text"
     plan = prepare(
         plpy,
-        f"SELECT e.embedding_id AS id, {key} AS key,"
+        f"SELECT e.embedding_id AS id, {collection.label} AS label,"
         f" {collection.vector_schema}.vector_send(e.embedding) AS vector"
         f" FROM {collection.embeddings} AS e WHERE e.embedding_id = ANY($1)",
         ("bigint[]",),
@@ -263,4 +262,4 @@ def _fetch(
         return [], [], np.empty((0, collection.dimension), dtype=np.float32)
     matrix = vectors.from_send(b"".join(row["vector"] for row in rows), len(rows))
     prepared = vectors.prepare(matrix, collection.metric)
-    return [row["id"] for row in rows], [row["key"] for row in rows], prepared
+    return [row["id"] for row in rows], collection.items([row["label"] for row in rows]), prepared

@@ -38,6 +38,7 @@ class Request:
         per_group: how many rows of a group.
         own_group: whether rows of the stored image's own group count. If not, and without
             ``group_by``, the collection's group column says which these are.
+        frame: which frame of the image is searched for, from 1, or 0 for the representative one.
         integer_keys: whether the caller can take integer keys only.
     """
 
@@ -53,6 +54,7 @@ class Request:
     group_by: str = ""
     per_group: int = 1
     own_group: bool = True
+    frame: int = 0
     integer_keys: bool = False
     _embedded: dict[tuple[int, Limits], NDArray[np.float32]] | None = field(
         default=None, init=False, repr=False
@@ -89,7 +91,12 @@ class Request:
             self._embedded = {}
         if encoder not in self._embedded:
             self._embedded[encoder] = models.embed(
-                plpy, collection.model_id, [self.image], collection.limits, collection.sha256
+                plpy,
+                collection.model_id,
+                [self.image],
+                collection.limits,
+                collection.sha256,
+                self.frame,
             )
         return self._embedded[encoder]
 
@@ -99,7 +106,7 @@ class Neighbours:
     """Rows near a query, nearest first, and ordered by key if equally near.
 
     Attributes:
-        keys: integers or text.
+        keys: integers or text, or pairs of these and a frame (``Collection.items``).
         squared: squared Euclidean distances of their prepared vectors.
         complete: squared distance within which no row is missing.
     """
@@ -131,6 +138,12 @@ class Neighbours:
         del self.keys[place], self.squared[place]
         return True
 
+    def remove_frames(self, key: Any) -> None:
+        """Remove all frames of a row."""
+        kept = [place for place, item in enumerate(self.keys) if item[0] != key]
+        self.keys = [self.keys[place] for place in kept]
+        self.squared = [self.squared[place] for place in kept]
+
     def within(self, limit: float) -> int:
         """Return how many of the rows are within a squared distance."""
         return bisect.bisect_right(self.squared, limit)
@@ -145,16 +158,31 @@ class Answer:
     """Keys and distances of the rows found, nearest first.
 
     ``query`` is the prepared vector that was searched for, or None if the model has no use for it.
+    ``frames`` are numbers, from 1, or None if each image has one vector.
     """
 
     collection: Collection
     keys: list[Any]
     distances: list[float]
     query: NDArray[np.float32] | None
+    frames: list[int] | None = None
 
     @classmethod
     def of(cls, collection: Collection, found: Neighbours, query: NDArray[np.float32]) -> Answer:
         """Convert squared distances to the collection's metric."""
-        return cls(
-            collection, found.keys, vectors.to_distances(found.squared, collection.metric), query
+        keys, frames = found.keys, None
+        if collection.has_frames:
+            frames = [frame for _, frame in keys]
+            keys = [key for key, _ in keys]
+        distances = vectors.to_distances(found.squared, collection.metric)
+        return cls(collection, keys, distances, query, frames)
+
+    def taken(self, places: list[int]) -> Answer:
+        """Return some of the rows, by their places."""
+        return Answer(
+            self.collection,
+            [self.keys[place] for place in places],
+            [self.distances[place] for place in places],
+            self.query,
+            None if self.frames is None else [self.frames[place] for place in places],
         )

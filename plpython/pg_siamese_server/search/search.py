@@ -39,6 +39,8 @@ from pg_siamese_server.search.request import Answer, Request
 
 # If a statement reads more changes than this at once, it is planned again.
 REPLAN_ROWS = 1_000
+# Purposes of the plans that read a collection's state, and the vector of a stored image.
+STATE, STATE_BY_KEY, STATE_BY_FRAME = "state", "state by key", "state by frame"
 
 _collections: dict[str, Collection] = session_cache({})
 _changes: dict[int, Any] = session_cache({})
@@ -116,6 +118,7 @@ def _answer_without_vector(plpy: Any, request: Request, collection: Collection) 
             sqlstate=NO_DATA_FOUND,
             detail="There is no such row, or it is not visible to you.",
         )
+    _check_stored_frame(plpy, request, collection)
     told = (collection.collection_id, 0, "without vector")
     if told not in _noticed:
         _noticed.add(told)
@@ -127,6 +130,22 @@ def _answer_without_vector(plpy: Any, request: Request, collection: Collection) 
             " once per session.",
         )
     return Answer(collection, [], [], None)
+
+
+def _check_stored_frame(plpy: Any, request: Request, collection: Collection) -> None:
+    """Refuse a frame that a stored image does not have."""
+    if not request.frame:
+        return
+    from pg_siamese_server.encoding.opened import check_frame  # it loads an image library
+
+    plan = prepare(
+        plpy,
+        f"SELECT pg_catalog.count(*) AS count FROM {collection.embeddings} AS e WHERE e.key = $1",
+        (_key_type(collection),),
+    )
+    count = int(plan.execute([request.key])[0]["count"])
+    if count:
+        check_frame(request.frame, count)
 
 
 def _key_type(collection: Collection) -> str:
@@ -148,19 +167,22 @@ def _notice_queued_rows(plpy: Any, request: Request, answer: Answer) -> None:
         )
 
 
-def _state_plan(plpy: Any, collection: Collection, by_key: bool) -> Any:
-    purpose = "state by key" if by_key else "state"
+def _state_plan(plpy: Any, collection: Collection, purpose: str) -> Any:
     plan = collection.plans.get(purpose)
     if plan is not None:
         return plan
     stored = "NULL::bigint"
     types = ["text", "xid8"]
-    if by_key:
+    if purpose != STATE:
         types.append(_key_type(collection))
+        which = " AND e.representative" if collection.has_frames else ""
+        if purpose == STATE_BY_FRAME:
+            types.append("bigint")
+            which = " AND e.frame = $4"
         stored = (
             f"(SELECT e.embedding_id FROM {collection.relation} AS b"
             f" INNER JOIN {collection.embeddings} AS e ON e.key = b.{collection.key_column}"
-            f" WHERE b.{collection.key_column} = $3)"
+            f" WHERE b.{collection.key_column} = $3{which})"
         )
     plan = collection.plans[purpose] = plpy.prepare(
         f"SELECT {stored} AS query_id, c.generation, p.settled, p.opened,"
@@ -200,12 +222,22 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
                 sqlstate=FEATURE_NOT_SUPPORTED,
                 hint="Use similar_rows.",
             )
+        if request.frame and request.key is not None and not collection.has_frames:
+            raise SiameseError(
+                f'collection "{collection.name}" has one vector of each image',
+                hint="Leave query_frame out, or search for the image itself.",
+            )
         changes = _changes.get(collection.collection_id)
+        purpose = STATE
         values = [collection.name, str(changes.horizon if changes else 0)]
         if request.key is not None:
+            purpose = STATE_BY_KEY
             values.append(request.key)  # type: ignore[arg-type]
+            if request.frame:
+                purpose = STATE_BY_FRAME
+                values.append(request.frame)  # type: ignore[arg-type]
         try:
-            rows = _state_plan(plpy, collection, request.key is not None).execute(values)
+            rows = _state_plan(plpy, collection, purpose).execute(values)
         except (
             plpy.spiexceptions.UndefinedTable,
             plpy.spiexceptions.UndefinedColumn,
@@ -216,8 +248,8 @@ def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
             state = rows[0]
             if len(state["settled"] or ()) + len(state["opened"] or ()) > REPLAN_ROWS:
                 # Made while next to nothing was pending, the plan may scan the whole table.
-                collection.plans.pop("state", None)
-                collection.plans.pop("state by key", None)
+                for each in (STATE, STATE_BY_KEY, STATE_BY_FRAME):
+                    collection.plans.pop(each, None)
             return collection, state
         del _collections[collection.name]
     assert collection is not None
@@ -321,9 +353,8 @@ def _search_pgvector(
     distance = f"(e.embedding {collection.distance_operator} {query})"
     key = f"b.{collection.key_column}"
     if request.candidates is not None:
-        where.clauses.append(
-            f"{key} = ANY({where.parameter(_candidate_type(collection), request.candidates)})"
-        )
+        place = where.parameter(collection.candidate_array, request.candidates)
+        where.clauses.append(f"{key} = ANY({place})")
     if request.key is not None:
         where.clauses.append(f"{key} <> {where.parameter(_key_type(collection), request.key)}")
     if request.max_distance is not None:
@@ -334,21 +365,23 @@ def _search_pgvector(
     if not collection.has_integer_keys:
         shown = f"{key}::text"
         tie = f'{key}::text COLLATE "C"'
+    order, column = f"{distance}, {tie}", ""
+    if collection.has_frames:
+        order, column = f"{order}, e.frame", "e.frame AS frame, "
     place = "1"
     if request.group_by:
-        place = groups.place(plpy, collection, request, where, f"{distance}, {tie}")
+        place = groups.place(plpy, collection, request, where, order)
     condition = f" WHERE {' AND '.join(where.clauses)}" if where.clauses else ""
     rows = (
-        f"SELECT {shown} AS key, {distance} AS distance, {tie} AS tie, {place} AS place"
+        f"SELECT {shown} AS key, {column}{distance} AS distance, {tie} AS tie, {place} AS place"
         f" FROM {collection.relation} AS b"
         f" INNER JOIN {collection.embeddings} AS e ON e.key = {key}{condition}"
     )
     if request.group_by:
         limit = where.parameter("bigint", request.per_group)
         rows = f"SELECT r.* FROM ({rows}) AS r WHERE r.place <= {limit}"
-    plan = prepare(
-        plpy, f"{rows} ORDER BY distance, tie LIMIT {int(request.k or 0)}", tuple(where.types)
-    )
+    order = "distance, tie, frame" if collection.has_frames else "distance, tie"
+    plan = prepare(plpy, f"{rows} ORDER BY {order} LIMIT {int(request.k or 0)}", tuple(where.types))
     rows = plan.execute(where.values)
     keys, distances = [row["key"] for row in rows], [row["distance"] for row in rows]
     prepared = None
@@ -356,11 +389,8 @@ def _search_pgvector(
         prepared = vectors.prepare(embedding, collection.metric)
     elif models.spec(plpy, collection.model_id).domain is not None:
         prepared = vectors.stored(plpy, collection, state["query_id"])
-    return Answer(collection, keys, distances, prepared)
-
-
-def _candidate_type(collection: Collection) -> str:
-    return "bigint[]" if collection.has_integer_keys else collection.key_array
+    frames = [row["frame"] for row in rows] if collection.has_frames else None
+    return Answer(collection, keys, distances, prepared, frames)
 
 
 def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -35,15 +35,21 @@ from pg_siamese_server.errors import (
 from pg_siamese_server.limits import MODELS_OWN, Limits
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pg_siamese_server.encoding.encoder import Encoder
 
 Row = tuple[str, bytes | None]
+# With all frames of images, a row can have as many alone. Then the others stay in their tickets.
+MAX_RESULTS = 10_000
 
 
 class Result(NamedTuple):
     """A row's vector, or else its failure: a ``siamese.embedding_result``.
 
-    The key is text. The digest is the SHA-256 of the image.
+    The key is text. The digest is the SHA-256 of the image. If all frames are embedded, each has a
+    result, and one is representative.
     """
 
     key: str
@@ -52,6 +58,8 @@ class Result(NamedTuple):
     sqlstate: str | None = None
     message: str | None = None
     may_retry: bool | None = None
+    frame: int | None = None
+    representative: bool | None = None
 
 
 @dataclass
@@ -60,6 +68,10 @@ class Results:
 
     seen: list[str] = field(default_factory=list)
     rows: list[Result] = field(default_factory=list)
+
+    def keys(self) -> set[str]:
+        """Return the keys of rows that have a result."""
+        return {row.key for row in self.rows}
 
 
 class Database(Protocol):
@@ -97,6 +109,7 @@ def embed_batch(
     poll: Callable[[], None],
     seconds: float | None = None,
     limits: Limits = MODELS_OWN,
+    frames: str = "one",
 ) -> Outcome:
     """Take some tickets and embed their rows. The caller commits.
 
@@ -109,6 +122,7 @@ def embed_batch(
         poll: called often, may raise to stop: plpy's errors, or what is no ``Exception``.
         seconds: stop after these, and leave the other rows in their tickets.
         limits: of the collection.
+        frames: of the collection: ``one`` of an image, or ``all``.
     """
     tickets = database.take(collection_id, max_rows)
     if not tickets:
@@ -117,24 +131,27 @@ def embed_batch(
     keys = sorted(list(dict.fromkeys(key for _, ticket in tickets for key in ticket))[:max_rows])
     results = Results()
     started = time.monotonic()
-    place, count = 0, FIRST_ROWS
+    has_frames = frames == "all"
+    place, count = 0, 1 if has_frames else FIRST_ROWS
     while place < len(keys):
         portion = keys[place : place + count]
         place += len(portion)
         rows = database.read(collection_id, portion)
         results.seen += portion
-        results.rows += _embed(encoder, rows, poll, limits)
-        if rows:
+        results.rows += _embed(encoder, rows, poll, limits, frames)
+        if rows and not has_frames:
             count = next_portion(len(rows), sum(len(image or b"") for _, image in rows))
         if seconds is not None and time.monotonic() - started >= seconds:
             break
+        if has_frames and len(results.rows) >= MAX_RESULTS:
+            break
     stored = database.store(collection_id, sha256, [ticket for ticket, _ in tickets], results)
     failed = sum(row.embedding is None for row in results.rows)
-    return Outcome(stored, failed, len(results.seen) - len(results.rows))
+    return Outcome(stored, failed, len(results.seen) - len(results.keys()))
 
 
 def _embed(
-    encoder: Encoder, rows: list[Row], poll: Callable[[], None], limits: Limits
+    encoder: Encoder, rows: list[Row], poll: Callable[[], None], limits: Limits, frames: str
 ) -> list[Result]:
     digests = {
         key: None if image is None else hashlib.sha256(image).digest() for key, image in rows
@@ -147,17 +164,40 @@ def _embed(
         failed.append(Result(key, digests[key], None, error.sqlstate, error.message, may_retry))
 
     try:
-        keys, embeddings = batches.embed(encoder, rows, fail, poll, limits)
+        if frames == "all":
+            good = [
+                result
+                for key, chosen, embeddings in batches.embed_frames(
+                    encoder, rows, fail, poll, limits
+                )
+                for result in _of_frames(key, digests[key], chosen, embeddings, poll)
+            ]
+        else:
+            keys, embeddings = batches.embed(encoder, rows, fail, poll, limits)
+            good = [
+                Result(key, digests[key], vectors.to_text(embedding))
+                for key, embedding in zip(keys, embeddings, strict=True)
+            ]
     except (ModelError, MemoryError) as error:
         if len(rows) == 1:
             fail(rows[0][0], _described(error))
             return failed
         # One by one, so that only the row at fault fails.
-        return [result for row in rows for result in _embed(encoder, [row], poll, limits)]
-    return failed + [
-        Result(key, digests[key], vectors.to_text(embedding))
-        for key, embedding in zip(keys, embeddings, strict=True)
-    ]
+        return [result for row in rows for result in _embed(encoder, [row], poll, limits, frames)]
+    return failed + good
+
+
+def _of_frames(
+    key: str,
+    digest: bytes | None,
+    representative: int,
+    embeddings: NDArray[np.float32],
+    poll: Callable[[], None],
+) -> Iterator[Result]:
+    for frame, embedding in enumerate(embeddings, 1):
+        poll()
+        text = vectors.to_text(embedding)
+        yield Result(key, digest, text, frame=frame, representative=frame == representative)
 
 
 def _described(error: ModelError | MemoryError) -> SiameseError:
@@ -281,6 +321,7 @@ def embed_collection(plpy: Any, collection: Collection, max_rows: int | None) ->
             wanted,
             poll,
             limits=collection.limits,
+            frames=collection.frames,
         )
         if not outcome:
             break

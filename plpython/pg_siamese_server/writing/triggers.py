@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NOTICE_SECONDS = 2.0
 HASHES_AT_ONCE = 1000
+FRAMES_AT_ONCE = 500
 # Distance of another run of the same model from a vector of length one: a cosine of 0.9999.
 SAME_VECTOR = 0.014
 # Text only, since an exception would keep its frames, and so an open cursor.
@@ -149,7 +150,7 @@ def embed_rows(
         are_new: the rows are inserted, so they have no vectors but left-over ones.
 
     Returns:
-        How many vectors were stored.
+        Of how many rows vectors were stored.
 
     Raises:
         SiameseError: a bad image, if the collection rejects them. It names the row.
@@ -171,7 +172,7 @@ def embed_rows(
             continue
         encoder = encoder or models.encoder(plpy, collection.model_id, collection.sha256)
         failures: list[Failure] = []
-        done, embeddings = batches.embed(
+        work = (
             encoder,
             map(_key_and_image, rows),
             partial(_fail, collection, failures),
@@ -179,9 +180,15 @@ def embed_rows(
             collection.limits,
         )
         hashes = {row["key"]: batches.image_hash(row["image"]) for row in rows}
+        if collection.has_frames:
+            for key, representative, embeddings in batches.embed_frames(*work):
+                frames = store(plpy, collection, [key], embeddings, [hashes[key]], representative)
+                stored += frames > 0
+        else:
+            done, embeddings = batches.embed(*work)
+            stored += store(plpy, collection, done, embeddings, [hashes[key] for key in done])
         if failures and (is_backfill or are_new):
             _delete_vectors(plpy, collection, [key for key, _, _ in failures])
-        stored += store(plpy, collection, done, embeddings, [hashes[key] for key in done])
         _note_failures(plpy, collection, failures)
         seen += len(rows)
         if is_backfill and time.monotonic() - noticed >= NOTICE_SECONDS:
@@ -211,22 +218,65 @@ def _store(
     keys: list[Any],
     embeddings: NDArray[np.float32],
     hashes: list[bytes],
-    conflict: str = "",
+    representative: int = 0,
+    is_wary: bool = False,
 ) -> int:
+    """Store one vector of each key, or of one key the vectors of all frames.
+
+    If it ``is_wary``, what is there already stays.
+    """
     if not keys:
         return 0
-    purpose = f"store{conflict}"
+    if representative:
+        return _store_frames(plpy, collection, keys, embeddings, hashes, representative, is_wary)
+    purpose = "store", is_wary
     plan = collection.plans.get(purpose)
     if plan is None:
         plan = collection.plans[purpose] = prepare(
             plpy,
             f"WITH added AS (INSERT INTO {collection.embeddings} (key, embedding, image_hash)"
-            f" SELECT * FROM unnest($1, $2, $3){conflict} RETURNING embedding_id)"
+            f" SELECT * FROM unnest($1, $2, $3){_on_conflict(collection, is_wary)}"
+            " RETURNING embedding_id)"
             f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
             _vector_types(collection),
         )
     texts = list(map(vectors.to_text, embeddings))
     return int(plan.execute([keys, texts, hashes]).nrows())
+
+
+def _on_conflict(collection: Collection, is_wary: bool) -> str:
+    target = "key, frame" if collection.has_frames else "key"
+    return f" ON CONFLICT ({target}) DO NOTHING" if is_wary else ""
+
+
+def _store_frames(
+    plpy: Any,
+    collection: Collection,
+    keys: list[Any],
+    embeddings: NDArray[np.float32],
+    hashes: list[bytes],
+    representative: int,
+    is_wary: bool,
+) -> int:
+    plan = prepare(
+        plpy,
+        f"WITH added AS (INSERT INTO {collection.embeddings}"
+        " (key, image_hash, embedding, frame, representative)"
+        " SELECT ($1)[1], ($2)[1], v.embedding, $4 + v.place, $4 + v.place = $5"
+        " FROM unnest($3) WITH ORDINALITY AS v (embedding, place) ORDER BY v.place"
+        f"{_on_conflict(collection, is_wary)} RETURNING embedding_id)"
+        f" INSERT INTO {collection.pending} (embedding_id) SELECT embedding_id FROM added",
+        (
+            *(collection.key_array, "bytea[]", f"{collection.vector_type}[]"),
+            *("integer", "integer"),
+        ),
+    )
+    stored = 0
+    for start in range(0, len(embeddings), FRAMES_AT_ONCE):
+        interrupts.check(plpy)
+        texts = list(map(vectors.to_text, embeddings[start : start + FRAMES_AT_ONCE]))
+        stored += plan.execute([keys, hashes, texts, start, representative]).nrows()
+    return stored
 
 
 def _add(
@@ -235,18 +285,17 @@ def _add(
     keys: list[Any],
     embeddings: NDArray[np.float32],
     hashes: list[bytes],
+    representative: int = 0,
 ) -> int:
     """Store the vectors of new rows, in place of vectors that changes without triggers left over.
 
     These are rare, so the unique index finds them. To look for them before each insert takes longer
     than to store a vector.
     """
-    stored = _store(
-        plpy, collection, keys, embeddings, hashes, conflict=" ON CONFLICT (key) DO NOTHING"
-    )
-    if stored < len(keys):
+    stored = _store(plpy, collection, keys, embeddings, hashes, representative, is_wary=True)
+    if stored < len(embeddings):
         _delete_vectors(plpy, collection, keys)
-        return _store(plpy, collection, keys, embeddings, hashes)
+        return _store(plpy, collection, keys, embeddings, hashes, representative)
     _delete_failures(plpy, collection, keys)
     return stored
 
@@ -261,23 +310,12 @@ def _replace(
     keys: list[Any],
     embeddings: NDArray[np.float32],
     hashes: list[bytes],
+    representative: int = 0,
 ) -> int:
     """Store the vectors of locked rows, in place of those of other images."""
     if not keys:
         return 0
-    types = _vector_types(collection)
-    values = [keys, [vectors.to_text(vector) for vector in embeddings], hashes]
-    schema = collection.vector_schema
-    # Vectors from before there were hashes. If such a vector is right, it only lacks its hash.
-    verified = prepare(
-        plpy,
-        f"UPDATE {collection.embeddings} AS e SET image_hash = n.image_hash"
-        " FROM unnest($1, $2, $3) AS n (key, embedding, image_hash)"
-        " WHERE e.key = n.key AND e.image_hash IS NULL"
-        f" AND {schema}.l2_distance(e.embedding, n.embedding)"
-        f" <= {SAME_VECTOR} * {schema}.vector_norm(n.embedding)",
-        types,
-    ).execute(values)
+    verified = 0 if representative else _add_hashes(plpy, collection, keys, embeddings, hashes)
     prepare(
         plpy,
         f"WITH gone AS (DELETE FROM {collection.embeddings} AS e"
@@ -289,10 +327,35 @@ def _replace(
         (collection.key_array, "bytea[]"),
     ).execute([keys, hashes])
     # A row that was changed after a backfill began has its vector from the trigger.
-    stored = _store(
-        plpy, collection, keys, embeddings, hashes, conflict=" ON CONFLICT (key) DO NOTHING"
+    stored = _store(plpy, collection, keys, embeddings, hashes, representative, is_wary=True)
+    return stored + verified
+
+
+def _add_hashes(
+    plpy: Any,
+    collection: Collection,
+    keys: list[Any],
+    embeddings: NDArray[np.float32],
+    hashes: list[bytes],
+) -> int:
+    """Complete vectors from before there were hashes. If such a vector is right, it lacks its hash.
+
+    Collections of all frames came later.
+    """
+    schema = collection.vector_schema
+    return int(
+        prepare(
+            plpy,
+            f"UPDATE {collection.embeddings} AS e SET image_hash = n.image_hash"
+            " FROM unnest($1, $2, $3) AS n (key, embedding, image_hash)"
+            " WHERE e.key = n.key AND e.image_hash IS NULL"
+            f" AND {schema}.l2_distance(e.embedding, n.embedding)"
+            f" <= {SAME_VECTOR} * {schema}.vector_norm(n.embedding)",
+            _vector_types(collection),
+        )
+        .execute([keys, [vectors.to_text(vector) for vector in embeddings], hashes])
+        .nrows()
     )
-    return stored + int(verified.nrows())
 
 
 def _note_failures(plpy: Any, collection: Collection, failures: list[Failure]) -> None:
@@ -371,8 +434,9 @@ def stale_keys(plpy: Any, collection: Collection, max_rows: int | None) -> list[
         max_rows: stop after about this number, or None.
     """
     unknown = f"SELECT array_agg(e.key) AS keys FROM {collection.embeddings} AS e"
-    found = _keys(plpy, f"{unknown} WHERE e.image_hash IS NULL")
-    keys = _keys(plpy, f"{unknown} WHERE e.image_hash IS NOT NULL")
+    condition = f"WHERE {collection.one_per_image} AND e.image_hash"
+    found = _keys(plpy, f"{unknown} {condition} IS NULL")
+    keys = _keys(plpy, f"{unknown} {condition} IS NOT NULL")
     for start in range(0, len(keys), HASHES_AT_ONCE):
         if max_rows is not None and len(found) >= max_rows:
             break
@@ -399,7 +463,8 @@ def compared(
         "SELECT count(*) AS n,"
         " array_agg(e.key) FILTER (WHERE e.image_hash IS DISTINCT FROM h.image_hash) AS stale"
         f" FROM {collection.row_function('hashes')}($1, $2) AS h"
-        f" INNER JOIN {collection.embeddings} AS e ON e.key = h.key",
+        f" INNER JOIN {collection.embeddings} AS e ON e.key = h.key"
+        f" AND {collection.one_per_image}",
         (collection.key_array, "bigint"),
     )
     row = plan.execute([keys, max_bytes])[0]

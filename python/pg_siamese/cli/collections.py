@@ -37,6 +37,9 @@ def query(
     engine: Annotated[
         Literal["auto", "faiss", "pgvector"], typer.Option(help="Engine that answers.")
     ] = "auto",
+    frame: Annotated[
+        int, typer.Option(help="Frame of the image to search for. 0: the representative one.")
+    ] = 0,
     sheet: Annotated[
         Path | None, typer.Option(help="Draw the query and up to 64 neighbours into this PNG file.")
     ] = None,
@@ -59,7 +62,9 @@ def query(
     data, label = None if image is None else image.read_bytes(), None
     with connect(dsn) as connection:
         found = find_collection(connection, collection)
-        search = search_statement(found, image=data, key=id, k=k, filter=condition, engine=engine)
+        search = search_statement(
+            found, image=data, key=id, k=k, filter=condition, engine=engine, frame=frame
+        )
         if id is not None:
             data, label = stored_image(connection, found, id)
         try:
@@ -73,7 +78,8 @@ def query(
         if sheet is not None and data is not None:
             name = image.name if image is not None else f"{found.key_name} {id}"
             neighbours = sheet_neighbours(connection, found, answers[:SHEET_NEIGHBOURS])
-            contact_sheet([SheetRow(name, display_pixels(data), label, neighbours)], sheet)
+            pixels = display_pixels(data, frame)
+            contact_sheet([SheetRow(name, pixels, label, neighbours)], sheet)
             output().print(f"contact sheet: {escape(str(sheet))}", soft_wrap=True)
 
 

@@ -166,6 +166,8 @@ def answer_table(collection: Collection, answers: list[Answer]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("rank", justify="right")
     table.add_column(collection.key_name, justify="right")
+    if collection.has_frames:
+        table.add_column("frame", justify="right")
     table.add_column("distance", justify="right")
     # A model without calibration has no match probability to show.
     calibrated = any(answer.similarity is not None for answer in answers)
@@ -174,7 +176,10 @@ def answer_table(collection: Collection, answers: list[Answer]) -> Table:
     for name in collection.shown_columns:
         table.add_column(name, overflow="fold")
     for answer in answers:
-        cells = [str(answer.rank), escape(answer.key), f"{answer.distance:.4f}"]
+        cells = [str(answer.rank), escape(answer.key)]
+        if collection.has_frames:
+            cells.append(str(answer.frame))
+        cells.append(f"{answer.distance:.4f}")
         if calibrated:
             cells.append("" if answer.similarity is None else f"{answer.similarity:.3f}")
         cells += [escape(value or "") for value in answer.values.values()]

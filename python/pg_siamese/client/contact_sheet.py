@@ -47,12 +47,14 @@ class Neighbour:
     """One answer: pixels uint8 (H, W), (H, W, 1) or (H, W, 3), its label and cosine distance.
 
     ``similarity`` is the calibrated match probability from 0 to 1, None if the model has none.
+    ``frame`` is the number of the frame shown, None if the image has one vector.
     """
 
     pixels: npt.NDArray[np.uint8]
     label: str | None
     distance: float
     similarity: float | None = None
+    frame: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
             left = MARGIN_INCHES + QUERY_GAP_INCHES + (column + 1) * (CELL_INCHES + GAP_INCHES)
             colour, style = _frame(row.label, neighbour.label)
             measure = f"distance {neighbour.distance:.4f}"
+            if neighbour.frame is not None:
+                measure += f"  ·  frame {neighbour.frame}"
             if neighbour.similarity is not None:
                 measure += f"  ·  match {neighbour.similarity:.0%}"
             _draw_cell(

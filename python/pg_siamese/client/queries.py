@@ -28,7 +28,8 @@ class Collection:
     """A collection's table, as the catalogue has it, in the order of ``find_collection``'s query.
 
     ``relation``, ``key_column``, ``image_column`` and ``shown_columns`` are quoted for SQL if
-    necessary. ``key_name`` and ``image_name`` are the plain names.
+    necessary. ``key_name`` and ``image_name`` are the plain names. With ``has_frames``, each frame
+    of an image has a vector.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Collection:
     image_column: str
     image_name: str
     shown_columns: tuple[str, ...]
+    has_frames: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Answer:
     """One neighbour. ``key`` is the row's key as text, ``values`` its columns that are shown.
 
     ``distance`` is in the model's metric (cosine distance for the models that ship).
-    ``similarity`` is the calibrated match probability, None if the model has none.
+    ``similarity`` is the calibrated match probability, None if the model has none. ``frame`` is
+    the number of the frame, from 1, None if the collection has one vector per image.
     """
 
     rank: int
@@ -55,6 +58,7 @@ class Answer:
     distance: float
     similarity: float | None
     values: dict[str, str | None]
+    frame: int | None = None
 
     @property
     def label(self) -> str | None:
@@ -90,7 +94,8 @@ def find_collection(connection: psycopg.Connection[Any], name: str) -> Collectio
                        FROM unnest(ARRAY['dataset', 'split', 'label']) WITH ORDINALITY AS w (n, o)
                        JOIN pg_catalog.pg_attribute AS d
                          ON d.attname = w.n AND d.attrelid = c.relation AND NOT d.attisdropped
-                      ORDER BY w.o)
+                      ORDER BY w.o),
+               c.frames = 'all'
           FROM siamese.collections AS c
           JOIN siamese.models AS m ON m.model_id = c.model_id
           JOIN pg_catalog.pg_attribute AS a
@@ -102,7 +107,8 @@ def find_collection(connection: psycopg.Connection[Any], name: str) -> Collectio
     if row is None:
         known = ", ".join(collection_names(connection)) or "none yet"
         raise CommandError(f'collection "{name}" does not exist; available: {known}')
-    values = [*row[:-1], tuple(row[-1])]
+    *names, columns, has_frames = row
+    values = [*names, tuple(columns), has_frames]
     return Collection(name, *values)
 
 
@@ -135,6 +141,7 @@ def search_statement(
     k: int = 10,
     filter: dict[str, object] | None = None,
     engine: str = "auto",
+    frame: int = 0,
     prefix: str = "siamese.",
 ) -> Search:
     """Return the statement that finds the ``k`` rows nearest to an image, or to a stored row.
@@ -149,10 +156,12 @@ def search_statement(
         k: number of rows.
         filter: values of columns that the rows must have.
         engine: auto, faiss or pgvector.
+        frame: which frame of the image to search for, from 1, or 0 for the representative one.
         prefix: qualifies the extension's functions.
 
     Returns:
-        A statement with the columns rank, key, distance, similarity and ``shown_columns``.
+        A statement with the columns rank, key, distance, similarity, ``shown_columns``, and the
+        frame if the collection has frames.
     """
     if (image is None) == (key is None):
         raise ValueError("give an image or a key, and not both")
@@ -172,12 +181,15 @@ def search_statement(
         options += f", filter => {sql.quote(json.dumps(filter, ensure_ascii=False))}"
     if engine != "auto":
         options += f", engine => {sql.quote(engine)}"
+    if frame:
+        options += f", query_frame => {frame}"
+    frames = ["s.frame"] if collection.has_frames else []
     key_column = collection.key_column
     if integer:
         is_usual = key_column == "image_id"
         join = "USING (image_id)" if is_usual else f"ON i.{key_column} = s.image_id"
         columns = ["s.rank", f"i.{key_column}", "s.distance", "s.similarity"]
-        columns += [f"i.{column}" for column in collection.shown_columns]
+        columns += [f"i.{column}" for column in collection.shown_columns] + frames
         text = (
             f"SELECT {', '.join(columns)}\n"
             f"  FROM {prefix}similar_images({query}{options}) AS s\n"
@@ -187,11 +199,12 @@ def search_statement(
     else:
         columns = ["row_number() OVER (ORDER BY s.distance)", f"(s.item).{key_column}"]
         columns += ["s.distance", "NULL::real"]
-        columns += [f"(s.item).{column}" for column in collection.shown_columns]
+        columns += [f"(s.item).{column}" for column in collection.shown_columns] + frames
+        order = ", ".join(["s.distance", f"(s.item).{key_column}", *frames])
         text = (
             f"SELECT {', '.join(columns)}\n"
             f"  FROM {prefix}similar_rows(NULL::{collection.relation}, {query}{options}) AS s\n"
-            f" ORDER BY s.distance, (s.item).{key_column}"
+            f" ORDER BY {order}"
         )
     return Search(text, tuple(parameters))
 
@@ -210,8 +223,9 @@ def run_search(
                 similarity=None if similarity is None else float(similarity),
                 values={
                     name: None if value is None else str(value)
-                    for name, value in zip(collection.shown_columns, values, strict=True)
+                    for name, value in zip(collection.shown_columns, values, strict=False)
                 },
+                frame=values[-1] if collection.has_frames else None,
             )
             for rank, key, distance, similarity, *values in cursor.fetchall()
         ]
@@ -240,10 +254,11 @@ def sheet_neighbours(
     images = stored_images(connection, collection, [answer.key for answer in answers])
     return [
         Neighbour(
-            pixels=display_pixels(images[answer.key]),
+            pixels=display_pixels(images[answer.key], answer.frame or 0),
             label=answer.label,
             distance=answer.distance,
             similarity=answer.similarity,
+            frame=answer.frame,
         )
         for answer in answers
         if answer.key in images
@@ -271,10 +286,11 @@ def stored_image(
     return bytes(row[0]), row[1]
 
 
-def display_pixels(data: bytes) -> npt.NDArray[np.uint8]:
+def display_pixels(data: bytes, frame: int = 0) -> npt.NDArray[np.uint8]:
     """Decode an image file for showing: uint8 (H, W, 3), with up to 512 pixels per side.
 
-    This is the server's decoder, so what is shown is what the encoder sees.
+    This is the server's decoder, so what is shown is what the encoder sees. ``frame`` counts from
+    1. 0 is the representative one.
 
     Raises:
         CommandError: the server would reject the file.
@@ -283,7 +299,7 @@ def display_pixels(data: bytes) -> npt.NDArray[np.uint8]:
     from pg_siamese_server.errors import ImageError
 
     try:
-        return render_image(data, DISPLAY_PIXELS)
+        return render_image(data, DISPLAY_PIXELS, frame)
     except ImageError as error:
         raise CommandError(f"not an image that can be shown: {error}") from None
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -169,7 +171,12 @@ def test_other_notices_are_not_taken_for_progress() -> None:
 
 
 def collection(**changes: str) -> Collection:
-    settings = {"name": "images", "model": "medical", "relation": "images", "key_type": "bigint"}
+    settings: dict[str, Any] = {
+        "name": "images",
+        "model": "medical",
+        "relation": "images",
+        "key_type": "bigint",
+    }
     settings |= dict.fromkeys(("key_column", "key_name"), "image_id")
     settings |= dict.fromkeys(("image_column", "image_name"), "image")
     return Collection(**(settings | changes), shown_columns=("label",))
@@ -209,6 +216,16 @@ def test_other_keys_go_through_similar_rows() -> None:
     search = search_statement(collection(key_type="uuid", relation="p"), key="abc", k=4)
     assert "similar_rows(NULL::p, key => $1, k => 4," in search.sql
     assert search.parameters == ("abc",)
+
+
+def test_a_search_among_frames() -> None:
+    found = replace(collection(), has_frames=True)
+    search = search_statement(found, image=b"x", k=4, frame=3)
+    assert "SELECT s.rank, i.image_id, s.distance, s.similarity, i.label, s.frame\n" in search.sql
+    assert "similar_images(image => $1, k => 4, query_frame => 3) AS s" in search.sql
+    found = replace(collection(key_type="uuid", relation="p"), has_frames=True)
+    search = search_statement(found, image=b"x", k=4)
+    assert search.sql.endswith("ORDER BY s.distance, (s.item).image_id, s.frame")
 
 
 def test_a_key_of_the_wrong_kind_is_said_so() -> None:

@@ -24,7 +24,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from pg_siamese_server.encoding import dicom, windows
-from pg_siamese_server.encoding.dicom import file, frames, tags
+from pg_siamese_server.encoding.dicom import file, tags
 from pg_siamese_server.encoding.images import (
     MAX_FRAMES,
     decode_frames,
@@ -281,6 +281,21 @@ def test_all_frames_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoded == []
     next(found.pixels)
     assert decoded == [0]
+
+
+@pytest.mark.parametrize(
+    "name", sorted({path.stem for path in REAL.glob("*.dcm")} - set(REFUSED)) or [None]
+)
+def test_frames_of_real_files(name: str | None) -> None:
+    if name is None:
+        pytest.skip("needs the DICOM files beside the project (shared/data/dicom)")
+    data = (REAL / f"{name}.dcm").read_bytes()
+    found = decode_frames(data, SPEC)
+    pixels = list(found.pixels)
+    assert len(pixels) == found.count
+    for number in {1, found.count // 2 + 1, found.count}:
+        assert np.array_equal(pixels[number - 1], decode_image(data, SPEC, frame=number))
+    assert np.array_equal(pixels[found.representative - 1], decode_image(data, SPEC))
 
 
 def test_other_formats_have_one_frame() -> None:

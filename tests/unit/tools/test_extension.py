@@ -22,11 +22,12 @@ PGSPOT = [
     "--proc-without-search-path=siamese._xact_id()",
     "--proc-without-search-path=siamese.similar_images(image bytea,k bigint,collection text,"
     "filter siamese.filter,candidates bigint[],max_distance double precision,engine text,"
-    "image_id bigint,exclude siamese.filter,group_by text,per_group bigint,own_group boolean)",
+    "image_id bigint,exclude siamese.filter,group_by text,per_group bigint,own_group boolean,"
+    "query_frame bigint)",
     "--proc-without-search-path=siamese.similar_rows(of_table anyelement,image bytea,k bigint,"
     "collection text,filter siamese.filter,candidates siamese.key[],max_distance double precision,"
     "engine text,key siamese.key,exclude siamese.filter,group_by text,per_group bigint,"
-    "own_group boolean,item anyelement,distance real)",
+    "own_group boolean,query_frame bigint,item anyelement,distance real,frame integer)",
     "--proc-without-search-path=siamese.classify_image(image bytea,k bigint,collection text,"
     "label_column text,image_id siamese.key,filter siamese.filter,exclude siamese.filter,"
     "group_by text,own_group boolean,label text,votes integer,share real)",
