@@ -184,6 +184,11 @@ class File:
         return None
 
     @property
+    def byte_order(self) -> str:
+        """Byte order of its numbers, as NumPy and struct write it."""
+        return _byte_order(self.syntax)
+
+    @property
     def rows(self) -> int:
         """Height in pixels."""
         return self.integer("Rows")
@@ -212,6 +217,11 @@ class File:
     def frame_count(self) -> int:
         """Number of frames."""
         return max(1, self.integer("NumberOfFrames", 1))
+
+
+def _byte_order(syntax: uid.UID) -> str:
+    """Return the byte order, also of syntaxes that are later than pydicom's dictionary."""
+    return ">" if syntax == uid.ExplicitVRBigEndian else "<"
 
 
 def _is_empty(value: Any) -> bool:
@@ -338,14 +348,14 @@ def _inflated(data: bytes, spec: InputSpec) -> bytes:
 
 def _pixels(data: bytes, place: int, syntax: uid.UID) -> tuple[int, int, str] | None:
     """Return where the value of the pixels begins, its length, and the element's keyword."""
-    order = "<" if syntax.is_little_endian else ">"
+    order = _byte_order(syntax)
     if place + 8 > len(data):
         return None
     group, element = struct.unpack_from(f"{order}HH", data, place)
     keyword = _PIXELS.get(group << 16 | element)
     if keyword is None:
         return None
-    if syntax.is_implicit_VR:
+    if syntax == uid.ImplicitVRLittleEndian:
         return place + 8, struct.unpack_from(f"{order}I", data, place + 4)[0], keyword
     if data[place + 4 : place + 6] in _LONG_VRS:
         if place + 12 > len(data):

@@ -82,7 +82,7 @@ def _unsupported(pixels: Pixels) -> ImageError:
 def _palette(file: File, pixels: Pixels) -> NDArray[np.uint8]:
     """Apply the palette (PS3.3 C.7.6.3.1.5), tables in segments included (C.7.9.2)."""
     elements = file.elements
-    if not file.syntax.is_little_endian:
+    if file.byte_order == ">":
         elements = _swapped(elements)
     indices = _masked(pixels)
     if file.is_signed:
@@ -212,7 +212,7 @@ class _Grey:
         if not 1 <= bits <= 16 or data is None:
             return None
         if isinstance(data, bytes):
-            order = "<" if self.file.syntax.is_little_endian else ">"
+            order = self.file.byte_order
             wide = len(data) >= 2 * count
             entries = np.frombuffer(data[: count * (2 if wide else 1)], f"{order}u{1 + wide}")
         else:
