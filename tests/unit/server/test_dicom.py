@@ -265,6 +265,12 @@ def grey(**elements: Any) -> bytes:
         (lambda: jpegls_file(Rows=16), "22P03", "DICOM", "32 x 32 pixels and 1 samples, not 32"),
         (lambda: grey(Rows=60000, Columns=60000), "54000", "60000 x 60000", ""),
         (lambda: grey(PhotometricInterpretation="YBR_PARTIAL_420"), "22P03", "PARTIAL_420", ""),
+        (
+            lambda: grey().replace(b"MONOCHROME2", b"MON\0CHROM\xc02"),
+            "22P03",
+            "DICOM",
+            "no valid term",
+        ),
         (lambda: grey()[:132] + damaged.nested(3000), "22P03", "DICOM", ""),
     ],
 )

@@ -41,6 +41,7 @@ MAGIC = b"DICM"
 # Each element takes one read at least, and some hundred bytes of memory.
 MAX_READS = 400_000
 READS_PER_POLL = 1_000
+INFLATED_AT_ONCE = 4 * 1024 * 1024
 _LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT", b"SV")
 _PIXELS = {
     0x7FE00010: "PixelData",
@@ -262,7 +263,7 @@ def read_elements(
     whole = data if data[PREAMBLE : PREAMBLE + 4] == MAGIC else _with_preamble(data)
     syntax, start = _transfer_syntax(whole)
     if syntax == uid.DeflatedExplicitVRLittleEndian:
-        whole = _header(uid.ExplicitVRLittleEndian) + _inflated(whole[start:], spec)
+        whole = _header(uid.ExplicitVRLittleEndian) + _inflated(whole[start:], spec, poll)
     reader = _Reader(whole, poll, max_reads)
     try:
         with quiet():
@@ -329,21 +330,29 @@ def _check_syntax(syntax: uid.UID) -> None:
     )
 
 
-def _inflated(data: bytes, spec: InputSpec) -> bytes:
+def _inflated(data: bytes, spec: InputSpec, poll: Poll) -> bytes:
     """Inflate a deflated data set (PS3.5 A.5), no further than a file may be large."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        result = inflater.decompress(data, spec.max_bytes)
-    except zlib.error:
-        raise damaged("DICOM", "Its deflated data cannot be inflated.") from None
-    if inflater.unconsumed_tail:
-        raise ImageError(
-            "deflated DICOM file is too large",
-            sqlstate=PROGRAM_LIMIT_EXCEEDED,
-            detail=f"The limit is {spec.max_bytes} bytes, inflated.",
-            hint="Raise max_bytes with alter_collection, or reduce the image.",
-        )
-    return result
+    parts, left = [], spec.max_bytes
+    while not inflater.eof:
+        poll()
+        try:
+            part = inflater.decompress(data, INFLATED_AT_ONCE)
+        except zlib.error:
+            raise damaged("DICOM", "Its deflated data cannot be inflated.") from None
+        if not part:  # cut short
+            break
+        data = inflater.unconsumed_tail
+        left -= len(part)
+        if left < 0:
+            raise ImageError(
+                "deflated DICOM file is too large",
+                sqlstate=PROGRAM_LIMIT_EXCEEDED,
+                detail=f"The limit is {spec.max_bytes} bytes, inflated.",
+                hint="Raise max_bytes with alter_collection, or reduce the image.",
+            )
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _pixels(data: bytes, place: int, syntax: uid.UID) -> tuple[int, int, str] | None:

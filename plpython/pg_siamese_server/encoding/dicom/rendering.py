@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ BLOCK = 1 << 20
 # Around the padding value of lossy images: this share of the range is padding, too.
 LOSSY_PADDING = 0.01
 MAX_ASPECT = 16.0
+# A coded string (PS3.5 section 6.2).
+_TERM = re.compile(r"[A-Z0-9_ ]{1,16}")
 _LOSSY = (
     uid.JPEGBaseline8Bit,
     uid.JPEGExtended12Bit,
@@ -75,8 +78,10 @@ def _colour(pixels: Pixels) -> NDArray[np.uint8]:
 
 
 def _unsupported(pixels: Pixels) -> ImageError:
-    name = pixels.photometric[:40]
-    return ImageError(f'DICOM image of photometric interpretation "{name}" is not supported')
+    term = pixels.photometric
+    if not _TERM.fullmatch(term):
+        return damaged("DICOM", "Its PhotometricInterpretation is no valid term.")
+    return ImageError(f'DICOM image of photometric interpretation "{term}" is not supported')
 
 
 def _palette(file: File, pixels: Pixels) -> NDArray[np.uint8]:
