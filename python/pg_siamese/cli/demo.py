@@ -31,11 +31,29 @@ QUERIES = 4  # in all: one of each data set, or of different classes of the only
 
 def demo(
     sheet: Annotated[Path | None, typer.Option(help="PNG file for the contact sheet.")] = None,
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Load DICOM files and search by patient.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the DICOM files. Default: those beside the project, or made ones.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     dsn: Dsn = None,
 ) -> None:
     """Load real images, build the index, search it, and draw the answers."""
+    if folder is not None and not dicom:
+        raise CommandError("--folder is of use with --dicom only")
     with connect(dsn) as connection:
-        run_demo(connection, sheet)
+        if dicom:
+            from pg_siamese.cli.dicom_demo import run_dicom_demo
+
+            run_dicom_demo(connection, folder, sheet)
+        else:
+            run_demo(connection, sheet)
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
     data = find_data()
     collection = prepare_collection(connection, data.model)
     load_images(connection, collection, data)
-    build_if_needed(connection)
+    build_if_needed(connection, COLLECTION)
     prefix = schema_prefix(connection)
     rows: list[SheetRow] = []
     seconds = 0.0
@@ -89,7 +107,7 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
         rows, target, title=f"SELECT * FROM similar_images(image => $1, k => {NEIGHBOURS})"
     )
     console.print(f"\nanswered in {seconds * 1000:.0f} ms, including session start-up")
-    console.print(f"[bold]contact sheet:[/] {escape(_short(target))}", soft_wrap=True)
+    console.print(f"[bold]contact sheet:[/] {escape(short_path(target))}", soft_wrap=True)
     console.print("\n[bold]try it:[/]")
     console.print(f"psql {shlex.quote(address(connection))}\n", markup=False, soft_wrap=True)
     for comment, statement in things_to_try(connection, prefix).items():
@@ -205,18 +223,18 @@ def load_images(
         console.print(f"{counted(report.stored_before, 'image')} already stored")
 
 
-def build_if_needed(connection: psycopg.Connection[Any]) -> None:
+def build_if_needed(connection: psycopg.Connection[Any], name: str) -> None:
     """Build the index if its file is missing, or if it lacks some vectors."""
     row = connection.execute(
         "SELECT pending, generation, generation_file FROM siamese.collection_status"
         " WHERE collection = %s",
-        (COLLECTION,),
+        (name,),
     ).fetchone()
     if row is not None and row[0] == 0 and row[2] == "present":
         output().print(f"the index is up to date (generation {row[1]})")
         return
     with notice_bar(connection, "building the index  "):
-        built = connection.execute("SELECT siamese.build_index()").fetchone()
+        built = connection.execute("SELECT siamese.build_index(%s)", (name,)).fetchone()
     output().print(f"the index is built (generation {built[0] if built else '?'})")
 
 
@@ -250,7 +268,8 @@ def address(connection: psycopg.Connection[Any]) -> str:
     return make_conninfo(host=info.host, port=info.port, user=info.user, dbname=info.dbname)
 
 
-def _short(path: Path) -> str:
+def short_path(path: Path) -> str:
+    """Return a path below the current folder as a relative one."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
