@@ -107,7 +107,7 @@ class BadDicom(BadImages):
     def work(self, files: list[bytes]) -> int:
         """Queue files and let a worker embed them; return its largest memory in bytes."""
         self.session.execute(
-            "INSERT INTO public.later (image) SELECT unnest(%s::bytea[])", (files,), binary=True
+            "INSERT INTO public.later (image) SELECT unnest(%b::bytea[])", (files,), binary=True
         )
         command = [sys.executable, "-m", "pg_siamese", "worker", "--once", "--collection", "later"]
         with subprocess.Popen(

@@ -138,7 +138,7 @@ class BadImages:
         )
         before = private_bytes(self.pid)
         self.session.execute(
-            "INSERT INTO public.bulk (image) SELECT unnest(%s::bytea[])",
+            "INSERT INTO public.bulk (image) SELECT unnest(%b::bytea[])",
             (list(outcome),),
             binary=True,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pydicom import uid
+from pydicom._uid_dict import UID_dictionary
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
@@ -327,6 +329,47 @@ def test_mutated_files() -> None:
             assert error.sqlstate in ("22P03", "54000")
             refused += 1
     assert 50 < refused < 400
+
+
+# What the documentation calls the decoders.
+DECODERS = {
+    "imagecodecs (PackBits)": "_rle",
+    "imagecodecs (libjpeg-turbo)": "_jpeg",
+    "imagecodecs (CharLS)": "_jpegls",
+    "imagecodecs (OpenJPEG)": "_jpeg2000",
+    "zlib": "_deflated",
+    "NumPy": None,
+}
+
+
+def documented_syntaxes() -> dict[str, str]:
+    """The table of transfer syntaxes in docs/dicom.md: what decodes each, or why it is refused."""
+    text = (ROOT / "docs" / "dicom.md").read_text()
+    found: dict[str, str] = {}
+    for cell, decoder in re.findall(r"^\| [^|]+ \| (1\.[^|]+) \| ([^|]+) \|$", text, re.M):
+        numbers = re.findall(r"\b1\.[\d.]*\d", cell)
+        if " to " in cell:
+            (stem, first), (_, last) = (each.rsplit(".", 1) for each in numbers[-2:])
+            numbers += [f"{stem}.{number}" for number in range(int(first), int(last) + 1)]
+        if "a further .1" in cell:
+            numbers += [f"{each}.1" for each in numbers]
+        found |= {f"1.2.840.10008.{number}": decoder for number in numbers}
+    return found
+
+
+def test_the_documentation_of_transfer_syntaxes() -> None:
+    documented = documented_syntaxes()
+    decoded = {syntax for syntax, by in documented.items() if not by.startswith("refused: ")}
+    assert decoded == file.SUPPORTED
+    for syntax in decoded:
+        by = documented[syntax].split(",")[0]
+        codec = frames._CODECS.get(syntax)
+        assert (codec and codec.__name__) == DECODERS[by], syntax
+    standard = {number for number, entry in UID_dictionary.items() if entry[1] == "Transfer Syntax"}
+    assert standard | set(file._NEWER) <= set(documented)
+    for syntax in set(documented) - decoded:
+        with pytest.raises(ImageError, match=f"{re.escape(syntax)} .* is not supported"):
+            decode_image(renamed(syntax), SPEC)
 
 
 def test_other_formats_load_no_pydicom() -> None:

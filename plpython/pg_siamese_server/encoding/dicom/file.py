@@ -318,13 +318,14 @@ def _check_syntax(syntax: uid.UID) -> None:
         return
     name = _NEWER.get(syntax, syntax.name)
     name = re.sub(r" \(.*", "", name) if name != syntax else "unknown"
+    is_video = re.search("MPEG|HEVC|Video", name) is not None
     raise ImageError(
         f"DICOM transfer syntax {syntax} ({name}) is not supported"
         if re.fullmatch(r"[0-9.]{1,64}", syntax)
         else "DICOM file names no valid transfer syntax",
-        detail="It is a video." if "MPEG" in name or "HEVC" in name else None,
+        detail="It is a video." if is_video else None,
         hint="Store single frames of it."
-        if "MPEG" in name or "HEVC" in name
+        if is_video
         else "Convert it to an uncompressed or lossless transfer syntax first, for example with"
         " dcmconv or gdcmconv.",
     )
