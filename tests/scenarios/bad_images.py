@@ -17,7 +17,7 @@ from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError
 from tests.scenarios.gallery import Connection, embed_outside, image_sets
 from tests.scenarios.mutations import bombs, mutated, samples
-from tests.scenarios.process import MEGABYTE, cpu_seconds, private_bytes, watched
+from tests.scenarios.process import MEGABYTE, anonymous_bytes, cpu_seconds, watched
 from tests.server import pid_of
 from tests.support import one
 
@@ -81,8 +81,8 @@ class BadImages:
         """Insert each into a collection that rejects bad images; returns SQLSTATEs by file."""
         states: Counter[str] = Counter()
         outcome: dict[bytes, str | None] = {}
-        before = private_bytes(self.pid)
         longest, here = 0.0, pid_of(self.pid)
+        before = anonymous_bytes(here)
         with watched(here) as peak:
             for name, file in self.files():
                 started = cpu_seconds(here)
@@ -95,10 +95,10 @@ class BadImages:
                 assert error is None or "image_id = " in str(error), f"{name}: {error}"
                 outcome[file] = state
                 states[state or "embedded"] += 1
-        growth = private_bytes(self.pid) - before
+        growth = anonymous_bytes(pid_of(self.pid)) - before
         self.report(f"{self.count} damaged files one by one: {dict(states)}")
         self.report(
-            f"private memory grew by {growth / MEGABYTE:.1f} MB,"
+            f"allocated memory grew by {growth / MEGABYTE:.1f} MB,"
             f" at the most {peak.growth / MEGABYTE:.1f} MB meanwhile;"
             f" the longest took {longest:.2f} s of processor time"
         )
@@ -136,17 +136,17 @@ class BadImages:
             "SELECT create_collection('bulk', 'public.bulk', model => 'medical',"
             " on_error => 'quarantine')"
         )
-        before = private_bytes(self.pid)
+        before = anonymous_bytes(pid_of(self.pid))
         self.session.execute(
             "INSERT INTO public.bulk (image) SELECT unnest(%b::bytea[])",
             (list(outcome),),
             binary=True,
         )
-        growth = private_bytes(self.pid) - before
+        growth = anonymous_bytes(pid_of(self.pid)) - before
         bad = self.check_failures("bulk", outcome)
         self.report(
             f"{len(outcome)} in bulk: {bad} put aside,"
-            f" private memory grew by {growth / MEGABYTE:.1f} MB"
+            f" allocated memory grew by {growth / MEGABYTE:.1f} MB"
         )
         assert growth < LARGEST_GROWTH
         assert one(self.session, "SELECT pg_backend_pid()") == self.pid
