@@ -126,14 +126,14 @@ def standard(size: Size, console: Console) -> Report:
 def dicom_alone(size: Size, console: Console) -> Report:
     """Measure inserts of DICOM files, and nothing else."""
     with server(SETTINGS) as cluster:
-        report = Report("dicom", machine.facts(cluster), SETTINGS, {"slices": size.slices})
+        report = Report("dicom", machine.facts(cluster), SETTINGS, vars(size))
         _ingest_dicom(cluster, size, console, report)
     return report
 
 
 def _ingest_dicom(cluster: Cluster, size: Size, console: Console, report: Report) -> None:
     console.print("Inserting DICOM files …")
-    lines = dicom.ingest(cluster, size.slices)
+    lines = dicom.ingest(cluster, size.slices, size.connections)
     report.lines += lines
     report.bars += dicom.bars(lines)
 
