@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +13,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from rich.markup import escape
 
+from pg_siamese.cli.demo_data import DemoData, build_if_needed, find_data, short_path
 from pg_siamese.cli.options import Dsn
-from pg_siamese.cli.terminal import answer_table, notice_bar, output, progress_bar
+from pg_siamese.cli.terminal import answer_table, output, progress_bar
 from pg_siamese.client.connection import CommandError, connect, schema_prefix
 from pg_siamese_server.errors import counted
 
@@ -54,15 +54,6 @@ def demo(
             run_dicom_demo(connection, folder, sheet)
         else:
             run_demo(connection, sheet)
-
-
-@dataclass(frozen=True)
-class DemoData:
-    """The encoder's name, and the splits of each data set."""
-
-    model: str
-    origin: str
-    sets: dict[str, dict[str, LabelledImages]]
 
 
 def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> None:
@@ -126,50 +117,6 @@ def query_places(test: LabelledImages, count: int) -> list[int]:
     return list(first.values())[: max(1, count)]
 
 
-def find_data() -> DemoData:
-    """Return MedMNIST, downloaded if it is not on this machine, or else Fashion-MNIST.
-
-    Raises:
-        CommandError: none is available. It says what to install.
-    """
-    from pg_siamese import datasets
-    from pg_siamese.datasets import DataNotFoundError
-
-    console = output()
-    is_local = any(datasets.find_medmnist(name) for name in datasets.MEDICAL_SETS)
-    if not is_local:
-        console.print("MedMNIST is not on this machine: downloading it")
-    try:
-        # What is on this machine is enough: one missing set is no reason to wait for the network.
-        sets = datasets.load_medical(datasets.SPLITS, download=not is_local)
-    except DataNotFoundError as error:
-        reason = str(error).split("; ")[0]  # of the first set: the others were not tried
-        console.print(f"MedMNIST is not available: {reason}", markup=False, soft_wrap=True)
-    else:
-        folders = sorted({str(s["train"].files[0].parent) for s in sets.values()})
-        console.print(
-            f"[bold]data:[/] MedMNIST from {escape(', '.join(folders))}: {', '.join(sets)}",
-            soft_wrap=True,
-        )
-        missing = [
-            name
-            for name in datasets.MEDICAL_SETS
-            if name not in sets and datasets.STAND_INS.get(name) not in sets
-        ]
-        if missing:
-            console.print(f"left out, because not found: {', '.join(missing)}")
-        for name, stand_in in datasets.STAND_INS.items():
-            if stand_in in sets:
-                console.print(f"{stand_in} stands in for {name}, which was not found")
-        return DemoData("medical", "medmnist", sets)
-    try:
-        fashion = {split: datasets.load_fashion_mnist(split) for split in ("train", "test")}
-    except DataNotFoundError as error:
-        raise CommandError(f"no data for the demo: MedMNIST is not available; {error}") from error
-    console.print("[bold]data:[/] Fashion-MNIST from Debian's package, instead of MedMNIST")
-    return DemoData("fashion_mnist", "idx", {"fashion_mnist": fashion})
-
-
 def prepare_collection(connection: psycopg.Connection[Any], model: str) -> Collection:
     """Register the shipped encoders and create the collection "images", unless they exist.
 
@@ -223,21 +170,6 @@ def load_images(
         console.print(f"{counted(report.stored_before, 'image')} already stored")
 
 
-def build_if_needed(connection: psycopg.Connection[Any], name: str) -> None:
-    """Build the index if its file is missing, or if it lacks some vectors."""
-    row = connection.execute(
-        "SELECT pending, generation, generation_file FROM siamese.collection_status"
-        " WHERE collection = %s",
-        (name,),
-    ).fetchone()
-    if row is not None and row[0] == 0 and row[2] == "present":
-        output().print(f"the index is up to date (generation {row[1]})")
-        return
-    with notice_bar(connection, "building the index  "):
-        built = connection.execute("SELECT siamese.build_index(%s)", (name,)).fetchone()
-    output().print(f"the index is built (generation {built[0] if built else '?'})")
-
-
 def things_to_try(connection: psycopg.Connection[Any], prefix: str) -> dict[str, str]:
     """Return what to ask next, by comment: statements that work in psql as they are."""
     row = connection.execute(
@@ -266,11 +198,3 @@ def address(connection: psycopg.Connection[Any]) -> str:
     """Return the connection string of the database, without a password."""
     info = connection.info
     return make_conninfo(host=info.host, port=info.port, user=info.user, dbname=info.dbname)
-
-
-def short_path(path: Path) -> str:
-    """Return a path below the current folder as a relative one."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import psycopg
 from rich.markup import escape
 
-from pg_siamese.cli.demo import build_if_needed, find_data, short_path
+from pg_siamese.cli.demo_data import build_if_needed, find_data, short_path
 from pg_siamese.cli.terminal import answer_table, output
 from pg_siamese.client.connection import CommandError, schema_prefix
 from pg_siamese.client.queries import collection_names, find_collection
