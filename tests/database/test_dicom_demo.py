@@ -14,7 +14,8 @@ from pg_siamese.cli import dicom_demo
 from pg_siamese.client.connection import connect
 from tests import dicom_files
 from tests.conftest import Connection
-from tests.database.test_cli import medical_set, run, works
+from tests.database.commands import run, works
+from tests.database.test_cli import medical_set
 from tests.support import column_of, one
 
 
