@@ -160,7 +160,10 @@ class BadImages:
             (table,),
             binary=True,
         ).fetchall()
-        assert dict(rows) == outcome
+        found = dict(rows)
+        different = [(outcome[file], found.get(file)) for file in outcome]
+        assert all(expected == state for expected, state in different), Counter(different)
+        assert len(found) == len(outcome)
         query = "SELECT rows_embedded, failures FROM collection_status WHERE collection = %s"
         bad = sum(state is not None for state in outcome.values())
         assert self.session.execute(query, (table,)).fetchone() == (len(outcome) - bad, bad)
