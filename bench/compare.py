@@ -22,7 +22,7 @@ from bench.report import Bar, Line, Report
 from bench.runs import Size
 from bench.search import BLOCK, WARM_UP, check_engine, ours
 from bench.server import SETTINGS, server
-from bench.session import Session, bigint, bytea_array
+from bench.session import Session, bigint, bytea_array, private_bytes
 from bench.timing import Summary, one_core, round_robin
 from pg_siamese.client.sources import png
 from tools import overlay
@@ -34,8 +34,10 @@ SECTIONS = (
     "search by stored id",
     "search by new image",
     "first search of a new connection",
+    "private memory of a session after 50 searches by new image",
     "insert, 10,000 rows per statement",
 )
+MEMORY_SEARCHES, MEMORY_SESSIONS = 50, 5
 INSERT_ROWS = 10_000
 # Medians of a change that costs nothing stay within this share.
 TOLERANCE = 0.03
@@ -77,13 +79,15 @@ def compare(revision: str, size: Size, console: Console) -> Report:
         console.print("Opening connections, by turns …")
         firsts = {name: partial(_first, cluster, by_id) for name, cluster in sides.items()}
         _add(report, SECTIONS[2], firsts, size.connections, 1, 1)
+        console.print("Measuring memory, by turns …")
+        _memory(report, SECTIONS[3], sides, new[:MEMORY_SEARCHES])
         console.print("Inserting, by turns …")
         part = bytea_array(stored[: min(rows, INSERT_ROWS)])
         insertions = {}
         for name, cluster in sides.items():
             session = stack.enter_context(Session(cluster.dsn()))
             insertions[name] = partial(_insert, session.prepare_insert("bench.inserts"), part)
-        _add(report, SECTIONS[3], insertions, size.builds, 1, 1)
+        _add(report, SECTIONS[4], insertions, size.builds, 1, 1)
     for section in SECTIONS:
         mine, theirs = report.figures(section).values()
         report.bars.append(
@@ -158,6 +162,24 @@ def _search(search: Callable[[bytes], Any], values: list[bytes], number: int) ->
 def _first(cluster: Cluster, values: list[bytes], number: int) -> None:
     with Session(cluster.dsn()) as session:
         _search(ours(session, "images", False), values, number)
+
+
+def _memory(report: Report, section: str, sides: dict[str, Cluster], files: list[bytes]) -> None:
+    used = {name: partial(_used, cluster, files) for name, cluster in sides.items()}
+    _, answers = round_robin(used, MEMORY_SESSIONS, 1)
+    for name in sides:
+        median = float(np.median(answers[name])) / 1024**2
+        report.lines.append(Line(section, name, value=median, unit="MiB"))
+
+
+def _used(cluster: Cluster, files: list[bytes], number: int) -> int:
+    """Return the private memory of one of two sessions, since they share what both map."""
+    with Session(cluster.dsn()) as one, Session(cluster.dsn()) as other:
+        for session in (one, other):
+            search = ours(session, "images", True)
+            for file in files:
+                search(file)
+        return private_bytes(one.pid)
 
 
 def _insert(insertion: Callable[[bytes], Any], part: bytes, number: int) -> None:

@@ -53,7 +53,7 @@ def first_searches(
     for number in range(count):
         for name, value in ((BY_ID, bigint(ids[number])), (BY_IMAGE, files[number])):
             program = _BARE_BY_ID if name == BY_ID else _BARE_BY_IMAGE
-            seconds[BARE[name]].append(_ready(program, path, str(MODEL)))
+            seconds[BARE[name]].append(ready(program, path, str(MODEL)))
             began = time.perf_counter()
             with Session(cluster.dsn()) as session:
                 answer = ours(session, collection, name == BY_IMAGE)(value)
@@ -64,7 +64,7 @@ def first_searches(
     return [Line(FIRST, name, Summary.of(seconds[name]), note=notes[name]) for name in seconds]
 
 
-def _ready(program: str, *arguments: str) -> float:
+def ready(program: str, *arguments: str) -> float:
     """Return the seconds until a Python process has run a program."""
     python = str(ROOT / "build" / "server" / "bin" / "python")
     command = [python, "-c", f"{program}\nprint()"]

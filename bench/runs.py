@@ -13,6 +13,7 @@ from bench import (
     connections,
     data,
     deferred,
+    dicom,
     filtered,
     grouped,
     groups,
@@ -20,13 +21,14 @@ from bench import (
     machine,
     search,
 )
-from bench.exact import Truth
+from bench.exact import Truth, Vectors
 from bench.report import Bar, Report
 from bench.server import LARGE_SETTINGS, SETTINGS, server
 from bench.session import Session
 from pg_siamese.client.sources import png
 from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.images import decode_image
+from tools.cluster import Cluster
 
 PENDING_ROWS = 5_000
 # Queries per filtered search. Their true neighbours are found one by one.
@@ -44,10 +46,15 @@ class Size:
     insert_files: int = 0
     connections: int = 0
     worker_rows: int = 0
+    slices: int = 0
 
 
-STANDARD = Size(rows=70_000, queries=3_000, builds=3, insert_files=12_000, connections=15)
-STANDARD_QUICK = Size(rows=12_000, queries=400, builds=1, insert_files=1_000, connections=3)
+STANDARD = Size(
+    rows=70_000, queries=3_000, builds=3, insert_files=12_000, connections=15, slices=1_000
+)
+STANDARD_QUICK = Size(
+    rows=12_000, queries=400, builds=1, insert_files=1_000, connections=3, slices=20
+)
 LARGE = Size(rows=1_000_000, queries=2_000, builds=1)
 LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
 # Rows per insert, timed statements of these, and runs of workers.
@@ -112,7 +119,23 @@ def standard(size: Size, console: Console) -> Report:
                 cluster, "images", own, lambda: data.insert(session, "siamese.images", more)
             )
         report.bars += _standard_bars(report)
+        _ingest_dicom(cluster, size, console, report)
     return report
+
+
+def dicom_alone(size: Size, console: Console) -> Report:
+    """Measure inserts of DICOM files, and nothing else."""
+    with server(SETTINGS) as cluster:
+        report = Report("dicom", machine.facts(cluster), SETTINGS, vars(size))
+        _ingest_dicom(cluster, size, console, report)
+    return report
+
+
+def _ingest_dicom(cluster: Cluster, size: Size, console: Console, report: Report) -> None:
+    console.print("Inserting DICOM files …")
+    lines = dicom.ingest(cluster, size.slices, size.connections)
+    report.lines += lines
+    report.bars += dicom.bars(lines)
 
 
 def _standard_bars(report: Report) -> list[Bar]:
@@ -171,8 +194,14 @@ def deferred_embedding(size: Size, console: Console) -> Report:
     return report
 
 
-def large(size: Size, console: Console) -> Report:
-    """Measure search and build on a mixture of clusters."""
+def large(size: Size, console: Console, only_groups: bool = False) -> Report:
+    """Measure search and build on a mixture of clusters.
+
+    Args:
+        size: vectors, queries and builds.
+        console: for messages about progress.
+        only_groups: measure nothing but searches by group.
+    """
     with server(LARGE_SETTINGS) as cluster:
         facts = machine.facts(cluster)
         console.print(f"Loading {size.rows:,} x {DIMENSION} vectors …")
@@ -189,23 +218,37 @@ def large(size: Size, console: Console) -> Report:
             "noise": data.NOISE,
         }
         report = Report("large", facts, LARGE_SETTINGS, parameters)
-
-        console.print("Building indexes …")
-        report.lines += build.build(cluster, "large", size.builds)
-        build.vacuum(cluster)
-
-        console.print("Searching …")
         own = _sample(vectors.ids, size.queries, seed=2)
-        truth = Truth.of(vectors, vectors.of(own), own)
-        report.lines += search.by_id(cluster, "large", truth)
-        report.bars += _search_bars(report, 3.0)
-        console.print("Searching with filters …")
-        filters = filtered.filtered(cluster, "large", vectors, columns, own[:FILTERED])
-        report.lines += filters
-        report.bars += filtered.bars(filters)
+        if only_groups:
+            with Session(cluster.dsn()) as session:
+                session.run("SELECT siamese.build_index('large')")
+        else:
+            _large_without_groups(cluster, vectors, columns, own, size, console, report)
         console.print("Searching by group …")
         best = grouped.grouped(cluster, vectors, columns, own[:GROUPED])
         report.lines += best
         report.bars += grouped.bars(best, grouped.cases(vectors, columns))
-        report.bars.append(_gain(report, "index build", build.SECTION, build.OURS, 3.0))
     return report
+
+
+def _large_without_groups(
+    cluster: Cluster,
+    vectors: Vectors,
+    columns: dict[str, NDArray[np.int32]],
+    own: NDArray[np.int64],
+    size: Size,
+    console: Console,
+    report: Report,
+) -> None:
+    console.print("Building indexes …")
+    report.lines += build.build(cluster, "large", size.builds)
+    build.vacuum(cluster)
+    console.print("Searching …")
+    truth = Truth.of(vectors, vectors.of(own), own)
+    report.lines += search.by_id(cluster, "large", truth)
+    report.bars += _search_bars(report, 3.0)
+    console.print("Searching with filters …")
+    filters = filtered.filtered(cluster, "large", vectors, columns, own[:FILTERED])
+    report.lines += filters
+    report.bars += filtered.bars(filters)
+    report.bars.append(_gain(report, "index build", build.SECTION, build.OURS, 3.0))

@@ -17,11 +17,16 @@ LANGUAGE plpgsql STABLE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    answer text[] := siamese._dicom_tags(
-        image,
-        ARRAY(SELECT k.keyword FROM siamese.dicom_keywords AS k WHERE k.shown ORDER BY k.keyword),
-        ARRAY(SELECT k.keyword FROM siamese.dicom_keywords AS k WHERE NOT k.shown));
+    more text[];
+    less text[];
+    answer text[];
 BEGIN
+    SELECT
+        coalesce(array_agg(k.keyword ORDER BY k.keyword) FILTER (WHERE k.shown), '{}'),
+        coalesce(array_agg(k.keyword) FILTER (WHERE NOT k.shown), '{}')
+    INTO more, less
+    FROM siamese.dicom_keywords AS k;
+    answer := siamese._dicom_tags(image, more, less);
     PERFORM siamese._raise(answer);
     RETURN answer[2];
 END

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import random
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import imagecodecs
@@ -16,6 +16,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
+# Later than pydicom's dictionary.
+DEFLATED_FRAME = uid.UID("1.2.840.10008.1.2.8.1")
 SYNTAXES = (
     uid.ImplicitVRLittleEndian,
     uid.ExplicitVRLittleEndian,
@@ -28,7 +30,7 @@ SYNTAXES = (
     uid.JPEGLSLossless,
     uid.JPEG2000Lossless,
     uid.HTJ2K,
-    uid.UID("1.2.840.10008.1.2.8.1"),
+    DEFLATED_FRAME,
 )
 
 
@@ -131,6 +133,8 @@ def compressed(
     result["PixelData"].is_undefined_length = True
     if len(frames) > 1:
         result.NumberOfFrames = len(frames)
+    if syntax == DEFLATED_FRAME:
+        return with_syntax(written(result, uid.RLELossless), syntax)
     return written(result, syntax)
 
 
@@ -145,42 +149,82 @@ def rle(pixels: NDArray[Any]) -> bytes:
     return header + b"".join(segments)
 
 
-def mutated(data: bytes, generator: random.Random) -> bytes:
-    """Return a file with something wrong: bytes, lengths, its syntax, its end, nested sequences."""
-    result = bytearray(data)
-    header = min(len(result), 3000)
-    match generator.randrange(7):
-        case 0:
-            for _ in range(generator.randrange(1, 40)):
-                result[generator.randrange(len(result))] = generator.randrange(256)
-        case 1:
-            del result[generator.randrange(len(result)) :]
-        case 2:
-            for _ in range(generator.randrange(1, 12)):
-                result[generator.randrange(header)] = generator.randrange(256)
-        case 3:
-            length = generator.choice([0, 1, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, len(result)])
-            struct.pack_into("<I", result, generator.randrange(132, header - 4), length)
-        case 4:
-            place = result.find(b"1.2.840.10008.1.2", 132)
-            if place > 0:
-                (length,) = struct.unpack_from("<H", result, place - 2)
-                syntax = generator.choice(SYNTAXES).encode()
-                syntax += b"\0" * (len(syntax) % 2)
-                result[place - 2 : place + length] = struct.pack("<H", len(syntax)) + syntax
-        case 5:
-            place = generator.randrange(132, header)
-            result[place:place] = nested(generator.choice([10, 100, 2000]))
-        case _:
-            place, other = generator.randrange(len(result)), generator.randrange(len(result))
-            result[place : place + 100] = result[other : other + 100]
-    return bytes(result)
+def with_syntax(data: bytes, syntax: str) -> bytes:
+    """Return a file that names another transfer syntax than that of its pixels."""
+    place = data.find(b"1.2.840.10008.1.2", 132)
+    if place < 0:
+        return data
+    (length,) = struct.unpack_from("<H", data, place - 2)
+    name = syntax.encode() + b"\0" * (len(syntax) % 2)
+    return data[: place - 2] + struct.pack("<H", len(name)) + name + data[place + length :]
 
 
-def nested(depth: int) -> bytes:
-    """Return the beginning of sequences in sequences, of explicit value representation."""
-    sequence = struct.pack("<HH2sHI", 8, 0x1115, b"SQ", 0, 0xFFFFFFFF)
-    return (sequence + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)) * depth
+def deflated(data: bytes) -> bytes:
+    """Deflate bytes, without a header."""
+    return zlib.compress(data, 9, -zlib.MAX_WBITS)
+
+
+def windowed(values: NDArray[Any], centre: float, width: float) -> NDArray[np.int64]:
+    """Return the standard's LINEAR function, written out (PS3.3 C.11.2.1.2.1)."""
+    shares = (values - (centre - 0.5)) / (width - 1) + 0.5
+    return np.floor(np.clip(shares, 0, 1) * 255 + 0.5).astype(np.int64)
+
+
+def twins() -> dict[str, Callable[[NDArray[np.uint16]], bytes]]:
+    """Return makers of files that show the same picture of 12 bits in other ways."""
+    window = {"WindowCenter": "2048", "WindowWidth": "4096"}
+
+    def palette(values: NDArray[np.uint16]) -> bytes:
+        entries = windowed(np.arange(4096), 2048, 4096).astype("<u2") * 257
+        tables = {
+            f"{colour}PaletteColorLookupTable{part}": value
+            for colour in ("Red", "Green", "Blue")
+            for part, value in (("Descriptor", [4096, 0, 16]), ("Data", entries.tobytes()))
+        }
+        return image(values, PhotometricInterpretation="PALETTE COLOR", BitsStored=12, **tables)
+
+    def encoded(syntax: str, encode: Callable[..., bytes | bytearray], **options: Any) -> Any:
+        return lambda values: compressed(
+            [encode(values, **options)], values, syntax, BitsStored=12, **window
+        )
+
+    return {
+        "12 bits in 16": lambda v: image(v, BitsStored=12, **window),
+        "garbage above": lambda v: image(v | np.uint16(0xA000), BitsStored=12, **window),
+        "signed": lambda v: image(v.astype(np.int16) - 2048, WindowCenter="0", WindowWidth="4096"),
+        "intercept": lambda v: image(
+            v, RescaleIntercept="-1024", WindowCenter="1024", WindowWidth="4096"
+        ),
+        "MONOCHROME1": lambda v: image(
+            4095 - v,
+            PhotometricInterpretation="MONOCHROME1",
+            WindowCenter="2048",
+            WindowWidth="4096",
+        ),
+        "32 bits": lambda v: image(v.astype(np.uint32), **window),
+        "palette": palette,
+        **{
+            str(syntax.name): (lambda v, syntax=syntax: image(v, syntax, BitsStored=12, **window))
+            for syntax in SYNTAXES[:2] + SYNTAXES[3:4]
+        },
+        "RLE": encoded(uid.RLELossless, rle),
+        "Deflated Image Frame": encoded(DEFLATED_FRAME, lambda v: deflated(v.tobytes())),
+        "JPEG lossless": encoded(
+            uid.JPEGLosslessSV1,
+            imagecodecs.jpeg8_encode,
+            lossless=True,
+            bitspersample=12,
+            predictor=1,
+        ),
+        "JPEG-LS": encoded(uid.JPEGLSLossless, imagecodecs.jpegls_encode),
+        "JPEG 2000": encoded(
+            uid.JPEG2000Lossless,
+            imagecodecs.jpeg2k_encode,
+            level=0,
+            codecformat="j2k",
+            bitspersample=12,
+        ),
+    }
 
 
 def _pixel_data(value: bytes) -> Any:

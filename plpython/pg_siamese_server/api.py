@@ -524,6 +524,8 @@ def dicom_tags(
     plpy: Any, image: bytes | None, more: list[str], less: list[str]
 ) -> tuple[str | None]:
     """Body of ``dicom_tags``: keywords are the list's, with some more and some less."""
+    if not _is_dicom(image):
+        return (None,)
     from pg_siamese_server.encoding.dicom import tags
 
     for keyword in (*more, *less):
@@ -536,7 +538,7 @@ def dicom_tags(
 @_entry_point
 def dicom_tag(plpy: Any, image: bytes | None, keyword: str | None) -> tuple[str | None]:
     """Body of ``dicom_tag``: text of a single value, JSON of anything else."""
-    if keyword is None:
+    if keyword is None or not _is_dicom(image):
         return (None,)
     from pg_siamese_server.encoding.dicom import tags
 
@@ -546,6 +548,13 @@ def dicom_tag(plpy: Any, image: bytes | None, keyword: str | None) -> tuple[str 
     if isinstance(value, dict) and list(value) == ["Alphabetic"]:
         value = value["Alphabetic"]
     return (value if value is None or isinstance(value, str) else _json(value),)
+
+
+def _is_dicom(image: bytes | None) -> bool:
+    """Tell DICOM files, for which alone pydicom is loaded."""
+    from pg_siamese_server.encoding.kinds import supported
+
+    return image is not None and supported(image) == "DICOM"
 
 
 def _json(value: Any) -> str:

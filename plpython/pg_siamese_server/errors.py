@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 INVALID_PARAMETER_VALUE = "22023"
 NULL_VALUE_NOT_ALLOWED = "22004"
@@ -24,6 +25,8 @@ UNDEFINED_FUNCTION = "42883"
 OUT_OF_MEMORY = "53200"
 # A cancelled statement, a terminated session.
 CANCELLED = ("57014", "57P01")
+
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 
 
 class SiameseError(Exception):
@@ -53,9 +56,27 @@ class SiameseError(Exception):
 
 
 class ImageError(SiameseError):
-    """One image can't be decoded or embedded. Other rows are not affected."""
+    """One image can't be decoded or embedded. Other rows are not affected.
+
+    Texts may quote the file, so they are cleared of what PostgreSQL's text cannot hold.
+    """
 
     sqlstate = INVALID_BINARY_REPRESENTATION
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        sqlstate: str | None = None,
+        detail: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(
+            _NO_TEXT.sub("?", message),
+            sqlstate=sqlstate,
+            detail=detail and _NO_TEXT.sub("?", detail),
+            hint=hint,
+        )
 
 
 class ImageSizeError(ImageError):

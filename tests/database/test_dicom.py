@@ -165,6 +165,20 @@ def test_tags_of_what_is_no_dicom(db: Connection) -> None:
     assert "KVP" not in found and found["Modality"] == "MG"
 
 
+def test_tags_of_what_is_no_dicom_load_nothing(db: Connection) -> None:
+    picture = png(pictures(1)[0])
+    db.execute(
+        "SELECT siamese.dicom_tags(i), siamese.dicom_tag(i, 'PatientID')"
+        " FROM (VALUES (%s::bytea), (NULL)) AS v (i)",
+        (picture,),
+    )
+    # Fails if the package is there.
+    db.execute("DO LANGUAGE plpython3u $$ import sys; assert 'pydicom' not in sys.modules $$")
+    assert tags(db, tagged())
+    with pytest.raises(psycopg.errors.ExternalRoutineException):
+        db.execute("DO LANGUAGE plpython3u $$ import sys; assert 'pydicom' not in sys.modules $$")
+
+
 def test_a_tag_in_a_generated_column(db: Connection) -> None:
     db.execute(
         "CREATE TABLE public.films (id bigint PRIMARY KEY, image bytea,"

@@ -25,7 +25,7 @@ from pg_siamese.client.dicom_loading import load_instances
 from pg_siamese.client.dicom_sources import Instance
 from pg_siamese.client.loading import find_target
 from pg_siamese.datasets.places import data_folders
-from tests import dicom_files
+from tests import damaged_dicom, dicom_files
 from tests.conftest import Connection
 from tests.database.commands import fails, run, works
 from tests.server import login_role
@@ -375,7 +375,7 @@ def test_a_race(films: str, db: Connection, monkeypatch: pytest.MonkeyPatch) -> 
 def test_nothing_goes_missing(films: str, db: Connection) -> None:
     """Damaged files are stored or counted, one by one."""
     generator = random.Random(5)
-    damaged = [dicom_files.mutated(file(number), generator) for number in range(150)]
+    damaged = [damaged_dicom.mutated(file(number), generator) for number in range(150)]
     with connect(films) as connection:
         target = find_target(connection, "films")
         steps: list[int] = []

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from psycopg import sql
 
+from pg_siamese.cli.dicom_demo import prepare_table
 from tests import dicom_files
 from tests.conftest import Connection, Pictures
 from tests.server import pg_environment
@@ -39,6 +40,12 @@ def filled(db: Connection, pictures: Pictures) -> Iterator[Connection]:
         (pictures.files[:100], pictures.labels[:100]),
     )
     db.execute("SELECT siamese.build_index()")
+    prepare_table(db)
+    db.execute(
+        "INSERT INTO dicom_images (image, patient_id, sop_uid)"
+        " SELECT i, 'p' || n / 2, n::text FROM unnest(%s::bytea[]) WITH ORDINALITY AS u (i, n)",
+        (pictures.files[:20],),
+    )
     yield db
     for role in ROLES:
         if db.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (role,)).fetchone():

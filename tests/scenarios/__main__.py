@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 import psycopg
 
 from tests.conftest import MODELS, Connection, make_template
+from tests.scenarios.bad_dicom import BadDicom
 from tests.scenarios.bad_images import BadImages
 from tests.scenarios.cancel import Cancel
 from tests.scenarios.gallery import gallery
@@ -68,6 +69,12 @@ def images(options: argparse.Namespace) -> None:
         BadImages(connect, options.count, options.seed).run()
 
 
+def dicom(options: argparse.Namespace) -> None:
+    """Damaged DICOM files and bombs, by statements and by a worker."""
+    with database() as connect:
+        BadDicom(connect, options.count, options.seed, dsn=connect().info.dsn).run()
+
+
 def memory(options: argparse.Namespace) -> None:
     """Memory over thousands of statements."""
     rows = min(options.rows, 12_000)
@@ -82,7 +89,10 @@ def parity(options: argparse.Namespace) -> None:
             Parity(connect, model=model).run()
 
 
-FORMS = {form.__name__: form for form in (recall, mixed, lifecycle, cancel, images, memory, parity)}
+FORMS = {
+    form.__name__: form
+    for form in (recall, mixed, lifecycle, cancel, images, dicom, memory, parity)
+}
 
 
 def main() -> None:
@@ -94,9 +104,9 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=200, help="recall: searches after each step")
     parser.add_argument("--seconds", type=float, default=120, help="mixed, lifecycle: how long")
     parser.add_argument(
-        "--seed", type=int, default=0, help="mixed, lifecycle, images: of what is random"
+        "--seed", type=int, default=0, help="mixed, lifecycle, images, dicom: of what is random"
     )
-    parser.add_argument("--count", type=int, default=2000, help="images: damaged files")
+    parser.add_argument("--count", type=int, default=5000, help="images, dicom: damaged files")
     options = parser.parse_args()
     for name in FORMS if options.form == "all" else [options.form]:
         started = time.monotonic()

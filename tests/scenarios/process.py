@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +39,15 @@ def private_bytes(pid: int) -> int:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Return the memory that a process has allocated; quick to read."""
-    lines = Path(f"/proc/{pid_of(pid)}/status").read_text().splitlines()
-    return 1024 * next(_kilobytes(line) for line in lines if line.startswith("RssAnon:"))
+    """Return the memory that a process has allocated, 0 once it has ended; quick to read."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * next((_kilobytes(line) for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process of this machine, whatever else runs there."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Peak:
 
 @contextmanager
 def watched(pid: int) -> Iterator[Peak]:
-    """Watch a process's allocated memory, every two milliseconds."""
+    """Watch the allocated memory of a process of this machine, every two milliseconds."""
     before = anonymous_bytes(pid)
     peak = Peak(before, before)
     done = threading.Event()

@@ -478,9 +478,12 @@ class _Decoder:
             width, height = (max(1, round(side * share)) for side in sides)
             spec = replace(spec, width=width, height=height)
         self.poll()
-        converted = _convert(image, "RGB" if spec.channels == 3 else "L")
+        mode = "RGB" if spec.channels == 3 else "L"
+        # Grey is resized as one channel, not as three equal ones.
+        is_grey = image.mode == "L" and "transparency" not in image.info
+        converted = _convert(image, "L" if is_grey else mode)
         self.poll()
-        pixels = np.asarray(_resize(converted, box, spec), dtype=np.uint8)
+        pixels = np.asarray(_convert(_resize(converted, box, spec), mode), dtype=np.uint8)
         return np.ascontiguousarray(pixels.reshape(spec.height, spec.width, spec.channels))
 
 

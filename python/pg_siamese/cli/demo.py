@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +13,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from rich.markup import escape
 
+from pg_siamese.cli.demo_data import DemoData, build_if_needed, find_data, short_path
 from pg_siamese.cli.options import Dsn
-from pg_siamese.cli.terminal import answer_table, notice_bar, output, progress_bar
+from pg_siamese.cli.terminal import answer_table, output, progress_bar
 from pg_siamese.client.connection import CommandError, connect, schema_prefix
 from pg_siamese_server.errors import counted
 
@@ -31,20 +31,29 @@ QUERIES = 4  # in all: one of each data set, or of different classes of the only
 
 def demo(
     sheet: Annotated[Path | None, typer.Option(help="PNG file for the contact sheet.")] = None,
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Load DICOM files and search by patient.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the DICOM files. Default: those beside the project, or made ones.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     dsn: Dsn = None,
 ) -> None:
     """Load real images, build the index, search it, and draw the answers."""
+    if folder is not None and not dicom:
+        raise CommandError("--folder is of use with --dicom only")
     with connect(dsn) as connection:
-        run_demo(connection, sheet)
+        if dicom:
+            from pg_siamese.cli.dicom_demo import run_dicom_demo
 
-
-@dataclass(frozen=True)
-class DemoData:
-    """The encoder's name, and the splits of each data set."""
-
-    model: str
-    origin: str
-    sets: dict[str, dict[str, LabelledImages]]
+            run_dicom_demo(connection, folder, sheet)
+        else:
+            run_demo(connection, sheet)
 
 
 def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> None:
@@ -62,7 +71,7 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
     data = find_data()
     collection = prepare_collection(connection, data.model)
     load_images(connection, collection, data)
-    build_if_needed(connection)
+    build_if_needed(connection, COLLECTION)
     prefix = schema_prefix(connection)
     rows: list[SheetRow] = []
     seconds = 0.0
@@ -89,7 +98,7 @@ def run_demo(connection: psycopg.Connection[Any], sheet: Path | None = None) -> 
         rows, target, title=f"SELECT * FROM similar_images(image => $1, k => {NEIGHBOURS})"
     )
     console.print(f"\nanswered in {seconds * 1000:.0f} ms, including session start-up")
-    console.print(f"[bold]contact sheet:[/] {escape(_short(target))}", soft_wrap=True)
+    console.print(f"[bold]contact sheet:[/] {escape(short_path(target))}", soft_wrap=True)
     console.print("\n[bold]try it:[/]")
     console.print(f"psql {shlex.quote(address(connection))}\n", markup=False, soft_wrap=True)
     for comment, statement in things_to_try(connection, prefix).items():
@@ -106,50 +115,6 @@ def query_places(test: LabelledImages, count: int) -> list[int]:
     for place, label in enumerate(test.labels.tolist()):
         first.setdefault(label, place)
     return list(first.values())[: max(1, count)]
-
-
-def find_data() -> DemoData:
-    """Return MedMNIST, downloaded if it is not on this machine, or else Fashion-MNIST.
-
-    Raises:
-        CommandError: none is available. It says what to install.
-    """
-    from pg_siamese import datasets
-    from pg_siamese.datasets import DataNotFoundError
-
-    console = output()
-    is_local = any(datasets.find_medmnist(name) for name in datasets.MEDICAL_SETS)
-    if not is_local:
-        console.print("MedMNIST is not on this machine: downloading it")
-    try:
-        # What is on this machine is enough: one missing set is no reason to wait for the network.
-        sets = datasets.load_medical(datasets.SPLITS, download=not is_local)
-    except DataNotFoundError as error:
-        reason = str(error).split("; ")[0]  # of the first set: the others were not tried
-        console.print(f"MedMNIST is not available: {reason}", markup=False, soft_wrap=True)
-    else:
-        folders = sorted({str(s["train"].files[0].parent) for s in sets.values()})
-        console.print(
-            f"[bold]data:[/] MedMNIST from {escape(', '.join(folders))}: {', '.join(sets)}",
-            soft_wrap=True,
-        )
-        missing = [
-            name
-            for name in datasets.MEDICAL_SETS
-            if name not in sets and datasets.STAND_INS.get(name) not in sets
-        ]
-        if missing:
-            console.print(f"left out, because not found: {', '.join(missing)}")
-        for name, stand_in in datasets.STAND_INS.items():
-            if stand_in in sets:
-                console.print(f"{stand_in} stands in for {name}, which was not found")
-        return DemoData("medical", "medmnist", sets)
-    try:
-        fashion = {split: datasets.load_fashion_mnist(split) for split in ("train", "test")}
-    except DataNotFoundError as error:
-        raise CommandError(f"no data for the demo: MedMNIST is not available; {error}") from error
-    console.print("[bold]data:[/] Fashion-MNIST from Debian's package, instead of MedMNIST")
-    return DemoData("fashion_mnist", "idx", {"fashion_mnist": fashion})
 
 
 def prepare_collection(connection: psycopg.Connection[Any], model: str) -> Collection:
@@ -205,21 +170,6 @@ def load_images(
         console.print(f"{counted(report.stored_before, 'image')} already stored")
 
 
-def build_if_needed(connection: psycopg.Connection[Any]) -> None:
-    """Build the index if its file is missing, or if it lacks some vectors."""
-    row = connection.execute(
-        "SELECT pending, generation, generation_file FROM siamese.collection_status"
-        " WHERE collection = %s",
-        (COLLECTION,),
-    ).fetchone()
-    if row is not None and row[0] == 0 and row[2] == "present":
-        output().print(f"the index is up to date (generation {row[1]})")
-        return
-    with notice_bar(connection, "building the index  "):
-        built = connection.execute("SELECT siamese.build_index()").fetchone()
-    output().print(f"the index is built (generation {built[0] if built else '?'})")
-
-
 def things_to_try(connection: psycopg.Connection[Any], prefix: str) -> dict[str, str]:
     """Return what to ask next, by comment: statements that work in psql as they are."""
     row = connection.execute(
@@ -248,10 +198,3 @@ def address(connection: psycopg.Connection[Any]) -> str:
     """Return the connection string of the database, without a password."""
     info = connection.info
     return make_conninfo(host=info.host, port=info.port, user=info.user, dbname=info.dbname)
-
-
-def _short(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -68,12 +68,23 @@ class SheetRow:
 
 
 def contact_sheet(
-    rows: Sequence[SheetRow], path: str | os.PathLike[str], title: str = "", dpi: int = 150
+    rows: Sequence[SheetRow],
+    path: str | os.PathLike[str],
+    title: str = "",
+    dpi: int = 150,
+    label: str = "label",
 ) -> Path:
     """Draw one line of images per row, and write it to ``path`` as PNG. Return the path.
 
     Neighbours with the query's label have a solid green frame, those with another label a dashed
     orange one. If either label is unknown, the frame is grey.
+
+    Args:
+        rows: from top to bottom.
+        path: of the PNG file.
+        title: above all.
+        dpi: pixels per inch.
+        label: what the labels are, for the legend.
 
     Raises:
         ValueError: there are no rows, or an array is not an image.
@@ -81,13 +92,13 @@ def contact_sheet(
     """
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
-    figure = draw_sheet(rows, title)
+    figure = draw_sheet(rows, title, label)
     with open_whole(path) as file:  # so that a viewer never shows half a picture
         figure.savefig(file, format="png", dpi=dpi)
     return Path(path)
 
 
-def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
+def draw_sheet(rows: Sequence[SheetRow], title: str = "", label: str = "label") -> Figure:
     """Return the figure that :func:`contact_sheet` writes, without pyplot and its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -144,7 +155,7 @@ def draw_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
                 measure,
             )
         top += row_lines * line_height
-    _draw_legend(figure, rows, height)
+    _draw_legend(figure, rows, height, label)
     return figure
 
 
@@ -203,14 +214,14 @@ def _draw_cell(
     write(measure, 10 + 10.5 * len(lines), size=7.5, color="#333333")
 
 
-def _draw_legend(figure: Figure, rows: Sequence[SheetRow], height: float) -> None:
+def _draw_legend(figure: Figure, rows: Sequence[SheetRow], height: float, label: str) -> None:
     from matplotlib.lines import Line2D
 
     frames = {_frame(row.label, each.label) for row in rows for each in row.neighbours}
     texts = {
-        SAME_COLOUR: "same label as the query",
-        OTHER_COLOUR: "another label",
-        NEUTRAL_COLOUR: "unknown label",
+        SAME_COLOUR: f"same {label} as the query",
+        OTHER_COLOUR: f"another {label}",
+        NEUTRAL_COLOUR: f"unknown {label}",
     }
     if frames <= {(NEUTRAL_COLOUR, "solid")}:
         return

@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import random
 import re
-import struct
 import subprocess
 import sys
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,11 +18,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import dcmread, uid
+from pydicom._uid_dict import UID_dictionary
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from pg_siamese_server.encoding import dicom, windows
-from pg_siamese_server.encoding.dicom import file, tags
+from pg_siamese_server.encoding.dicom import file, frames, tags
 from pg_siamese_server.encoding.images import (
     MAX_FRAMES,
     decode_frames,
@@ -33,6 +32,7 @@ from pg_siamese_server.encoding.images import (
 )
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError, SiameseError
+from tests import damaged_dicom as damaged
 from tests import dicom_files as made
 from tests.support import encode
 from tools.project import ROOT
@@ -59,12 +59,6 @@ def ramp(low: int, high: int, dtype: Any = np.int16) -> NDArray[Any]:
     return np.linspace(low, high, SIDE * SIDE).round().astype(dtype).reshape(SIDE, SIDE)
 
 
-def windowed(values: NDArray[Any], centre: float, width: float) -> NDArray[np.int64]:
-    """The standard's LINEAR function, written out (PS3.3 C.11.2.1.2.1)."""
-    shares = (values - (centre - 0.5)) / (width - 1) + 0.5
-    return np.floor(np.clip(shares, 0, 1) * 255 + 0.5).astype(np.int64)
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in REAL.glob("*.dcm")) or [None])
 def test_reference_renderings(name: str | None) -> None:
     if name is None:
@@ -85,7 +79,7 @@ def test_window() -> None:
     values = ramp(-1000, 1000)
     elements = {"RescaleSlope": "2", "RescaleIntercept": "-50"}
     data = made.image(values, WindowCenter=["40", "300"], WindowWidth=["400", "1500"], **elements)
-    assert np.array_equal(shown(data), windowed(values * 2 - 50, 40, 400))
+    assert np.array_equal(shown(data), made.windowed(values * 2 - 50, 40, 400))
 
 
 def test_window_functions() -> None:
@@ -145,76 +139,11 @@ def test_voi_and_modality_tables() -> None:
     assert np.abs(found - (255 - values.astype(int))).max() <= 1
 
 
-def twins() -> dict[str, Callable[[NDArray[np.uint16]], bytes]]:
-    """Files that say the same in other ways as an unsigned one of 12 bits."""
-    window = {"WindowCenter": "2048", "WindowWidth": "4096"}
-
-    def palette(values: NDArray[np.uint16]) -> bytes:
-        entries = windowed(np.arange(4096), 2048, 4096).astype("<u2") * 257
-        tables = {
-            f"{colour}PaletteColorLookupTable{part}": value
-            for colour in ("Red", "Green", "Blue")
-            for part, value in (("Descriptor", [4096, 0, 16]), ("Data", entries.tobytes()))
-        }
-        return made.image(
-            values, PhotometricInterpretation="PALETTE COLOR", BitsStored=12, **tables
-        )
-
-    def encoded(syntax: str, encode: Callable[..., bytes | bytearray], **options: Any) -> Any:
-        return lambda values: made.compressed(
-            [encode(values, **options)], values, syntax, BitsStored=12, **window
-        )
-
-    def written(syntax: str, values: NDArray[np.uint16]) -> bytes:
-        return made.image(values, syntax, BitsStored=12, **window)
-
-    return {
-        "12 bits in 16": lambda v: made.image(v, BitsStored=12, **window),
-        "garbage above": lambda v: made.image(v | np.uint16(0xA000), BitsStored=12, **window),
-        "signed": lambda v: made.image(
-            v.astype(np.int16) - 2048, WindowCenter="0", WindowWidth="4096"
-        ),
-        "intercept": lambda v: made.image(
-            v, RescaleIntercept="-1024", WindowCenter="1024", WindowWidth="4096"
-        ),
-        "MONOCHROME1": lambda v: made.image(
-            4095 - v,
-            PhotometricInterpretation="MONOCHROME1",
-            WindowCenter="2048",
-            WindowWidth="4096",
-        ),
-        "32 bits": lambda v: made.image(v.astype(np.uint32), **window),
-        "palette": palette,
-        **{
-            str(syntax.name): (
-                lambda v, syntax=syntax: made.image(v, syntax, BitsStored=12, **window)
-            )
-            for syntax in made.SYNTAXES[:2] + made.SYNTAXES[3:4]
-        },
-        "RLE": encoded(uid.RLELossless, made.rle),
-        "JPEG lossless": encoded(
-            uid.JPEGLosslessSV1,
-            imagecodecs.jpeg8_encode,
-            lossless=True,
-            bitspersample=12,
-            predictor=1,
-        ),
-        "JPEG-LS": encoded(uid.JPEGLSLossless, imagecodecs.jpegls_encode),
-        "JPEG 2000": encoded(
-            uid.JPEG2000Lossless,
-            imagecodecs.jpeg2k_encode,
-            level=0,
-            codecformat="j2k",
-            bitspersample=12,
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", list(twins()))
+@pytest.mark.parametrize("name", list(made.twins()))
 def test_the_same_picture_in_other_words(name: str) -> None:
     values = ramp(0, 4095, np.uint16)
-    expected = windowed(values, 2048, 4096)
-    found = shown(twins()[name](values))
+    expected = made.windowed(values, 2048, 4096)
+    found = shown(made.twins()[name](values))
     assert np.abs(found - expected).max() <= 1
 
 
@@ -353,7 +282,7 @@ def test_windows_of_frames() -> None:
         WindowCenter="1",
         WindowWidth="2",
     )
-    assert np.array_equal(shown(data), windowed(parts[0], 500, 100))
+    assert np.array_equal(shown(data), made.windowed(parts[0], 500, 100))
 
 
 def test_pixels_that_are_not_square() -> None:
@@ -386,12 +315,7 @@ def changed(data: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def renamed(syntax: str) -> bytes:
-    """A file that names another transfer syntax."""
-    data = made.image(ramp(0, 255, np.uint8))
-    old, new = uid.ExplicitVRLittleEndian.encode() + b"\0", syntax.encode()
-    new += b"\0" * (len(new) % 2)
-    place = data.index(old)
-    return data[: place - 2] + struct.pack("<H", len(new)) + new + data[place + len(old) :]
+    return made.with_syntax(grey(), syntax)
 
 
 def report() -> bytes:
@@ -415,22 +339,22 @@ def grey(**elements: Any) -> bytes:
     return made.image(ramp(0, 255, np.uint8), **elements)
 
 
-def bomb() -> bytes:
-    data = made.image(ramp(0, 255, np.uint8), uid.DeflatedExplicitVRLittleEndian)
-    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    start = data.index(b"1.2.840.10008.1.2.1.99") + 22
-    while data[start : start + 2] == b"\2\0":  # the rest of the meta information
-        start += 8 + struct.unpack_from("<H", data, start + 6)[0]
-    element = struct.pack("<HH2sHI", 9, 0x1010, b"OB", 0, 200_000_000)
-    return data[:start] + deflater.compress(element + bytes(200_000_000)) + deflater.flush()
-
-
 @pytest.mark.parametrize(
     ("data", "sqlstate", "message", "detail"),
     [
-        (lambda: renamed("1.2.840.10008.1.2.4.102"), "22P03", r"4\.102 \(MPEG-4", "video"),
-        (lambda: renamed("1.2.840.10008.1.2.4.110"), "22P03", "JPEG XL Lossless", ""),
-        (lambda: renamed("1.2.3.4"), "22P03", r"1\.2\.3\.4 \(unknown\)", ""),
+        (
+            lambda: made.with_syntax(grey(), "1.2.840.10008.1.2.4.102"),
+            "22P03",
+            r"4\.102 \(MPEG-4",
+            "video",
+        ),
+        (
+            lambda: made.with_syntax(grey(), "1.2.840.10008.1.2.4.110"),
+            "22P03",
+            "JPEG XL Lossless",
+            "",
+        ),
+        (lambda: made.with_syntax(grey(), "1.2.3.4"), "22P03", r"1\.2\.3\.4 \(unknown\)", ""),
         (report, "22P03", "without pixels: Encapsulated PDF Storage", ""),
         (lambda: cut_off(grey(), 0.9), "22P03", "DICOM", "cut short"),
         (lambda: cut_off(grey(), 0.3), "22P03", "DICOM", ""),
@@ -438,8 +362,13 @@ def bomb() -> bytes:
         (lambda: jpegls_file(Rows=16), "22P03", "DICOM", "32 x 32 pixels and 1 samples, not 32"),
         (lambda: grey(Rows=60000, Columns=60000), "54000", "60000 x 60000", ""),
         (lambda: grey(PhotometricInterpretation="YBR_PARTIAL_420"), "22P03", "PARTIAL_420", ""),
-        (bomb, "54000", "deflated DICOM file is too large", "33554432 bytes"),
-        (lambda: grey()[:132] + made.nested(3000), "22P03", "DICOM", ""),
+        (
+            lambda: grey().replace(b"MONOCHROME2", b"MON\0CHROM\xc02"),
+            "22P03",
+            "DICOM",
+            "no valid term",
+        ),
+        (lambda: grey()[:132] + damaged.nested(3000), "22P03", "DICOM", ""),
     ],
 )
 def test_refused(data: Callable[[], bytes], sqlstate: str, message: str, detail: str) -> None:
@@ -449,20 +378,26 @@ def test_refused(data: Callable[[], bytes], sqlstate: str, message: str, detail:
     assert detail in (caught.value.detail or "")
 
 
-def test_nested_too_deeply() -> None:
-    data = made.image(ramp(0, 255, np.uint8))
-    place = data.index(b"\x28\0\2\0")
-    with pytest.raises(ImageError, match="nested too deeply"):
-        decode_image(data[:place] + made.nested(3000), SPEC)
+@pytest.mark.parametrize(
+    ("name", "sqlstate", "message", "detail"),
+    [
+        ("deflated data set", "54000", "deflated DICOM file is too large", "33554432 bytes"),
+        ("RLE", "54000", "60000 x 60000 pixels is too large", ""),
+        ("sequences", "54000", "nested too deeply", ""),
+        ("elements", "54000", "too many elements", "200000"),
+        ("fragments", "54000", "too many fragments", "200000"),
+        ("frames", "22P03", "DICOM image cannot be decoded", "cut short"),
+    ],
+)
+def test_bombs(name: str, sqlstate: str, message: str, detail: str) -> None:
+    with pytest.raises(ImageError, match=message) as caught:
+        decode_image(damaged.BOMBS[name](), SPEC)
+    assert caught.value.sqlstate == sqlstate
+    assert detail in (caught.value.detail or "")
 
 
-def test_too_many_elements() -> None:
-    data = made.image(ramp(0, 255, np.uint8))
-    place = data.index(b"\x28\0\2\0")
-    element = struct.pack("<HH2sH", 9, 0x1010, b"SH", 0)
-    with pytest.raises(ImageError, match="too many elements") as caught:
-        decode_image(data[:place] + element * 500_000, SPEC)
-    assert caught.value.sqlstate == "54000"
+def test_a_frame_is_inflated_to_its_size() -> None:
+    assert not shown(damaged.BOMBS["deflated frame"]()).any()
 
 
 def test_leaves_when_asked() -> None:
@@ -479,16 +414,57 @@ def test_leaves_when_asked() -> None:
 def test_mutated_files() -> None:
     generator = random.Random(7)
     values = ramp(0, 4095, np.uint16)
-    files = [make(values) for make in twins().values()]
+    files = [make(values) for make in made.twins().values()]
     files += [path.read_bytes() for path in sorted(REAL.glob("mr_small*.dcm"))]
     refused = 0
     for _ in range(400):
         try:
-            decode_image(made.mutated(generator.choice(files), generator), SPEC)
+            decode_image(damaged.mutated(generator.choice(files), generator), SPEC)
         except ImageError as error:
             assert error.sqlstate in ("22P03", "54000")
             refused += 1
     assert 50 < refused < 400
+
+
+# What the documentation calls the decoders.
+DECODERS = {
+    "imagecodecs (PackBits)": "_rle",
+    "imagecodecs (libjpeg-turbo)": "_jpeg",
+    "imagecodecs (CharLS)": "_jpegls",
+    "imagecodecs (OpenJPEG)": "_jpeg2000",
+    "zlib": "_deflated",
+    "NumPy": None,
+}
+
+
+def documented_syntaxes() -> dict[str, str]:
+    """The table of transfer syntaxes in docs/dicom.md: what decodes each, or why it is refused."""
+    text = (ROOT / "docs" / "dicom.md").read_text()
+    found: dict[str, str] = {}
+    for cell, decoder in re.findall(r"^\| [^|]+ \| (1\.[^|]+) \| ([^|]+) \|$", text, re.M):
+        numbers = re.findall(r"\b1\.[\d.]*\d", cell)
+        if " to " in cell:
+            (stem, first), (_, last) = (each.rsplit(".", 1) for each in numbers[-2:])
+            numbers += [f"{stem}.{number}" for number in range(int(first), int(last) + 1)]
+        if "a further .1" in cell:
+            numbers += [f"{each}.1" for each in numbers]
+        found |= {f"1.2.840.10008.{number}": decoder for number in numbers}
+    return found
+
+
+def test_the_documentation_of_transfer_syntaxes() -> None:
+    documented = documented_syntaxes()
+    decoded = {syntax for syntax, by in documented.items() if not by.startswith("refused: ")}
+    assert decoded == file.SUPPORTED
+    for syntax in decoded:
+        by = documented[syntax].split(",")[0]
+        codec = frames._CODECS.get(syntax)
+        assert (codec and codec.__name__) == DECODERS[by], syntax
+    standard = {number for number, entry in UID_dictionary.items() if entry[1] == "Transfer Syntax"}
+    assert standard | set(file._NEWER) <= set(documented)
+    for syntax in set(documented) - decoded:
+        with pytest.raises(ImageError, match=f"{re.escape(syntax)} .* is not supported"):
+            decode_image(renamed(syntax), SPEC)
 
 
 def test_other_formats_load_no_pydicom() -> None:
@@ -571,7 +547,7 @@ UNITS = HOUNSFIELD.astype(np.int64) - 1000
     ],
 )
 def test_a_window_by_argument(window: str, centre: float, width: float) -> None:
-    expected = windowed(UNITS, centre, width)
+    expected = made.windowed(UNITS, centre, width)
     assert np.array_equal(shown(ct(HOUNSFIELD), asked(window)), expected)
     assert not np.array_equal(expected, shown(ct(HOUNSFIELD))) or window == "1"
 
@@ -585,7 +561,9 @@ def test_presets_of_real_slices() -> None:
         file = dcmread(path)
         values = file.pixel_array * float(file.RescaleSlope) + float(file.RescaleIntercept)
         spec = InputSpec(file.Columns, file.Rows, channels=1, dicom_window="lung")
-        assert np.array_equal(shown(path.read_bytes(), spec), windowed(values, -600, 1500)), path
+        assert np.array_equal(shown(path.read_bytes(), spec), made.windowed(values, -600, 1500)), (
+            path
+        )
 
 
 def test_a_window_that_the_file_does_not_have_leaves_its_own() -> None:
@@ -597,7 +575,7 @@ def test_a_window_that_the_file_does_not_have_leaves_its_own() -> None:
 
 
 def test_presets_are_for_hounsfield_units() -> None:
-    lung = windowed(UNITS, *windows.PRESETS["lung"])
+    lung = made.windowed(UNITS, *windows.PRESETS["lung"])
     for elements, is_hounsfield in (
         ({"RescaleType": "HU"}, True),
         ({"RescaleType": "Houndsfield Unit"}, True),
@@ -622,19 +600,19 @@ def test_a_window_by_argument_comes_before_tables_and_groups() -> None:
     item.LUTData = [0, 255]
     item["LUTData"].VR = "US"
     data = ct(HOUNSFIELD, VOILUTSequence=Sequence([item]))
-    assert np.array_equal(shown(data, asked("2")), windowed(UNITS, 300, 700))
+    assert np.array_equal(shown(data, asked("2")), made.windowed(UNITS, 300, 700))
     frame = Dataset()
     frame.WindowCenter, frame.WindowWidth = ["10", "20"], ["100", "200"]
     groups = Dataset()
     groups.FrameVOILUTSequence = Sequence([frame])
     data = ct(HOUNSFIELD, SharedFunctionalGroupsSequence=Sequence([groups]))
-    assert np.array_equal(shown(data, asked("2")), windowed(UNITS, 20, 200))
-    assert np.array_equal(shown(data, asked("brain")), windowed(UNITS, 40, 80))
+    assert np.array_equal(shown(data, asked("2")), made.windowed(UNITS, 20, 200))
+    assert np.array_equal(shown(data, asked("brain")), made.windowed(UNITS, 40, 80))
 
 
 def test_a_window_leaves_presentation_and_other_images_alone() -> None:
     inverted = ct(HOUNSFIELD, PhotometricInterpretation="MONOCHROME1")
-    assert np.array_equal(shown(inverted, asked("bone")), 255 - windowed(UNITS, 400, 1800))
+    assert np.array_equal(shown(inverted, asked("bone")), 255 - made.windowed(UNITS, 400, 1800))
     colour = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
     data = made.image(colour)
     assert np.array_equal(shown(data, asked("40/400")), shown(data))

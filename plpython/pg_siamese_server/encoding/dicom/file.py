@@ -41,6 +41,7 @@ MAGIC = b"DICM"
 # Each element takes one read at least, and some hundred bytes of memory.
 MAX_READS = 400_000
 READS_PER_POLL = 1_000
+INFLATED_AT_ONCE = 4 * 1024 * 1024
 _LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT", b"SV")
 _PIXELS = {
     0x7FE00010: "PixelData",
@@ -192,6 +193,11 @@ class File:
         return None
 
     @property
+    def byte_order(self) -> str:
+        """Byte order of its numbers, as NumPy and struct write it."""
+        return _byte_order(self.syntax)
+
+    @property
     def rows(self) -> int:
         """Height in pixels."""
         return self.integer("Rows")
@@ -220,6 +226,11 @@ class File:
     def frame_count(self) -> int:
         """Number of frames."""
         return max(1, self.integer("NumberOfFrames", 1))
+
+
+def _byte_order(syntax: uid.UID) -> str:
+    """Return the byte order, also of syntaxes that are later than pydicom's dictionary."""
+    return ">" if syntax == uid.ExplicitVRBigEndian else "<"
 
 
 def _is_empty(value: Any) -> bool:
@@ -260,7 +271,7 @@ def read_elements(
     whole = data if data[PREAMBLE : PREAMBLE + 4] == MAGIC else _with_preamble(data)
     syntax, start = _transfer_syntax(whole)
     if syntax == uid.DeflatedExplicitVRLittleEndian:
-        whole = _header(uid.ExplicitVRLittleEndian) + _inflated(whole[start:], spec)
+        whole = _header(uid.ExplicitVRLittleEndian) + _inflated(whole[start:], spec, poll)
     reader = _Reader(whole, poll, max_reads)
     try:
         with quiet():
@@ -315,45 +326,54 @@ def _check_syntax(syntax: uid.UID) -> None:
         return
     name = _NEWER.get(syntax, syntax.name)
     name = re.sub(r" \(.*", "", name) if name != syntax else "unknown"
+    is_video = re.search("MPEG|HEVC|Video", name) is not None
     raise ImageError(
         f"DICOM transfer syntax {syntax} ({name}) is not supported"
         if re.fullmatch(r"[0-9.]{1,64}", syntax)
         else "DICOM file names no valid transfer syntax",
-        detail="It is a video." if "MPEG" in name or "HEVC" in name else None,
+        detail="It is a video." if is_video else None,
         hint="Store single frames of it."
-        if "MPEG" in name or "HEVC" in name
+        if is_video
         else "Convert it to an uncompressed or lossless transfer syntax first, for example with"
         " dcmconv or gdcmconv.",
     )
 
 
-def _inflated(data: bytes, spec: InputSpec) -> bytes:
+def _inflated(data: bytes, spec: InputSpec, poll: Poll) -> bytes:
     """Inflate a deflated data set (PS3.5 A.5), no further than a file may be large."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        result = inflater.decompress(data, spec.max_bytes)
-    except zlib.error:
-        raise damaged("DICOM", "Its deflated data cannot be inflated.") from None
-    if inflater.unconsumed_tail:
-        raise ImageError(
-            "deflated DICOM file is too large",
-            sqlstate=PROGRAM_LIMIT_EXCEEDED,
-            detail=f"The limit is {spec.max_bytes} bytes, inflated.",
-            hint="Raise max_bytes with alter_collection, or reduce the image.",
-        )
-    return result
+    parts, left = [], spec.max_bytes
+    while not inflater.eof:
+        poll()
+        try:
+            part = inflater.decompress(data, INFLATED_AT_ONCE)
+        except zlib.error:
+            raise damaged("DICOM", "Its deflated data cannot be inflated.") from None
+        if not part:  # cut short
+            break
+        data = inflater.unconsumed_tail
+        left -= len(part)
+        if left < 0:
+            raise ImageError(
+                "deflated DICOM file is too large",
+                sqlstate=PROGRAM_LIMIT_EXCEEDED,
+                detail=f"The limit is {spec.max_bytes} bytes, inflated.",
+                hint="Raise max_bytes with alter_collection, or reduce the image.",
+            )
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _pixels(data: bytes, place: int, syntax: uid.UID) -> tuple[int, int, str] | None:
     """Return where the value of the pixels begins, its length, and the element's keyword."""
-    order = "<" if syntax.is_little_endian else ">"
+    order = _byte_order(syntax)
     if place + 8 > len(data):
         return None
     group, element = struct.unpack_from(f"{order}HH", data, place)
     keyword = _PIXELS.get(group << 16 | element)
     if keyword is None:
         return None
-    if syntax.is_implicit_VR:
+    if syntax == uid.ImplicitVRLittleEndian:
         return place + 8, struct.unpack_from(f"{order}I", data, place + 4)[0], keyword
     if data[place + 4 : place + 6] in _LONG_VRS:
         if place + 12 > len(data):

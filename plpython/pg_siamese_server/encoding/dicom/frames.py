@@ -89,7 +89,7 @@ def decode(file: File, frame: int) -> Pixels:
 def _native(file: File, frame: int) -> Pixels:
     """Read a frame that is not compressed (PS3.5 section 8)."""
     rows, columns, samples = file.rows, file.columns, file.samples
-    order = "<" if file.syntax.is_little_endian else ">"
+    order = file.byte_order
     photometric = file.photometric
     pixels = rows * columns * samples
     if file.keyword != "PixelData":

@@ -28,6 +28,8 @@ LOSSY_PADDING = 0.01
 MAX_ASPECT = 16.0
 # The standard's term, and what scanners write instead, spelt so.
 _HOUNSFIELD = re.compile(r"HU|Hound?sfield( Units?)?", re.I)
+# A coded string (PS3.5 section 6.2).
+_TERM = re.compile(r"[A-Z0-9_ ]{1,16}")
 _LOSSY = (
     uid.JPEGBaseline8Bit,
     uid.JPEGExtended12Bit,
@@ -79,14 +81,16 @@ def _colour(pixels: Pixels) -> NDArray[np.uint8]:
 
 
 def _unsupported(pixels: Pixels) -> ImageError:
-    name = pixels.photometric[:40]
-    return ImageError(f'DICOM image of photometric interpretation "{name}" is not supported')
+    term = pixels.photometric
+    if not _TERM.fullmatch(term):
+        return damaged("DICOM", "Its PhotometricInterpretation is no valid term.")
+    return ImageError(f'DICOM image of photometric interpretation "{term}" is not supported')
 
 
 def _palette(file: File, pixels: Pixels) -> NDArray[np.uint8]:
     """Apply the palette (PS3.3 C.7.6.3.1.5), tables in segments included (C.7.9.2)."""
     elements = file.elements
-    if not file.syntax.is_little_endian:
+    if file.byte_order == ">":
         elements = _swapped(elements)
     indices = _masked(pixels)
     if file.is_signed:
@@ -242,7 +246,7 @@ class _Grey:
         if not 1 <= bits <= 16 or data is None:
             return None
         if isinstance(data, bytes):
-            order = "<" if self.file.syntax.is_little_endian else ">"
+            order = self.file.byte_order
             wide = len(data) >= 2 * count
             entries = np.frombuffer(data[: count * (2 if wide else 1)], f"{order}u{1 + wide}")
         else:
