@@ -61,7 +61,7 @@ LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
 DEFERRED = Size(rows=deferred.ROWS, queries=25, builds=3, worker_rows=20_000)
 DEFERRED_QUICK = Size(rows=1_000, queries=3, builds=1, worker_rows=1_000)
 # For two revisions, with inserts in place of builds.
-COMPARE = Size(rows=70_000, queries=3_000, builds=7, connections=25)
+COMPARE = Size(rows=70_000, queries=3_000, builds=7, connections=75)
 COMPARE_QUICK = Size(rows=2_000, queries=400, builds=1, connections=2)
 DIMENSION, CLUSTERS = 64, 500
 

@@ -57,7 +57,7 @@ class Identity:
     metric: str
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Rows:
     """Rows of a file, with one entry per row, ascending by embedding_id.
 
@@ -118,7 +118,7 @@ class Rows:
         return self.key_bytes[start:end].tobytes().decode()
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class IndexFile:
     """An opened generation, with its index and rows mapped.
 

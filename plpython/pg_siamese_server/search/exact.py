@@ -39,7 +39,7 @@ _asked: tuple[Any, list[Any]] | None = None
 _refusal: Exception | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Estimate:
     """What the planner expects of reading the rows that qualify: their number and the time."""
 

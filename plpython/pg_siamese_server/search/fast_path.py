@@ -39,7 +39,7 @@ SHRINK, GROW = 0.99, 1.25
 LONGER, HOPE, LEARN, AGAIN = 3, 0.8, 0.05, 100
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Way:
     """How recent searches with a filter of some shape, whatever its values, were answered.
 
@@ -216,17 +216,8 @@ class _FastSearch:
         return found
 
     def _nearest(self, count: int) -> Neighbours:
-        index = self.index
-        assert index.keys is not None
-        positions, squared = index.search(self.query, count, self.entry)
-        if index.rows.slot_starts is not None:
-            rows, squared = index.expand(positions, squared)
-            places = rows.tolist()
-        else:
-            places = positions.tolist()
-            if index.by_slot is not None:
-                places = [index.by_slot[place] for place in places]
-        return Neighbours.in_order([index.keys[place] for place in places], squared.tolist())
+        positions, squared = self.index.search(self.query, count, self.entry)
+        return Neighbours.in_order(*self.index.integer_keys(positions, squared))
 
     def _among_nearest(self, conditions: Conditions, count: int) -> Neighbours | None:
         """Ask which of the nearest rows qualify. Return None if these are not enough."""

@@ -93,7 +93,7 @@ class Added:
         return vector[None]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Changes:
     """What a session knows of one collection's pending table, for one generation.
 

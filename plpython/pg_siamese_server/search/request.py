@@ -20,7 +20,9 @@ MAX_K = 10_000
 ENGINES = ("auto", "faiss", "pgvector")
 
 
-@dataclass(kw_only=True, slots=True)
+# Neither compared nor printed: to make these methods takes a tenth of a millisecond each, which the
+# first search of a session pays. So it is with the other classes that a search needs.
+@dataclass(kw_only=True, slots=True, eq=False, repr=False)
 class Request:
     """Arguments of a search function.
 
@@ -101,7 +103,7 @@ class Request:
         return self._embedded[encoder]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Neighbours:
     """Rows near a query, nearest first, and ordered by key if equally near.
 
@@ -153,7 +155,7 @@ class Neighbours:
         del self.keys[count:], self.squared[count:]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Answer:
     """Keys and distances of the rows found, nearest first.
 
