@@ -69,10 +69,13 @@ def tree(dsn: str, path: Path, *options: str) -> str:
 
 def test_the_table(films: str, db: Connection) -> None:
     row = db.execute(
-        "SELECT relation::text, key_column, image_column, embed FROM siamese.collections"
+        "SELECT relation::text, key_column, image_column, embed, group_column,"
+        " (SELECT a.attstorage FROM pg_attribute AS a"
+        "  WHERE a.attrelid = relation AND a.attname = 'image')"
+        " FROM siamese.collections"
         " WHERE name = 'films'"
     ).fetchone()
-    assert row == ("films", "image_id", "image", "sync")
+    assert row == ("films", "image_id", "image", "sync", "patient_id", "e")
     columns = dict(
         rows_of(
             db,
@@ -92,13 +95,13 @@ def test_the_table(films: str, db: Connection) -> None:
 
 
 def test_the_tables_options(dsn: str, db: Connection) -> None:
-    works(
-        dsn, "create-dicom-table", '"My films"', "-c", "other", "--deferred", "--model", "medical"
-    )
+    options = ["-c", "other", "--deferred", "--model", "medical", "--frames", "all"]
+    works(dsn, "create-dicom-table", '"My films"', *options, "--window", "lung")
     row = db.execute(
-        "SELECT relation::text, embed FROM siamese.collections WHERE name = 'other'"
+        "SELECT relation::text, embed, frames, dicom_window FROM siamese.collections"
+        " WHERE name = 'other'"
     ).fetchone()
-    assert row == ('"My films"', "deferred")
+    assert row == ('"My films"', "deferred", "all", "lung")
     assert "does not exist" in fails(dsn, "create-dicom-table", "films", "--model", "nothing")
     assert one(db, "SELECT to_regclass('films')") is None  # both or neither
     assert "parts" in fails(dsn, "create-dicom-table", "a.b.c")

@@ -342,18 +342,33 @@ def create_dicom_table(
     deferred: Annotated[
         bool, typer.Option("--deferred", help="Let workers embed the images.")
     ] = False,
+    frames: Annotated[
+        Literal["one", "all"],
+        typer.Option(help="Embed one frame of each image, or all of them."),
+    ] = "one",
+    window: Annotated[
+        str,
+        typer.Option(help="Render with this window, such as lung or 40/400. Default: the file's."),
+    ] = "",
     dsn: Dsn = None,
 ) -> None:
     """Create a table for DICOM files, with columns for tags, and its collection.
 
     The columns hold patient, study, series, instance, modality, body part, laterality, view, dates
-    and device. No SOP Instance UID can be stored twice. The command load fills them.
+    and device. No SOP Instance UID can be stored twice. The command load fills them. The patient is
+    the collection's group column.
     """
     from pg_siamese.client.dicom_columns import create_table
 
     with connect(dsn) as connection:
         name = create_table(
-            connection, table, collection=collection, model=model, deferred=deferred
+            connection,
+            table,
+            collection=collection,
+            model=model,
+            deferred=deferred,
+            frames=frames,
+            window=window,
         )
     output().print(
         f"table {escape(table)} and collection {escape(name)} are created:"

@@ -47,8 +47,13 @@ def create_table(
     collection: str | None = None,
     model: str | None = None,
     deferred: bool = False,
+    frames: str = "one",
+    window: str = "",
 ) -> str:
     """Create a table for DICOM files, and its collection, both or neither.
+
+    The patient is the collection's group column. Files are stored as they are: to compress
+    uncompressed pixels takes PostgreSQL longer than to embed them.
 
     Args:
         connection: in autocommit mode.
@@ -56,6 +61,8 @@ def create_table(
         collection: its name, by default the table's.
         model: its model, by default the default one.
         deferred: whether workers embed its images.
+        frames: ``one`` vector of each image, or of ``all`` its frames.
+        window: ``dicom_window`` of the collection.
 
     Returns:
         The name of the collection.
@@ -83,6 +90,9 @@ def create_table(
                 " image bytea NOT NULL, {})"
             ).format(name, sql.SQL(", ").join(columns))
         )
+        connection.execute(
+            sql.SQL("ALTER TABLE {} ALTER COLUMN image SET STORAGE EXTERNAL").format(name)
+        )
         for column in (PATIENT_ID, "study_uid"):
             connection.execute(
                 sql.SQL("CREATE INDEX ON {} ({})").format(name, sql.Identifier(column))
@@ -94,13 +104,16 @@ def create_table(
                 )
             )
         connection.execute(
-            "SELECT siamese.create_collection(name => %s, relation => %s::regclass,"
-            " model => %s, embed => %s)",
+            "SELECT siamese.create_collection(name => %s, relation => %s::regclass, model => %s,"
+            " embed => %s, frames => %s, dicom_window => %s, group_column => %s)",
             (
                 collection,
                 name.as_string(connection),
                 model or "",
                 "deferred" if deferred else "sync",
+                frames,
+                window,
+                PATIENT_ID,
             ),
         )
     return collection
