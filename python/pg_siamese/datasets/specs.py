@@ -51,6 +51,8 @@ def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = Non
     - ``imagenette``: a zip or folder of it by class.
     - ``folder:PATH``, ``zip:PATH``: images by class in sub-folders, below ``train``, ``val`` and
       ``test`` if there are such.
+    - ``collection:NAME/COLUMN``: the images of a collection, with the classes of a column. The
+      ``PG*`` variables name the server.
 
     A data set without splits is split 70 / 15 / 15. A missing validation split is held out of
     train. If there are only ``train`` and ``val``, nobody trains on the latter, so it becomes
@@ -58,6 +60,7 @@ def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = Non
 
     Images of one group, such as a patient, are in one split. A folder or zip names groups in
     ``groups.csv``, with columns ``file`` and ``group``. An npz does in ``train_groups`` and so on.
+    Those of a collection are the values of its group column.
 
     Args:
         spec: the text.
@@ -197,6 +200,17 @@ def _zip(path: str, spec: InputSpec | None, name: str | None = None) -> Parts:
         )
 
 
+def _collection(argument: str, spec: InputSpec | None) -> Parts:
+    from pg_siamese.datasets.collection import read_collection  # it needs a database driver
+
+    name, slash, column = argument.rpartition("/")
+    if not (name and slash and column):
+        raise DataFormatError(f"collection:{argument}: name the column of the classes: NAME/COLUMN")
+    if spec is None:
+        raise DataFormatError(f"collection:{argument}: say the size that images are brought to")
+    return {"train": read_collection(name, column, spec)}
+
+
 def _decoded(
     name: str,
     members: list[Member],
@@ -266,9 +280,10 @@ _OPENERS: dict[str, Callable[[str, InputSpec | None], Parts]] = {
     "imagenette": _imagenette,
     "folder": _folder,
     "zip": _zip,
+    "collection": _collection,
 }
 _PATHS = dict.fromkeys(("npz", "folder", "zip"), "PATH")
-_WITH_ARGUMENT = _PATHS | {"medmnist": "FLAG", "idx": "FOLDER"}
+_WITH_ARGUMENT = _PATHS | {"medmnist": "FLAG", "idx": "FOLDER", "collection": "NAME/COLUMN"}
 SPECS = tuple(
     f"{kind}:{_WITH_ARGUMENT[kind]}" if kind in _WITH_ARGUMENT else kind for kind in _OPENERS
 )

@@ -20,8 +20,8 @@ from pg_siamese_server.errors import ModelError
 
 # Images that are resized and embedded in one go: 150 MB at 224 pixels.
 BATCH_IMAGES = 1024
-# Data sets whose images are files of any size.
-FILE_KINDS = ("folder", "zip", "imagenette")
+# Data sets whose images are of any size.
+FILE_KINDS = ("folder", "zip", "collection", "imagenette")
 
 Advance = Callable[[int], object]
 
