@@ -18,6 +18,7 @@ from pydicom.encaps import encapsulate
 CT = "1.2.840.10008.5.1.4.1.1.2"
 # Later than pydicom's dictionary.
 DEFLATED_FRAME = uid.UID("1.2.840.10008.1.2.8.1")
+ENCAPSULATED = uid.UID("1.2.840.10008.1.2.1.98")
 SYNTAXES = (
     uid.ImplicitVRLittleEndian,
     uid.ExplicitVRLittleEndian,
@@ -31,6 +32,7 @@ SYNTAXES = (
     uid.JPEG2000Lossless,
     uid.HTJ2K,
     DEFLATED_FRAME,
+    ENCAPSULATED,
 )
 
 
@@ -133,7 +135,7 @@ def compressed(
     result["PixelData"].is_undefined_length = True
     if len(frames) > 1:
         result.NumberOfFrames = len(frames)
-    if syntax == DEFLATED_FRAME:
+    if syntax in (DEFLATED_FRAME, ENCAPSULATED):  # pydicom would not write these
         return with_syntax(written(result, uid.RLELossless), syntax)
     return written(result, syntax)
 
@@ -209,6 +211,7 @@ def twins() -> dict[str, Callable[[NDArray[np.uint16]], bytes]]:
         },
         "RLE": encoded(uid.RLELossless, rle),
         "Deflated Image Frame": encoded(DEFLATED_FRAME, lambda v: deflated(v.tobytes())),
+        "Encapsulated Uncompressed": encoded(ENCAPSULATED, lambda v: v.tobytes()),
         "JPEG lossless": encoded(
             uid.JPEGLosslessSV1,
             imagecodecs.jpeg8_encode,

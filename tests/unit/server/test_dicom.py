@@ -427,6 +427,33 @@ def test_mutated_files() -> None:
 
 
 # What the documentation calls the decoders.
+@pytest.mark.parametrize("syntax", [made.ENCAPSULATED, made.DEFLATED_FRAME])
+def test_frames_that_are_not_compressed_by_a_codec(syntax: uid.UID) -> None:
+    def packed(values: NDArray[Any]) -> bytes:
+        plain = values.tobytes()
+        return made.deflated(plain) if syntax == made.DEFLATED_FRAME else plain
+
+    colour = np.random.default_rng(2).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+    expected = shown(made.image(colour))
+    data = made.compressed([packed(colour)], colour, syntax)
+    assert np.array_equal(shown(data), expected)
+    planes = packed(colour.transpose(2, 0, 1))
+    data = made.compressed([planes], colour, syntax, PlanarConfiguration=1)
+    assert np.array_equal(shown(data), expected)
+    black = np.zeros((SIDE, SIDE), np.uint8)
+    half = black.copy()
+    half[:, : SIDE // 2] = 255
+    bits = np.packbits(half > 0, bitorder="little")
+    one_bit = {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0}
+    data = made.compressed([packed(bits)], black, syntax, **one_bit)
+    assert np.array_equal(shown(data), half)
+    data = made.compressed([packed(black), packed(half)], black, syntax)
+    assert np.array_equal(decode_image(data, SPEC, frame=2)[..., 0], half)
+    with pytest.raises(ImageError) as error:
+        decode_image(made.compressed([packed(half[2:])], half, syntax), SPEC)
+    assert "Its pixels are cut short." in str(error.value.detail)
+
+
 DECODERS = {
     "imagecodecs (PackBits)": "_rle",
     "imagecodecs (libjpeg-turbo)": "_jpeg",
@@ -434,6 +461,7 @@ DECODERS = {
     "imagecodecs (OpenJPEG)": "_jpeg2000",
     "zlib": "_deflated",
     "NumPy": None,
+    "NumPy, frame by frame": "_uncompressed",
 }
 
 
@@ -457,7 +485,8 @@ def test_the_documentation_of_transfer_syntaxes() -> None:
     decoded = {syntax for syntax, by in documented.items() if not by.startswith("refused: ")}
     assert decoded == file.SUPPORTED
     for syntax in decoded:
-        by = documented[syntax].split(",")[0]
+        by = documented[syntax]
+        by = by if by in DECODERS else by.split(",")[0]
         codec = frames._CODECS.get(syntax)
         assert (codec and codec.__name__) == DECODERS[by], syntax
     standard = {number for number, entry in UID_dictionary.items() if entry[1] == "Transfer Syntax"}

@@ -75,7 +75,8 @@ JPEG_2000 = (
 )
 RLE = (uid.RLELossless,)
 DEFLATED_FRAME = (uid.UID("1.2.840.10008.1.2.8.1"),)
-SUPPORTED = frozenset((*NATIVE, *JPEG, *JPEG_LS, *JPEG_2000, *RLE, *DEFLATED_FRAME))
+ENCAPSULATED = (uid.UID("1.2.840.10008.1.2.1.98"),)
+SUPPORTED = frozenset((*NATIVE, *JPEG, *JPEG_LS, *JPEG_2000, *RLE, *DEFLATED_FRAME, *ENCAPSULATED))
 
 # Later than pydicom's dictionary (PS3.6 table A-1).
 _NEWER = {

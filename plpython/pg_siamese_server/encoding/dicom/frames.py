@@ -18,6 +18,7 @@ from pydicom import uid
 
 from pg_siamese_server.encoding.dicom.file import (
     DEFLATED_FRAME,
+    ENCAPSULATED,
     JPEG,
     JPEG_2000,
     JPEG_LS,
@@ -355,22 +356,34 @@ def _unpack_bits(data: bytes, most: int) -> NDArray[np.uint8]:
     return np.frombuffer(imagecodecs.packbits_decode(data, out=most + 1024), np.uint8)
 
 
-def _deflated(file: File, data: bytes) -> tuple[None, NDArray[Any]]:
-    """Inflate a frame (PS3.5 A.4.11)."""
+def _uncompressed(file: File, data: bytes) -> tuple[None, NDArray[Any]]:
+    """Read a frame that is not compressed, but in fragments (PS3.5 A.4)."""
+    rows, columns, samples = file.rows, file.columns, file.samples
     allocated, _ = _bits(file)
-    size = max(1, allocated // 8)
-    length = file.rows * file.columns * file.samples * size
+    pixels = rows * columns * samples
+    if len(data) < (pixels * allocated + 7) // 8:
+        raise damaged("DICOM", _CUT_SHORT)
+    if allocated == 1:
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), count=pixels, bitorder="little")
+        return None, bits.reshape(rows, columns)
+    values = np.frombuffer(data, f"<u{allocated // 8}", pixels)
+    if samples == 1:
+        return None, values.reshape(rows, columns)
+    if file.integer("PlanarConfiguration", 0) == 1:
+        return None, values.reshape(3, rows, columns).transpose(1, 2, 0)
+    return None, values.reshape(rows, columns, 3)
+
+
+def _deflated(file: File, data: bytes) -> tuple[None, NDArray[Any]]:
+    """Inflate a frame (PS3.5 A.4)."""
+    allocated, _ = _bits(file)
+    length = (file.rows * file.columns * file.samples * allocated + 7) // 8
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         plain = inflater.decompress(data, length)
     except zlib.error:
         raise damaged("DICOM", "Its deflated frame cannot be inflated.") from None
-    if len(plain) < length or allocated == 1:
-        raise damaged("DICOM", _CUT_SHORT)
-    values = np.frombuffer(plain, f"<u{size}")
-    if file.samples == 1:
-        return None, values.reshape(file.rows, file.columns)
-    return None, values.reshape(file.rows, file.columns, 3)
+    return _uncompressed(file, plain)
 
 
 _CODECS: dict[str, Callable[[File, bytes], tuple[Stream | None, NDArray[Any]]]] = {
@@ -379,4 +392,5 @@ _CODECS: dict[str, Callable[[File, bytes], tuple[Stream | None, NDArray[Any]]]] 
     **dict.fromkeys(JPEG_2000, _jpeg2000),
     **dict.fromkeys(RLE, _rle),
     **dict.fromkeys(DEFLATED_FRAME, _deflated),
+    **dict.fromkeys(ENCAPSULATED, _uncompressed),
 }
