@@ -152,7 +152,7 @@ def _stray_triggers(plpy: Any) -> Line:
 
 
 def _dicom_keywords(plpy: Any) -> Line:
-    from pg_siamese_server.encoding.dicom.tags import IDENTIFYING
+    from pg_siamese_server.encoding.identifying import IDENTIFYING
 
     rows = plpy.execute("SELECT k.keyword FROM siamese.dicom_keywords AS k WHERE k.shown")
     found = ", ".join(sorted(IDENTIFYING.intersection(row["keyword"] for row in rows)))

@@ -211,7 +211,10 @@ def test_one_vote_per_patient(patients: Connection) -> None:
             f" collection => 'scans', label_column => 'side', group_by => 'patient'{arguments})"
         ).fetchall()
         wanted = [
-            key for key, _ in exact(patients, 170, 12, 1, f"{condition} AND side IS NOT NULL")
+            key
+            for key, _ in exact(
+                patients, 170, 12, 1, f"{condition} AND {LABELLED} AND {OTHERS.format(170)}"
+            )
         ]
         sides = patients.execute(
             "SELECT side, count(*) FROM scans WHERE id = ANY(%s) GROUP BY 1", (wanted,)

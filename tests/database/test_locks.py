@@ -256,7 +256,7 @@ def test_drop_while_a_worker_stores_failures(t: Connection, connect: Connect) ->
     assert drop.waits()
     session.execute(
         "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), %s::bigint[],"
-        " '{20}', ARRAY[('20', sha256('x'), NULL, '22P03', 'bad', false)]"
+        " '{20}', ARRAY[('20', sha256('x'), NULL, '22P03', 'bad', false, NULL, NULL)]"
         "::siamese.embedding_result[])",
         ([row[0] for row in tickets],),
     )
@@ -378,7 +378,8 @@ def store(session: Connection, is_good: bool = True) -> tuple[int, int]:
     bad = "NULL, '22P03', 'bad', false"
     (stored,) = session.execute(
         "SELECT siamese._store_vectors(2, (SELECT sha256 FROM siamese.models), ARRAY[%(ticket)s],"
-        f" ARRAY[%(key)s], ARRAY[(%(key)s, sha256(t.image), {good if is_good else bad})]"
+        f" ARRAY[%(key)s],"
+        f" ARRAY[(%(key)s, sha256(t.image), {good if is_good else bad}, NULL, NULL)]"
         "::siamese.embedding_result[]) FROM t WHERE t.id = %(key)s::integer",
         {"ticket": ticket, "key": key},
     ).fetchall()

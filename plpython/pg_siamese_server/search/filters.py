@@ -57,7 +57,7 @@ class Number(str):
 _decoder = json.JSONDecoder(parse_int=Number, parse_float=Number)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class Conditions:
     """Conditions on table alias ``b``, with the types and values of their parameters.
 

@@ -24,6 +24,7 @@ from pydicom.sequence import Sequence
 
 from pg_siamese_server.encoding import dicom, windows
 from pg_siamese_server.encoding.dicom import file, frames, tags
+from pg_siamese_server.encoding.identifying import IDENTIFYING
 from pg_siamese_server.encoding.images import (
     MAX_FRAMES,
     decode_frames,
@@ -512,9 +513,9 @@ def test_other_formats_load_no_pydicom() -> None:
 
 
 def test_keywords_are_those_of_the_standard() -> None:
-    for keyword in (*tags.KEYWORDS, *tags.IDENTIFYING):
+    for keyword in (*tags.KEYWORDS, *IDENTIFYING):
         tags.check_keyword(keyword)
-    assert not tags.IDENTIFYING & set(tags.KEYWORDS)
+    assert not IDENTIFYING & set(tags.KEYWORDS)
 
 
 def test_a_directory_of_media_is_no_picture() -> None:

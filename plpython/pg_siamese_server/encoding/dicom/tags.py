@@ -64,44 +64,6 @@ KEYWORDS = (
     "PatientIdentityRemoved",
     "DeidentificationMethod",
 )
-# Who is shown, or whom to ask for the name (PS3.15 table E.1-1, without UIDs and dates of studies).
-IDENTIFYING = frozenset(
-    (
-        "AccessionNumber",
-        "AdmissionID",
-        "CountryOfResidence",
-        "MilitaryRank",
-        "NameOfPhysiciansReadingStudy",
-        "OperatorsName",
-        "OtherPatientIDs",
-        "OtherPatientIDsSequence",
-        "OtherPatientNames",
-        "PatientAddress",
-        "PatientBirthDate",
-        "PatientBirthName",
-        "PatientBirthTime",
-        "PatientComments",
-        "PatientID",
-        "PatientInsurancePlanCodeSequence",
-        "PatientMotherBirthName",
-        "PatientName",
-        "PatientReligiousPreference",
-        "PatientTelecomInformation",
-        "PatientTelephoneNumbers",
-        "PerformingPhysicianName",
-        "PersonAddress",
-        "PersonName",
-        "PersonTelephoneNumbers",
-        "PhysiciansOfRecord",
-        "ReferringPhysicianName",
-        "ReferringPhysicianAddress",
-        "ReferringPhysicianTelephoneNumbers",
-        "RegionOfResidence",
-        "RequestingPhysician",
-        "ResponsiblePerson",
-        "StudyID",
-    )
-)
 # Bytes that are no text, and pixels among them.
 _BINARY = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "UN", "OB or OW", "US or OW"))
 _DATE = re.compile(r"(\d{4})\.?(\d{2})\.?(\d{2})")
