@@ -67,7 +67,7 @@ def test_a_folder_of_ones_own(
     dsn: str, db: Connection, pictures: Pictures, queries: Pictures, tmp_path: Path
 ) -> None:
     db.execute("SELECT siamese.drop_collection('images')")
-    classes = sorted(set(pictures.labels))
+    classes = sorted(set(pictures.labels))[:3]
     for label in classes:
         folder = tmp_path / "photos" / label
         folder.mkdir(parents=True)
