@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hmac
+import os
 import random
 import re
 import shlex
@@ -177,7 +178,7 @@ def test_patient_ids(
     assert "patient_id is left empty: --patient-ids" in output
     assert one(db, "SELECT count(patient_id) FROM films") == 0
     db.execute("TRUNCATE films")
-    monkeypatch.setenv("PG_SIAMESE_HASH_KEY", KEY)
+    monkeypatch.setenv("PG_SIAMESE_HASH_KEY", KEY + "\n")  # as in a file
     assert "left empty" not in tree(films, folder, "--patient-ids", "hash")
     wanted = [
         hmac.new(KEY.encode(), patient.encode(), "sha256").hexdigest()[:32]
@@ -329,6 +330,36 @@ def test_columns_of_a_table_of_ones_own(dsn: str, db: Connection, tmp_path: Path
     assert rows_of(db, "SELECT modality, patient_id, study_date FROM films ORDER BY id") == [
         ("CT", "nobody", "2024-02-29"),
         ("unknown", "nobody", None),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["varchar(9)", "char(9)", "short_text"])
+def test_values_are_not_cut(dsn: str, db: Connection, tmp_path: Path, kind: str) -> None:
+    """What is too long for its column would be equal to others after a cut."""
+    db.execute("CREATE DOMAIN short_text AS varchar(9)")
+    db.execute(
+        "CREATE TABLE films (id bigint GENERATED ALWAYS AS IDENTITY, image bytea,"
+        f" sop_uid {kind} UNIQUE, patient_id {kind})"
+    )
+    folder = folder_of(
+        tmp_path,
+        file(1),
+        file(2, SOPInstanceUID="1.2.826", patient="number 10"),
+        file(3, SOPInstanceUID="1.2.827", patient="number 101"),
+    )
+    options = ("--recursive", "--table", "films", "--patient-ids", "keep")
+    assert "value too long" in fails(dsn, "load", str(folder), *options)
+    output = works(dsn, "load", str(folder), *options, "--skip-rejected")
+    assert "1 image stored" in output and "2 rejected by the table" in output
+    assert column_of(db, "SELECT patient_id::text FROM films") == ["number 10"]
+
+
+def test_a_folder_whose_name_is_not_utf8(dsn: str, db: Connection, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / os.fsdecode(b"set\xff"), file(1))
+    works(dsn, "load", str(folder), "--recursive")
+    assert "already stored: 1" in works(dsn, "load", str(folder), "--recursive")
+    assert rows_of(db, "SELECT dataset, source FROM siamese.images") == [
+        (r"set\xff", r"file:set\xff/series0/00000000")
     ]
 
 

@@ -89,7 +89,7 @@ def read_hash_key(path: Path | None) -> bytes:
         CommandError: there is none, it is too short, or others may read the file.
     """
     if path is None:
-        key = os.fsencode(os.environ.get(HASH_KEY, ""))
+        key = os.fsencode(os.environ.get(HASH_KEY, "")).strip()
         if not key:
             raise CommandError(f"no key to hash with: set {HASH_KEY}, or use --hash-key FILE")
         name = HASH_KEY
