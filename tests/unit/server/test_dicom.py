@@ -113,6 +113,50 @@ def test_padding_is_no_part_of_the_range() -> None:
     assert np.abs(found[4:] - expected[4:]).max() < 40
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits", "stored", "vr", "value"),
+    [
+        (np.int16, 16, -2000, "SS", -2000),
+        (np.int16, 16, -2000, "US", 63536),
+        (np.int16, 12, -2000, "US", 2096),
+        (np.int16, 12, -2000, "US", 63536),
+        (np.uint16, 16, 63536, "US", 63536),
+        (np.uint16, 16, 63536, "SS", -2000),
+    ],
+)
+def test_padding_in_other_words(dtype: Any, bits: int, stored: int, vr: str, value: int) -> None:
+    """Whether its value is written with a sign or without says nothing of what is stored."""
+    values = ramp(0, 1000, dtype)
+    values[:4] = stored
+    dataset = made.dataset(values, BitsStored=bits)
+    dataset.add_new("PixelPaddingValue", vr, value)
+    shares = (values[4:] - float(values[4:].min())) / (values[4:].max() - values[4:].min())
+    found = shown(made.written(dataset))
+    assert np.array_equal(found[4:], np.floor(shares * 255 + 0.5))
+
+
+@pytest.mark.parametrize("syntax", made.SYNTAXES[:2])
+@pytest.mark.parametrize(("vr", "first"), [("SS", -1024), ("US", 64512)])
+def test_a_voi_table_of_negative_values(syntax: str, vr: str, first: int) -> None:
+    """Its input can be negative although the stored values are not."""
+    values = ramp(0, 4095, np.uint16)
+    table = np.linspace(65535, 0, 4096).round().astype("<u2")
+    item = Dataset()
+    item.add_new("LUTDescriptor", vr, [4096, first, 16])
+    item.add_new("LUTData", "OW", table.tobytes())
+    found = shown(
+        made.image(
+            values,
+            syntax,
+            BitsStored=12,
+            RescaleIntercept="-1024",
+            RescaleSlope="1",
+            VOILUTSequence=Sequence([item]),
+        )
+    )
+    assert np.array_equal(found, np.floor(table[values] * (255 / 65535) + 0.5))
+
+
 def test_range_of_the_encoder_serves_files_without_a_window() -> None:
     values = ramp(0, 2000)
     spec = InputSpec(SIDE, SIDE, channels=1, input_range=(0.0, 4000.0))
@@ -302,6 +346,18 @@ def test_without_preamble() -> None:
     assert np.array_equal(shown(whole[start:]), expected)
     implicit = made.image(ramp(0, 255, np.uint8), uid.ImplicitVRLittleEndian)
     assert np.array_equal(shown(implicit[implicit.index(b"\x08\0\x16\0") :]), expected)
+
+
+@pytest.mark.parametrize("side", [SIDE, 8 * SIDE])
+def test_elements_that_are_not_as_their_syntax_says(side: int) -> None:
+    """Some files have value representations against their transfer syntax, and the reverse."""
+    implicit, explicit = made.SYNTAXES[:2]
+    values = np.tile(ramp(0, 4095, np.uint16), (side // SIDE, side // SIDE))
+    spec = InputSpec(side, side, channels=1)
+    expected = shown(made.image(values), spec)
+    for written, named in ((implicit, explicit), (explicit, implicit)):
+        data = made.with_syntax(made.image(values, written), named)
+        assert np.array_equal(shown(data, spec), expected)
 
 
 def test_preamble_of_a_tiff() -> None:
