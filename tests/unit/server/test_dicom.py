@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
+import struct
 import subprocess
 import sys
 import warnings
@@ -308,6 +309,67 @@ def test_a_frame_that_is_cut_short() -> None:
     with pytest.raises(ImageError, match="cannot be decoded") as caught:
         next(found.pixels)
     assert "cut short" in str(caught.value.detail)
+
+
+def encapsulated(table: bytes, fragments: list[bytes], **elements: Any) -> bytes:
+    """Return a file of three frames of JPEG-LS, with an offset table and fragments as given."""
+    items = [
+        b"\xfe\xff\x00\xe0" + struct.pack("<I", len(each)) + each for each in (table, *fragments)
+    ]
+    dataset = made.dataset(np.zeros((SIDE, SIDE), np.uint8), NumberOfFrames=3, **elements)
+    dataset["PixelData"].value = b"".join(items) + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    dataset["PixelData"].is_undefined_length = True
+    return made.written(dataset, uid.JPEGLSLossless)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("padding", [0, 2, 6])
+@pytest.mark.parametrize("table", ["right", "none", "zeros", "after items", "backwards", "nowhere"])
+def test_offset_tables_that_are_wrong(table: str, padding: int, parts: int) -> None:
+    """Frames are found without the table, and after padding of any length."""
+    shown_as = {"WindowCenter": "128", "WindowWidth": "256"}
+    pictures = [ramp(0, top, np.uint8) for top in (50, 150, 250)]
+    streams = [bytes(imagecodecs.jpegls_encode(picture)) for picture in pictures]
+    streams = [each + bytes(len(each) % 2 + padding) for each in streams]
+    cuts = [len(each) // 4 * 2 if parts == 2 else len(each) for each in streams]
+    pairs = zip(streams, cuts, strict=True)
+    fragments = [part for each, cut in pairs for part in (each[:cut], each[cut:]) if part]
+    sizes = [len(each) + 8 * parts for each in streams]
+    right = [0, sizes[0], sizes[0] + sizes[1]]
+    offsets = {
+        "right": right,
+        "none": [],
+        "zeros": [0, 0, 0],
+        "after items": [each + 8 for each in right],
+        "backwards": right[::-1],
+        "nowhere": [0, 10, 20],
+    }[table]
+    basic = encapsulated(struct.pack(f"<{len(offsets)}I", *offsets), fragments, **shown_as)
+    extended = {"ExtendedOffsetTable": struct.pack(f"<{len(offsets)}Q", *offsets)}
+    for data in (basic, encapsulated(b"", fragments, **shown_as, **extended)):
+        for number, picture in enumerate(pictures, 1):
+            found = decode_image(data, SPEC, frame=number)[..., 0]
+            assert np.array_equal(found, made.windowed(picture, 128, 256))
+
+
+def test_chroma_of_two_pixels() -> None:
+    """Frames in fragments can share it, too, and some native ones only say so."""
+    spec = InputSpec(SIDE, SIDE)
+    pairs = np.random.default_rng(3).integers(0, 256, (SIDE, SIDE // 2, 4)).astype(np.uint8)
+    pixels = np.stack(
+        [pairs[:, :, :2].reshape(SIDE, SIDE), *np.repeat(pairs[:, :, 2:], 2, 1).transpose(2, 0, 1)],
+        axis=-1,
+    )
+    expected = decode_image(made.image(pixels, PhotometricInterpretation="YBR_FULL"), spec)
+    says = {"PhotometricInterpretation": "YBR_FULL_422"}
+    shared = pairs.tobytes()
+    for data in (
+        made.image(pixels, PixelData=shared, **says),
+        made.image(pixels, **says),
+        made.compressed([shared], pixels, made.ENCAPSULATED, **says),
+        made.compressed([made.deflated(shared)], pixels, made.DEFLATED_FRAME, **says),
+    ):
+        assert np.array_equal(decode_image(data, spec), expected)
 
 
 def test_windows_of_frames() -> None:
