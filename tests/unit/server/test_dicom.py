@@ -372,6 +372,33 @@ def test_chroma_of_two_pixels() -> None:
         assert np.array_equal(decode_image(data, spec), expected)
 
 
+@pytest.mark.parametrize("says", ["RGB", "YBR_FULL", "YBR_FULL_422"])
+@pytest.mark.parametrize("transform", [0, 1])
+def test_a_jpeg_that_says_its_colours(transform: int, says: str) -> None:
+    """Adobe's marker counts more than the tag, as for every reader of JPEG."""
+    ramps = [ramp(0, 255, np.uint8), ramp(255, 0, np.uint8), ramp(90, 160, np.uint8).T]
+    pixels = np.ascontiguousarray(np.stack(ramps, axis=-1))
+    space = "YCBCR" if transform else "RGB"
+    stream = imagecodecs.jpeg8_encode(
+        pixels, level=100, colorspace="RGB", outcolorspace=space, subsampling="444"
+    )
+    for place in (b"\xff\xe0", b"\xff\xee"):  # markers that the encoder wrote
+        if (start := stream.find(place, 0, 40)) >= 0:
+            length = struct.unpack_from(">H", stream, start + 2)[0]
+            stream = stream[:start] + stream[start + 2 + length :]
+    named = stream.replace(b"R\x11\0G\x11\0B\x11", b"\1\x11\0\2\x11\0\3\x11")
+    named = named.replace(b"\x03R\0G\0B\0", b"\x03\1\0\2\0\3\0")
+    marker = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
+    data = made.compressed(
+        [named[:2] + marker + named[2:]],
+        pixels,
+        uid.JPEGBaseline8Bit,
+        PhotometricInterpretation=says,
+    )
+    found = decode_image(data, InputSpec(SIDE, SIDE)).astype(int)
+    assert np.abs(found - pixels).max() <= 6
+
+
 def test_windows_of_frames() -> None:
     parts = [ramp(0, 1000, np.uint16)] * 3
     groups = []

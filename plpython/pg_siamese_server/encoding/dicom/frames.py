@@ -295,6 +295,8 @@ def _jpeg_header(data: bytes) -> Stream | None:
         segment = data[place + 4 : place + 2 + length]
         if marker == 0xE0 and segment.startswith(b"JFIF"):
             is_rgb = False
+        if marker == 0xEE and segment.startswith(b"Adobe") and len(segment) > 11 and is_rgb is None:
+            is_rgb = segment[11] == 0  # its transform (ITU-T T.872 section 6.5.3)
         if marker in (0xC0, 0xC1, 0xC2, 0xC3, 0xF7):
             if len(segment) < 6:
                 return None
