@@ -217,20 +217,19 @@ class _Folder:
         """Return the file at these components, which are names and no ways out, or None."""
         place = self._path
         for part in parts:
-            if part not in ("", ".", "..") and (found := self._in(place).get(part.upper())):
-                place = found
-            else:
+            entries = {} if part in ("", ".", "..") else self._in(place)
+            found = entries.get(part) or entries.get(part.upper())
+            if found is None:
                 return None
+            place = found
         return place if place.is_file() else None
 
     def _in(self, place: Path) -> dict[str, Path]:
         if place not in self._entries:
             # ISO 9660 shows versions and final dots if it is mounted plainly: IM0001.;1.
-            self._entries[place] = (
-                {_plain_name(entry.name): entry for entry in sorted(place.iterdir())}
-                if place.is_dir()
-                else {}
-            )
+            entries = sorted(place.iterdir()) if place.is_dir() else []
+            plain = {_plain_name(entry.name): entry for entry in entries}
+            self._entries[place] = plain | {entry.name: entry for entry in entries}
         return self._entries[place]
 
 

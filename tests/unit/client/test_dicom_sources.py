@@ -241,6 +241,18 @@ def test_a_file_set_in_lower_case(tmp_path: Path) -> None:
     assert others == []
 
 
+def test_a_file_set_beside_names_of_another_case(tmp_path: Path) -> None:
+    """The name as it is written counts first."""
+    folder = file_set(tmp_path / "media")
+    expected, _ = contents(folder)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path.name != "DICOMDIR":
+            path.with_name(path.name.lower()).write_bytes(file(99))
+    other = next(path for path in folder.iterdir() if path.is_dir())
+    other.with_name(other.name.lower()).mkdir()
+    assert contents(folder) == (expected, [])
+
+
 def test_what_a_file_set_lacks(tmp_path: Path) -> None:
     folder = file_set(tmp_path)
     gone = files_of(folder)[-1]
