@@ -197,6 +197,15 @@ def test_patient_ids(
     )
 
 
+def test_patient_ids_with_a_backslash(films: str, db: Connection, tmp_path: Path) -> None:
+    """They are several values by the standard, and one ID of another patient in fact."""
+    ids = ("HOSPITAL\\1", "HOSPITAL\\2", "HOSPITAL", " padded ", "")
+    files = [file(number, PatientID=patient) for number, patient in enumerate(ids)]
+    tree(films, folder_of(tmp_path, *files), "--patient-ids", "keep")
+    found = column_of(db, "SELECT patient_id FROM films ORDER BY sop_uid")
+    assert found == [*ids[:3], "padded", None]
+
+
 def test_keys_that_are_no_good(films: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path / "a", file(1))
     command = ("load", str(folder), "--recursive", "-c", "films")

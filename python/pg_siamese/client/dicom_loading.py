@@ -282,6 +282,9 @@ def _kind_of_rejection(error: psycopg.Error) -> str:
 def _first(values: dict[str, Any], name: str) -> str | None:
     """Return a column's value. What is no date is none, so that it does not cost the image."""
     column = COLUMNS[name]
+    if name == PATIENT_ID and isinstance(parts := values.get("PatientID"), list):
+        # One ID, against the standard with a backslash. Its first part can be of all patients.
+        return "\\".join(_text(part) or "" for part in parts)
     text = next((text for word in column.keywords if (text := _text(values.get(word)))), None)
     if column.type != "date" or text is None:
         return text
