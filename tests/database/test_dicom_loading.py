@@ -359,7 +359,7 @@ def test_values_are_not_cut(dsn: str, db: Connection, tmp_path: Path, kind: str)
     options = ("--recursive", "--table", "films", "--patient-ids", "keep")
     assert "value too long" in fails(dsn, "load", str(folder), *options)
     output = works(dsn, "load", str(folder), *options, "--skip-rejected")
-    assert "1 image stored" in output and "2 rejected by the table" in output
+    assert "2 rejected by the table" in output
     assert column_of(db, "SELECT patient_id::text FROM films") == ["number 10"]
 
 
@@ -413,6 +413,14 @@ def test_a_race(films: str, db: Connection, monkeypatch: pytest.MonkeyPatch) -> 
         report = load_instances(connection, target, instances)
         assert (report.stored, report.stored_before) == (1, 1)
     assert one(db, "SELECT count(*) FROM films") == 2
+
+
+def test_two_loads_in_other_orders(films: str, db: Connection, tmp_path: Path) -> None:
+    """Each statement stores its instances by their UIDs. In other orders, loads could deadlock."""
+    for name, numbers in (("a", (3, 1, 2)), ("b", (6, 4, 5))):
+        tree(films, folder_of(tmp_path / name, *map(file, numbers)))
+    found = column_of(db, "SELECT sop_uid FROM films ORDER BY image_id")
+    assert found == [f"1.2.826.0.1.{number}" for number in range(1, 7)]
 
 
 def test_nothing_goes_missing(films: str, db: Connection) -> None:

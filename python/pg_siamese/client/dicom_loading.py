@@ -182,7 +182,7 @@ class _Reader:
                     self._leave_out(instance.name, error.kind, error.reason)
 
     def not_stored(self, rows: list[ImageRow]) -> list[ImageRow]:
-        """Return the rows whose SOP Instance UID is not stored, and count the others."""
+        """Return the rows whose SOP Instance UID is not stored, sorted, and count the others."""
         if SOP_UID not in self.target.columns:
             return rows
         stored = self._stored([str(row.tags[SOP_UID]) for row in rows], with_digests=True)
@@ -196,7 +196,8 @@ class _Reader:
             else:
                 reason = "its SOP Instance UID is stored with other bytes"
                 self._leave_out(row.name, "stored before with other bytes", reason)
-        return result
+        # In one order, so that no two loads wait for each other.
+        return sorted(result, key=lambda row: str(row.tags[SOP_UID]))
 
     def _key(self, instance: Instance) -> str | None:
         if SOP_UID in self.target.columns:
