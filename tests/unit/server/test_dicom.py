@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import imagecodecs
@@ -397,6 +398,27 @@ def test_a_jpeg_that_says_its_colours(transform: int, says: str) -> None:
     )
     found = decode_image(data, InputSpec(SIDE, SIDE)).astype(int)
     assert np.abs(found - pixels).max() <= 6
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_a_stream_with_room_for_more_bits(is_signed: bool) -> None:
+    """The sign is where the file says, if nothing is above it."""
+    stored = ramp(0, 4095, np.uint16)
+    values = stored.astype(int) - 4096 * (is_signed & (stored > 2047))
+    for syntax, codec in (
+        (uid.JPEGLSLossless, imagecodecs.jpegls_encode),
+        (uid.JPEG2000Lossless, partial(imagecodecs.jpeg2k_encode, level=0, codecformat="j2k")),
+    ):
+        data = made.compressed(
+            [codec(stored)],
+            stored,
+            syntax,
+            BitsStored=12,
+            PixelRepresentation=int(is_signed),
+            WindowCenter="100",
+            WindowWidth="3000",
+        )
+        assert np.array_equal(shown(data), made.windowed(values, 100, 3000))
 
 
 def test_windows_of_frames() -> None:

@@ -253,6 +253,9 @@ def _compressed(file: File, data: bytes) -> Pixels:
     photometric = file.photometric
     if stream is not None and file.syntax in JPEG_2000 + JPEG_LS:
         bits = stream.precision  # some say fewer or more bits than their stream has
+        stored = file.integer("BitsStored", bits)
+        if 1 <= stored < bits and not (values >> stored).any():
+            bits = stored  # the stream has room for more
     else:
         bits = _bits(file)[1]
     if file.syntax in JPEG_2000 and photometric in ("YBR_ICT", "YBR_RCT"):
