@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hmac
+import os
 import random
 import re
 import shlex
@@ -177,7 +178,7 @@ def test_patient_ids(
     assert "patient_id is left empty: --patient-ids" in output
     assert one(db, "SELECT count(patient_id) FROM films") == 0
     db.execute("TRUNCATE films")
-    monkeypatch.setenv("PG_SIAMESE_HASH_KEY", KEY)
+    monkeypatch.setenv("PG_SIAMESE_HASH_KEY", KEY + "\n")  # as in a file
     assert "left empty" not in tree(films, folder, "--patient-ids", "hash")
     wanted = [
         hmac.new(KEY.encode(), patient.encode(), "sha256").hexdigest()[:32]
@@ -194,6 +195,15 @@ def test_patient_ids(
     assert not column_of(
         db, "SELECT films::text FROM films WHERE to_jsonb(films) - 'image' @@ '$.* == \"p 1\"'"
     )
+
+
+def test_patient_ids_with_a_backslash(films: str, db: Connection, tmp_path: Path) -> None:
+    """They are several values by the standard, and one ID of another patient in fact."""
+    ids = ("HOSPITAL\\1", "HOSPITAL\\2", "HOSPITAL", " padded ", "")
+    files = [file(number, PatientID=patient) for number, patient in enumerate(ids)]
+    tree(films, folder_of(tmp_path, *files), "--patient-ids", "keep")
+    found = column_of(db, "SELECT patient_id FROM films ORDER BY sop_uid")
+    assert found == [*ids[:3], "padded", None]
 
 
 def test_keys_that_are_no_good(films: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +342,36 @@ def test_columns_of_a_table_of_ones_own(dsn: str, db: Connection, tmp_path: Path
     ]
 
 
+@pytest.mark.parametrize("kind", ["varchar(9)", "char(9)", "short_text"])
+def test_values_are_not_cut(dsn: str, db: Connection, tmp_path: Path, kind: str) -> None:
+    """What is too long for its column would be equal to others after a cut."""
+    db.execute("CREATE DOMAIN short_text AS varchar(9)")
+    db.execute(
+        "CREATE TABLE films (id bigint GENERATED ALWAYS AS IDENTITY, image bytea,"
+        f" sop_uid {kind} UNIQUE, patient_id {kind})"
+    )
+    folder = folder_of(
+        tmp_path,
+        file(1),
+        file(2, SOPInstanceUID="1.2.826", patient="number 10"),
+        file(3, SOPInstanceUID="1.2.827", patient="number 101"),
+    )
+    options = ("--recursive", "--table", "films", "--patient-ids", "keep")
+    assert "value too long" in fails(dsn, "load", str(folder), *options)
+    output = works(dsn, "load", str(folder), *options, "--skip-rejected")
+    assert "2 rejected by the table" in output
+    assert column_of(db, "SELECT patient_id::text FROM films") == ["number 10"]
+
+
+def test_a_folder_whose_name_is_not_utf8(dsn: str, db: Connection, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / os.fsdecode(b"set\xff"), file(1))
+    works(dsn, "load", str(folder), "--recursive")
+    assert "already stored: 1" in works(dsn, "load", str(folder), "--recursive")
+    assert rows_of(db, "SELECT dataset, source FROM siamese.images") == [
+        (r"set\xff", r"file:set\xff/series0/00000000")
+    ]
+
+
 def test_constraints_of_the_table(films: str, db: Connection, tmp_path: Path) -> None:
     """A row that the table rejects ends the load, unless it may be skipped."""
     db.execute("ALTER TABLE films ADD CHECK (modality <> 'MR')")
@@ -373,6 +413,14 @@ def test_a_race(films: str, db: Connection, monkeypatch: pytest.MonkeyPatch) -> 
         report = load_instances(connection, target, instances)
         assert (report.stored, report.stored_before) == (1, 1)
     assert one(db, "SELECT count(*) FROM films") == 2
+
+
+def test_two_loads_in_other_orders(films: str, db: Connection, tmp_path: Path) -> None:
+    """Each statement stores its instances by their UIDs. In other orders, loads could deadlock."""
+    for name, numbers in (("a", (3, 1, 2)), ("b", (6, 4, 5))):
+        tree(films, folder_of(tmp_path / name, *map(file, numbers)))
+    found = column_of(db, "SELECT sop_uid FROM films ORDER BY image_id")
+    assert found == [f"1.2.826.0.1.{number}" for number in range(1, 7)]
 
 
 def test_nothing_goes_missing(films: str, db: Connection) -> None:

@@ -124,7 +124,7 @@ def load(
     from pg_siamese.client.dicom_columns import SOP_UID
     from pg_siamese.client.dicom_loading import keyed_hash, read_hash_key
     from pg_siamese.client.dicom_sources import is_dicom_source, open_instances
-    from pg_siamese.client.sources import read_source
+    from pg_siamese.client.sources import printable, read_source
 
     if model is not None and table is not None:
         raise CommandError("--model can't be used with --table")
@@ -170,7 +170,7 @@ def load(
             return
         if split or labels is not None:
             raise CommandError("--split and --labels can't be used with DICOM files")
-        name = path.resolve().name
+        name = printable(path.resolve()).rpartition("/")[2]
         with open_source(
             dataset=dataset or (None if is_pacs else name), max_bytes=target.max_bytes
         ) as instances:

@@ -89,7 +89,7 @@ def read_hash_key(path: Path | None) -> bytes:
         CommandError: there is none, it is too short, or others may read the file.
     """
     if path is None:
-        key = os.fsencode(os.environ.get(HASH_KEY, ""))
+        key = os.fsencode(os.environ.get(HASH_KEY, "")).strip()
         if not key:
             raise CommandError(f"no key to hash with: set {HASH_KEY}, or use --hash-key FILE")
         name = HASH_KEY
@@ -182,7 +182,7 @@ class _Reader:
                     self._leave_out(instance.name, error.kind, error.reason)
 
     def not_stored(self, rows: list[ImageRow]) -> list[ImageRow]:
-        """Return the rows whose SOP Instance UID is not stored, and count the others."""
+        """Return the rows whose SOP Instance UID is not stored, sorted, and count the others."""
         if SOP_UID not in self.target.columns:
             return rows
         stored = self._stored([str(row.tags[SOP_UID]) for row in rows], with_digests=True)
@@ -196,7 +196,8 @@ class _Reader:
             else:
                 reason = "its SOP Instance UID is stored with other bytes"
                 self._leave_out(row.name, "stored before with other bytes", reason)
-        return result
+        # In one order, so that no two loads wait for each other.
+        return sorted(result, key=lambda row: str(row.tags[SOP_UID]))
 
     def _key(self, instance: Instance) -> str | None:
         if SOP_UID in self.target.columns:
@@ -282,6 +283,9 @@ def _kind_of_rejection(error: psycopg.Error) -> str:
 def _first(values: dict[str, Any], name: str) -> str | None:
     """Return a column's value. What is no date is none, so that it does not cost the image."""
     column = COLUMNS[name]
+    if name == PATIENT_ID and isinstance(parts := values.get("PatientID"), list):
+        # One ID, against the standard with a backslash. Its first part can be of all patients.
+        return "\\".join(_text(part) or "" for part in parts)
     text = next((text for word in column.keywords if (text := _text(values.get(word)))), None)
     if column.type != "date" or text is None:
         return text

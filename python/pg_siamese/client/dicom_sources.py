@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from pg_siamese.client.connection import CommandError
@@ -136,7 +137,7 @@ def _dicomdir_file(path: Path) -> bool:
 def _files_below(
     folder: Path, recursive: bool, leave_out: Callable[[LeftOut], object]
 ) -> list[Path]:
-    """List the files of a folder, sorted. Links to folders are not followed."""
+    """List the files of a folder, sorted. Links to folders are left out: they can be circles."""
 
     def unreadable(error: OSError) -> None:
         path = Path(os.fsdecode(error.filename))
@@ -149,6 +150,8 @@ def _files_below(
             leave_out(LeftOut(Path(place, name), kind))
             folders.remove(name)
         folders.sort()
+        for link in filter(Path.is_symlink, (Path(place, name) for name in folders)):
+            leave_out(LeftOut(link, "link to a folder", "load the folder that it leads to"))
         for name in sorted(names):
             if name.startswith("."):
                 leave_out(LeftOut(Path(place, name), "hidden"))
@@ -214,20 +217,19 @@ class _Folder:
         """Return the file at these components, which are names and no ways out, or None."""
         place = self._path
         for part in parts:
-            if part not in ("", ".", "..") and (found := self._in(place).get(part.upper())):
-                place = found
-            else:
+            entries = {} if part in ("", ".", "..") else self._in(place)
+            found = entries.get(part) or entries.get(part.upper())
+            if found is None:
                 return None
+            place = found
         return place if place.is_file() else None
 
     def _in(self, place: Path) -> dict[str, Path]:
         if place not in self._entries:
             # ISO 9660 shows versions and final dots if it is mounted plainly: IM0001.;1.
-            self._entries[place] = (
-                {_plain_name(entry.name): entry for entry in sorted(place.iterdir())}
-                if place.is_dir()
-                else {}
-            )
+            entries = sorted(place.iterdir()) if place.is_dir() else []
+            plain = {_plain_name(entry.name): entry for entry in entries}
+            self._entries[place] = plain | {entry.name: entry for entry in entries}
         return self._entries[place]
 
 
@@ -248,10 +250,11 @@ def _zip_instances(
         raise CommandError(f"{name}: more than {MAX_MEMBERS:,} members")
     result = []
     for member in members:
-        if member.is_dir():
+        if not member.filename or member.is_dir():
             continue
-        shown = path / member.filename
-        if any(part.startswith((".", "__MACOSX")) for part in shown.relative_to(path).parts):
+        place = PurePosixPath(member.filename)
+        shown = Path(path, *place.parts[place.is_absolute() :])
+        if any(part.startswith((".", "__MACOSX")) for part in place.parts):
             leave_out(LeftOut(shown, "hidden"))
         elif member.flag_bits & ENCRYPTED:
             leave_out(LeftOut(shown, "encrypted", "it is encrypted"))
@@ -269,9 +272,11 @@ def _zip_instances(
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe waits for whoever writes to it
+            raise NoInstanceError("no regular file", "it is no regular file")
         with path.open("rb") as file:
             return _read_dicom(file, max_bytes)
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:  # links in circles and failing disks among others
         raise NoInstanceError("file that cannot be read", error.strerror) from None
 
 

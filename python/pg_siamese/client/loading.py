@@ -40,8 +40,8 @@ class Target:
     Attributes:
         relation: the table.
         image_column: its column of images, not quoted.
-        columns: the columns to fill beside it, with their SQL types: those of :data:`DESCRIPTION`
-            that the table has.
+        columns: the columns to fill beside it, with the SQL types to cast to: those of
+            :data:`DESCRIPTION` that the table has.
         tag_columns: those of ``dicom_columns.COLUMNS`` that the table has, in the same way.
         has_unique_uid: whether the table refuses an SOP Instance UID that it has.
         max_bytes: largest file that its collections take.
@@ -98,9 +98,13 @@ def find_target(
         raise CommandError(f'table "{relation}" does not exist')
     oid, name = row
     found = connection.execute(
-        "SELECT attname, pg_catalog.format_type(atttypid, atttypmod)"
-        "  FROM pg_catalog.pg_attribute"
-        " WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped AND attgenerated = ''",
+        # A cast to varchar(8) would cut what is longer, and two values would become one. Text is
+        # cast to text, so that the assignment to the column refuses it.
+        "SELECT a.attname, CASE t.typcategory WHEN 'S' THEN 'text'"
+        "  ELSE pg_catalog.format_type(a.atttypid, a.atttypmod) END"
+        "  FROM pg_catalog.pg_attribute AS a"
+        "  JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid"
+        " WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''",
         (oid,),
     ).fetchall()
     columns: dict[str, str] = dict(found)

@@ -281,10 +281,17 @@ def split_at_random(images: LabelledImages, seed: int) -> DataSplits:
     """Split a data set without splits 70 / 15 / 15, stratified by class and seeded.
 
     Images of one group are in one split.
+
+    Raises:
+        DataFormatError: the groups can't be split so that there is something to train on.
     """
     whole = replace(images, split="train")
     count = len(images)
     rest, test = hold_out(whole, round(TEST_SHARE * count), seed, split="test")
     # A seed of its own: else the same places of each class would be drawn again.
     train, val = hold_out(rest, round(VAL_SHARE * count), seed + 1)
+    if whole.groups is not None and len(np.unique(train.labels)) < 2 <= len(whole.classes):
+        raise DataFormatError(
+            f"{whole.name}: whole groups leave one class to train on; each class needs several"
+        )
     return DataSplits(train, val, test)

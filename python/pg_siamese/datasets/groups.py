@@ -29,12 +29,17 @@ def read_groups(data: bytes, source: PurePath) -> dict[str, str]:
         DataFormatError: it is not such a file.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+        table = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        rows, columns = list(table), table.fieldnames or ()
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataFormatError(f"{source}: not a CSV file in UTF-8: {error}") from error
+    if not {"file", "group"}.issubset(columns):
+        shown = ", ".join(columns)[:80]
+        raise DataFormatError(f"{source}: lacks the columns file and group; its first row: {shown}")
     found: dict[str, str] = {}
     for number, row in enumerate(rows, 2):
-        file, group = row.get("file"), row.get("group")
+        # Blanks around a name would make two patients of one, of which one could test the other.
+        file, group = row["file"], (row["group"] or "").strip()
         if not file or not group:
             raise DataFormatError(f"{source}: row {number} lacks a value of file or group")
         name = str(source.parent / file)

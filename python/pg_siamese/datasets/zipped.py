@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,17 @@ from typing import IO
 from pg_siamese.datasets.base import DataFormatError, DataNotFoundError
 from pg_siamese.datasets.folder import IMAGE_SUFFIXES, Member, class_and_split
 from pg_siamese.datasets.groups import GROUPS_FILE
+
+# What zipfile and its decompressors raise for a damaged member, each in its own way.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
 @contextmanager
@@ -92,7 +104,7 @@ def open_member(
     try:
         with archive.open(member) as file:
             yield file
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    except _DAMAGED as error:
         name = member if isinstance(member, str) else member.filename
         raise DataFormatError(f"{path}: {name}: {error}") from error
 

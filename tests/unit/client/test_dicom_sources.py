@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import zipfile
@@ -88,6 +89,26 @@ def test_a_folder_alone(tmp_path: Path) -> None:
     assert ("sub", "sub-folder (--recursive loads them)") in others
 
 
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    """A pipe does not make the load wait, and links in a circle do not end it."""
+    (tmp_path / "a").write_bytes(file(1))
+    os.mkfifo(tmp_path / "b")
+    (tmp_path / "c").symlink_to("c")
+    (tmp_path / "d").symlink_to("/dev/zero")
+    (tmp_path / "e").symlink_to("nowhere")
+    (tmp_path / "f").symlink_to(tmp_path)
+    found, others = contents(tmp_path, recursive=True)
+    assert list(found) == ["a"]
+    assert others == [
+        ("b", "no regular file"),
+        ("c", "file that cannot be read"),
+        ("d", "no regular file"),
+        ("e", "file that cannot be read"),
+        ("f", "link to a folder"),
+    ]
+
+
 def test_a_zip_file(tmp_path: Path) -> None:
     path = tmp_path / "study.zip"
     members = {
@@ -125,6 +146,34 @@ def test_bad_members(tmp_path: Path) -> None:
         ("c", "damaged in its zip file"),
         ("d", "damaged in its zip file"),
     ]
+
+
+def test_members_of_odd_names(tmp_path: Path) -> None:
+    path = tmp_path / "study.zip"
+    data = zipped({"/abs/a": file(1), "/abs/.b": file(2), "../c": file(3), "nameless": file(4)})
+    path.write_bytes(data.replace(b"nameless", bytes(8)))
+    found, others = contents(path)
+    assert list(found) == ["/abs/a"]
+    assert others == [("../c", "hidden"), ("abs/.b", "hidden")]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_members_of_each_method(tmp_path: Path, method: int) -> None:
+    """A damaged member costs none of the others, wherever it is damaged."""
+    path = tmp_path / "study.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a", file(1))
+        archive.writestr("b", file(2))
+    good = path.read_bytes()
+    for place in range(31, good.rindex(b"PK\x03\x04") - 2, 41):
+        data = bytearray(good)
+        data[place : place + 2] = b"\xff\xff"
+        path.write_bytes(data)
+        found, _ = contents(path)
+        assert "b" in found
+    place = good.index(b"PK\x01\x02") + 42  # where its header is
+    path.write_bytes(good[:place] + b"\xff\xff\xff\x7f" + good[place + 4 :])
+    assert contents(path)[1] == [("a", "damaged in its zip file")]
 
 
 def test_a_member_is_not_unpacked_beyond_the_limit(
@@ -190,6 +239,18 @@ def test_a_file_set_in_lower_case(tmp_path: Path) -> None:
     found, others = contents(folder)
     assert sorted(found.values()) == named
     assert others == []
+
+
+def test_a_file_set_beside_names_of_another_case(tmp_path: Path) -> None:
+    """The name as it is written counts first."""
+    folder = file_set(tmp_path / "media")
+    expected, _ = contents(folder)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path.name != "DICOMDIR":
+            path.with_name(path.name.lower()).write_bytes(file(99))
+    other = next(path for path in folder.iterdir() if path.is_dir())
+    other.with_name(other.name.lower()).mkdir()
+    assert contents(folder) == (expected, [])
 
 
 def test_what_a_file_set_lacks(tmp_path: Path) -> None:

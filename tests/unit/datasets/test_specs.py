@@ -367,7 +367,9 @@ def test_groups_of_splits_are_checked(tmp_path: Path) -> None:
     ("table", "message"),
     [
         (b"file,group\ncat/00.png,a\n", r"cat/01\.png: has no group in groups\.csv"),
-        (b"image,patient\ncat/00.png,a\n", r"groups\.csv: row 2 lacks a value of file or group"),
+        (b"image,patient\ncat/00.png,a\n", r"lacks the columns file and .* row: image, patient$"),
+        (b"file;group\ncat/00.png;a\n", r"lacks the columns file and group; .* row: file;group$"),
+        (b"", r"groups\.csv: lacks the columns file and group"),
         (b"file,group\ncat/00.png,\n", r"groups\.csv: row 2 lacks a value of file or group"),
         (b"file,group\ncat/00.png\n", r"groups\.csv: row 2 lacks a value of file or group"),
         (
@@ -382,6 +384,27 @@ def test_tables_of_groups_that_are_wrong(tmp_path: Path, table: bytes, message: 
     write_folder(tmp_path, by_class(3) | {"groups.csv": table})
     with pytest.raises(DataFormatError, match=message):
         open_dataset(f"folder:{tmp_path}")
+
+
+def test_blanks_around_a_group_do_not_count(tmp_path: Path) -> None:
+    images = by_class(12)
+    names = [name for name in images if name.endswith(".png")]
+    rows = [f"{name},p{number // 4}{' ' * (number % 2)}" for number, name in enumerate(names)]
+    table = "\n".join(["file,group", *rows]).encode()
+    write_folder(tmp_path, images | {"groups.csv": table})
+    opened = open_dataset(f"folder:{tmp_path}")
+    assert not set(groups_in(opened.train)) & set(groups_in(opened.test))
+    assert all(group == group.strip() for group in groups_in(opened.train))
+
+
+def test_groups_that_are_the_classes(tmp_path: Path) -> None:
+    """Then nothing is left to be told apart."""
+    images = np.zeros((30, 8, 8), np.uint8)
+    labels = np.arange(30) % 3
+    path = tmp_path / "same.npz"
+    np.savez(path, train_images=images, train_labels=labels, train_groups=labels)
+    with pytest.raises(DataFormatError, match="one class to train on"):
+        open_dataset(f"npz:{path}")
 
 
 def test_groups_of_an_npz(tmp_path: Path) -> None:

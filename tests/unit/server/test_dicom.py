@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import random
 import re
+import struct
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import imagecodecs
@@ -112,6 +114,50 @@ def test_padding_is_no_part_of_the_range() -> None:
     share = (values[4:] - values[4:].min()) / (values[4:].max() - values[4:].min())
     assert np.array_equal(found[4:], np.floor(share * 255 + 0.5))
     assert np.abs(found[4:] - expected[4:]).max() < 40
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "stored", "vr", "value"),
+    [
+        (np.int16, 16, -2000, "SS", -2000),
+        (np.int16, 16, -2000, "US", 63536),
+        (np.int16, 12, -2000, "US", 2096),
+        (np.int16, 12, -2000, "US", 63536),
+        (np.uint16, 16, 63536, "US", 63536),
+        (np.uint16, 16, 63536, "SS", -2000),
+    ],
+)
+def test_padding_in_other_words(dtype: Any, bits: int, stored: int, vr: str, value: int) -> None:
+    """Whether its value is written with a sign or without says nothing of what is stored."""
+    values = ramp(0, 1000, dtype)
+    values[:4] = stored
+    dataset = made.dataset(values, BitsStored=bits)
+    dataset.add_new("PixelPaddingValue", vr, value)
+    shares = (values[4:] - float(values[4:].min())) / (values[4:].max() - values[4:].min())
+    found = shown(made.written(dataset))
+    assert np.array_equal(found[4:], np.floor(shares * 255 + 0.5))
+
+
+@pytest.mark.parametrize("syntax", made.SYNTAXES[:2])
+@pytest.mark.parametrize(("vr", "first"), [("SS", -1024), ("US", 64512)])
+def test_a_voi_table_of_negative_values(syntax: str, vr: str, first: int) -> None:
+    """Its input can be negative although the stored values are not."""
+    values = ramp(0, 4095, np.uint16)
+    table = np.linspace(65535, 0, 4096).round().astype("<u2")
+    item = Dataset()
+    item.add_new("LUTDescriptor", vr, [4096, first, 16])
+    item.add_new("LUTData", "OW", table.tobytes())
+    found = shown(
+        made.image(
+            values,
+            syntax,
+            BitsStored=12,
+            RescaleIntercept="-1024",
+            RescaleSlope="1",
+            VOILUTSequence=Sequence([item]),
+        )
+    )
+    assert np.array_equal(found, np.floor(table[values] * (255 / 65535) + 0.5))
 
 
 def test_range_of_the_encoder_serves_files_without_a_window() -> None:
@@ -267,6 +313,115 @@ def test_a_frame_that_is_cut_short() -> None:
     assert "cut short" in str(caught.value.detail)
 
 
+def encapsulated(table: bytes, fragments: list[bytes], **elements: Any) -> bytes:
+    """Return a file of three frames of JPEG-LS, with an offset table and fragments as given."""
+    items = [
+        b"\xfe\xff\x00\xe0" + struct.pack("<I", len(each)) + each for each in (table, *fragments)
+    ]
+    dataset = made.dataset(np.zeros((SIDE, SIDE), np.uint8), NumberOfFrames=3, **elements)
+    dataset["PixelData"].value = b"".join(items) + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    dataset["PixelData"].is_undefined_length = True
+    return made.written(dataset, uid.JPEGLSLossless)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("padding", [0, 2, 6])
+@pytest.mark.parametrize("table", ["right", "none", "zeros", "after items", "backwards", "nowhere"])
+def test_offset_tables_that_are_wrong(table: str, padding: int, parts: int) -> None:
+    """Frames are found without the table, and after padding of any length."""
+    shown_as = {"WindowCenter": "128", "WindowWidth": "256"}
+    pictures = [ramp(0, top, np.uint8) for top in (50, 150, 250)]
+    streams = [bytes(imagecodecs.jpegls_encode(picture)) for picture in pictures]
+    streams = [each + bytes(len(each) % 2 + padding) for each in streams]
+    cuts = [len(each) // 4 * 2 if parts == 2 else len(each) for each in streams]
+    pairs = zip(streams, cuts, strict=True)
+    fragments = [part for each, cut in pairs for part in (each[:cut], each[cut:]) if part]
+    sizes = [len(each) + 8 * parts for each in streams]
+    right = [0, sizes[0], sizes[0] + sizes[1]]
+    offsets = {
+        "right": right,
+        "none": [],
+        "zeros": [0, 0, 0],
+        "after items": [each + 8 for each in right],
+        "backwards": right[::-1],
+        "nowhere": [0, 10, 20],
+    }[table]
+    basic = encapsulated(struct.pack(f"<{len(offsets)}I", *offsets), fragments, **shown_as)
+    extended = {"ExtendedOffsetTable": struct.pack(f"<{len(offsets)}Q", *offsets)}
+    for data in (basic, encapsulated(b"", fragments, **shown_as, **extended)):
+        for number, picture in enumerate(pictures, 1):
+            found = decode_image(data, SPEC, frame=number)[..., 0]
+            assert np.array_equal(found, made.windowed(picture, 128, 256))
+
+
+def test_chroma_of_two_pixels() -> None:
+    """Frames in fragments can share it, too, and some native ones only say so."""
+    spec = InputSpec(SIDE, SIDE)
+    pairs = np.random.default_rng(3).integers(0, 256, (SIDE, SIDE // 2, 4)).astype(np.uint8)
+    pixels = np.stack(
+        [pairs[:, :, :2].reshape(SIDE, SIDE), *np.repeat(pairs[:, :, 2:], 2, 1).transpose(2, 0, 1)],
+        axis=-1,
+    )
+    expected = decode_image(made.image(pixels, PhotometricInterpretation="YBR_FULL"), spec)
+    says = {"PhotometricInterpretation": "YBR_FULL_422"}
+    shared = pairs.tobytes()
+    for data in (
+        made.image(pixels, PixelData=shared, **says),
+        made.image(pixels, **says),
+        made.compressed([shared], pixels, made.ENCAPSULATED, **says),
+        made.compressed([made.deflated(shared)], pixels, made.DEFLATED_FRAME, **says),
+    ):
+        assert np.array_equal(decode_image(data, spec), expected)
+
+
+@pytest.mark.parametrize("says", ["RGB", "YBR_FULL", "YBR_FULL_422"])
+@pytest.mark.parametrize("transform", [0, 1])
+def test_a_jpeg_that_says_its_colours(transform: int, says: str) -> None:
+    """Adobe's marker counts more than the tag, as for every reader of JPEG."""
+    ramps = [ramp(0, 255, np.uint8), ramp(255, 0, np.uint8), ramp(90, 160, np.uint8).T]
+    pixels = np.ascontiguousarray(np.stack(ramps, axis=-1))
+    space = "YCBCR" if transform else "RGB"
+    stream = imagecodecs.jpeg8_encode(
+        pixels, level=100, colorspace="RGB", outcolorspace=space, subsampling="444"
+    )
+    for place in (b"\xff\xe0", b"\xff\xee"):  # markers that the encoder wrote
+        if (start := stream.find(place, 0, 40)) >= 0:
+            length = struct.unpack_from(">H", stream, start + 2)[0]
+            stream = stream[:start] + stream[start + 2 + length :]
+    named = stream.replace(b"R\x11\0G\x11\0B\x11", b"\1\x11\0\2\x11\0\3\x11")
+    named = named.replace(b"\x03R\0G\0B\0", b"\x03\1\0\2\0\3\0")
+    marker = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
+    data = made.compressed(
+        [named[:2] + marker + named[2:]],
+        pixels,
+        uid.JPEGBaseline8Bit,
+        PhotometricInterpretation=says,
+    )
+    found = decode_image(data, InputSpec(SIDE, SIDE)).astype(int)
+    assert np.abs(found - pixels).max() <= 6
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_a_stream_with_room_for_more_bits(is_signed: bool) -> None:
+    """The sign is where the file says, if nothing is above it."""
+    stored = ramp(0, 4095, np.uint16)
+    values = stored.astype(int) - 4096 * (is_signed & (stored > 2047))
+    for syntax, codec in (
+        (uid.JPEGLSLossless, imagecodecs.jpegls_encode),
+        (uid.JPEG2000Lossless, partial(imagecodecs.jpeg2k_encode, level=0, codecformat="j2k")),
+    ):
+        data = made.compressed(
+            [codec(stored)],
+            stored,
+            syntax,
+            BitsStored=12,
+            PixelRepresentation=int(is_signed),
+            WindowCenter="100",
+            WindowWidth="3000",
+        )
+        assert np.array_equal(shown(data), made.windowed(values, 100, 3000))
+
+
 def test_windows_of_frames() -> None:
     parts = [ramp(0, 1000, np.uint16)] * 3
     groups = []
@@ -303,6 +458,18 @@ def test_without_preamble() -> None:
     assert np.array_equal(shown(whole[start:]), expected)
     implicit = made.image(ramp(0, 255, np.uint8), uid.ImplicitVRLittleEndian)
     assert np.array_equal(shown(implicit[implicit.index(b"\x08\0\x16\0") :]), expected)
+
+
+@pytest.mark.parametrize("side", [SIDE, 8 * SIDE])
+def test_elements_that_are_not_as_their_syntax_says(side: int) -> None:
+    """Some files have value representations against their transfer syntax, and the reverse."""
+    implicit, explicit = made.SYNTAXES[:2]
+    values = np.tile(ramp(0, 4095, np.uint16), (side // SIDE, side // SIDE))
+    spec = InputSpec(side, side, channels=1)
+    expected = shown(made.image(values), spec)
+    for written, named in ((implicit, explicit), (explicit, implicit)):
+        data = made.with_syntax(made.image(values, written), named)
+        assert np.array_equal(shown(data, spec), expected)
 
 
 def test_preamble_of_a_tiff() -> None:

@@ -243,7 +243,7 @@ def read(data: bytes, spec: InputSpec, poll: Poll) -> File:
     """Read all elements before the pixels, and check what a picture must have."""
     whole, elements, syntax, place = read_elements(data, spec, poll)
     _check_syntax(syntax)
-    found = _pixels(whole, place, syntax)
+    found = _pixels(whole, place, _byte_order(syntax))
     _check_class(elements, found is not None)
     assert found is not None
     result = File(whole, elements, syntax, *found)
@@ -365,22 +365,23 @@ def _inflated(data: bytes, spec: InputSpec, poll: Poll) -> bytes:
     return b"".join(parts)
 
 
-def _pixels(data: bytes, place: int, syntax: uid.UID) -> tuple[int, int, str] | None:
-    """Return where the value of the pixels begins, its length, and the element's keyword."""
-    order = _byte_order(syntax)
+def _pixels(data: bytes, place: int, order: str) -> tuple[int, int, str] | None:
+    """Return where the value of the pixels begins, its length, and the element's keyword.
+
+    Whether the element has a value representation, only itself says. Some files have none although
+    their transfer syntax is explicit, and the reverse.
+    """
     if place + 8 > len(data):
         return None
     group, element = struct.unpack_from(f"{order}HH", data, place)
     keyword = _PIXELS.get(group << 16 | element)
     if keyword is None:
         return None
-    if syntax == uid.ImplicitVRLittleEndian:
-        return place + 8, struct.unpack_from(f"{order}I", data, place + 4)[0], keyword
-    if data[place + 4 : place + 6] in _LONG_VRS:
+    if data[place + 4 : place + 6] in _LONG_VRS and data[place + 6 : place + 8] == b"\0\0":
         if place + 12 > len(data):
             return None
         return place + 12, struct.unpack_from(f"{order}I", data, place + 8)[0], keyword
-    return place + 8, struct.unpack_from(f"{order}H", data, place + 6)[0], keyword
+    return place + 8, struct.unpack_from(f"{order}I", data, place + 4)[0], keyword
 
 
 def _check_class(elements: Dataset, has_pixels: bool) -> None:

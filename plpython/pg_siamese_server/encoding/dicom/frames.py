@@ -6,6 +6,7 @@ for seconds with a damaged stream.
 
 from __future__ import annotations
 
+import operator
 import struct
 import zlib
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from pg_siamese_server.encoding.opened import check_frame, damaged
 from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, ImageError
 
 MAX_FRAGMENTS = 200_000
+# After the end of a stream, in its last fragment. One byte is what the standard has.
+MAX_PADDING = 16
 _ITEM, _END = 0xE000FFFE, 0xE0DDFFFE  # as little-endian numbers
 _CUT_SHORT = "Its pixels are cut short."
 
@@ -105,9 +108,8 @@ def _native(file: File, frame: int) -> Pixels:
         unpacked = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
         return Pixels(unpacked[first % 8 :][:pixels].reshape(rows, columns), 1, photometric)
     size = allocated // 8
-    if photometric == "YBR_FULL_422" and samples == 3:
-        pixels = rows * columns * 2
-    start, length = frame * pixels * size, pixels * size
+    length = _stored_samples(file) * size
+    start = frame * length
     is_swapped = order == ">" and size == 1 and file.data[file.start - 8 : file.start - 6] == b"OW"
     if is_swapped:  # bytes of words (PS3.5 section 8.1.2)
         words = _slice(file, start - start % 2, length + start % 2 + (start + length) % 2)
@@ -115,13 +117,32 @@ def _native(file: File, frame: int) -> Pixels:
     else:
         data = _slice(file, start, length)
     values = np.frombuffer(data, f"{order}u{size}").astype(f"u{size}", copy=False)
-    if photometric == "YBR_FULL_422" and samples == 3:
-        return Pixels(_full(values).reshape(rows, columns, 3), bits, "YBR_FULL")
-    if samples == 1:
-        return Pixels(values.reshape(rows, columns), bits, photometric)
+    return Pixels(_arranged(file, values), bits, photometric)
+
+
+def _shares_chroma(file: File) -> bool:
+    """Return whether two pixels have one chroma (PS3.3 C.7.6.3.1.2). Some say so in vain."""
+    if file.samples != 3 or file.photometric != "YBR_FULL_422":
+        return False
+    whole = 3 * file.rows * file.columns * file.frame_count * _bits(file)[0] // 8
+    return file.length == UNDEFINED or file.length < whole
+
+
+def _stored_samples(file: File) -> int:
+    """Return how many numbers a frame that is not compressed has."""
+    return file.rows * file.columns * (2 if _shares_chroma(file) else file.samples)
+
+
+def _arranged(file: File, values: NDArray[Any]) -> NDArray[Any]:
+    """Return the numbers of a frame that is not compressed as rows, columns and samples."""
+    rows, columns = file.rows, file.columns
+    if file.samples == 1:
+        return values.reshape(rows, columns)
+    if _shares_chroma(file):
+        return _full(values).reshape(rows, columns, 3)
     if file.integer("PlanarConfiguration", 0) == 1:
-        return Pixels(values.reshape(3, rows, columns).transpose(1, 2, 0), bits, photometric)
-    return Pixels(values.reshape(rows, columns, 3), bits, photometric)
+        return values.reshape(3, rows, columns).transpose(1, 2, 0)
+    return values.reshape(rows, columns, 3)
 
 
 def _slice(file: File, start: int, length: int) -> bytes:
@@ -197,24 +218,28 @@ def _fragments(
     count = file.frame_count
     if count == 1:
         return fragments
+    if len(fragments) == count:  # then no table has to say which is which
+        return fragments[frame : frame + 1]
     offsets: list[int] = []
     extended = file.value("ExtendedOffsetTable")
     if isinstance(extended, bytes) and len(extended) >= 8 * count:
         offsets = list(struct.unpack_from(f"<{count}Q", extended))
     elif len(table) >= 4 * count:
         offsets = list(struct.unpack_from(f"<{count}I", table))
-    if offsets:
-        first = fragments[0][0] - 8
+    first = fragments[0][0] - 8
+    is_table = offsets[:1] == [0] and all(map(operator.lt, offsets, offsets[1:]))
+    if is_table and {start - 8 - first for start, _ in fragments}.issuperset(offsets):
         begin = offsets[frame]
         end = offsets[frame + 1] if frame + 1 < count else UNDEFINED << 32
         return [each for each in fragments if begin <= each[0] - 8 - first < end]
-    if len(fragments) == count or file.syntax == uid.RLELossless:
+    if file.syntax == uid.RLELossless:
         return fragments[frame : frame + 1]
-    # Without a table, a frame ends where its stream does.
+    # Without a table, or with one that is wrong, a frame ends where its stream does.
     found: list[list[tuple[int, int]]] = [[]]
     for start, length in fragments:
         found[-1].append((start, length))
-        if b"\xff\xd9" in file.data[max(start, start + length - 3) : start + length]:
+        tail = file.data[max(start, start + length - MAX_PADDING - 2) : start + length]
+        if _ended(tail).endswith(b"\xff\xd9"):
             found.append([])
     return found[frame] if frame < len(found) else []
 
@@ -228,6 +253,9 @@ def _compressed(file: File, data: bytes) -> Pixels:
     photometric = file.photometric
     if stream is not None and file.syntax in JPEG_2000 + JPEG_LS:
         bits = stream.precision  # some say fewer or more bits than their stream has
+        stored = file.integer("BitsStored", bits)
+        if 1 <= stored < bits and not (values >> stored).any():
+            bits = stored  # the stream has room for more
     else:
         bits = _bits(file)[1]
     if file.syntax in JPEG_2000 and photometric in ("YBR_ICT", "YBR_RCT"):
@@ -270,6 +298,8 @@ def _jpeg_header(data: bytes) -> Stream | None:
         segment = data[place + 4 : place + 2 + length]
         if marker == 0xE0 and segment.startswith(b"JFIF"):
             is_rgb = False
+        if marker == 0xEE and segment.startswith(b"Adobe") and len(segment) > 11 and is_rgb is None:
+            is_rgb = segment[11] == 0  # its transform (ITU-T T.872 section 6.5.3)
         if marker in (0xC0, 0xC1, 0xC2, 0xC3, 0xF7):
             if len(segment) < 6:
                 return None
@@ -294,7 +324,13 @@ def _jpeg2000_header(data: bytes) -> Stream | None:
 
 
 def _ended(data: bytes) -> bytes:
-    """Strip the byte, whichever it is, that makes a fragment's length even (PS3.5 A.4)."""
+    """Strip the byte, whichever it is, that makes a fragment's length even (PS3.5 A.4).
+
+    Some write more than one, all of them zero.
+    """
+    plain = data.rstrip(b"\0")
+    if plain.endswith(b"\xff\xd9"):
+        return plain
     return data[:-1] if data[-3:-1] == b"\xff\xd9" else data
 
 
@@ -358,20 +394,14 @@ def _unpack_bits(data: bytes, most: int) -> NDArray[np.uint8]:
 
 def _uncompressed(file: File, data: bytes) -> tuple[None, NDArray[Any]]:
     """Read a frame that is not compressed, but in fragments (PS3.5 A.4)."""
-    rows, columns, samples = file.rows, file.columns, file.samples
     allocated, _ = _bits(file)
-    pixels = rows * columns * samples
+    pixels = _stored_samples(file)
     if len(data) < (pixels * allocated + 7) // 8:
         raise damaged("DICOM", _CUT_SHORT)
     if allocated == 1:
         bits = np.unpackbits(np.frombuffer(data, np.uint8), count=pixels, bitorder="little")
-        return None, bits.reshape(rows, columns)
-    values = np.frombuffer(data, f"<u{allocated // 8}", pixels)
-    if samples == 1:
-        return None, values.reshape(rows, columns)
-    if file.integer("PlanarConfiguration", 0) == 1:
-        return None, values.reshape(3, rows, columns).transpose(1, 2, 0)
-    return None, values.reshape(rows, columns, 3)
+        return None, bits.reshape(file.rows, file.columns)
+    return None, _arranged(file, np.frombuffer(data, f"<u{allocated // 8}", pixels))
 
 
 def _deflated(file: File, data: bytes) -> tuple[None, NDArray[Any]]:

@@ -163,10 +163,19 @@ class _Grey:
             values = _signed(values, self.pixels.bits)
         return values.astype(np.float64)
 
+    def _range(self) -> tuple[float, float]:
+        """Return the least and the largest number that a stored value can be."""
+        bits = self.pixels.bits
+        if self.values.dtype.kind == "f":
+            return -math.inf, math.inf
+        if self.file.is_signed:
+            return float(-(1 << bits - 1)), float((1 << bits - 1) - 1)
+        return 0.0, float((1 << bits) - 1)
+
     def _voi(self) -> Callable[[Numbers], NDArray[np.uint8]]:
         """Return what turns stored values into 8 bits."""
         modality = self._modality()
-        voi = self._asked() or self._lut() or self._window(0) or self._own_range(modality)
+        voi = self._asked() or self._lut(modality) or self._window(0) or self._own_range(modality)
         inverse = str(self.file.value("PresentationLUTShape") or "").strip().upper() == "INVERSE"
         is_inverted = self.pixels.photometric == "MONOCHROME1" or inverse
 
@@ -183,7 +192,7 @@ class _Grey:
         file = self.file
         group = file.group("PixelValueTransformationSequence", self.frame)
         lut = None if group else file.item("ModalityLUTSequence")
-        table = None if lut is None else self._table(lut)
+        table = None if lut is None else self._table(lut, *self._range())
         if table is not None:
             return lambda stored: _looked_up(table, stored)
         slope = (file.numbers("RescaleSlope", group) or [1.0])[0]
@@ -218,12 +227,13 @@ class _Grey:
         # A CT image has to name its unit unless it is this one.
         return file.texts("Modality") == ["CT"] and bool(file.numbers("RescaleIntercept", group))
 
-    def _lut(self) -> Callable[[Numbers], Numbers] | None:
+    def _lut(self, modality: Callable[[Numbers], Numbers]) -> Callable[[Numbers], Numbers] | None:
         """Return the first VOI LUT (PS3.3 C.11.2.1.1)."""
         if self.file.group("FrameVOILUTSequence", self.frame) is not None:
             return None
         item = self.file.item("VOILUTSequence")
-        table = None if item is None else self._table(item)
+        ends = modality(np.asarray(self._range()))
+        table = None if item is None else self._table(item, float(ends.min()), float(ends.max()))
         if item is None or table is None:
             return None
         bits = self._descriptor(item)[2]
@@ -235,13 +245,17 @@ class _Grey:
         if len(numbers) != 3:
             return 0, 0, 0
         count, first, bits = (int(number) for number in numbers)
-        if self.file.is_signed and first > 32767:
-            first -= 65536
         return count % 65536 or 65536, first, bits
 
-    def _table(self, item: Dataset) -> tuple[int, Numbers] | None:
-        """Return a table's first value and entries, or None if it has no valid ones."""
+    def _table(self, item: Dataset, low: float, high: float) -> tuple[int, Numbers] | None:
+        """Return a table's first value and entries, or None if it has no valid ones.
+
+        The first value has a sign if the table's input, from ``low`` to ``high``, has one. The
+        input of a VOI LUT can be negative although no stored value is (PS3.3 C.11.2.1.1).
+        """
         count, first, bits = self._descriptor(item)
+        if first > 32767 and low < 0 and first > high:
+            first -= 65536
         data = self.file.value("LUTData", item)
         if not 1 <= bits <= 16 or data is None:
             return None
@@ -315,13 +329,14 @@ class _Grey:
         if not found:
             return None
         bits = self.pixels.bits
-        if self.file.is_signed and bits <= 32:  # some write -2000 as 63536
-            found = [
-                value - 2 ** (16 if bits <= 16 else 32)
-                if value >= 2 ** ((16 if bits <= 16 else 32) - 1)
-                else value
-                for value in found
-            ]
+        low, high = self._range()
+        # Some write -2000 as 63536, or as 2096 of 12 bits, and 63536 as -2000.
+        width = 2 ** (16 if bits <= 16 else 32)
+        turns = (0, -width, width, -(2**bits))
+        found = [
+            next((value + turn for turn in turns if low <= value + turn <= high), value)
+            for value in found
+        ]
         return min(found), max(found)
 
     def _is_lossy(self) -> bool:
