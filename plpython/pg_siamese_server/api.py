@@ -393,17 +393,20 @@ def _cast_keys(
 
 
 def _search_or_explain(plpy: Any, request: Request) -> Answer:
-    """Search. If a column's type refuses a value, raise an error that names it."""
+    """Search. If a column is gone, or its type refuses a value, raise an error that names it."""
     try:
         return _search.search(plpy, request)
     except plpy.SPIError as error:
         texts = [text for text in (request.filter, request.exclude) if text is not None]
-        if not texts or error.sqlstate in CANCELLED:
+        if not (texts or request.group_by) or error.sqlstate in CANCELLED:
             raise
         from pg_siamese_server.search import filters
 
+        found = collection_by_name(plpy, request.collection_name)
         for text in texts:
-            filters.explain(plpy, collection_by_name(plpy, request.collection_name), text)
+            filters.explain(plpy, found, text)
+        if request.group_by:
+            filters.columns(plpy, found, [request.group_by])
         raise
 
 

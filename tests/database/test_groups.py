@@ -141,6 +141,23 @@ def test_few_large_groups(patients: Connection) -> None:
         same(answer, exact(patients, key, 10, 1, condition))
 
 
+def test_values_are_compared_as_text(patients: Connection) -> None:
+    """By both engines, whatever the column's own equality."""
+    patients.execute(
+        """
+        CREATE COLLATION folded (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+        ALTER TABLE public.scans ALTER patient TYPE text COLLATE folded;
+        UPDATE public.scans SET patient = upper(patient) WHERE id % 2 = 0
+        """
+    )
+    for own_group in (True, False):
+        one, other = (
+            found(patients, 170, 30, group_by="patient", own_group=own_group, engine=engine)
+            for engine in ("faiss", "pgvector")
+        )
+        same(one, other)
+
+
 def test_with_filters_and_without_some(patients: Connection) -> None:
     for key in (5, 120, 200):
         answer = found(patients, key, 10, group_by="patient", filter='{"side": "left"}')
@@ -363,13 +380,24 @@ def test_a_group_column_is_set_and_kept(patients: Connection) -> None:
             patients.execute(f"SELECT siamese.{call}")
 
 
-def test_a_group_column_that_is_gone(grouped: Connection) -> None:
+@pytest.mark.parametrize("has_searched", [False, True])
+def test_a_group_column_that_is_gone(grouped: Connection, has_searched: bool) -> None:
+    def by_label() -> object:
+        return grouped.execute(
+            "SELECT siamese.classify_image(image_id => 100, collection => 'scans',"
+            " label_column => 'patient', group_by => 'id')"
+        ).fetchall()
+
+    if has_searched:  # and so remembers the column
+        assert by_label()
     check = "SELECT ok, detail FROM siamese.self_check() WHERE subject LIKE '%scans%group column'"
     assert grouped.execute(check).fetchall() == [(True, "patient")]
     grouped.execute("ALTER TABLE public.scans RENAME patient TO person")
     for search in (
         lambda: votes(grouped, "image_id => 100"),
+        by_label,
         lambda: found(grouped, 100, 10, own_group=False),
+        lambda: found(grouped, 100, 10, own_group=False, engine="pgvector"),
     ):
         with sql_error("42703", 'column "patient" of table public.scans does not exist'):
             search()

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import Connect, Connection, Pictures
 from tests.database.tables import blocks_read, insert_rows, make_collection, without_triggers
+from tests.support import one, sql_error
 
 
 @pytest.fixture
@@ -139,6 +140,36 @@ def test_a_trigger_that_an_old_snapshot_does_not_show(table: Connection, connect
         session.execute("ROLLBACK")
         return
     assert table.execute("SELECT FROM siamese.embedding_2 WHERE key = 1").fetchall() == []
+
+
+@pytest.mark.law(2)
+@pytest.mark.parametrize("frames", ["one", "all"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE t SET image = NULL WHERE id = 1",
+        "UPDATE t SET image = (SELECT image FROM t WHERE id = 0) WHERE id = 1",
+        "UPDATE t SET id = 2 WHERE id = 1",
+        "DELETE FROM t WHERE id = 1",
+    ],
+)
+def test_a_vector_that_an_old_snapshot_does_not_show(
+    db: Connection, pictures: Pictures, connect: Connect, embed: str, frames: str, change: str
+) -> None:
+    """A backfill leaves the row unchanged, so PostgreSQL lets an older transaction change it."""
+    make_collection(db, embed=embed, frames=frames)
+    with without_triggers(db):
+        insert_rows(db, range(2), pictures.files[:2])
+    session = connect()
+    session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    with sql_error("40001", "concurrent embedding"), session.transaction():
+        session.execute("SELECT FROM t")
+        assert one(db, "SELECT backfill('t')") == 2
+        session.execute(change.encode())
+    with session.transaction():
+        session.execute(change.encode())
+    db.execute("SELECT embed_pending()")
+    assert db.execute("SELECT subject FROM self_check(true) WHERE NOT ok").fetchall() == []
 
 
 def test_nested_updates(table: Connection) -> None:

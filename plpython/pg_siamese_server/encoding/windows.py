@@ -25,7 +25,7 @@ PRESETS = {
     "stroke": (40.0, 40.0),
 }
 EXPLANATION = "explanation:"
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _PAIR = re.compile(rf"\s*({_NUMBER})\s*/\s*({_NUMBER})\s*", re.ASCII | re.I)
 
 

@@ -94,15 +94,16 @@ def place(
 ) -> str:
     """Return SQL of the place of a row in its group; adds the condition on the own group."""
     column = _quoted(plpy, collection, request.group_by)
-    label = f"b.{column}"
+    # As Python compares, whatever the column's collation.
+    label = f'b.{column}::text COLLATE "C"'
     if request.key is not None and not request.own_group:
         own = where.parameter(collection.key_array, [request.key])
         where.clauses.append(
-            f"({label}::text OPERATOR(pg_catalog.=) (SELECT o.{column}::text"
+            f"({label} OPERATOR(pg_catalog.=) (SELECT o.{column}::text"
             f" FROM {collection.relation} AS o WHERE o.{collection.key_column} = ANY({own})))"
             " IS NOT TRUE"
         )
-    return f"pg_catalog.row_number() OVER (PARTITION BY {label}::text ORDER BY {order})"
+    return f"pg_catalog.row_number() OVER (PARTITION BY {label} ORDER BY {order})"
 
 
 def labels(
@@ -119,7 +120,12 @@ def labels(
         f" FROM {collection.relation} AS b WHERE b.{collection.key_column} = ANY($1)",
         (collection.key_array,),
     )
-    return {row["key"]: row["label"] for row in plan.execute([keys])}
+    try:
+        rows = plan.execute([keys])
+    except plpy.spiexceptions.UndefinedColumn:
+        filters.columns(plpy, collection, [column])  # raises an error that names it
+        raise
+    return {row["key"]: row["label"] for row in rows}
 
 
 def _quoted(plpy: Any, collection: Collection, column: str) -> str:

@@ -51,7 +51,7 @@ def on_change(
     if event == "INSERT":
         embed_rows(plpy, collection, keys, are_new=True)
     elif event == "UPDATE":
-        _delete_vectors(plpy, collection, keys)
+        _forget_vectors(plpy, collection, keys)
         embed_rows(plpy, collection, keys)
     elif event == "DELETE":
         if not keys:
@@ -65,7 +65,7 @@ def on_change(
             (collection.key_array,),
         )
         # The same statement inserted those that exist again. Its trigger handles them.
-        _delete_vectors(plpy, collection, plan.execute([keys])[0]["keys"])
+        _forget_vectors(plpy, collection, plan.execute([keys])[0]["keys"])
     elif event == "TRUNCATE":
         prepare(plpy, "SELECT siamese._forget_all($1)", ("integer",)).execute([collection_id])
 
@@ -98,6 +98,23 @@ def _delete_vectors(plpy: Any, collection: Collection, keys: list[Any] | None) -
         types,
     ).execute([keys])
     _delete_failures(plpy, collection, keys)
+
+
+def _forget_vectors(plpy: Any, collection: Collection, keys: list[Any] | None) -> None:
+    """Delete the vectors of changed rows, or fail if the transaction's snapshot misses some.
+
+    A backfill may have stored them since. It leaves the rows themselves unchanged, so PostgreSQL
+    raises no error.
+    """
+    if not keys:
+        return
+    prepare(
+        plpy,
+        "SELECT siamese._forget_vectors($1, $2)"
+        " WHERE current_setting('transaction_isolation') NOT LIKE 'read %'",
+        ("integer", "text[]"),
+    ).execute([collection.collection_id, keys])
+    _delete_vectors(plpy, collection, keys)
 
 
 def _delete_failures(plpy: Any, collection: Collection, keys: list[Any]) -> None:

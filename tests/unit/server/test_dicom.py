@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -837,6 +838,15 @@ def test_windows_that_are_none(window: str, message: str) -> None:
     assert caught.value.sqlstate == "22023"
     if "unknown" in message:
         assert "bone, brain, liver, lung" in str(caught.value.detail)
+
+
+@pytest.mark.parametrize("text", ["1", "1/1", "-.1", "1e1", " ", "1 "])
+def test_a_long_text_that_is_no_window_is_refused_at_once(text: str) -> None:
+    """Nothing can cancel a search with a pattern, so its time must not grow with the square."""
+    began = time.process_time()
+    with pytest.raises(SiameseError, match="unknown window"):
+        windows.parse(text + 20_000 * text[-1] + "x")
+    assert time.process_time() - began < 1
 
 
 def test_a_window_is_no_part_of_a_model() -> None:
