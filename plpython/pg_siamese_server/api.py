@@ -491,11 +491,12 @@ def classify_image(
     _check_given(label_column=label_column)
     stored, _ = _cast_keys(plpy, collection, key, None)
     request = _request(image, stored, k, collection, filter_)
-    own_column = group_column(plpy, collection)
-    if group_by == OWN_COLUMN:
-        group_by = own_column or ""
-    if not group_by and own_column is None and own_group is False:
-        own_group = True  # without groups, none is to be left out
+    if group_by == OWN_COLUMN or (group_by == "" and own_group is False):
+        own_column = group_column(plpy, collection)
+        if group_by == OWN_COLUMN:
+            group_by = own_column or ""
+        if own_group is False and own_column is None:
+            own_group = True  # without groups, none is to be left out
     _set_groups(request, exclude, group_by, 1, own_group)
     labels = _labels(plpy, _search_or_explain(plpy, request), str(label_column))
     if None in labels:  # rows without a label have no vote

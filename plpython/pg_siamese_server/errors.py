@@ -26,6 +26,7 @@ OUT_OF_MEMORY = "53200"
 # A cancelled statement, a terminated session.
 CANCELLED = ("57014", "57P01")
 
+# Texts may quote a file. This is what PostgreSQL's text cannot hold.
 _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 
 
@@ -48,35 +49,17 @@ class SiameseError(Exception):
         detail: str | None = None,
         hint: str | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = _NO_TEXT.sub("?", message)
+        super().__init__(self.message)
         self.sqlstate = sqlstate or type(self).sqlstate
-        self.detail = detail
+        self.detail = detail and _NO_TEXT.sub("?", detail)
         self.hint = hint
 
 
 class ImageError(SiameseError):
-    """One image can't be decoded or embedded. Other rows are not affected.
-
-    Texts may quote the file, so they are cleared of what PostgreSQL's text cannot hold.
-    """
+    """One image can't be decoded or embedded. Other rows are not affected."""
 
     sqlstate = INVALID_BINARY_REPRESENTATION
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        sqlstate: str | None = None,
-        detail: str | None = None,
-        hint: str | None = None,
-    ) -> None:
-        super().__init__(
-            _NO_TEXT.sub("?", message),
-            sqlstate=sqlstate,
-            detail=detail and _NO_TEXT.sub("?", detail),
-            hint=hint,
-        )
 
 
 class ImageSizeError(ImageError):

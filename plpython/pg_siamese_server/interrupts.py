@@ -32,6 +32,14 @@ _flag = _variable(ctypes.c_int, "InterruptPending")
 # PostgreSQL's setting ``jit``. A SET clause of a function costs as much as a tenth of a search.
 _jit = _variable(ctypes.c_bool, "jit_enabled")
 
+_isolation = _variable(ctypes.c_int, "XactIsoLevel")
+READ_COMMITTED = 1
+
+
+def keeps_snapshot() -> bool:
+    """Return whether all statements of the transaction see what its first one saw."""
+    return bool(_isolation.value > READ_COMMITTED)
+
 
 def stop_jit() -> bool:
     """Switch JIT off, since it takes longer than our statements, and return the previous value."""

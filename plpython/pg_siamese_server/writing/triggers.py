@@ -108,13 +108,12 @@ def _forget_vectors(plpy: Any, collection: Collection, keys: list[Any] | None) -
     """
     if not keys:
         return
-    prepare(
-        plpy,
-        "SELECT siamese._forget_vectors($1, $2)"
-        " WHERE current_setting('transaction_isolation') NOT LIKE 'read %'",
-        ("integer", "text[]"),
-    ).execute([collection.collection_id, keys])
-    _delete_vectors(plpy, collection, keys)
+    if interrupts.keeps_snapshot():
+        prepare(plpy, "SELECT siamese._forget_vectors($1, $2)", ("integer", "text[]")).execute(
+            [collection.collection_id, keys]
+        )
+    else:
+        _delete_vectors(plpy, collection, keys)
 
 
 def _delete_failures(plpy: Any, collection: Collection, keys: list[Any]) -> None:
