@@ -158,20 +158,30 @@ def sha256(path: Path | str) -> str:
 class DataSplits:
     """The three splits of one data set.
 
-    ``spec`` is the text that ``open_dataset`` opened it by.
+    ``spec`` is the text that ``open_dataset`` opened it by. ``published`` splits stay as they are,
+    even if they have groups in common.
 
     Raises:
-        DataFormatError: a group is in two splits, or only some splits have groups.
+        DataFormatError: a group is in two splits that are not published, or only some splits have
+            groups.
     """
 
     train: LabelledImages
     val: LabelledImages
     test: LabelledImages
     spec: str = ""
+    published: bool = False
 
     def __post_init__(self) -> None:
         for one, other in itertools.combinations((self.train, self.val, self.test), 2):
-            _check_apart(one, other)
+            _check_apart(one, other, self.published)
+
+    def for_training(self) -> LabelledImages:
+        """Return the train images that share no group with validation or test images."""
+        if self.train.groups is None or not self.published:
+            return self.train
+        held = [part.groups for part in (self.val, self.test) if part.groups is not None]
+        return self.train.select(~np.isin(self.train.groups, np.concatenate(held)))
 
     @property
     def has_groups(self) -> bool:
@@ -190,7 +200,7 @@ class DataSplits:
         return tuple(dict.fromkeys(file for part in parts for file in part.files))
 
 
-def _check_apart(one: LabelledImages, other: LabelledImages) -> None:
+def _check_apart(one: LabelledImages, other: LabelledImages, published: bool) -> None:
     """Refuse two splits with a group in common: figures would tell how well it is remembered."""
     if one.groups is None and other.groups is None:
         return
@@ -200,7 +210,7 @@ def _check_apart(one: LabelledImages, other: LabelledImages) -> None:
             f"{one.name}: split {having.split} has groups, but {lacking.split} has none"
         )
     shared = np.intersect1d(one.groups, other.groups)
-    if len(shared):
+    if len(shared) and not published:
         sides = [
             f"{part.split} ({counted(int((part.groups == shared[0]).sum()), 'image')})"
             for part in (one, other)
