@@ -113,8 +113,8 @@ class JoinedLabels:
         sets: int64 (N,), the number of each image's data set.
         classes: "set: class" for every class of every set.
         starts: number of each set's first class.
-        groups: int64 (N,), equal for images of one group, or None if no set has groups. An image of
-            a set without groups is a group by itself.
+        groups: int64 (N,), equal for images of one group of one set, in all splits, or None if no
+            set has groups. An image of a set without groups is a group by itself.
     """
 
     labels: Labels
@@ -139,13 +139,16 @@ def join_labels(parts: Sequence[LabelledImages]) -> JoinedLabels:
 def _join_groups(parts: Sequence[LabelledImages]) -> Labels | None:
     if all(part.groups is None for part in parts):
         return None
-    joined, start = [], 0
+    joined = []
     for part in parts:
-        names = np.arange(len(part)) if part.groups is None else part.groups
-        numbers = np.unique(names, return_inverse=True)[1]
-        joined.append(start + numbers)
-        start += len(part)
-    return np.concatenate(joined).astype(np.int64)
+        names = part.groups
+        if names is None:
+            names = np.array([f"{part.split} {place}" for place in range(len(part))], np.str_)
+        joined.append(np.char.add(f"{part.name}: ", names))
+    unique, places = np.unique(np.concatenate(joined), return_inverse=True)
+    # By their names alone, so that a group has the same number in each split.
+    numbers = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in unique]
+    return np.frombuffer(b"".join(numbers), np.int64)[places]
 
 
 def sha256(path: Path | str) -> str:
@@ -178,10 +181,11 @@ class DataSplits:
 
     def for_training(self) -> LabelledImages:
         """Return the train images that share no group with validation or test images."""
-        if self.train.groups is None or not self.published:
+        if self.train.groups is None:
             return self.train
         held = [part.groups for part in (self.val, self.test) if part.groups is not None]
-        return self.train.select(~np.isin(self.train.groups, np.concatenate(held)))
+        shared = np.isin(self.train.groups, np.concatenate(held))
+        return self.train.select(~shared) if shared.any() else self.train
 
     @property
     def has_groups(self) -> bool:
