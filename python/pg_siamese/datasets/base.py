@@ -113,8 +113,8 @@ class JoinedLabels:
         sets: int64 (N,), the number of each image's data set.
         classes: "set: class" for every class of every set.
         starts: number of each set's first class.
-        groups: int64 (N,), equal for images of one group, or None if no set has groups. An image of
-            a set without groups is a group by itself.
+        groups: int64 (N,), equal for images of one group of one set, in all splits, or None if no
+            set has groups. An image of a set without groups is a group by itself.
     """
 
     labels: Labels
@@ -139,13 +139,16 @@ def join_labels(parts: Sequence[LabelledImages]) -> JoinedLabels:
 def _join_groups(parts: Sequence[LabelledImages]) -> Labels | None:
     if all(part.groups is None for part in parts):
         return None
-    joined, start = [], 0
+    joined = []
     for part in parts:
-        names = np.arange(len(part)) if part.groups is None else part.groups
-        numbers = np.unique(names, return_inverse=True)[1]
-        joined.append(start + numbers)
-        start += len(part)
-    return np.concatenate(joined).astype(np.int64)
+        names = part.groups
+        if names is None:
+            names = np.array([f"{part.split} {place}" for place in range(len(part))], np.str_)
+        joined.append(np.char.add(f"{part.name}: ", names))
+    unique, places = np.unique(np.concatenate(joined), return_inverse=True)
+    # By their names alone, so that a group has the same number in each split.
+    numbers = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in unique]
+    return np.frombuffer(b"".join(numbers), np.int64)[places]
 
 
 def sha256(path: Path | str) -> str:
@@ -158,20 +161,31 @@ def sha256(path: Path | str) -> str:
 class DataSplits:
     """The three splits of one data set.
 
-    ``spec`` is the text that ``open_dataset`` opened it by.
+    ``spec`` is the text that ``open_dataset`` opened it by. ``published`` splits stay as they are,
+    even if they have groups in common.
 
     Raises:
-        DataFormatError: a group is in two splits, or only some splits have groups.
+        DataFormatError: a group is in two splits that are not published, or only some splits have
+            groups.
     """
 
     train: LabelledImages
     val: LabelledImages
     test: LabelledImages
     spec: str = ""
+    published: bool = False
 
     def __post_init__(self) -> None:
         for one, other in itertools.combinations((self.train, self.val, self.test), 2):
-            _check_apart(one, other)
+            _check_apart(one, other, self.published)
+
+    def for_training(self) -> LabelledImages:
+        """Return the train images that share no group with validation or test images."""
+        if self.train.groups is None:
+            return self.train
+        held = [part.groups for part in (self.val, self.test) if part.groups is not None]
+        shared = np.isin(self.train.groups, np.concatenate(held))
+        return self.train.select(~shared) if shared.any() else self.train
 
     @property
     def has_groups(self) -> bool:
@@ -190,7 +204,7 @@ class DataSplits:
         return tuple(dict.fromkeys(file for part in parts for file in part.files))
 
 
-def _check_apart(one: LabelledImages, other: LabelledImages) -> None:
+def _check_apart(one: LabelledImages, other: LabelledImages, published: bool) -> None:
     """Refuse two splits with a group in common: figures would tell how well it is remembered."""
     if one.groups is None and other.groups is None:
         return
@@ -200,7 +214,7 @@ def _check_apart(one: LabelledImages, other: LabelledImages) -> None:
             f"{one.name}: split {having.split} has groups, but {lacking.split} has none"
         )
     shared = np.intersect1d(one.groups, other.groups)
-    if len(shared):
+    if len(shared) and not published:
         sides = [
             f"{part.split} ({counted(int((part.groups == shared[0]).sum()), 'image')})"
             for part in (one, other)

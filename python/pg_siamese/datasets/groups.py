@@ -28,14 +28,7 @@ def read_groups(data: bytes, source: PurePath) -> dict[str, str]:
     Raises:
         DataFormatError: it is not such a file.
     """
-    try:
-        table = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        rows, columns = list(table), table.fieldnames or ()
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataFormatError(f"{source}: not a CSV file in UTF-8: {error}") from error
-    if not {"file", "group"}.issubset(columns):
-        shown = ", ".join(columns)[:80]
-        raise DataFormatError(f"{source}: lacks the columns file and group; its first row: {shown}")
+    rows = read_table(data, source, ("file", "group"))
     found: dict[str, str] = {}
     for number, row in enumerate(rows, 2):
         # Blanks around a name would make two patients of one, of which one could test the other.
@@ -46,6 +39,23 @@ def read_groups(data: bytes, source: PurePath) -> dict[str, str]:
         if found.setdefault(name, group) != group:
             raise DataFormatError(f'{source}: row {number} puts "{file}" into another group')
     return found
+
+
+def read_table(data: bytes, source: PurePath, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Read the rows of a CSV file that has these columns.
+
+    Raises:
+        DataFormatError: it is not such a file.
+    """
+    try:
+        table = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        rows, found = list(table), table.fieldnames or ()
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataFormatError(f"{source}: not a CSV file in UTF-8: {error}") from error
+    if not set(columns).issubset(found):
+        wanted, shown = " and ".join(columns), ", ".join(found)[:80]
+        raise DataFormatError(f"{source}: lacks the columns {wanted}; its first row: {shown}")
+    return rows
 
 
 def groups_of(members: Sequence[Member], groups: dict[str, str] | None) -> Groups | None:

@@ -13,11 +13,17 @@ _DERMA = (
     "melanocytic nevi",
     "vascular lesions",
 )
+_BREAST = ("malignant", "normal, benign")
+_PNEUMONIA = ("normal", "pneumonia")
 CLASS_NAMES: dict[str, tuple[str, ...]] = {
-    "breastmnist": ("malignant", "normal, benign"),
+    "breast_224": _BREAST,
+    "breastmnist": _BREAST,
     "dermamnist": _DERMA,
+    "ham10000_224": _DERMA,
     "ham10000_28": _DERMA,
-    "pneumoniamnist": ("normal", "pneumonia"),
+    "pneumonia_224": _PNEUMONIA,
+    "pneumonia_224_official": _PNEUMONIA,
+    "pneumoniamnist": _PNEUMONIA,
     "retinamnist": ("grade 0", "grade 1", "grade 2", "grade 3", "grade 4"),
     "fashion_mnist": (
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -27,14 +33,19 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
         ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     ),
 }
+_HAM10000 = "CC BY-NC 4.0 (HAM10000): no commercial use"
 LICENCES: dict[str, str] = {
+    "breast_224": "CC BY 4.0",
     "breastmnist": "CC BY 4.0",
     "cifar10": "none stated (Krizhevsky 2009): research use",
-    "dermamnist": "CC BY-NC 4.0 (HAM10000): no commercial use",
+    "dermamnist": _HAM10000,
     "fashion_mnist": "MIT (Zalando SE)",
-    "ham10000_28": "CC BY-NC 4.0 (HAM10000): no commercial use",
+    "ham10000_224": _HAM10000,
+    "ham10000_28": _HAM10000,
     "imagenette": "photographs of ImageNet: non-commercial research only",
     "mnist": "CC BY-SA 3.0 (LeCun, Cortes, Burges)",
+    "pneumonia_224": "CC BY 4.0",
+    "pneumonia_224_official": "CC BY 4.0",
     "pneumoniamnist": "CC BY 4.0",
     "retinamnist": "CC BY 4.0",
 }

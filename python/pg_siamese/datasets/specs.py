@@ -20,6 +20,7 @@ from pg_siamese.datasets.base import (
     split_at_random,
 )
 from pg_siamese.datasets.cifar import find_cifar10, read_cifar10
+from pg_siamese.datasets.clinical import find_clinical
 from pg_siamese.datasets.fashion_mnist import load_fashion_mnist
 from pg_siamese.datasets.folder import Member, classes_of, decode_members, list_image_folder
 from pg_siamese.datasets.groups import GROUPS_FILE, groups_of, read_groups
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 MISSING_VAL_SHARE = 0.1
 MISSING_VAL_MOST = 5000
 _MAX_BYTES = 32 * 1024 * 1024
+# Published with splits that have groups in common.
+_PUBLISHED = frozenset({"clinical"})
 
 
 def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = None) -> DataSplits:
@@ -49,6 +52,8 @@ def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = Non
     - ``idx:FOLDER``: MNIST's four files. ``mnist`` and ``fashion_mnist`` are those sets.
     - ``cifar10``: as npz or as the folder of its python or binary archive.
     - ``imagenette``: a zip or folder of it by class.
+    - ``clinical:NAME``: ``breast_224``, ``pneumonia_224`` or ``ham10000_224``, in their published
+      splits. ``pneumonia_224/official`` has only those test images that PneumoniaMNIST has, too.
     - ``folder:PATH``, ``zip:PATH``: images by class in sub-folders, below ``train``, ``val`` and
       ``test`` if there are such.
     - ``collection:NAME/COLUMN``: the images of a collection, with the classes of a column. The
@@ -58,9 +63,9 @@ def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = Non
     train. If there are only ``train`` and ``val``, nobody trains on the latter, so it becomes
     ``test``. All of this is stratified by class and seeded.
 
-    Images of one group, such as a patient, are in one split. A folder or zip names groups in
-    ``groups.csv``, with columns ``file`` and ``group``. An npz does in ``train_groups`` and so on.
-    Those of a collection are the values of its group column.
+    Images of one group, such as a patient, are in one split, but for those of ``clinical:NAME``. A
+    folder or zip names groups in ``groups.csv``, with columns ``file`` and ``group``. An npz does
+    in ``train_groups`` and so on. Those of a collection are the values of its group column.
 
     Args:
         spec: the text.
@@ -81,13 +86,13 @@ def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = Non
         raise DataFormatError(f'data set "{spec}": "{kind}" {takes}; see: {", ".join(SPECS)}')
     parts = opener(argument, input_spec)
     parts = {split: _resized(part, input_spec) for split, part in parts.items()}
-    opened = replace(_fill(parts, seed, spec), spec=spec)
+    opened = replace(_fill(parts, seed, spec, kind in _PUBLISHED), spec=spec)
     if not len(opened.train):
         raise DataFormatError(f"{spec}: no image to train on")
     return opened
 
 
-def _fill(parts: Mapping[str, LabelledImages], seed: int, spec: str) -> DataSplits:
+def _fill(parts: Mapping[str, LabelledImages], seed: int, spec: str, published: bool) -> DataSplits:
     """Make the missing splits out of those that are there."""
     train, val, test = (parts.get(split) for split in SPLITS)
     if train is None:
@@ -99,7 +104,7 @@ def _fill(parts: Mapping[str, LabelledImages], seed: int, spec: str) -> DataSpli
     if val is None:
         count = min(round(MISSING_VAL_SHARE * len(train)), MISSING_VAL_MOST)
         train, val = hold_out(train, count, seed)
-    return DataSplits(train, val, test)
+    return DataSplits(train, val, test, published=published)
 
 
 def _resized(images: LabelledImages, spec: InputSpec | None) -> LabelledImages:
@@ -200,6 +205,21 @@ def _zip(path: str, spec: InputSpec | None, name: str | None = None) -> Parts:
         )
 
 
+def _clinical(name: str, spec: InputSpec | None) -> Parts:
+    found = find_clinical(name)
+    limit = spec.max_bytes if spec else _MAX_BYTES
+    with open_zip(found.archive) as archive:
+        return _decoded(
+            found.name,
+            found.members,
+            lambda member: read_member(found.archive, archive, member, limit),
+            spec,
+            lambda chosen: (found.archive, found.table),
+            found.groups,
+            found.classes,
+        )
+
+
 def _collection(argument: str, spec: InputSpec | None) -> Parts:
     from pg_siamese.datasets.collection import read_collection  # it needs a database driver
 
@@ -218,8 +238,9 @@ def _decoded(
     spec: InputSpec | None,
     files: Callable[[list[Member]], tuple[Path, ...]],
     groups: dict[str, str] | None,
+    classes: tuple[str, ...] | None = None,
 ) -> Parts:
-    classes = classes_of(members)
+    classes = classes or classes_of(members)
     if len(classes) < 2:
         raise DataFormatError(
             f"{name}: one class only ({classes[0]}): each class needs a sub-folder of its own"
@@ -278,12 +299,18 @@ _OPENERS: dict[str, Callable[[str, InputSpec | None], Parts]] = {
     "fashion_mnist": _fashion_mnist,
     "cifar10": _cifar10,
     "imagenette": _imagenette,
+    "clinical": _clinical,
     "folder": _folder,
     "zip": _zip,
     "collection": _collection,
 }
 _PATHS = dict.fromkeys(("npz", "folder", "zip"), "PATH")
-_WITH_ARGUMENT = _PATHS | {"medmnist": "FLAG", "idx": "FOLDER", "collection": "NAME/COLUMN"}
+_WITH_ARGUMENT = _PATHS | {
+    "medmnist": "FLAG",
+    "idx": "FOLDER",
+    "clinical": "NAME",
+    "collection": "NAME/COLUMN",
+}
 SPECS = tuple(
     f"{kind}:{_WITH_ARGUMENT[kind]}" if kind in _WITH_ARGUMENT else kind for kind in _OPENERS
 )

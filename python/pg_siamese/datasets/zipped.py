@@ -20,6 +20,7 @@ _DAMAGED = (
     zlib.error,
     lzma.LZMAError,
     EOFError,
+    KeyError,  # there is no such member
     OSError,
     RuntimeError,
     ValueError,
@@ -99,7 +100,8 @@ def open_member(
     """Open a member for reading.
 
     Raises:
-        DataFormatError: it is encrypted or damaged, also if that is found while it is read.
+        DataFormatError: it is missing, encrypted or damaged, also if that is found while it is
+            read.
     """
     try:
         with archive.open(member) as file:
@@ -113,7 +115,7 @@ def read_member(path: Path | str, archive: zipfile.ZipFile, name: str, max_bytes
     """Return the bytes of a member, whatever its header says of its size.
 
     Raises:
-        DataFormatError: it is larger than ``max_bytes``, encrypted or damaged.
+        DataFormatError: it is larger than ``max_bytes``, missing, encrypted or damaged.
     """
     with open_member(path, archive, name) as file:
         data = file.read(max_bytes + 1)

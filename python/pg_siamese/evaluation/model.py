@@ -21,7 +21,7 @@ from pg_siamese_server.errors import ModelError
 # Images that are resized and embedded in one go: 150 MB at 224 pixels.
 BATCH_IMAGES = 1024
 # Data sets whose images are of any size.
-FILE_KINDS = ("folder", "zip", "collection", "imagenette")
+FILE_KINDS = ("folder", "zip", "collection", "imagenette", "clinical")
 
 Advance = Callable[[int], object]
 

@@ -28,9 +28,12 @@ class Embedded:
 
     def of_set(self, number: int) -> Embedded:
         """Return the part that belongs to one data set."""
-        own = self.sets == number
-        groups = None if self.groups is None else self.groups[own]
-        return Embedded(self.vectors[own], self.labels[own], self.sets[own], groups)
+        return self.select(self.sets == number)
+
+    def select(self, chosen: npt.NDArray[Any]) -> Embedded:
+        """Return the embeddings at some places (numbers or a mask), in that order."""
+        groups = None if self.groups is None else self.groups[chosen]
+        return Embedded(self.vectors[chosen], self.labels[chosen], self.sets[chosen], groups)
 
     def by_set(self) -> Embedded:
         """Return the same embeddings with "which set" as their label."""
@@ -39,6 +42,12 @@ class Embedded:
     def as_one_set(self) -> Embedded:
         """Return the same embeddings as those of one data set."""
         return replace(self, sets=np.zeros_like(self.sets))
+
+    def shares_groups(self, other: Embedded) -> bool:
+        """Return whether images of one group are in both."""
+        if self.groups is None or other.groups is None:
+            return False
+        return bool(np.isin(self.groups, other.groups).any())
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,13 @@ class Retrieval:
         return {key: round(value, 2) for key, value in asdict(self).items()}
 
 
-def nearest(queries: Vectors, gallery: Vectors, k: int, metric: str = "cosine") -> Integers:
+def nearest(
+    queries: Vectors,
+    gallery: Vectors,
+    k: int,
+    metric: str = "cosine",
+    groups: tuple[Integers, Integers] | None = None,
+) -> Integers:
     """Return the indices (Q, k) of the nearest gallery vectors, nearest first.
 
     With k > G there are only G columns. Ties go to the lower index.
@@ -71,6 +86,10 @@ def nearest(queries: Vectors, gallery: Vectors, k: int, metric: str = "cosine") 
         gallery: vectors (G, d) of any length.
         k: number of neighbours.
         metric: ``cosine`` or ``l2``.
+        groups: groups of the queries (Q,) and of the gallery (G,). A query's own group is left out.
+
+    Raises:
+        ValueError: fewer than k gallery vectors are outside a query's own group.
     """
     # Doubles: cosines of a few dimensions are so close to one that float32 makes ties of them.
     asked, known = queries.astype(np.float64), gallery.astype(np.float64)
@@ -81,11 +100,32 @@ def nearest(queries: Vectors, gallery: Vectors, k: int, metric: str = "cosine") 
         penalty = (known**2).sum(axis=1) / 2  # order by q.g - |g|²/2 is order by |q - g|
     k = min(k, len(known))
     step = max(1, BLOCK_NUMBERS // max(1, len(known)))
-    parts = [
-        _best(asked[start : start + step] @ known.T - penalty, k)
-        for start in range(0, len(asked), step)
-    ]
+    parts = []
+    for start in range(0, len(asked), step):
+        similarity = asked[start : start + step] @ known.T - penalty
+        if groups is not None:
+            own = groups[0][start : start + step, None] == groups[1]
+            if len(known) - own.sum(axis=1).max(initial=0) < k:
+                raise ValueError(f"fewer than {k} images are outside a query's own group")
+            similarity[own] = -np.inf
+        parts.append(_best(similarity, k))
     return np.concatenate(parts) if parts else np.empty((0, k), np.int64)
+
+
+def neighbours(
+    gallery: Embedded, queries: Embedded, k: int, metric: str = "cosine", own_group: bool = False
+) -> Integers:
+    """Return the places (Q, k) of the nearest gallery images, nearest first.
+
+    A query's own group is left out, unless ``own_group``.
+
+    Raises:
+        ValueError: fewer than k gallery images are outside a query's own group.
+    """
+    groups = None
+    if not own_group and queries.groups is not None and gallery.groups is not None:
+        groups = queries.groups, gallery.groups
+    return nearest(queries.vectors, gallery.vectors, k, metric, groups)
 
 
 def _best(similarity: Floats, k: int) -> Integers:
@@ -163,8 +203,11 @@ def retrieval_by_set(
     names: Sequence[str],
     metric: str = "cosine",
     labels: str = "class",
+    own_group: bool = False,
 ) -> dict[str, Retrieval]:
     """Score retrieval within each data set: its queries against its own gallery.
+
+    A query's own group is no neighbour, unless ``own_group``.
 
     If ``labels`` is ``set``, score which set an image is of, under the name ``all``: all queries
     against all galleries.
@@ -175,7 +218,7 @@ def retrieval_by_set(
     figures = {}
     for number, name in enumerate(names):
         own_gallery, own_queries = gallery.of_set(number), queries.of_set(number)
-        found = nearest(own_queries.vectors, own_gallery.vectors, 5, metric)
+        found = neighbours(own_gallery, own_queries, 5, metric, own_group)
         figures[name] = retrieval(own_gallery.labels[found], own_queries.labels)
     return figures
 
@@ -189,5 +232,8 @@ def right_set(gallery: Embedded, queries: Embedded, metric: str = "cosine") -> f
 
 
 def nearest_sets(gallery: Embedded, queries: Embedded, metric: str = "cosine") -> Integers:
-    """Return the data set (Q,) of each query's nearest image of all galleries together."""
-    return gallery.sets[nearest(queries.vectors, gallery.vectors, 1, metric)[:, 0]]
+    """Return the data set (Q,) of each query's nearest image of all galleries together.
+
+    A query's own group is left out.
+    """
+    return gallery.sets[neighbours(gallery, queries, 1, metric)[:, 0]]

@@ -35,9 +35,10 @@ from pg_siamese.training.experiments.settings import Experiment
 from pg_siamese.training.export import images_per_second, least_cosine, to_onnx
 from pg_siamese.training.files import write_model
 from pg_siamese.training.learner import AverageWeights, MetricLearner, load_learner
-from pg_siamese.training.metadata import describe
+from pg_siamese.training.metadata import describe, left_out
 from pg_siamese.training.sampling import Batches
 from pg_siamese_server.encoding.specification import InputSpec
+from pg_siamese_server.errors import counted
 
 COSINE_AT_LEAST = 0.9999
 CHECKED_IMAGES = 500
@@ -141,10 +142,10 @@ def fit(
     _quiet()
     lightning.seed_everything(experiment.seed, workers=True, verbose=False)
     splits = open_splits(experiment, say)
-    train, val = (
-        JoinedImages([getattr(s, part) for s in splits], experiment.labels)
-        for part in ("train", "val")
-    )
+    train = JoinedImages([s.for_training() for s in splits], experiment.labels)
+    val = JoinedImages([s.val for s in splits], experiment.labels)
+    for name, count in left_out(splits).items():
+        say(f"left out: {counted(count, 'train image')} of {name}, whose groups are held out, too")
     learner = MetricLearner(experiment, train.names, train.classes)
     for part in (train, val):
         if not len(part):

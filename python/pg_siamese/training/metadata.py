@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -123,11 +123,18 @@ def describe(
             "objective": experiment.objective.name,
             "seed": experiment.seed,
             "data": [item for s in splits for item in _sources(s)],
+            "left_out": left_out(splits),
             "command": command,
             "metrics": metrics,
             "domain": {"command": command, **domain_errors(domain, metric, known, others)},
         },
     }
+
+
+def left_out(splits: Sequence[DataSplits]) -> dict[str, int]:
+    """Return how many train images of each data set share a group with what is held out."""
+    counts = {s.name: len(s.train) - len(s.for_training()) for s in splits}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _sources(splits: DataSplits) -> list[dict[str, str]]:

@@ -120,10 +120,20 @@ def test_groups_must_fit_the_images() -> None:
 
 
 def test_groups_of_several_sets_are_numbered_through() -> None:
-    one, other = grouped(["x", "y", "x"]), grouped(["x", "x"])
+    one = grouped(["x", "y", "x"])
+    other = replace(grouped(["x", "x"]), name="other")
     single = replace(other, groups=None)
-    joined, mixed = join_labels([one, other]).groups, join_labels([single, one]).groups
-    assert joined is not None and mixed is not None
-    assert joined.tolist() == [0, 1, 0, 3, 3]
-    assert mixed.tolist() == [0, 1, 2, 3, 2]
+
+    def numbers(*parts: LabelledImages) -> list[int]:
+        groups = join_labels(parts).groups
+        assert groups is not None
+        return groups.tolist()
+
+    x, y, again, *others = numbers(one, other)
+    assert x == again and others[0] == others[1]
+    assert len({x, y, others[0]}) == 3, "another set's group of that name is another group"
+    assert numbers(replace(one, split="test").select([2, 1])) == [x, y]
+    assert numbers(one, single)[:3] == [x, y, x]
+    alone = numbers(one, single)[3:] + numbers(one, replace(single, split="test"))[3:]
+    assert len({x, y, *alone}) == 6
     assert join_labels([single, single]).groups is None

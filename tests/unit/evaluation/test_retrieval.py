@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pg_siamese.evaluation.retrieval import (
     Embedded,
     distances,
     nearest,
+    neighbours,
     precision_at,
     retrieval,
     retrieval_by_set,
@@ -103,3 +105,34 @@ def test_retrieval_stays_within_each_set() -> None:
     scores = retrieval_by_set(everything, everything, ("a", "b"))
     assert {name: score.map5 for name, score in scores.items()} == {"a": 100, "b": 100}
     assert right_set(everything, everything) == 50
+
+
+def test_the_querys_own_group_is_no_neighbour() -> None:
+    gallery = vectors((1, 0), (1, 0.1), (1, 0.2), (0, 1))
+    queries = vectors((1, 0), (1, 0))
+    groups = np.array([7, 8]), np.array([7, 7, 9, 8])
+    assert nearest(queries, gallery, 2, groups=groups).tolist() == [[2, 3], [0, 1]]
+    with pytest.raises(ValueError, match="fewer than 3 images are outside a query's own group"):
+        nearest(queries, gallery, 3, groups=groups)
+    known = Embedded(gallery, np.array([0, 0, 1, 1]), np.zeros(4, np.int64), groups[1])
+    asked = Embedded(queries, np.array([0, 0]), np.zeros(2, np.int64), groups[0])
+    assert neighbours(known, asked, 1).tolist() == [[2], [0]]
+    assert neighbours(known, asked, 1, own_group=True).tolist() == [[0], [0]]
+    assert known.shares_groups(asked)
+    assert not known.select(np.array([2])).shares_groups(asked)
+    assert not replace(known, groups=None).shares_groups(asked)
+
+
+def test_own_groups_are_left_out_in_both_figures() -> None:
+    """Each query's group has the nearest image, of its class and set: without it, all is wrong."""
+    points = np.repeat(np.eye(2, dtype=np.float32), 6, axis=0)
+    labels, sets = np.repeat([1, 0, 3, 2], [1, 5, 1, 5]), np.repeat([0, 1], 6)
+    gallery = Embedded(points, labels, sets, np.arange(12))
+    queries = Embedded(points[[0, 6]], labels[[0, 6]], sets[[0, 6]], np.array([0, 6]))
+    own, without = (
+        retrieval_by_set(gallery, queries, ("a", "b"), own_group=own) for own in (True, False)
+    )
+    assert [own[name].acc1 for name in "ab"] == [100, 100]
+    assert [without[name].acc5 for name in "ab"] == [0, 0]
+    assert right_set(gallery, queries) == 100
+    assert right_set(replace(gallery, groups=np.repeat([0, 6], 6)), queries) == 0

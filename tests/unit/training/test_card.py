@@ -68,6 +68,21 @@ def test_a_card_of_one_set_whose_head_is_the_calibration(model: Path) -> None:
     assert "\n\n\n" not in written
 
 
+def test_a_card_says_which_images_were_left_out(model: Path) -> None:
+    training = read_metadata(model)["training"]
+    training["left_out"] = {"imagenette": 1234}
+    figures = training["metrics"]["test"]
+    figures["as_published"] = {"imagenette": figures["retrieval"]["breastmnist"]}
+    written = card(model, "medical", ("imagenette", "breastmnist"), training=training)
+    assert "1,234 train images were left out of the training" in written
+    assert "Each group is in one split only" not in written
+    assert "the gallery is the train split, the queries" in written
+    assert "| imagenette, as published | test |" in written
+    assert "A query's own group is no neighbour." in written
+    assert written.startswith("# Encoder")
+    assert "\n\n\n" not in written
+
+
 def test_a_card_of_sets_that_are_told_apart(model: Path) -> None:
     written = card(model, "medmnist_siamese", ("a", "b"), labels="set")
     assert "turns an image into a vector with" in written

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from pg_siamese.datasets import DataSplits, open_dataset
 from pg_siamese.training import callbacks, loop
 from pg_siamese.training.experiments.settings import Experiment
 from tests.unit.training.stripes import tiny
@@ -88,3 +91,30 @@ def test_the_rate_falls_where_validation_gets_no_better(
     state = torch.load(tmp_path / loop.LAST, weights_only=True)
     rates = [group["lr"] for group in state["optimizer_states"][0]["param_groups"]]
     assert rates == [2.5e-4, 2.5e-4]
+
+
+def test_what_is_held_out_is_not_trained_on(
+    tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaking(spec: str, **options: Any) -> DataSplits:
+        """Give ten train images the groups of validation and test images."""
+        opened = open_dataset(spec, **options)
+        parts = [
+            replace(part, groups=np.array([f"{part.split} {i}" for i in range(len(part))]))
+            for part in (opened.train, opened.val, opened.test)
+        ]
+        for place in range(10):
+            parts[0].groups[place] = ("val 3", "test 4")[place % 2]
+        return DataSplits(*parts, spec=spec, published=True)
+
+    monkeypatch.setattr(loop, "open_dataset", leaking)
+    said: list[str] = []
+    result = loop.fit(
+        tiny(epochs=1, data=data[:1]), command="", folder=tmp_path, threads=1, say=said.append
+    )
+    assert "left out: 10 train images of grey, whose groups are held out, too" in said
+    assert any("training tiny: 86 images" in line for line in said)
+    training = result.metadata["training"]
+    assert training["left_out"] == {"grey": 10}
+    for figures in training["metrics"].values():
+        assert list(figures["as_published"]) == ["grey"]

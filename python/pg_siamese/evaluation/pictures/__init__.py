@@ -24,7 +24,7 @@ from pg_siamese.evaluation.pictures.curves import curves, read_epochs, roc
 from pg_siamese.evaluation.pictures.matrices import Confusion, confusion, confusion_matrices
 from pg_siamese.evaluation.pictures.scatter import animate, read_snapshots, scatter
 from pg_siamese.evaluation.pictures.style import save
-from pg_siamese.evaluation.retrieval import Integers, distances, nearest, votes
+from pg_siamese.evaluation.retrieval import Integers, distances, neighbours, votes
 
 SHEET_QUERIES = 4
 SHEET_NEIGHBOURS = 4
@@ -142,13 +142,13 @@ class _Shown:
         gallery, queries = self.evaluation.gallery, self.evaluation.queries
         rows = []
         places = self.places(count)
-        near = nearest(queries.vectors[places], gallery.vectors, k, self.metric)
-        for place, neighbours in zip(places, near, strict=True):
-            repeated = np.repeat(queries.vectors[place][None], len(neighbours), axis=0)
-            apart = distances(repeated, gallery.vectors[neighbours], self.metric)
+        near = neighbours(gallery, queries.select(np.array(places)), k, self.metric)
+        for place, found in zip(places, near, strict=True):
+            repeated = np.repeat(queries.vectors[place][None], len(found), axis=0)
+            apart = distances(repeated, gallery.vectors[found], self.metric)
             shown = [
                 self.image(self.gallery, int(n), float(d))
-                for n, d in zip(neighbours, apart, strict=True)
+                for n, d in zip(found, apart, strict=True)
             ]
             rows.append((self.image(self.queries, place), shown))
         return rows
@@ -197,7 +197,7 @@ class _Shown:
         gallery, queries = self.evaluation.gallery, self.evaluation.queries
         names = [part.name for part in self.gallery]
         if self.by_set:
-            near = nearest(queries.vectors, gallery.vectors, VOTERS, self.metric)
+            near = neighbours(gallery, queries, VOTERS, self.metric)
             given = votes(gallery.sets[near], VOTERS)
             return [confusion("data sets", names, queries.sets, given)]
         parts = []
