@@ -127,7 +127,7 @@ def test_groups_of_several_sets_are_numbered_through() -> None:
     def numbers(*parts: LabelledImages) -> list[int]:
         groups = join_labels(parts).groups
         assert groups is not None
-        return groups.tolist()
+        return [int(number) for number in groups]
 
     x, y, again, *others = numbers(one, other)
     assert x == again and others[0] == others[1]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pg_siamese.datasets import DataSplits, open_dataset
+from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
 from pg_siamese.training import callbacks, loop
 from pg_siamese.training.experiments.settings import Experiment
 from tests.unit.training.stripes import tiny
@@ -99,13 +99,13 @@ def test_what_is_held_out_is_not_trained_on(
     def leaking(spec: str, **options: Any) -> DataSplits:
         """Give ten train images the groups of validation and test images."""
         opened = open_dataset(spec, **options)
-        parts = [
-            replace(part, groups=np.array([f"{part.split} {i}" for i in range(len(part))]))
-            for part in (opened.train, opened.val, opened.test)
-        ]
-        for place in range(10):
-            parts[0].groups[place] = ("val 3", "test 4")[place % 2]
-        return DataSplits(*parts, spec=spec, published=True)
+
+        def grouped(part: LabelledImages, *held_out: str) -> LabelledImages:
+            names = [f"{part.split} {place}" for place in range(len(part))]
+            return replace(part, groups=np.array([*held_out, *names[len(held_out) :]]))
+
+        train = grouped(opened.train, *["val 3", "test 4"] * 5)
+        return DataSplits(train, grouped(opened.val), grouped(opened.test), spec, published=True)
 
     monkeypatch.setattr(loop, "open_dataset", leaking)
     said: list[str] = []
