@@ -30,7 +30,7 @@ class _Features(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed uint8 pixels (N, 224, 224, 3): float32 (N, 1280)."""
-        return F.normalize(self.network.features(image), dim=1)
+        return F.normalize(self.network.features(image).flatten(1), dim=1)
 
 
 def export_baseline(path: Path, specs: Sequence[str]) -> None:

@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 from pg_siamese.datasets import LabelledImages, join_labels
 from pg_siamese.training.experiments.settings import Augmentation
 
+SMALL = 28  # pixels, MedMNIST's
+
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -86,7 +88,9 @@ class JoinedImages(Dataset[Batch]):
 
 
 class Augmenter:
-    """Random flips, rotation, shift, zoom, brightness and contrast, drawn per image on a batch.
+    """Random flips, rotation, shift, zoom, stretch, brightness and contrast, and few pixels.
+
+    All are drawn per image on a batch.
 
     Each data set has its own ``Augmentation``: a chest X-ray has no upside-down.
     """
@@ -100,10 +104,7 @@ class Augmenter:
         }
 
     def __call__(self, pixels: Tensor, sets: Tensor) -> Tensor:
-        """Change a batch at random.
-
-        Anything else than pixels (cached features) is returned as it is. So are pixels if nothing
-        is to be changed.
+        """Change a batch at random. If nothing is to be changed, return it as it is.
 
         Args:
             pixels: uint8 (N, H, W, 3).
@@ -112,7 +113,7 @@ class Augmenter:
         Returns:
             float32 (N, H, W, 3) in 0..255.
         """
-        if self.idle or pixels.ndim != 4:
+        if self.idle:
             return pixels
         count, height, width, _ = pixels.shape
         device = pixels.device
@@ -128,9 +129,10 @@ class Augmenter:
         zoom = 1 + uniform() * of["zoom"]
         cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
         across, down = flip(of["flip_horizontal"]), flip(of["flip_vertical"])
+        wide = (1 + uniform() * of["stretch"]) * across
         rows = (
-            (cosine * across, -sine * down, uniform() * of["shift"] * 2 / width),
-            (sine * across, cosine * down, uniform() * of["shift"] * 2 / height),
+            (cosine * wide, -sine * down, uniform() * of["shift"] * 2 / width),
+            (sine * wide, cosine * down, uniform() * of["shift"] * 2 / height),
         )
         matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
         images = pixels.permute(0, 3, 1, 2).float()
@@ -139,5 +141,15 @@ class Augmenter:
         contrast = (1 + uniform() * of["contrast"]).view(-1, 1, 1, 1)
         brightness = (uniform() * of["brightness"] * 255).view(-1, 1, 1, 1)
         mean = images.mean(dim=(1, 2, 3), keepdim=True)
-        images = (images - mean) * contrast + mean + brightness
-        return images.clamp(0, 255).permute(0, 2, 3, 1)
+        images = ((images - mean) * contrast + mean + brightness).clamp(0, 255)
+        small = torch.rand(count, device=device) < of["small"]
+        if small.any():
+            images[small] = enlarged(images[small])
+        return images.permute(0, 2, 3, 1)
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """Return images (N, 3, H, W) as if they had come with ``SMALL`` pixels."""
+    few = F.interpolate(images, size=(SMALL, SMALL), mode="bicubic", antialias=True)
+    stored = few.clamp(0, 255).round()
+    return F.interpolate(stored, size=images.shape[2:], mode="bicubic").clamp(0, 255)

@@ -28,6 +28,9 @@ class MetricLearner(lightning.LightningModule):
     Validation is the retrieval protocol itself: dataloader 0 is the gallery, dataloader 1 the
     queries. ``val_map5`` is the mean over the data sets. ``val_loss`` and ``val_accuracy`` are the
     objective's own, on images, pairs or triplets of the queries, the same every time.
+
+    Attributes:
+        on_features: whether batches hold what the encoder's frozen layers give, not pixels.
     """
 
     def __init__(
@@ -50,20 +53,23 @@ class MetricLearner(lightning.LightningModule):
             self.encoder.parts,
         )
         self.augment = Augmenter(names, {name: experiment.augmentation_of(name) for name in names})
+        self.on_features = False
         self._seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def encode(self, batch: Tensor) -> Tensor:
-        """Embed pixels (N, H, W, 3), or the features (N, F) of a frozen network."""
+        """Embed pixels (N, H, W, 3), or with ``on_features`` what the frozen layers made of them."""
         encoder: Any = self.encoder
         half = self.training and self.experiment.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            embeddings: Tensor = encoder.head(batch) if batch.ndim == 2 else encoder(batch)
+            embeddings: Tensor = encoder.head(batch) if self.on_features else encoder(batch)
         return embeddings.float()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of one augmented batch."""
         pixels, labels, sets = batch
-        outcome = self.objective(self.encode(self.augment(pixels, sets)), labels)
+        if not self.on_features:
+            pixels = self.augment(pixels, sets)
+        outcome = self.objective(self.encode(pixels), labels)
         figures = {"train_loss": outcome.loss}
         if outcome.accuracy is not None:
             figures["train_accuracy"] = outcome.accuracy

@@ -42,6 +42,7 @@ from pg_siamese_server.errors import counted
 
 COSINE_AT_LEAST = 0.9999
 CHECKED_IMAGES = 500
+FEATURES_AT_ONCE = 32
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 
@@ -153,13 +154,6 @@ def fit(
                 f"{experiment.name}: too few images: none is left for the validation split. Each "
                 "class needs some eight"
             )
-    drawn = Batches(
-        train.labels,
-        experiment.sampling,
-        experiment.batch_size,
-        learner.objective.takes,
-        experiment.seed,
-    )
     say(
         f"training {experiment.name}: {len(train):,} images of {len(train.names)} data sets in "
         f"{len(train.classes)} classes, {experiment.epochs} epochs"
@@ -206,11 +200,19 @@ def fit(
         deterministic="warn",
     )
     gallery = train.some(validation.gallery, experiment.seed)
-    parts = _cached(learner, train, gallery, val, say)
+    learned, gallery, val = _cached(learner, train, gallery, val, say)
+    drawn = Batches(
+        learned.labels,
+        experiment.sampling,
+        experiment.batch_size,
+        learner.objective.takes,
+        experiment.seed,
+        len(train),
+    )
     trainer.fit(
         learner,
-        DataLoader(parts[0], sampler=drawn, batch_size=None),
-        [in_order(parts[1]), in_order(parts[2])],
+        DataLoader(learned, sampler=drawn, batch_size=None),
+        [in_order(gallery), in_order(val)],
         ckpt_path=start,
         weights_only=True,
     )
@@ -336,25 +338,50 @@ def in_order(images: JoinedImages, batch_size: int = 256) -> DataLoader[Batch]:
 def _cached(
     learner: MetricLearner, train: JoinedImages, gallery: JoinedImages, val: JoinedImages, say: Say
 ) -> tuple[JoinedImages, JoinedImages, JoinedImages]:
-    """Put a frozen network's features in the place of the pixels: it gives the same every time."""
+    """Put what frozen layers give in the place of the pixels: it is the same every time.
+
+    Train images are there ``copies`` times, each changed at random.
+    """
     network: Any = learner.encoder
-    if not getattr(network, "frozen", False):
+    copies = learner.experiment.copies
+    if not hasattr(network, "frozen"):
+        if copies:
+            raise ExperimentError(f"copies is {copies}: the network has no frozen layers")
         return train, gallery, val
-    say(f"computing the features of {len(train) + len(val):,} images once")
+    total = max(copies, 1) * len(train) + len(gallery) + len(val)
+    say(f"computing the features of {total:,} images once")
     network.eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
+    step = max(1, total // 20)
+    done = 0
 
-    @torch.inference_mode()
-    def features(pixels: torch.Tensor) -> torch.Tensor:
-        parts = [network.features(part.to(device)).cpu() for part in torch.split(pixels, 32)]
-        return torch.cat(parts).clone()
+    @torch.no_grad()
+    def features(images: JoinedImages, times: int = 0) -> JoinedImages:
+        nonlocal done
+        rows = max(times, 1) * len(images)
+        kept: torch.Tensor | None = None
+        for start in range(0, rows, FEATURES_AT_ONCE):
+            chosen = torch.arange(start, min(start + FEATURES_AT_ONCE, rows)) % len(images)
+            pixels, _, sets = (part.to(device) for part in images[chosen])
+            found = network.features(learner.augment(pixels, sets) if times else pixels).cpu()
+            if kept is None:
+                # Half as many bytes. What is lost is less than what a change of the image adds.
+                kept = torch.empty((rows, *found.shape[1:]), dtype=torch.float16)
+            kept[start : start + len(found)] = found
+            done += len(found)
+            if done // step > (done - len(found)) // step:
+                say(f"features: {done:,} of {total:,}")
+        assert kept is not None
+        return images.with_pixels(kept, max(times, 1))
 
-    known = train.with_pixels(features(train.pixels))
-    queries = val.with_pixels(features(val.pixels))
-    seen = known if gallery is train else gallery.with_pixels(features(gallery.pixels))
+    torch.manual_seed(learner.experiment.seed)
+    known = features(train, copies)
+    plain = known if gallery is train and not copies else features(gallery)
+    queries = features(val)
     network.cpu()
-    return known, seen, queries
+    learner.on_features = True
+    return known, plain, queries
 
 
 def _quiet() -> None:

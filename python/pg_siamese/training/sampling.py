@@ -117,12 +117,20 @@ class Batches(Sampler[list[int]]):
     Every epoch has a draw of its own, which depends on ``seed`` and the epoch's number alone. So a
     run that continues from a checkpoint draws what it would have drawn.
 
+    ``images`` is how many an epoch has, by default as many as there are labels.
+
     Raises:
         ExperimentError: the objective takes another kind, or there are too few images.
     """
 
     def __init__(
-        self, labels: Tensor, sampling: Sampling, batch_size: int, takes: str, seed: int
+        self,
+        labels: Tensor,
+        sampling: Sampling,
+        batch_size: int,
+        takes: str,
+        seed: int,
+        images: int | None = None,
     ) -> None:
         kinds = {"classes": ("classes", "per_class")}.get(takes, (takes,))
         if sampling.kind not in kinds:
@@ -134,7 +142,7 @@ class Batches(Sampler[list[int]]):
         self.seed = seed
         self.epoch = 0
         self.width = {"pairs": 2, "triplets": 3}.get(sampling.kind, 1)
-        self.count = sampling.per_epoch or len(labels)
+        self.count = sampling.per_epoch or images or len(labels)
         self.batch_size = min(batch_size, self.count)
         if sampling.kind == "per_class":
             self.batch_size -= self.batch_size % sampling.per_class

@@ -26,10 +26,25 @@ def test_a_frozen_network_learns_in_its_projection_only() -> None:
     encoder: Any = build_network("efficientnet_lite0", 8, (64, 64), {}).train()
     learning = [name for name, p in encoder.named_parameters() if p.requires_grad]
     assert learning == ["projection.weight", "projection.bias"]
-    assert not encoder.network.training
+    assert not any(part.training for part in encoder.frozen.modules())
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     encoder.eval()
     assert torch.allclose(encoder.head(encoder.features(pixels)), encoder(pixels))
+
+
+def test_a_partly_frozen_network_learns_in_its_other_blocks() -> None:
+    torch.manual_seed(0)
+    encoder: Any = build_network("efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 14})
+    whole: Any = build_network("efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 0})
+    assert len(encoder.frozen) == 15 and len(whole.frozen) == 1
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    encoder.train()(pixels)[:, 0].sum().backward()
+    torch.optim.SGD(encoder.parameters(), lr=1.0).step()
+    changed = {name for name, value in encoder.state_dict().items() if (value != before[name]).any()}
+    assert {name.split(".")[0] for name in changed} == {"learned", "projection"}
+    with pytest.raises(ExperimentError, match="there are 16 blocks"):
+        build_network("efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 17})
 
 
 def test_ensemble_is_one_unit_vector_of_shares() -> None:

@@ -25,17 +25,20 @@ Weights = Annotated[str, Meta(pattern="^(float32|float16)$")]
 class Augmentation(Struct, frozen=True, forbid_unknown_fields=True):
     """Ranges of random changes, each drawn uniformly in ± the value, per image.
 
-    Rotation is in degrees, shift in pixels. Zoom and contrast are shares, brightness is a share of
-    the full scale. Flips are probabilities.
+    Rotation is in degrees, shift in pixels. Zoom, stretch and contrast are shares, brightness is a
+    share of the full scale. Stretch changes the ratio of width to height. Flips are probabilities.
+    So is ``small``: such an image is reduced to 28 pixels and enlarged again.
     """
 
     rotation: float = 0.0
     shift: float = 0.0
     zoom: float = 0.0
+    stretch: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
     flip_horizontal: float = 0.0
     flip_vertical: float = 0.0
+    small: float = 0.0
 
 
 class ImageSize(Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,6 +140,8 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
             quick on processors that can. Validation and export are never affected.
         weights: how the exported file keeps them: ``float32``, or ``float16`` for half the size.
             They are computed with in float32 either way.
+        copies: if the network has frozen layers: how many copies of each train image are changed
+            at random, for features that are computed once. 0 means the unchanged image alone.
         average_decay: decay of the moving average of the weights. 0 means none.
         snapshots: how many pictures to keep of a 2-d embedding of the validation images while it
             forms.
@@ -163,6 +168,7 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
     batch_size: Positive = 128
     precision: Precision = "float32"
     weights: Weights = "float32"
+    copies: Annotated[int, Meta(ge=0)] = 0
     average_decay: float = 0.0
     snapshots: int = 0
     seed: int = 0

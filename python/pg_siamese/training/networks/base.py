@@ -12,9 +12,12 @@ class Network(nn.Module):
         summary: what the network is, for the model card.
         unit_vectors: whether embeddings have length one.
         parts: dimensions of the parts of a vector that are judged separately, if there are any.
+        frozen: layers that don't learn, at its beginning, if there are any. A network that has
+            them splits into ``features``, from pixels to what they give, and ``head``, the rest.
     """
 
     summary = ""
     unit_vectors = True
     parts: tuple[int, ...] = ()
+    frozen: nn.Module
     dimension: int

@@ -17,6 +17,9 @@ from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.pixels import channels_first
 
 FEATURES = 1280
+BLOCKS = 16
+# Small data sets: the running statistics must follow within an epoch (the package's own is 0.01).
+MOMENTUM = 0.1
 # How the pretrained weights' pixels were normalised: (x - 127) / 128.
 LITE_MEAN = 127.0
 LITE_SCALE = 128.0
@@ -57,10 +60,13 @@ def pretrained_lite0(size: int) -> EfficientNet:
     return network
 
 
-class EfficientNetLite0(EfficientNetEncoder):
-    """EfficientNet-lite0 with the weights learned on ImageNet.
+class EfficientNetLite0(Network):
+    """EfficientNet-lite0 with the weights learned on ImageNet, and a linear layer to a unit vector.
 
-    ``frozen`` keeps these: only the projection learns, on features that are computed once.
+    The stem and the first ``frozen_blocks`` of the 16 blocks stay as they were learned, batch norms
+    included. What early layers have learned of edges, colours and textures serves other images as
+    well (Yosinski et al. 2014, arXiv 1411.1792), and they are most of the work of training. By
+    default all layers stay so, and only the linear layer learns.
     """
 
     summary = "EfficientNet-lite0 with weights learned on ImageNet, linear layer"
@@ -70,17 +76,44 @@ class EfficientNetLite0(EfficientNetEncoder):
         dimension: int,
         size: tuple[int, int],
         dropout: float = 0.2,
-        frozen: bool = True,
+        frozen_blocks: int = BLOCKS,
     ) -> None:
+        super().__init__()
+        if not 0 <= frozen_blocks <= BLOCKS:
+            raise ValueError(f"frozen_blocks is {frozen_blocks}: there are {BLOCKS} blocks")
         network = pretrained_lite0(size[0])
-        super().__init__(network, dimension, dropout)
-        self.frozen = frozen
-        if frozen:
-            network.requires_grad_(False)
+        stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        top = nn.Sequential(network._conv_head, network._bn1, nn.ReLU6(), nn.AdaptiveAvgPool2d(1))
+        layers = [stem, *network._blocks, top]
+        # All blocks freeze what is behind them, too.
+        count = frozen_blocks + 1 if frozen_blocks < BLOCKS else len(layers)
+        self.dimension = dimension
+        self.frozen = nn.Sequential(*layers[:count]).requires_grad_(False)
+        self.learned = nn.Sequential(*layers[count:])
+        self.dropout = nn.Dropout(dropout)
+        self.projection = nn.Linear(FEATURES, dimension)
+        for part in self.learned.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.momentum = MOMENTUM
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
         """Set the mode. Frozen layers, with their batch norms, stay in evaluation mode."""
         super().train(mode)
-        if self.frozen:
-            self.network.eval()
+        self.frozen.eval()
         return self
+
+    def features(self, image: Tensor) -> Tensor:
+        """Return what the frozen layers make of uint8 or float pixels (N, H, W, 3)."""
+        pixels = (channels_first(image) - LITE_MEAN) / LITE_SCALE
+        # Depthwise convolutions are quicker so on a CPU.
+        found: Tensor = self.frozen(pixels.contiguous(memory_format=torch.channels_last))
+        return found
+
+    def head(self, features: Tensor) -> Tensor:
+        """Return the embeddings of what the frozen layers gave, of any float type."""
+        means = self.learned(features.float()).flatten(1)
+        return F.normalize(self.projection(self.dropout(means)), dim=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed uint8 or float pixels (N, H, W, 3)."""
+        return self.head(self.features(image))

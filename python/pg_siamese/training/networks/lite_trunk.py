@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pg_siamese.training.networks.efficientnet import LITE_MEAN, LITE_SCALE, pretrained_lite0
+from pg_siamese.training.networks.efficientnet import (
+    LITE_MEAN,
+    LITE_SCALE,
+    MOMENTUM,
+    pretrained_lite0,
+)
 from pg_siamese.training.networks.pixels import channels_first
-
-# Small data sets: the running statistics must follow within an epoch (the package's own is 0.01).
-MOMENTUM = 0.1
 
 
 class LiteTrunk(nn.Module):
