@@ -142,7 +142,7 @@ def test_one_model_from_its_own_metadata(tmp_path: Path, model: Path) -> None:
     assert figures["sets"]["paints"]["by_cosine"]["knn_accuracy"]["5"] == 1.0
     figure = {"mean": 1.0, "sd": None, "min": 1.0, "max": 1.0}
     assert content["summary"]["pairs"]["accuracy"] == figure
-    assert "| colours | paints | 18 | 100.00 |" in table.read_text()
+    assert "| colours | paints | 18 | 100.00 [100.00, 100.00] |" in table.read_text()
     assert not list(tmp_path.rglob(".*.partial"))
 
 
