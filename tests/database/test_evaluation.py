@@ -85,7 +85,8 @@ def test_a_querys_own_group_is_left_out_in_the_database(
     """Half of the queries have their copy in the gallery, and next to it one of another class."""
     random = np.random.default_rng(0)
     pictures = random.integers(0, 250, (60, 4, 4), np.uint8).repeat(7, axis=1).repeat(7, axis=2)
-    rows, stored = [], []
+    rows: list[str] = []
+    stored: list[np.ndarray] = []
     for i, picture in enumerate(pictures):
         split = ("train", "val", "test")[min(i // 20, 2)]
         label, group = i % 2, ""

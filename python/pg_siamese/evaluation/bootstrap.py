@@ -20,14 +20,16 @@ def drawn_means(values: Floats, groups: Integers | None = None, seed: int = 0) -
     Args:
         values: figures of each query (F, Q).
         groups: groups of the queries (Q,), such as patients. By default each is one by itself.
-        seed: seed of the draws. Equal groups give equal draws.
+        seed: seed of the draws.
 
     Returns:
         The means (DRAWS, F).
     """
     places = np.arange(values.shape[1])
     if groups is not None:
-        places = np.unique(groups, return_inverse=True)[1]
+        # Numbered as they come, whatever their names, so that equal queries get equal draws.
+        _, first, places = np.unique(groups, return_index=True, return_inverse=True)
+        places = np.argsort(np.argsort(first))[places]
     sizes = np.bincount(places)
     sums = np.stack([np.bincount(places, weights=row) for row in values], axis=1)
     random, count = np.random.default_rng(seed), len(sizes)

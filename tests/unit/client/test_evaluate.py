@@ -399,7 +399,7 @@ def test_intervals_are_over_the_queries_of_all_seeds(tmp_path: Path, data: Path)
     assert "interval" not in one["summary"]["pairs"]["accuracy"]
 
 
-def test_seeds_share_data_that_no_seed_drew(tmp_path: Path, data: Path, bare: Path) -> None:
+def test_seeds_share_data_that_no_seed_drew(data: Path, bare: Path) -> None:
     model = open_model(bare)
     (first,) = open_data(model, [f"npz:{data}"], "test")
     (again,) = open_data(model, [f"npz:{data}"], "test", [first])

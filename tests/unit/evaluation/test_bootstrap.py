@@ -40,6 +40,9 @@ def test_whole_groups_are_drawn() -> None:
     assert together == pytest.approx(alone)
     apart = interval([drawn_means(np.repeat(of_groups, 10)[None])])
     assert width(apart) < 0.5 * width(together)
+    values = np.arange(400.0)[None]
+    # The names of groups make no difference.
+    assert np.array_equal(drawn_means(values, -groups), drawn_means(values, groups))
     uneven = drawn_means(np.array([[0.0, 0, 0, 1]]), np.array([5, 5, 5, 9]))
     assert set(np.unique(uneven)) == {0, 0.25, 1}
 
