@@ -16,6 +16,7 @@ from pg_siamese.evaluation import database
 from pg_siamese.evaluation.model import open_data, open_model
 from tests.conftest import MODELS, Connection
 from tests.support import one
+from tests.unit.datasets.files import write_clinical
 
 MODEL = MODELS / "medical.onnx"
 FIGURES = ("map5", "mmv5", "acc1", "acc3", "acc5")
@@ -76,6 +77,36 @@ def test_the_database_retrieves_what_was_retrieved_offline(
     assert (tmp_path / "t.md").read_text().count("| 0.000 | 0.000 |") == 2
     assert leftovers(db) == []
     assert one(db, "SELECT count(*) FROM siamese.collections") == 1
+
+
+def test_a_querys_own_group_is_left_out_in_the_database(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the queries have their copy in the gallery, and next to it one of another class."""
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 250, (60, 4, 4), np.uint8).repeat(7, axis=1).repeat(7, axis=2)
+    rows: list[str] = []
+    stored: list[np.ndarray] = []
+    for i, picture in enumerate(pictures):
+        split = ("train", "val", "test")[min(i // 20, 2)]
+        label, group = i % 2, ""
+        if i >= 50:
+            group = f"g{i}"
+            rows.append(f"train,,train/{len(rows)}.png,{label},{group}")
+            rows.append(f"train,,train/{len(rows)}.png,{1 - label},")
+            stored += [picture, picture + 5]
+        rows.append(f"{split},,{split}/{len(rows)}.png,{label},{group}")
+        stored.append(picture)
+    write_clinical(tmp_path / "clinical", "breast_224", rows, stored)
+    monkeypatch.setenv("PG_SIAMESE_DATA", str(tmp_path))
+    evaluate(dsn, ["clinical:breast_224"], tmp_path / "r.json")
+    (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
+    figures = model["figures"]["sets"]["breast_224"]
+    assert figures["as_published"]["retrieval"]["acc1"] >= 50
+    assert figures["retrieval"]["acc1"] <= 50
+    for stored_figures in figures["in_database"].values():
+        assert stored_figures["acc1"] == figures["retrieval"]["acc1"]
+        assert stored_figures["greatest_difference"] < 0.005
 
 
 def test_the_collection_can_be_kept(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pg_siamese.datasets import DataNotFoundError, open_dataset
+from pg_siamese.datasets import DataNotFoundError, clinical, open_dataset
 from pg_siamese.datasets.places import data_folders
 from pg_siamese.training.experiments import experiment_names
 from tests.conftest import Connection, Pictures
@@ -48,12 +48,15 @@ def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
 
 
 def test_all_blocks_are_run() -> None:
-    """The first three are, below; the others are the same two commands, for as many minutes."""
+    """Of the first four all but the third are, below. Of the rest, the options are checked."""
     texts = [text for language, text in BLOCKS if language != "csv"]
     assert texts[0].startswith("pg_siamese train folder")
     assert texts[1].startswith("pg_siamese train medmnist_siamese")
-    assert texts[2].startswith("pg_siamese calibrate-domain photos.onnx")
-    for text in texts[3:]:
+    assert texts[2].startswith("pg_siamese evaluate models/medical.onnx")
+    run(f"{texts[2].strip()} --help", ROOT)
+    assert set(re.findall(r"--data clinical:(\S+)", texts[2])) == set(clinical.NAMES)
+    assert texts[3].startswith("pg_siamese calibrate-domain photos.onnx")
+    for text in texts[4:]:
         train, evaluate = text.splitlines()
         match = re.fullmatch(
             r"for seed in 0 1 2; do pg_siamese train (\w+) --seed \$seed; done", train

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import psycopg
 import typer
@@ -64,7 +64,7 @@ def evaluate(
 
     The figures go into a results file. Thresholds and calibrations are chosen on validation
     images. The gallery is the train split. Several files are seeds of one experiment. Their
-    results have mean and spread.
+    results have mean, spread and a confidence interval. A query's own group is no neighbour.
     """
     from pg_siamese.evaluation.figures import require_sklearn
     from pg_siamese.evaluation.model import data_specs, open_model
@@ -81,15 +81,18 @@ def evaluate(
     target = results or Path("results") / f"{opened[0].experiment}.json"
     evaluations: list[Evaluation] = []
     for model in opened:
-        evaluation = _evaluate(model, data or data_specs(model), split)
+        same_input = model.spec.input == opened[0].spec.input
+        known = evaluations[0].data if evaluations and same_input else ()
+        evaluation = _evaluate(model, data or data_specs(model), split, known)
         if in_database:
             with connect(dsn) as connection:
                 _add_database(connection, evaluation, keep)
         evaluations.append(evaluation)
     command = command_line(models, data or (), split, in_database)
-    write_result(result(evaluations, command), target)
+    content = result(evaluations, command)
+    write_result(content, target)
     console = output()
-    console.print(figure_table(evaluations))
+    console.print(figure_table(evaluations, content["summary"]))
     console.print(f"results: {escape(str(target))}", soft_wrap=True)
     if table is not None:
         write_table(read_results(target.parent), table)
@@ -101,11 +104,13 @@ def evaluate(
             console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
 
-def _evaluate(model: EvaluatedModel, specs: Sequence[str], split: str) -> Evaluation:
+def _evaluate(
+    model: EvaluatedModel, specs: Sequence[str], split: str, known: Sequence[DataSplits]
+) -> Evaluation:
     from pg_siamese.evaluation.figures import evaluate_model
     from pg_siamese.evaluation.model import open_data
 
-    found = open_data(model, specs, split)
+    found = open_data(model, specs, split, known)
     splits = dict.fromkeys(("train", "val", split))
     total = sum(len(getattr(part, name)) for part in found for name in splits)
     with progress_bar(f"embedding by {model.path}", total) as advance:
@@ -163,35 +168,41 @@ def _shown_spec(spec: str) -> str:
     return f"{kind}:{_shown(Path(rest))}" if colon else spec
 
 
-def figure_table(evaluations: Sequence[Evaluation]) -> Table:
-    """Return the main figures as a table for the terminal: mean, and spread over the files."""
-    from pg_siamese.evaluation.results import rounded, spread, summary, variants
+def figure_table(evaluations: Sequence[Evaluation], figures: dict[str, Any]) -> Table:
+    """Return the main figures as a table for the terminal: mean, spread over the files, interval.
 
-    figures = rounded(summary([e.figures for e in evaluations]))
+    ``figures`` are the summary of a results file.
+    """
+    from pg_siamese.evaluation.figures import joined_parts
+    from pg_siamese.evaluation.results import spread, variants
+
     seeds = len(evaluations)
     title = f"{evaluations[0].model.experiment}, {seeds} model{'s' if seeds > 1 else ''}"
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     table.add_column("figure")
     table.add_column(evaluations[0].split, justify="right")
-    for key, name in (("pairs", "pairs"), ("set_pairs", "pairs, which set")):
-        if pairs := figures.get(key):
-            table.add_row(f"{name}: accuracy, %", spread(pairs["accuracy"], 100, 2))
-            table.add_row(f"{name}: area under the ROC curve", spread(pairs["auc"], 1, 4))
-            table.add_row(f"{name}: contrastive loss", spread(pairs["contrastive_loss"], 1, 4))
-            table.add_row(f"{name}: log loss", spread(pairs["log_loss"], 1, 4))
-    if "triples" in figures:
-        table.add_row("triples: accuracy, %", spread(figures["triples"]["accuracy"], 100, 2))
-    if "right_set" in figures:
-        table.add_row("nearest of the right set, %", spread(figures["right_set"], 1, 3))
-        by_neighbour = figures["set_pairs"]["accuracy_by_neighbour"]
-        table.add_row("pairs by their neighbours' sets, %", spread(by_neighbour, 100, 2))
+    for note, part in joined_parts(figures).items():
+        for key, kind in (("pairs", "pairs"), ("set_pairs", "pairs, which set")):
+            if pairs := part.get(key):
+                name = f"{kind}{note}"
+                table.add_row(f"{name}: accuracy, %", spread(pairs["accuracy"], 100, 2))
+                table.add_row(f"{name}: area under the ROC curve", spread(pairs["auc"], 1, 4))
+                table.add_row(f"{name}: contrastive loss", spread(pairs["contrastive_loss"], 1, 4))
+                table.add_row(f"{name}: log loss", spread(pairs["log_loss"], 1, 4))
+        if "triples" in part:
+            accuracy = spread(part["triples"]["accuracy"], 100, 2)
+            table.add_row(f"triples{note}: accuracy, %", accuracy)
+        if "right_set" in part:
+            table.add_row(f"nearest of the right set{note}, %", spread(part["right_set"], 1, 3))
+            by_neighbour = spread(part["set_pairs"]["accuracy_by_neighbour"], 100, 2)
+            table.add_row(f"pairs by their neighbours' sets{note}, %", by_neighbour)
     for name, values in figures["sets"].items():
         for note, own in variants(values).items():
             subject = f"{escape(name)}{note}"
             for key, label in (("map5", "mAP@5"), ("mmv5", "mMV@5"), ("acc1", "ACC@1")):
-                table.add_row(f"{subject}: {label}, %", spread(own["retrieval"][key], 1, 2))
-            table.add_row(f"{subject}: P@10, %", spread(own["precision_at_10"], 100, 2))
-            table.add_row(f"{subject}: 5-NN, %", spread(own["knn_accuracy"]["5"], 100, 2))
+                table.add_row(f"{subject}: {label}, %", spread(own["retrieval"][key], 1, 2, True))
+            table.add_row(f"{subject}: P@10, %", spread(own["precision_at_10"], 100, 2, True))
+            table.add_row(f"{subject}: 5-NN, %", spread(own["knn_accuracy"]["5"], 100, 2, True))
         for engine, stored in values.get("in_database", {}).items():
             label = f"{escape(name)}: greatest difference in the database, {engine}"
             table.add_row(label, f"{stored['greatest_difference']['max']:.3f}")
@@ -200,5 +211,7 @@ def figure_table(evaluations: Sequence[Evaluation]) -> Table:
             f"No group of {escape(', '.join(apart))} is among both queries and neighbours, "
             "and pairs that match are of two groups."
         )
+        if any("as_published" in values for values in figures["sets"].values()):
+            table.caption += " As published: a query's own group may be a neighbour."
         table.caption_justify = "left"
     return table

@@ -36,7 +36,7 @@ from pg_siamese.datasets.medmnist import (
     load_medmnist,
     medmnist_folders,
 )
-from pg_siamese.datasets.names import LICENCES
+from pg_siamese.datasets.names import LICENCES, parts_by_size
 from pg_siamese.datasets.npz import npz_splits, read_npz
 from pg_siamese.datasets.resizing import resized
 from pg_siamese.datasets.specs import open_dataset
@@ -65,6 +65,7 @@ __all__ = [
     "medmnist_folders",
     "npz_splits",
     "open_dataset",
+    "parts_by_size",
     "read_idx",
     "read_idx_images",
     "read_npz",

@@ -161,8 +161,13 @@ def sha256(path: Path | str) -> str:
 class DataSplits:
     """The three splits of one data set.
 
-    ``spec`` is the text that ``open_dataset`` opened it by. ``published`` splits stay as they are,
-    even if they have groups in common.
+    Attributes:
+        train: the train split.
+        val: the validation split.
+        test: the test split.
+        spec: the text that ``open_dataset`` opened it by.
+        published: the splits stay as they are, even if they have groups in common.
+        drawn: a seed decided which image is in which split.
 
     Raises:
         DataFormatError: a group is in two splits that are not published, or only some splits have
@@ -174,6 +179,7 @@ class DataSplits:
     test: LabelledImages
     spec: str = ""
     published: bool = False
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         for one, other in itertools.combinations((self.train, self.val, self.test), 2):
@@ -308,4 +314,4 @@ def split_at_random(images: LabelledImages, seed: int) -> DataSplits:
         raise DataFormatError(
             f"{whole.name}: whole groups leave one class to train on; each class needs several"
         )
-    return DataSplits(train, val, test)
+    return DataSplits(train, val, test, drawn=True)

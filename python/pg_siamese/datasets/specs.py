@@ -101,10 +101,11 @@ def _fill(parts: Mapping[str, LabelledImages], seed: int, spec: str, published: 
         test, val = replace(val, split="test"), None
     if test is None:
         return split_at_random(train, seed)
-    if val is None:
-        count = min(round(MISSING_VAL_SHARE * len(train)), MISSING_VAL_MOST)
-        train, val = hold_out(train, count, seed)
-    return DataSplits(train, val, test, published=published)
+    if val is not None:
+        return DataSplits(train, val, test, published=published)
+    count = min(round(MISSING_VAL_SHARE * len(train)), MISSING_VAL_MOST)
+    train, val = hold_out(train, count, seed)
+    return DataSplits(train, val, test, drawn=True)
 
 
 def _resized(images: LabelledImages, spec: InputSpec | None) -> LabelledImages:

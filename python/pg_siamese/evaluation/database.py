@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from psycopg.types.json import Jsonb
 from pg_siamese.client.connection import CommandError
 from pg_siamese.client.loading import find_target, store
 from pg_siamese.client.models import register
-from pg_siamese.client.sources import labelled_part
+from pg_siamese.client.sources import ImageRow, labelled_part
 from pg_siamese.datasets import DataSplits, LabelledImages
 from pg_siamese.evaluation.model import Advance, EvaluatedModel
 from pg_siamese.evaluation.retrieval import Integers, Retrieval, retrieval
@@ -25,6 +25,7 @@ NEIGHBOURS = 5
 # graph, which is approximate, if that is quicker.
 EXACT, DEFAULT = "pgvector", "auto"
 ENGINES = (EXACT, DEFAULT)
+GROUP_COLUMN = "image_group"
 
 
 @contextmanager
@@ -42,7 +43,8 @@ def temporary_collection(
         connection.execute(
             f"CREATE TABLE {name}.images ("
             " image_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,"
-            " image bytea NOT NULL, dataset text, split text, label text, source text)".encode()
+            " image bytea NOT NULL, dataset text, split text, label text, source text,"
+            f" {GROUP_COLUMN} text)".encode()
         )
         connection.execute(
             "SELECT siamese.create_collection(name => %s, relation => %s::regclass, model => %s)",
@@ -81,8 +83,8 @@ def database_retrieval(
     """Score data sets by the retrieval protocol, with one ``similar_images`` per query and engine.
 
     The galleries of all sets go into one collection through its trigger, as PNG files, and its
-    index is built. The query for one set has a filter on the column dataset. Each query is asked of
-    every engine in ``ENGINES``.
+    index is built. The query for one set has a filter on the column dataset, and leaves out the
+    query's own group. Each query is asked of every engine in ``ENGINES``.
 
     Args:
         connection: the database.
@@ -99,9 +101,9 @@ def database_retrieval(
     figures: dict[str, dict[str, Retrieval]] = {}
     with temporary_collection(connection, model, keep) as collection:
         target = find_target(connection, f"{collection}.images", "image")
+        target = replace(target, columns=target.columns | {GROUP_COLUMN: "text"})
         for part in data:
-            gallery = labelled_part(part.train, "evaluation")
-            store(connection, target, map(gallery.row, range(len(gallery))), advance=advance)
+            store(connection, target, _rows(part.train), advance=advance)
         connection.execute("SELECT siamese.build_index(%s)", (collection,))
         for part in data:
             # Rows went in in their order, so the n-th key is that of the n-th image.
@@ -117,6 +119,16 @@ def database_retrieval(
     return DatabaseFigures(collection, figures)
 
 
+def _rows(images: LabelledImages) -> Iterator[ImageRow]:
+    part = labelled_part(images, "evaluation")
+    for number in range(len(part)):
+        yield replace(part.row(number), tags=_own_group(images, number))
+
+
+def _own_group(images: LabelledImages, number: int) -> dict[str, str]:
+    return {} if images.groups is None else {GROUP_COLUMN: str(images.groups[number])}
+
+
 def _search(
     connection: psycopg.Connection[Any],
     collection: str,
@@ -129,10 +141,12 @@ def _search(
     found = np.empty((len(images), NEIGHBOURS), np.int64)
     condition = Jsonb({"dataset": dataset})
     for number in range(len(images)):
+        own_group = Jsonb(_own_group(queries, number))
         rows = connection.execute(
             "SELECT s.image_id FROM siamese.similar_images(image => %b::bytea, k => %s::integer,"
-            " collection => %s::text, filter => %s, engine => %s) AS s ORDER BY s.rank",
-            (images.row(number).image, NEIGHBOURS, collection, condition, engine),
+            " collection => %s::text, filter => %s, exclude => %s, engine => %s) AS s"
+            " ORDER BY s.rank",
+            (images.row(number).image, NEIGHBOURS, collection, condition, own_group, engine),
         ).fetchall()
         if len(rows) < NEIGHBOURS:
             raise CommandError(f'the database found {len(rows)} neighbours in "{dataset}"')

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.datasets import DataSplits, join_labels
+from pg_siamese.datasets import DataSplits, join_labels, parts_by_size
 from pg_siamese.evaluation.model import Advance, EvaluatedModel, embed_joined
 from pg_siamese.evaluation.pairs import (
     Calibration,
@@ -25,11 +25,11 @@ from pg_siamese.evaluation.retrieval import (
     Floats,
     Integers,
     distances,
-    nearest,
     nearest_sets,
+    neighbours,
     precision_at,
-    retrieval,
     retrieval_by_set,
+    retrieval_scores,
     right_set,
     votes,
 )
@@ -57,6 +57,7 @@ class Evaluation:
         found: by data set, places (Q, 10) in its own gallery, nearest first.
         pairs: distances and matches.
         figures: all figures.
+        scores: by data set, each query's part (Q,) in those figures that are means over queries.
     """
 
     model: EvaluatedModel
@@ -67,6 +68,7 @@ class Evaluation:
     found: dict[str, Integers]
     pairs: tuple[Floats, Flags]
     figures: dict[str, Any]
+    scores: dict[str, dict[str, Any]]
 
 
 def evaluate_model(
@@ -78,6 +80,10 @@ def evaluate_model(
     """Embed train, validation and the split to evaluate, and compute every figure.
 
     Shares are from 0 to 1. The retrieval protocol and ``right_set`` are in per cent, as published.
+
+    A query's own group is no neighbour. Sets in whose gallery it is have figures with it, too:
+    ``as_published``. Figures across sets are by ``parts_by_size``: under ``sizes`` if there are
+    several parts.
 
     Raises:
         CommandError: a data set is too small for a figure, or scikit-learn isn't installed.
@@ -91,19 +97,20 @@ def evaluate_model(
         else embed_joined(model, [getattr(part, split) for part in data], advance)
     )
     metric = model.metric
-    figures: dict[str, Any] = {}
+    parts = parts_by_size([part.name for part in data])
     try:
-        own = (validation.by_set(), queries.by_set()) if model.labels == "set" else None
-        chosen, scored = own or (validation, queries)
-        pairs = draw_pairs(scored, model.labels, metric, SCORING_SEED)
-        figures["pairs"] = pair_figures(pairs, _calibration(model, chosen))
-        if len(data) > 1:
-            figures |= set_figures(gallery, validation, queries, metric)
+        joined = [
+            _joined_figures(model, *(e.of_sets(part) for e in (gallery, validation, queries)))
+            for part in parts.values()
+        ]
     except ValueError as error:
         raise CommandError(f"{', '.join(part.name for part in data)}: {error}") from None
-    if triples := triple_figures(chosen, scored, metric):
-        figures["triples"] = triples
+    figures, pairs = joined[0]
+    if len(parts) > 1:
+        by_size = {str(size): each for size, (each, _) in zip(parts, joined, strict=True)}
+        figures = {"sizes": by_size}
     found: dict[str, Integers] = {}
+    scores: dict[str, dict[str, Any]] = {}
     figures["sets"] = {}
     starts = join_labels([part.train for part in data]).starts
     for number, part in enumerate(data):
@@ -113,23 +120,55 @@ def evaluate_model(
                 f'data set "{part.name}" has {len(own_gallery.labels)} train images: at least '
                 f"{NEIGHBOURS} are needed as a gallery"
             )
-        found[part.name] = nearest(own_queries.vectors, own_gallery.vectors, NEIGHBOURS, metric)
         # The set's own class numbers.
         start = starts[number]
-        neighbours = own_gallery.labels[found[part.name]] - start
-        wanted = own_queries.labels - start
-        figures["sets"][part.name] = {
-            **neighbour_figures(neighbours, wanted),
-            "report": class_report(wanted, votes(neighbours, VOTERS), part.train.classes),
-        }
+        known, wanted = own_gallery.labels - start, own_queries.labels - start
+        searched: dict[str, tuple[str, bool]] = {"": (metric, False)}
+        if own_gallery.shares_groups(own_queries):
+            searched["as_published"] = metric, True
         if not normalised(gallery):
             # Of vectors that have a length, the two metrics order neighbours differently.
             other = OTHER_METRIC[metric]
-            again = nearest(own_queries.vectors, own_gallery.vectors, NEIGHBOURS, other)
-            figures["sets"][part.name][f"by_{other}"] = neighbour_figures(
-                own_gallery.labels[again] - start, wanted
-            )
-    return Evaluation(model, list(data), split, gallery, queries, found, pairs, figures)
+            searched[f"by_{other}"] = other, False
+        try:
+            near = {
+                variant: neighbours(own_gallery, own_queries, NEIGHBOURS, *options)
+                for variant, options in searched.items()
+            }
+        except ValueError as error:
+            raise CommandError(f'data set "{part.name}": {error}') from None
+        found[part.name] = near.pop("")
+        labels = known[found[part.name]]
+        scores[part.name] = neighbour_scores(labels, wanted) | {
+            variant: neighbour_scores(known[places], wanted) for variant, places in near.items()
+        }
+        figures["sets"][part.name] = {
+            **means(scores[part.name]),
+            "report": class_report(wanted, votes(labels, VOTERS), part.train.classes),
+        }
+    return Evaluation(model, list(data), split, gallery, queries, found, pairs, figures, scores)
+
+
+def _joined_figures(
+    model: EvaluatedModel, gallery: Embedded, validation: Embedded, queries: Embedded
+) -> tuple[dict[str, Any], tuple[Floats, Flags]]:
+    """Return the figures of data sets that are joined, and the pairs."""
+    metric = model.metric
+    own = (validation.by_set(), queries.by_set()) if model.labels == "set" else None
+    chosen, scored = own or (validation, queries)
+    pairs = draw_pairs(scored, model.labels, metric, SCORING_SEED)
+    figures: dict[str, Any] = {"pairs": pair_figures(pairs, _calibration(model, chosen))}
+    if len(np.unique(queries.sets)) > 1:
+        figures |= set_figures(gallery, validation, queries, metric)
+    if triples := triple_figures(chosen, scored, metric):
+        figures["triples"] = triples
+    return figures, pairs
+
+
+def joined_parts(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the figures of data sets that are joined, by a note on their size if there is one."""
+    sizes = figures.get("sizes")
+    return {f", {size} pixels": sizes[size] for size in sizes} if sizes else {"": figures}
 
 
 def require_sklearn() -> None:
@@ -275,15 +314,25 @@ def triple_figures(validation: Embedded, queries: Embedded, metric: str) -> dict
     }
 
 
-def neighbour_figures(neighbours: Integers, wanted: Integers) -> dict[str, Any]:
-    """Return the figures of neighbours' labels (Q, 10) for queries' labels (Q,)."""
+def neighbour_scores(labels: Integers, wanted: Integers) -> dict[str, Any]:
+    """Return each query's part (Q,) in the figures of neighbours' labels (Q, 10).
+
+    ``wanted`` are the queries' labels (Q,).
+    """
     return {
-        "retrieval": asdict(retrieval(neighbours[:, :5], wanted)),
-        "precision_at_10": precision_at(neighbours, wanted, NEIGHBOURS),
+        "retrieval": retrieval_scores(labels[:, :5], wanted),
+        "precision_at_10": precision_at(labels, wanted, NEIGHBOURS),
         "knn_accuracy": {
-            str(k): float((votes(neighbours, k) == wanted).mean()) for k in (1, 5, NEIGHBOURS)
+            str(k): (votes(labels, k) == wanted).astype(np.float64) for k in (1, 5, NEIGHBOURS)
         },
     }
+
+
+def means(scores: Any) -> Any:
+    """Return the means of scores in dictionaries, in the same form."""
+    if isinstance(scores, dict):
+        return {key: means(item) for key, item in scores.items()}
+    return float(scores.mean())
 
 
 def class_report(

@@ -98,8 +98,13 @@ def data_specs(model: EvaluatedModel) -> list[str]:
     return specs
 
 
-def open_data(model: EvaluatedModel, specs: Sequence[str], split: str) -> list[DataSplits]:
+def open_data(
+    model: EvaluatedModel, specs: Sequence[str], split: str, known: Sequence[DataSplits] = ()
+) -> list[DataSplits]:
     """Open data sets as the model was trained on them, by its seed and its input's size.
+
+    ``known`` are those that were opened for another seed. They are taken again, unless they were
+    drawn by it.
 
     Raises:
         CommandError: a split is empty, or two sets have one name.
@@ -107,7 +112,11 @@ def open_data(model: EvaluatedModel, specs: Sequence[str], split: str) -> list[D
         DataFormatError: as in ``open_dataset``.
     """
     found = []
+    again = {data.spec: data for data in known if not data.drawn}
     for spec in specs:
+        if spec in again:
+            found.append(again[spec])
+            continue
         # Arrays keep their size until they are embedded, batch by batch.
         size = model.spec.input if spec.partition(":")[0] in FILE_KINDS else None
         found.append(open_dataset(spec, seed=model.seed, input_spec=size))
@@ -159,8 +168,17 @@ def embed_joined(
 ) -> Embedded:
     """Embed one split of several data sets in a row.
 
-    Labels are "which class of which set".
+    Labels are "which class of which set". Sets of the same images are embedded once.
     """
-    vectors = np.concatenate([embed_images(model, part, advance) for part in parts])
+    found: list[npt.NDArray[np.float32]] = []
+    for part in parts:
+        same = [
+            vectors
+            for vectors, other in zip(found, parts, strict=False)
+            if np.array_equal(other.images, part.images)
+        ]
+        found.append(same[0] if same else embed_images(model, part, advance))
+        advance(len(part) if same else 0)
+    vectors = np.concatenate(found)
     joined = join_labels(parts)
     return Embedded(vectors, joined.labels, joined.sets, joined.groups)

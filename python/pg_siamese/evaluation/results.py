@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pg_siamese.client.connection import CommandError
 from pg_siamese.datasets import sha256
+from pg_siamese.evaluation.bootstrap import drawn_means, interval
 from pg_siamese.evaluation.database import ENGINES
-from pg_siamese.evaluation.figures import Evaluation
+from pg_siamese.evaluation.figures import Evaluation, joined_parts
+from pg_siamese.evaluation.retrieval import Floats
 from pg_siamese.files import write_whole
 from pg_siamese_server.encoding.specification import METRICS
 
@@ -22,8 +26,12 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 HEADING = """\
 # Results
 
-Mean over the seeds, with the standard deviation if there are several. The text between the two
-marks is written by `pg_siamese evaluate --table`, from the files in `results/`.
+Mean over the seeds, with the standard deviation if there are several. In brackets: the 95 %
+confidence interval of the mean, by bootstrap over the queries. Each of 2,000 draws takes as many
+queries as there are, or as many whole groups such as patients. All seeds get the same draws.
+
+The text between the two marks is written by `pg_siamese evaluate --table`, from the files in
+`results/`.
 
 """
 
@@ -40,6 +48,9 @@ def result(evaluations: Sequence[Evaluation], command: str) -> dict[str, Any]:
             raise CommandError(
                 f"{other.model.path} and {first.model.path} were evaluated on different data"
             )
+    figures = summary([e.figures for e in evaluations])
+    for number, part in enumerate(first.data):
+        _add_intervals(figures["sets"][part.name], evaluations, number)
     return {
         "format": FORMAT,
         "experiment": first.model.experiment,
@@ -58,7 +69,7 @@ def result(evaluations: Sequence[Evaluation], command: str) -> dict[str, Any]:
             }
             for e in evaluations
         ],
-        "summary": rounded(summary([e.figures for e in evaluations])),
+        "summary": rounded(figures),
     }
 
 
@@ -71,9 +82,38 @@ def _counts(evaluation: Evaluation) -> dict[str, dict[str, int]]:
             "validation": len(part.val),
             "queries": len(queries),
         }
-        if part.has_groups:
+        if part.train.groups is not None:
             found[part.name]["query_groups"] = len(set(queries.groups))
+            shared = int(np.isin(queries.groups, part.train.groups).sum())
+            if shared:
+                found[part.name]["queries_with_their_group_in_gallery"] = shared
     return found
+
+
+def _add_intervals(figures: dict[str, Any], evaluations: Sequence[Evaluation], number: int) -> None:
+    """Add the interval of the mean over models to those figures of a set that are means."""
+    drawn, paths = [], []
+    for evaluation in evaluations:
+        part = evaluation.data[number]
+        leaves = dict(_leaves(evaluation.scores[part.name]))
+        paths, values = list(leaves), np.stack(list(leaves.values()))
+        groups = evaluation.queries.of_set(number).groups
+        # One draw for all models, unless each has queries of its own.
+        drawn.append(drawn_means(values, groups, evaluation.model.seed if part.drawn else 0))
+    for path, bounds in zip(paths, interval(drawn), strict=True):
+        figure = figures
+        for key in path:
+            figure = figure[key]
+        figure["interval"] = bounds.tolist()
+
+
+def _leaves(scores: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Floats]]:
+    """Yield the arrays in dictionaries of dictionaries, each with its keys."""
+    if isinstance(scores, dict):
+        for key, item in scores.items():
+            yield from _leaves(item, *path, key)
+    else:
+        yield path, scores
 
 
 def summary(figures: Sequence[Any]) -> Any:
@@ -100,6 +140,8 @@ def rounded(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("a figure is not a finite number")
@@ -158,13 +200,18 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         "log loss | triple accuracy, % |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for item in results:
+    joined = [
+        (item, f"{_name(item)}{note}", part)
+        for item in results
+        for note, part in joined_parts(item["summary"]).items()
+    ]
+    for item, name, part in joined:
         for key, match in (("pairs", item["labels"]), ("set_pairs", "set")):
-            figures = item["summary"].get(key)
+            figures = part.get(key)
             if figures is None or (key == "set_pairs" and item["labels"] == "set"):
                 continue
-            triples = item["summary"].get("triples") if key == "pairs" else None
-            cells = [_name(item), str(len(item["models"])), match]
+            triples = part.get("triples") if key == "pairs" else None
+            cells = [name, str(len(item["models"])), match]
             cells += [spread(figures["accuracy"], 100, 2)]
             cells += [spread(figures[k], 1, 4) for k in ("auc", "contrastive_loss", "log_loss")]
             cells += [spread(triples["accuracy"], 100, 2) if triples else ""]
@@ -174,8 +221,9 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         "## Nearest neighbours",
         "",
         "Gallery: the train split of the data set. Queries: another split, by default the test "
-        "split. Relevant: the same class. Per cent. mAP@5, mMV@5 and ACC@k are as in Mahbod et al. "
-        "(2025). P@10 is the precision among the ten nearest, kNN the accuracy of the vote of "
+        "split. A query's own group, such as its patient, is left out. *As published*: it may be a "
+        "neighbour. Relevant: the same class. Per cent. mAP@5, mMV@5 and ACC@k are as in Mahbod et "
+        "al. (2025). P@10 is the precision among the ten nearest, kNN the accuracy of the vote of "
         "the nearest. The last columns are the greatest differences to the same figures computed "
         "in the database, through `similar_images`. One is by its exact scan. The other is as it "
         "searches by default, approximately in a large index.",
@@ -190,15 +238,15 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
                 protocol, knn = values["retrieval"], values["knn_accuracy"]
                 in_database = values.get("in_database")
                 cells = [_name(item), f"{name}{note}", f"{item['data'][name]['queries']:,}"]
-                cells += [spread(protocol[k], 1, 2) for k in _PROTOCOL]
+                cells += [spread(protocol[k], 1, 2, k in _WITH_INTERVAL) for k in _PROTOCOL]
                 cells += [spread(values["precision_at_10"], 100, 2)]
                 cells += [spread(knn[k], 100, 2) for k in ("5", "10")]
                 for engine in ENGINES:
                     most = in_database and in_database[engine]["greatest_difference"]["max"]
                     cells += [f"{most:.3f}" if in_database else ""]
                 lines.append(_row(cells))
-    joined = [item for item in results if "right_set" in item["summary"]]
-    if joined:
+    with_sets = [(name, part) for _, name, part in joined if "right_set" in part]
+    if with_sets:
         lines += [
             "",
             "Data sets joined: is the nearest image of all of the right set, and do pairs match by "
@@ -207,21 +255,26 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             "| experiment | nearest of the right set, % | pairs by their neighbours, % |",
             "| --- | --- | --- |",
         ]
-        for item in joined:
-            right = spread(item["summary"]["right_set"], 1, 3)
-            by_neighbour = item["summary"]["set_pairs"]["accuracy_by_neighbour"]
-            lines.append(_row([_name(item), right, spread(by_neighbour, 100, 2)]))
+        for name, part in with_sets:
+            right = spread(part["right_set"], 1, 3)
+            by_neighbour = part["set_pairs"]["accuracy_by_neighbour"]
+            lines.append(_row([name, right, spread(by_neighbour, 100, 2)]))
     lines += ["", "## Commands", ""]
     lines += [f"- {_name(item)}: `{item['command']}`" for item in results]
     return "\n".join(lines) + "\n"
 
 
 _PROTOCOL = ("map5", "mmv5", "acc1", "acc3", "acc5")
+_WITH_INTERVAL = ("map5", "mmv5", "acc1")
+_VARIANTS = {"as_published": ", as published"} | {f"by_{m}": f", by {m}" for m in METRICS}
 
 
 def variants(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a data set's figures by its metric, and those by the other one, if there are any."""
-    others = {f", by {m}": figures[f"by_{m}"] for m in METRICS if f"by_{m}" in figures}
+    """Return a data set's main figures, and those with own groups or by the other metric, if any.
+
+    Each by a note that says so.
+    """
+    others = {note: figures[key] for key, note in _VARIANTS.items() if key in figures}
     return {"": figures, **others}
 
 
@@ -233,9 +286,20 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def spread(figure: Mapping[str, float | None], scale: float, decimals: int) -> str:
-    """Return '98.58 ± 0.12', or the mean alone if there is one file."""
-    mean, sd = figure["mean"], figure["sd"]
-    assert mean is not None  # only ``sd`` may be
-    text = f"{mean * scale:.{decimals}f}"
-    return text if sd is None else f"{text} ± {sd * scale:.{decimals}f}"
+def spread(
+    figure: Mapping[str, Any], scale: float, decimals: int, with_interval: bool = False
+) -> str:
+    """Return '98.58 ± 0.12', or the mean alone if there is one file.
+
+    ``with_interval`` adds the interval, as in '98.58 ± 0.12 [97.90, 99.17]', if there is one.
+    """
+
+    def shown(value: float) -> str:
+        return f"{value * scale:.{decimals}f}"
+
+    text = shown(figure["mean"])
+    if figure["sd"] is not None:
+        text += f" ± {shown(figure['sd'])}"
+    if with_interval and "interval" in figure:
+        text += f" [{', '.join(map(shown, figure['interval']))}]"
+    return text

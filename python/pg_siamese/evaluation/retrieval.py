@@ -28,7 +28,11 @@ class Embedded:
 
     def of_set(self, number: int) -> Embedded:
         """Return the part that belongs to one data set."""
-        return self.select(self.sets == number)
+        return self.of_sets([number])
+
+    def of_sets(self, numbers: Sequence[int]) -> Embedded:
+        """Return the part that belongs to some of the data sets."""
+        return self.select(np.isin(self.sets, numbers))
 
     def select(self, chosen: npt.NDArray[Any]) -> Embedded:
         """Return the embeddings at some places (numbers or a mask), in that order."""
@@ -167,24 +171,30 @@ def retrieval(neighbour_labels: Integers, query_labels: Integers) -> Retrieval:
     positions among the five. It is 0 if there is none. mMV@5 counts a query whose label is among
     the most frequent of the five.
     """
+    scores = retrieval_scores(neighbour_labels, query_labels)
+    return Retrieval(**{name: float(each.mean()) for name, each in scores.items()})
+
+
+def retrieval_scores(neighbour_labels: Integers, query_labels: Integers) -> dict[str, Floats]:
+    """Return each query's part (Q,) in the figures of ``retrieval``, which are their means."""
     relevant = neighbour_labels == query_labels[:, None]
     precision = np.cumsum(relevant, axis=1) / np.arange(1, 6)
     hits = relevant.sum(axis=1)
     average = (precision * relevant).sum(axis=1) / np.maximum(hits, 1)
     counts = (neighbour_labels[:, :, None] == neighbour_labels[:, None, :]).sum(axis=2)
-    votes = hits >= counts.max(axis=1)
-    return Retrieval(
-        map5=100 * float(average.mean()),
-        mmv5=100 * float(votes.mean()),
-        acc1=100 * float(relevant[:, 0].mean()),
-        acc3=100 * float(relevant[:, :3].any(axis=1).mean()),
-        acc5=100 * float(relevant.any(axis=1).mean()),
-    )
+    return {
+        "map5": 100.0 * average,
+        "mmv5": 100.0 * (hits >= counts.max(axis=1)),
+        "acc1": 100.0 * relevant[:, 0],
+        "acc3": 100.0 * relevant[:, :3].any(axis=1),
+        "acc5": 100.0 * relevant.any(axis=1),
+    }
 
 
-def precision_at(neighbour_labels: Integers, query_labels: Integers, k: int) -> float:
-    """Return the mean share, 0 to 1, of the k nearest (Q, >= k) that have the query's label."""
-    return float((neighbour_labels[:, :k] == query_labels[:, None]).mean())
+def precision_at(neighbour_labels: Integers, query_labels: Integers, k: int) -> Floats:
+    """Return the share (Q,), 0 to 1, of the k nearest (Q, >= k) that have the query's label."""
+    share: Floats = (neighbour_labels[:, :k] == query_labels[:, None]).mean(axis=1)
+    return share
 
 
 def votes(neighbour_labels: Integers, k: int) -> Integers:

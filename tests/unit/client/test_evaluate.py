@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from pg_siamese.client.connection import CommandError
 from pg_siamese.client.sources import png
 from pg_siamese.datasets import LabelledImages
 from pg_siamese.evaluation import figures as figures_module
+from pg_siamese.evaluation import model as model_module
 from pg_siamese.evaluation import results
-from pg_siamese.evaluation.model import embed_images, open_model
+from pg_siamese.evaluation.model import embed_images, open_data, open_model
 from pg_siamese.evaluation.results import read_results, summary, write_table
 from pg_siamese_server.encoding.images import decode_image
 from tests.support import grid_encoder
+from tests.unit.datasets.files import write_clinical
 
 COLOURS = {"reds": (200, 40, 40), "greens": (40, 200, 40), "blues": (40, 40, 200)}
 
@@ -142,7 +145,7 @@ def test_one_model_from_its_own_metadata(tmp_path: Path, model: Path) -> None:
     assert figures["sets"]["paints"]["by_cosine"]["knn_accuracy"]["5"] == 1.0
     figure = {"mean": 1.0, "sd": None, "min": 1.0, "max": 1.0}
     assert content["summary"]["pairs"]["accuracy"] == figure
-    assert "| colours | paints | 18 | 100.00 |" in table.read_text()
+    assert "| colours | paints | 18 | 100.00 [100.00, 100.00] |" in table.read_text()
     assert not list(tmp_path.rglob(".*.partial"))
 
 
@@ -161,6 +164,8 @@ def test_several_seeds_have_mean_and_spread(tmp_path: Path, data: Path) -> None:
     content = run(tmp_path / "r.json", *models, "--table", tmp_path / "t.md")
     assert [model["seed"] for model in content["models"]] == [0, 1, 2]
     assert content["summary"]["pairs"]["accuracy"]["sd"] == 0.0
+    map5 = content["summary"]["sets"]["paints"]["retrieval"]["map5"]
+    assert map5 == {"mean": 100, "sd": 0, "min": 100, "max": 100, "interval": [100, 100]}
     assert "| colours | 3 | class | 100.00 ± 0.00 |" in (tmp_path / "t.md").read_text()
 
 
@@ -182,6 +187,79 @@ def test_several_data_sets_are_joined(tmp_path: Path, data: Path, bare: Path) ->
     assert figures["set_pairs"]["accuracy"]["mean"] < 0.9
     assert "nearest of the right set" in (tmp_path / "t.md").read_text()
     assert "--data npz:paints.npz --data npz:inks.npz" in content["command"]
+
+
+def write_lesions(folder: Path, size: int = 8) -> None:
+    """Clinical pictures, of which half of the test images have a copy in train.
+
+    The nearest after the copy is of the other class.
+    """
+    random = np.random.default_rng(3)
+
+    def painted(colour: str) -> np.ndarray:
+        noise = random.integers(-35, 36, (size, size, 3))
+        return (np.array(COLOURS[colour]) + noise).astype(np.uint8)
+
+    copies = [painted("blues") for _ in range(6)]
+    by_class = ("reds", "greens")
+    found = [("train", i % 2, f"g{i}", copy) for i, copy in enumerate(copies)]
+    found += [("train", 1 - i % 2, "", copy + 1) for i, copy in enumerate(copies)]
+    found += [("test", i % 2, f"g{i}", copy) for i, copy in enumerate(copies)]
+    for split, count in (("train", 24), ("val", 12), ("test", 6)):
+        found += [(split, i % 2, "", painted(by_class[i % 2])) for i in range(count)]
+    rows = [
+        f"{split},{row},{split}/{label}/{row}.png,{label},{group}"
+        for row, (split, label, group, _) in enumerate(found)
+    ]
+    write_clinical(folder / "clinical", "breast_224", rows, [each[3] for each in found])
+
+
+def test_published_groups_are_in_one_of_two_figures(
+    tmp_path: Path, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PG_SIAMESE_DATA", str(tmp_path))
+    write_lesions(tmp_path)
+    table = tmp_path / "t.md"
+    content = run(tmp_path / "r.json", bare, "--data", "clinical:breast_224", "--table", table)
+    counts = content["data"]["breast_224"]
+    assert (counts["queries"], counts["query_groups"]) == (12, 12)
+    assert counts["queries_with_their_group_in_gallery"] == 6
+    figures = content["summary"]["sets"]["breast_224"]
+    assert figures["as_published"]["retrieval"]["acc1"]["mean"] == 100
+    assert figures["retrieval"]["acc1"]["mean"] == 50
+    rows = table.read_text()
+    assert "| colours | breast_224 | 12 |" in rows
+    assert "| colours | breast_224, as published | 12 |" in rows
+    result = CliRunner().invoke(
+        app,
+        ["evaluate", str(bare), "--data", "clinical:breast_224", "--output", str(tmp_path / "b")],
+    )
+    assert "a query's own group may be a neighbour" in " ".join(result.output.split())
+
+
+def test_sets_of_the_same_pictures_are_judged_apart(
+    tmp_path: Path, bare: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PG_SIAMESE_DATA", str(tmp_path))
+    write_lesions(tmp_path, size=16)
+    small = write_data(tmp_path / "breastmnist.npz", ("reds", "greens"))
+    specs = ["clinical:breast_224", f"npz:{small}", f"npz:{data}"]
+    table = tmp_path / "t.md"
+    pictures = ("--table", table, "--pictures", tmp_path / "pictures")
+    content = run(tmp_path / "r.json", bare, *(f"--data={spec}" for spec in specs), *pictures)
+    summary = content["summary"]
+    assert not {"pairs", "right_set", "triples"} & set(summary)
+    assert list(summary["sets"]) == ["breast_224", "breastmnist", "paints"]
+    sizes = summary["sizes"]
+    assert list(sizes) == ["224", "28"]
+    for found in sizes.values():
+        assert {"pairs", "set_pairs", "right_set", "triples"} <= set(found)
+    alone = run(tmp_path / "a.json", bare, *(f"--data={spec}" for spec in specs[1:]))
+    assert alone["summary"]["pairs"] == sizes["28"]["pairs"]
+    assert alone["summary"]["right_set"] == sizes["28"]["right_set"]
+    for size in ("224", "28"):
+        assert f"| colours, {size} pixels | 1 | set |" in table.read_text()
+    assert (tmp_path / "pictures" / "colours-roc.png").is_file()
 
 
 def test_which_set_models_are_scored_by_set(tmp_path: Path) -> None:
@@ -300,10 +378,67 @@ def test_summary_by_hand() -> None:
     }
 
 
+def test_intervals_are_over_the_queries_of_all_seeds(tmp_path: Path, data: Path) -> None:
+    """Of classes of one colour, each query is right or wrong by chance."""
+    write_data(data, ("reds", "reds", "reds"))
+    models = [
+        write_model(tmp_path / f"{seed}.onnx", metadata=trained(data, seed)) for seed in range(2)
+    ]
+    one = run(tmp_path / "one.json", models[0], "--table", tmp_path / "t.md")
+    two = run(tmp_path / "two.json", *models)
+    figures, same = (each["summary"]["sets"]["paints"] for each in (one, two))
+    for key, scale in (("retrieval", 100), ("knn_accuracy", 1)):
+        for name, figure in figures[key].items():
+            low, high = figure["interval"]
+            assert 0 < high - low < scale
+            assert low <= figure["mean"] <= high
+            assert same[key][name]["interval"] == [low, high], "the same model twice"
+    low, high = figures["retrieval"]["map5"]["interval"]
+    assert f" [{low:.2f}, {high:.2f}] |" in (tmp_path / "t.md").read_text()
+    assert "interval" in figures["by_cosine"]["precision_at_10"]
+    assert "interval" not in one["summary"]["pairs"]["accuracy"]
+
+
+def test_seeds_share_data_that_no_seed_drew(data: Path, bare: Path) -> None:
+    model = open_model(bare)
+    (first,) = open_data(model, [f"npz:{data}"], "test")
+    (again,) = open_data(model, [f"npz:{data}"], "test", [first])
+    assert again is first
+    arrays = dict(np.load(data))
+    np.savez(data, **{name: each for name, each in arrays.items() if name.startswith("train")})
+    (drawn,) = open_data(model, [f"npz:{data}"], "test")
+    (again,) = open_data(model, [f"npz:{data}"], "test", [drawn])
+    assert drawn.drawn and again is not drawn
+
+
+def test_the_same_images_are_embedded_once(data: Path, bare: Path) -> None:
+    model = open_model(bare)
+    (splits,) = open_data(model, [f"npz:{data}"], "test")
+    counts: list[int] = []
+    calls = []
+    embed = model_module.embed_images
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments[1])
+        return embed(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "embed_images", counted)
+        parts = [splits.test, splits.val, replace(splits.test, name="twice")]
+        found = model_module.embed_joined(model, parts, counts.append)
+    assert calls == [splits.test, splits.val]
+    assert sum(counts) == len(found.vectors) == sum(map(len, parts))
+    assert np.array_equal(found.of_set(0).vectors, found.of_set(2).vectors)
+
+
 def test_spread_is_shown_where_there_is_one() -> None:
     figure = {"mean": 0.98765, "sd": 0.00123, "min": 0.0, "max": 1.0}
     assert results.spread(figure, 100, 2) == "98.77 ± 0.12"
     assert results.spread({**figure, "sd": None}, 1, 3) == "0.988"
+    known = figure | {"interval": [0.979, 0.99172]}
+    assert results.spread(known, 100, 2) == "98.77 ± 0.12"
+    assert results.spread(known, 100, 2, with_interval=True) == "98.77 ± 0.12 [97.90, 99.17]"
+    assert results.spread(figure, 100, 2, with_interval=True) == "98.77 ± 0.12"
 
 
 def test_only_numbers_go_into_results() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,34 +13,22 @@ from pg_siamese.datasets import DataFormatError, DataNotFoundError, DataSplits, 
 from pg_siamese.datasets.places import data_folders
 from pg_siamese_server.encoding.images import decode_image
 from pg_siamese_server.encoding.specification import InputSpec
-
-COLUMNS = {
-    "breast_224": "split,row28,file,label,group",
-    "pneumonia_224": "split,file,label,patient,row28,group",
-    "ham10000_224": "split,row,file,label,lesion_id",
-}
+from tests.unit.datasets.files import write_clinical
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PG_SIAMESE_DATA", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "clinical").mkdir()
     return tmp_path / "clinical"
 
 
 def write_set(folder: Path, name: str, rows: Sequence[str], columns: str = "") -> None:
-    """Write a set by the rows of its table: their member is a picture of its own."""
-    columns = columns or COLUMNS[name]
-    place = columns.split(",").index("file")
-    with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
-        for number, row in enumerate(rows):
-            archive.writestr(row.split(",")[place], picture(number))
-    (folder / f"{name}.csv").write_text("\n".join([columns, *rows]) + "\n")
+    write_clinical(folder, name, rows, [pixels(number) for number in range(len(rows))], columns)
 
 
-def picture(number: int) -> bytes:
-    return png(np.random.default_rng(number).integers(0, 256, (16, 16), np.uint8))
+def pixels(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (16, 16), np.uint8)
 
 
 def groups_of(opened: DataSplits) -> list[str]:
@@ -67,7 +54,7 @@ def test_a_set_is_read_as_its_table_says(folder: Path) -> None:
     assert opened.train.classes == ("malignant", "normal, benign")
     assert [len(part) for part in (opened.train, opened.val, opened.test)] == [3, 1, 2]
     assert opened.train.labels.tolist() == [1, 0, 0]
-    assert (opened.test.images[0] == decode_image(picture(4), size)).all()
+    assert (opened.test.images[0] == decode_image(png(pixels(4)), size)).all()
     assert [file.name for file in opened.files] == ["breast_224.zip", "breast_224.csv"]
 
 

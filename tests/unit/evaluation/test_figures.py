@@ -9,7 +9,8 @@ import pytest
 
 from pg_siamese.evaluation.figures import (
     class_report,
-    neighbour_figures,
+    means,
+    neighbour_scores,
     normalised,
     pair_figures,
     set_figures,
@@ -20,10 +21,10 @@ from pg_siamese.evaluation.pairs import Calibration
 from tests.unit.evaluation.embeddings import embedded, vectors
 
 
-def test_neighbour_figures_by_hand() -> None:
+def test_figures_of_neighbours_by_hand() -> None:
     # Of ten neighbours: relevant at 1 and 3, and at 2, 4, 6, 8, 10.
     found = np.array([[1, 0, 1, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]])
-    figures = neighbour_figures(found, np.array([1, 1]))
+    figures = means(neighbour_scores(found, np.array([1, 1])))
     map5 = 100 * ((1 + 2 / 3) / 2 + (1 / 2 + 2 / 4) / 2) / 2
     assert figures["retrieval"]["map5"] == pytest.approx(map5)
     assert figures["retrieval"]["acc1"] == 50

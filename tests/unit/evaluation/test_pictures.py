@@ -210,7 +210,7 @@ def evaluation(
     model.metric, model.spec = "cosine", ModelSpec(InputSpec(14, 14), weight=-8.0, bias=4.0)
     pairs = (np.array([0.1, 0.2, 0.8, 0.9]), np.array([True, True, False, False]))
     figures = {"pairs": {"threshold": 0.5}}
-    return Evaluation(model, data, "test", gallery, queries, found, pairs, figures)
+    return Evaluation(model, data, "test", gallery, queries, found, pairs, figures, {})
 
 
 @pytest.mark.parametrize(("sets", "labels"), [(1, "class"), (2, "class"), (2, "set")])

@@ -13,7 +13,7 @@ import numpy as np
 
 from pg_siamese.client.contact_sheet import Neighbour, SheetRow, draw_sheet
 from pg_siamese.datasets import LabelledImages, join_labels
-from pg_siamese.evaluation.figures import VOTERS, Evaluation
+from pg_siamese.evaluation.figures import VOTERS, Evaluation, joined_parts
 from pg_siamese.evaluation.pictures.collages import (
     Shown,
     Triplet,
@@ -69,7 +69,8 @@ def write_pictures(evaluations: Sequence[Evaluation], folder: Path) -> Iterator[
         folder / f"{name}-neighbours.png",
         dpi=100,
     )
-    threshold = float(first.figures["pairs"]["threshold"])
+    joined = next(iter(joined_parts(first.figures).values()))
+    threshold = float(joined["pairs"]["threshold"])
     yield save(
         triplet_collage(shown.triplets(), threshold, f"{name}: triplets of {first.split} images"),
         folder / f"{name}-triplets.png",
