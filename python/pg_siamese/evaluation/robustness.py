@@ -20,7 +20,7 @@ from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
 from pg_siamese.datasets.base import Pixels
 from pg_siamese.evaluation.figures import Evaluation
 from pg_siamese.evaluation.model import FILE_KINDS, Advance, EvaluatedModel, embed_images
-from pg_siamese.evaluation.retrieval import Integers, distances, nearest, retrieval
+from pg_siamese.evaluation.retrieval import Integers, distances, neighbours, retrieval
 
 SEED = 0
 SEVERITIES = range(1, 6)
@@ -151,6 +151,8 @@ def robustness(
     - ``same_class``: share of queries whose nearest gallery image keeps its class.
     - ``map5``: mAP@5 of the changed queries, in per cent.
 
+    A query's own group is no neighbour.
+
     Args:
         evaluation: an evaluated model, with its gallery.
         most: number of queries of each data set. If there are more, they are drawn.
@@ -159,29 +161,29 @@ def robustness(
     figures = {}
     for number, part in enumerate(evaluation.data):
         model, gallery = evaluation.model, evaluation.gallery.of_set(number)
-        wanted = evaluation.queries.of_set(number).labels
-        chosen = np.arange(len(wanted))
-        if len(wanted) > most:
+        queries = evaluation.queries.of_set(number)
+        chosen = np.arange(len(queries.labels))
+        if len(chosen) > most:
             chosen = np.sort(np.random.default_rng(SEED).choice(chosen, most, replace=False))
-        wanted = wanted[chosen]
+        queries = queries.select(chosen)
         images = _originals(model, part, evaluation.split).select(chosen)
         known = embed_images(model, images, advance)
-        found = nearest(known, gallery.vectors, 5, model.metric)
+        found = neighbours(gallery, replace(queries, vectors=known), 5, model.metric)
         changes: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in KINDS}
         for kind, by_severity in changes.items():
             for severity in SEVERITIES:
                 pixels = changed(images.images, kind, severity)
                 vectors = embed_images(model, replace(images, images=pixels), advance)
-                again = nearest(vectors, gallery.vectors, 5, model.metric)
+                again = neighbours(gallery, replace(queries, vectors=vectors), 5, model.metric)
                 by_severity[str(severity)] = {
                     "cosine": float(1 - distances(vectors, known).mean()),
                     **_stayed(found[:, 0], again[:, 0], gallery.labels),
-                    "map5": retrieval(gallery.labels[again], wanted).map5,
+                    "map5": retrieval(gallery.labels[again], queries.labels).map5,
                 }
         every = [figure for by_severity in changes.values() for figure in by_severity.values()]
         figures[part.name] = {
             "queries": len(chosen),
-            "unchanged": {"map5": retrieval(gallery.labels[found], wanted).map5},
+            "unchanged": {"map5": retrieval(gallery.labels[found], queries.labels).map5},
             "mean": {key: float(np.mean([each[key] for each in every])) for key in every[0]},
             "changes": changes,
         }

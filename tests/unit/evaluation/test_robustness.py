@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,6 +192,16 @@ def test_figures_by_hand(evaluation: Any) -> None:
 def test_of_many_queries_some_are_drawn(evaluation: Any) -> None:
     assert robustness(evaluation, 2)["set"]["queries"] == 2
     assert robustness(evaluation, 2) == robustness(evaluation, 2)
+
+
+def test_a_query_s_own_group_is_no_neighbour(evaluation: Any) -> None:
+    evaluation.gallery = replace(evaluation.gallery, groups=np.array([7, 1, 2, 3, 4, 5]))
+    evaluation.queries = replace(evaluation.queries, groups=np.array([6, 7, 8]))
+    mirrored = robustness(evaluation, 10)["set"]["changes"]["mirrored"]["5"]
+    # Of the second query, two of the other class are left, and then three of its own.
+    second = (1 / 3 + 2 / 4 + 3 / 5) / 3
+    grey = (1 + 2 / 3 + 3 / 5) / 3
+    assert mirrored["map5"] == pytest.approx(100 * ((1 / 4 + 2 / 5) / 2 + second + grey) / 3)
 
 
 def test_another_image_of_the_same_class_is_another_neighbour(evaluation: Any) -> None:
