@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from pg_siamese.evaluation.bootstrap import DRAWS, TAILS
 from pg_siamese.evaluation.pairs import Calibration, Flags, balanced_pairs
 from pg_siamese.evaluation.retrieval import Embedded, Floats, Integers, distances
 
 BINS = 10
-DRAWS = 1000
-LEVELS = (0.025, 0.975)
 
 
 def reliability(
@@ -47,7 +46,7 @@ def reliability(
     pairs_of_bin = np.bincount(bins)
     predicted = np.bincount(bins, probability) / pairs_of_bin
     observed = np.bincount(bins, match) / pairs_of_bin
-    low, high = np.nanquantile(_drawn(embedded, (first, second), bins, match, seed), LEVELS, axis=0)
+    low, high = np.nanquantile(_drawn(embedded, (first, second), bins, match, seed), TAILS, axis=0)
     share = pairs_of_bin / len(match)
     columns = {
         "predicted": predicted,
