@@ -14,6 +14,7 @@ import pytest
 from pg_siamese.datasets import DataNotFoundError, clinical, open_dataset
 from pg_siamese.datasets.places import data_folders
 from pg_siamese.training.experiments import experiment_names
+from pg_siamese_server.encoding.specification import InputSpec
 from tests.conftest import Connection, Pictures
 from tests.server import pg_environment
 from tools.project import ROOT
@@ -48,7 +49,7 @@ def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
 
 
 def test_all_blocks_are_run() -> None:
-    """Of the first four all but the third are, below. Of the rest, the options are checked."""
+    """Of the first five all but the third are, below. Of the rest, the options are checked."""
     texts = [text for language, text in BLOCKS if language != "csv"]
     assert texts[0].startswith("pg_siamese train folder")
     assert texts[1].startswith("pg_siamese train medmnist_siamese")
@@ -56,7 +57,8 @@ def test_all_blocks_are_run() -> None:
     run(f"{texts[2].strip()} --help", ROOT)
     assert set(re.findall(r"--data clinical:(\S+)", texts[2])) == set(clinical.NAMES)
     assert texts[3].startswith("pg_siamese calibrate-domain photos.onnx")
-    for text in texts[4:]:
+    assert texts[4].startswith("pg_siamese evaluate models/medical.onnx --split val")
+    for text in texts[5:]:
         train, evaluate = text.splitlines()
         match = re.fullmatch(
             r"for seed in 0 1 2; do pg_siamese train (\w+) --seed \$seed; done", train
@@ -108,3 +110,18 @@ def test_an_experiment(tmp_path: Path) -> None:
     assert (tmp_path / "siamese.onnx").is_file()
     assert (tmp_path / "results/mine.json").is_file()
     assert list((tmp_path / "build/pictures").rglob("*.png"))
+
+
+def test_changed_images_and_photographs(tmp_path: Path) -> None:
+    try:
+        for spec in ("medmnist:breastmnist", "imagenette"):
+            open_dataset(spec, input_spec=InputSpec(28, 28))
+    except DataNotFoundError as error:
+        pytest.skip(f"no data here: {error}")
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (line,) = commands("pg_siamese evaluate models/medical.onnx --split val")
+    said = run(line, tmp_path, "", "--data", "medmnist:breastmnist", "--robustness-queries", "5")
+    assert "breastmnist, changed: mAP@5" in said
+    assert "imagenette: false matches" in said
+    drawn = {picture.name for picture in (tmp_path / "build/pictures").iterdir()}
+    assert {"medical-reliability.png", "medical-robustness.png"} <= drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from pg_siamese.datasets import DataSplits
     from pg_siamese.evaluation.figures import Evaluation
     from pg_siamese.evaluation.model import EvaluatedModel
+
+# Of each data set.
+ROBUSTNESS_QUERIES = 500
 
 
 def evaluate(
@@ -57,6 +61,22 @@ def evaluate(
         ),
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep that collection.")] = False,
+    robustness: Annotated[
+        bool,
+        typer.Option(
+            "--robustness", help="Also change the queries in ten ways, e.g. brightness and blur."
+        ),
+    ] = False,
+    robustness_queries: Annotated[
+        int, typer.Option(min=1, help="Most queries of each data set to change.")
+    ] = ROBUSTNESS_QUERIES,
+    outside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Data of other kinds, e.g. imagenette, to count false matches. Repeatable. Pages "
+            "of text, noise and plain colours are then tried, too."
+        ),
+    ] = None,
     threads: Threads = 1,
     dsn: Dsn = None,
 ) -> None:
@@ -87,8 +107,19 @@ def evaluate(
         if in_database:
             with connect(dsn) as connection:
                 _add_database(connection, evaluation, keep)
+        if robustness:
+            _add_robustness(evaluation, robustness_queries)
+        if outside:
+            _add_outside(evaluation, outside)
         evaluations.append(evaluation)
-    command = command_line(models, data or (), split, in_database)
+    command = command_line(
+        models,
+        data or (),
+        split,
+        in_database,
+        robustness=robustness_queries if robustness else 0,
+        outside=outside or (),
+    )
     content = result(evaluations, command)
     write_result(content, target)
     console = output()
@@ -138,13 +169,45 @@ def _add_database(
         output().print(f"collection kept: {stored.collection}")
 
 
+def _add_robustness(evaluation: Evaluation, most: int) -> None:
+    from pg_siamese.evaluation.robustness import embedded_images, robustness
+
+    total = embedded_images(evaluation.data, evaluation.split, most)
+    with progress_bar(f"changed images: {evaluation.model.path}", total) as advance:
+        evaluation.figures["robustness"] = robustness(evaluation, most, advance)
+
+
+def _add_outside(evaluation: Evaluation, specs: Sequence[str]) -> None:
+    from pg_siamese.evaluation.domain import false_matches, other_images
+    from pg_siamese.evaluation.figures import joined_parts
+
+    model = evaluation.model
+    say = partial(output().print, markup=False, soft_wrap=True)
+    found = {
+        name: model.encoder.embed(pixels)
+        for name, pixels in other_images(specs, model.spec.input, say)
+    }
+    joined = next(iter(joined_parts(evaluation.figures).values()))
+    evaluation.figures["outside"] = false_matches(
+        model.spec, joined["pairs"]["threshold"], evaluation.gallery.vectors, found
+    )
+
+
 def _steps(data: Sequence[DataSplits], split: str) -> int:
     from pg_siamese.evaluation.database import ENGINES
 
     return sum(len(part.train) + len(ENGINES) * len(getattr(part, split)) for part in data)
 
 
-def command_line(files: Sequence[Path], data: Sequence[str], split: str, in_database: bool) -> str:
+def command_line(
+    files: Sequence[Path],
+    data: Sequence[str],
+    split: str,
+    in_database: bool,
+    *,
+    robustness: int = 0,
+    outside: Sequence[str] = (),
+) -> str:
     """Return the command that gives these figures again.
 
     Of paths outside the current folder only the file's name is shown.
@@ -153,6 +216,11 @@ def command_line(files: Sequence[Path], data: Sequence[str], split: str, in_data
     words += [f"--data {_shown_spec(spec)}" for spec in data]
     words += [f"--split {split}"] if split != "test" else []
     words += ["--in-database"] if in_database else []
+    if robustness:
+        words += ["--robustness"]
+        if robustness != ROBUSTNESS_QUERIES:
+            words += [f"--robustness-queries {robustness}"]
+    words += [f"--outside {_shown_spec(spec)}" for spec in outside]
     return " ".join(words)
 
 
@@ -189,6 +257,9 @@ def figure_table(evaluations: Sequence[Evaluation], figures: dict[str, Any]) -> 
                 table.add_row(f"{name}: area under the ROC curve", spread(pairs["auc"], 1, 4))
                 table.add_row(f"{name}: contrastive loss", spread(pairs["contrastive_loss"], 1, 4))
                 table.add_row(f"{name}: log loss", spread(pairs["log_loss"], 1, 4))
+        if reliability := part.get("reliability"):
+            error = spread(reliability["expected_calibration_error"], 100, 2)
+            table.add_row(f"pairs{note}: expected calibration error, %", error)
         if "triples" in part:
             accuracy = spread(part["triples"]["accuracy"], 100, 2)
             table.add_row(f"triples{note}: accuracy, %", accuracy)
@@ -206,6 +277,14 @@ def figure_table(evaluations: Sequence[Evaluation], figures: dict[str, Any]) -> 
         for engine, stored in values.get("in_database", {}).items():
             label = f"{escape(name)}: greatest difference in the database, {engine}"
             table.add_row(label, f"{stored['greatest_difference']['max']:.3f}")
+    for name, values in figures.get("robustness", {}).items():
+        subject, mean = f"{escape(name)}, changed", values["mean"]
+        table.add_row(f"{subject}: mAP@5, %", spread(mean["map5"], 1, 2))
+        table.add_row(f"{subject}: cosine to the unchanged", spread(mean["cosine"], 1, 4))
+        table.add_row(f"{subject}: nearest stays, %", spread(mean["same_neighbour"], 100, 2))
+        table.add_row(f"{subject}: its class stays, %", spread(mean["same_class"], 100, 2))
+    for name, values in figures.get("outside", {}).items():
+        table.add_row(f"{escape(name)}: false matches, %", spread(values["false_match"], 1, 2))
     if apart := [part.name for part in evaluations[0].data if part.has_groups]:
         table.caption = (
             f"No group of {escape(', '.join(apart))} is among both queries and neighbours, "

@@ -9,7 +9,8 @@ import numpy as np
 from pg_siamese.evaluation.retrieval import Floats, Integers
 
 DRAWS = 2000
-LEVEL = 0.95
+# Of the draws, an interval of 95 % lies between these quantiles.
+TAILS = (0.025, 0.975)
 # Draws x groups of one step: about 20 MB.
 BLOCK_NUMBERS = 2_500_000
 
@@ -44,6 +45,5 @@ def drawn_means(values: Floats, groups: Integers | None = None, seed: int = 0) -
 
 def interval(drawn: Sequence[Floats]) -> Floats:
     """Return the interval (F, 2) of the mean over models, from the draws (DRAWS, F) of each."""
-    tail = (1 - LEVEL) / 2
-    bounds: Floats = np.quantile(np.mean(drawn, axis=0), (tail, 1 - tail), axis=0).T
+    bounds: Floats = np.quantile(np.mean(drawn, axis=0), TAILS, axis=0).T
     return bounds

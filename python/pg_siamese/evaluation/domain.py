@@ -12,11 +12,11 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
-from pg_siamese.evaluation.retrieval import Vectors
+from pg_siamese.evaluation.retrieval import Vectors, distances, nearest
 from pg_siamese_server import vectors
 from pg_siamese_server.encoding.domain import Domain
 from pg_siamese_server.encoding.images import decode_image
-from pg_siamese_server.encoding.specification import InputSpec
+from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -121,6 +121,37 @@ def domain_errors(
             name: round(100 - refused(domain, found, metric), 1) for name, found in others.items()
         },
     }
+
+
+def false_matches(
+    spec: ModelSpec, threshold: float, gallery: Vectors, others: Mapping[str, Vectors]
+) -> dict[str, dict[str, float]]:
+    """Count images of other kinds that match an image of the gallery, in per cent.
+
+    Of each kind:
+
+    - ``accepted``: inside the domain. All are if the encoder has none.
+    - ``near``: the nearest gallery image is within ``threshold``.
+    - ``false_match``: both.
+
+    Args:
+        spec: the encoder's metric and domain.
+        threshold: distance up to which two images count as a match.
+        gallery: embeddings of all that is searched, (G, d).
+        others: embeddings of other kinds of images.
+    """
+    figures: dict[str, dict[str, float]] = {}
+    for name, found in others.items():
+        inside = spec.is_inside(vectors.prepare(found, spec.metric))
+        closest = gallery[nearest(found, gallery, 1, spec.metric)[:, 0]]
+        near = distances(found, closest, spec.metric) <= threshold
+        figures[name] = {
+            "images": len(found),
+            "accepted": 100 * float(inside.mean()),
+            "near": 100 * float(near.mean()),
+            "false_match": 100 * float((inside & near).mean()),
+        }
+    return figures
 
 
 def other_images(

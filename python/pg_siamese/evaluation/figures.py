@@ -20,6 +20,7 @@ from pg_siamese.evaluation.pairs import (
     pair_distances,
     score_pairs,
 )
+from pg_siamese.evaluation.reliability import reliability
 from pg_siamese.evaluation.retrieval import (
     Embedded,
     Floats,
@@ -157,7 +158,11 @@ def _joined_figures(
     own = (validation.by_set(), queries.by_set()) if model.labels == "set" else None
     chosen, scored = own or (validation, queries)
     pairs = draw_pairs(scored, model.labels, metric, SCORING_SEED)
-    figures: dict[str, Any] = {"pairs": pair_figures(pairs, _calibration(model, chosen))}
+    calibration = _calibration(model, chosen)
+    figures: dict[str, Any] = {
+        "pairs": pair_figures(pairs, calibration),
+        "reliability": reliability(scored, calibration, metric, pairs=PAIRS, seed=SCORING_SEED),
+    }
     if len(np.unique(queries.sets)) > 1:
         figures |= set_figures(gallery, validation, queries, metric)
     if triples := triple_figures(chosen, scored, metric):

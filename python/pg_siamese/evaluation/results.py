@@ -22,6 +22,7 @@ from pg_siamese_server.encoding.specification import METRICS
 
 FORMAT = 1
 DIGITS = 5
+WORST_KINDS = 3
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 HEADING = """\
 # Results
@@ -259,9 +260,90 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             right = spread(part["right_set"], 1, 3)
             by_neighbour = part["set_pairs"]["accuracy_by_neighbour"]
             lines.append(_row([name, right, spread(by_neighbour, 100, 2)]))
+    lines += _reliability_table(joined) + _robustness_table(results) + _outside_table(results)
     lines += ["", "## Commands", ""]
     lines += [f"- {_name(item)}: `{item['command']}`" for item in results]
     return "\n".join(lines) + "\n"
+
+
+def _reliability_table(joined: Sequence[tuple[dict[str, Any], str, dict[str, Any]]]) -> list[str]:
+    having = [(name, part["reliability"]) for _, name, part in joined if "reliability" in part]
+    if not having:
+        return []
+    lines = [
+        "",
+        "## Calibration",
+        "",
+        "Expected calibration error of the match probability: the mean difference between "
+        "predicted and observed shares of matches, in ten bins of pairs. Pairs are half and half. "
+        "Per cent.",
+        "",
+        "| experiment | expected calibration error |",
+        "| --- | --- |",
+    ]
+    for name, figures in having:
+        lines.append(_row([name, spread(figures["expected_calibration_error"], 100, 2)]))
+    return lines
+
+
+def _robustness_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    having = [item for item in results if "robustness" in item["summary"]]
+    if not having:
+        return []
+    lines = [
+        "",
+        "## Robustness",
+        "",
+        "Queries are changed in ten ways, with five severities each: see "
+        "[training.md](training.md#robustness). Figures without *unchanged* are means of all "
+        "changes, in per cent except the cosine. The worst kinds have the least mAP@5, as the mean "
+        "of their severities.",
+        "",
+        "| experiment | data set | queries | mAP@5, unchanged | mAP@5 | cosine to the unchanged | "
+        "nearest stays | its class stays | worst kinds, mAP@5 |",
+        "| --- " * 9 + "|",
+    ]
+    for item in having:
+        for name, figures in item["summary"]["robustness"].items():
+            mean = figures["mean"]
+            cells = [_name(item), name, f"{figures['queries']['mean']:,.0f}"]
+            cells += [spread(figures["unchanged"]["map5"], 1, 2), spread(mean["map5"], 1, 2)]
+            cells += [spread(mean["cosine"], 1, 3)]
+            cells += [spread(mean[key], 100, 1) for key in ("same_neighbour", "same_class")]
+            worst = ", ".join(f"{kind} {map5:.1f}" for map5, kind in _worst(figures["changes"]))
+            lines.append(_row([*cells, worst]))
+    return lines
+
+
+def _worst(changes: Mapping[str, Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """Return mAP@5, as the mean of the severities, and name of the worst kinds of changes."""
+    kinds = [
+        (statistics.fmean(each["map5"]["mean"] for each in by_severity.values()), kind)
+        for kind, by_severity in changes.items()
+    ]
+    return sorted(kinds)[:WORST_KINDS]
+
+
+def _outside_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    having = [item for item in results if "outside" in item["summary"]]
+    if not having:
+        return []
+    lines = [
+        "",
+        "## Images of other kinds",
+        "",
+        "Accepted: inside the domain. Near: within the threshold of the nearest gallery image. "
+        "A false match is both. Per cent.",
+        "",
+        "| experiment | images | number | accepted | near | false matches |",
+        "| --- " * 6 + "|",
+    ]
+    for item in having:
+        for name, figures in item["summary"]["outside"].items():
+            cells = [_name(item), name, f"{figures['images']['mean']:,.0f}"]
+            cells += [spread(figures[key], 1, 2) for key in ("accepted", "near", "false_match")]
+            lines.append(_row(cells))
+    return lines
 
 
 _PROTOCOL = ("map5", "mmv5", "acc1", "acc3", "acc5")

@@ -137,6 +137,7 @@ def test_one_model_from_its_own_metadata(tmp_path: Path, model: Path) -> None:
     figures = one["figures"]
     # Colours far apart: everything is told right.
     assert figures["pairs"]["accuracy"] == figures["triples"]["accuracy"] == 1.0
+    assert figures["reliability"]["expected_calibration_error"] < 0.01
     report = figures["triples"]["report"]
     assert report["two match"]["recall"] == report["no two match"]["recall"] == 1.0
     assert figures["sets"]["paints"]["retrieval"]["map5"] == 100
@@ -278,6 +279,32 @@ def test_the_validation_split_can_be_evaluated(tmp_path: Path, model: Path) -> N
     assert content["split"] == "val"
     assert content["command"].endswith("--split val")
     assert "colours (val)" in (tmp_path / "t.md").read_text()
+
+
+def test_changed_images_and_other_kinds(tmp_path: Path, data: Path, model: Path) -> None:
+    inks = write_data(tmp_path / "inks.npz", ("blues", "reds"), seed=1)
+    table, pictures = tmp_path / "t.md", tmp_path / "pictures"
+    options = ["--robustness", "--robustness-queries", 5, "--outside", f"npz:{inks}"]
+    options += ["--outside", "npz:none.npz", "--table", table, "--pictures", pictures]
+    content = run(tmp_path / "r.json", model, *options)
+    figures = content["summary"]
+    paints = figures["robustness"]["paints"]
+    assert paints["queries"]["mean"] == 5
+    assert paints["changes"]["gaussian_blur"]["1"]["cosine"]["mean"] > 0.999
+    assert paints["changes"]["contrast_down"]["5"]["cosine"]["mean"] < 0.999
+    assert paints["mean"]["same_neighbour"]["mean"] < 1
+    # The same colours, and no domain.
+    assert figures["outside"]["inks"]["false_match"]["mean"] == 100
+    assert figures["outside"]["pages of text"]["false_match"]["mean"] == 0
+    assert "none" not in figures["outside"]
+    said = "--robustness --robustness-queries 5 --outside npz:inks.npz --outside npz:none.npz"
+    assert content["command"].endswith(said)
+    text = table.read_text()
+    assert "| colours | paints | 5 | 100.00 |" in text
+    assert "| colours | inks | 12 | 100.00 | 100.00 | 100.00 |" in text
+    assert {"colours-reliability.png", "colours-robustness.png"} <= {
+        picture.name for picture in pictures.iterdir()
+    }
 
 
 def test_images_come_to_the_encoder_as_in_the_server(bare: Path) -> None:
@@ -446,6 +473,15 @@ def test_only_numbers_go_into_results() -> None:
     assert results.rounded(given) == given | {"a": 0.12346}
     with pytest.raises(ValueError, match="not a finite number"):
         results.rounded({"a": float("nan")})
+
+
+def test_the_worst_kinds_of_changes_come_first() -> None:
+    kinds = {"mild": (90, 80), "bad": (90, 10), "fair": (70, 60), "even": (60, 60)}
+    changes = {
+        kind: {str(n): {"map5": {"mean": each, "sd": None}} for n, each in enumerate(values, 1)}
+        for kind, values in kinds.items()
+    }
+    assert results._worst(changes) == [(50, "bad"), (60, "even"), (65, "fair")]
 
 
 def test_the_text_around_the_table_stays(tmp_path: Path) -> None:

@@ -23,7 +23,13 @@ from pg_siamese.evaluation.pictures.collages import (
     neighbour_collage,
     triplet_collage,
 )
-from pg_siamese.evaluation.pictures.curves import curves, read_epochs, roc
+from pg_siamese.evaluation.pictures.curves import (
+    change_curves,
+    curves,
+    read_epochs,
+    reliability_curve,
+    roc,
+)
 from pg_siamese.evaluation.pictures.matrices import confusion, confusion_matrices
 from pg_siamese.evaluation.pictures.scatter import Snapshots, animate, read_snapshots, scatter
 from pg_siamese.evaluation.pictures.style import PALETTE, new_figure, save
@@ -101,6 +107,45 @@ def test_roc_curve_has_area_and_threshold() -> None:
     assert len(figure.axes[0].child_axes) == 0
     near = roc((np.arange(400.0), np.arange(400) < 200), 199.5, "title")
     assert len(near.axes[0].child_axes) == 1  # all happens in a corner
+
+
+def test_reliability_has_a_point_and_an_interval_for_each_bin() -> None:
+    ends = {"low": 0.1, "high": 0.9, "share": 0.5}
+    bins = {"1": {"predicted": 0.2, "observed": 0.3}, "2": {"predicted": 0.8, "observed": 0.6}}
+    figures = {
+        "expected_calibration_error": 0.15,
+        "bins": {number: {**each, **ends} for number, each in bins.items()},
+    }
+    figure = reliability_curve(figures, "title")
+    assert {"expected calibration error 15.0 %", "perfect", "95 %"} <= set(texts(figure))
+    line = figure.axes[0].lines[-1]
+    assert np.allclose(line.get_xydata(), [[20, 30], [80, 60]])
+    (intervals,) = figure.axes[0].collections
+    segments = [np.asarray(path.vertices) for path in intervals.get_paths()]
+    assert np.allclose(segments, [[[20, 10], [20, 90]], [[80, 10], [80, 90]]])
+
+
+def changes(kinds: int) -> dict[str, Any]:
+    """Figures of changed images, as ``robustness`` gives them."""
+    one = {
+        str(n): {"cosine": 1 - n / 10, "same_neighbour": 1 - n / 5, "map5": 80 - n}
+        for n in range(1, 6)
+    }
+    kind_names = [f"kind_{number}" for number in range(kinds)]
+    return {"unchanged": {"map5": 80}, "changes": dict.fromkeys(kind_names, one)}
+
+
+def test_changes_have_a_panel_for_each_figure_and_set() -> None:
+    figure = change_curves({"first": changes(10), "second": changes(10)}, "title")
+    assert len(figure.axes) == 6
+    panels = {axes.get_ylabel(): axes for axes in figure.axes[::2]}
+    lines = panels["nearest stays, %"].lines
+    assert len(lines) == 10
+    assert np.allclose(lines[0].get_ydata(), [100, 80, 60, 40, 20, 0])
+    assert np.allclose(panels["mAP@5, %"].lines[0].get_ydata(), [80, 79, 78, 77, 76, 75])
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len({look[1:] for look in looks}) == 10
+    assert {"first", "second", "kind 3"} <= set(texts(figure))
 
 
 def test_confusion_counts_by_hand() -> None:

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from pg_siamese.datasets import DataNotFoundError, open_dataset
-from pg_siamese.evaluation.domain import domain_errors, fit_domain, other_images, refused
+from pg_siamese.evaluation.domain import (
+    domain_errors,
+    false_matches,
+    fit_domain,
+    other_images,
+    refused,
+)
 from pg_siamese_server.encoding.domain import Domain
 from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.registration import inspect_model
@@ -151,6 +157,24 @@ def test_other_images_are_of_the_size_asked_for() -> None:
     assert found["pages of text"].std(axis=(1, 2, 3)).min() > 5
     assert len(said) == 1
     assert "nowhere.zip" in said[0]
+
+
+def test_a_false_match_is_inside_and_near() -> None:
+    gallery = np.array([[0, 0.4], [3, -10]], np.float32)
+    # Inside and near, inside only, near only, neither.
+    found = np.array([[0, 0.3], [0, -0.4], [4, -10.2], [8, 8]], np.float32)
+    with_domain = ModelSpec(InputSpec(8, 8), metric="l2", domain=BALLS)
+    figures = false_matches(with_domain, 0.5, gallery, {"all": found, "two": found[:2]})
+    assert figures["all"] == {"images": 4, "accepted": 50, "near": 25, "false_match": 25}
+    assert figures["two"] == {"images": 2, "accepted": 100, "near": 50, "false_match": 50}
+    anything = ModelSpec(InputSpec(8, 8), metric="l2")
+    figures = false_matches(anything, 1.1, gallery, {"all": found})
+    assert figures["all"] == {
+        "images": 4,
+        "accepted": 100,
+        "near": 75,
+        "false_match": 75,
+    }
 
 
 SHIPPED = pytest.mark.parametrize("name", ["medical", "fashion_mnist"])

@@ -20,7 +20,13 @@ from pg_siamese.evaluation.pictures.collages import (
     neighbour_collage,
     triplet_collage,
 )
-from pg_siamese.evaluation.pictures.curves import curves, read_epochs, roc
+from pg_siamese.evaluation.pictures.curves import (
+    change_curves,
+    curves,
+    read_epochs,
+    reliability_curve,
+    roc,
+)
 from pg_siamese.evaluation.pictures.matrices import Confusion, confusion, confusion_matrices
 from pg_siamese.evaluation.pictures.scatter import animate, read_snapshots, scatter
 from pg_siamese.evaluation.pictures.style import save
@@ -87,6 +93,12 @@ def write_pictures(evaluations: Sequence[Evaluation], folder: Path) -> Iterator[
     yield save(
         roc(first.pairs, threshold, f"{name}:\nare two images {kind}?"), folder / f"{name}-roc.png"
     )
+    if reliability := joined.get("reliability"):
+        drawn = reliability_curve(reliability, f"{name}:\nis the match probability right?")
+        yield save(drawn, folder / f"{name}-reliability.png")
+    if changes := first.figures.get("robustness"):
+        drawn = change_curves(changes, f"{name}: changed {first.split} images")
+        yield save(drawn, folder / f"{name}-robustness.png")
     if first.queries.vectors.shape[1] == 2:
         classes = [title for part in first.data for title in _titles(part.train)]
         count = len(first.queries.labels)

@@ -1,16 +1,24 @@
-"""Curves: loss and accuracy over the epochs, and the ROC curve of pairs."""
+"""Curves: loss and accuracy over the epochs, ROC and reliability of pairs, changed pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pg_siamese.client.connection import CommandError
 from pg_siamese.client.contact_sheet import NEUTRAL_COLOUR
 from pg_siamese.evaluation.pairs import Flags
-from pg_siamese.evaluation.pictures.style import TRAIN_COLOUR, VAL_COLOUR, new_figure, plain_axes
+from pg_siamese.evaluation.pictures.style import (
+    PALETTE,
+    TRAIN_COLOUR,
+    VAL_COLOUR,
+    new_figure,
+    plain_axes,
+)
 from pg_siamese.evaluation.retrieval import Floats
 
 if TYPE_CHECKING:
@@ -136,3 +144,70 @@ def _roc_lines(
 ) -> None:
     axes.plot(100 * false, 100 * true, color=TRAIN_COLOUR, linewidth=2, label=area or None)
     axes.plot(*point, "o", color=VAL_COLOUR, markersize=7, label=at or None)
+
+
+def reliability_curve(figures: Mapping[str, Any], title: str) -> Figure:
+    """Draw observed against predicted shares of matches, with their intervals."""
+    bins = figures["bins"].values()
+    predicted, observed, low, high = (
+        100 * np.array([each[key] for each in bins])
+        for key in ("predicted", "observed", "low", "high")
+    )
+    figure = new_figure(4.8, 4.6, title)
+    axes = figure.subplots()
+    plain_axes(axes)
+    axes.plot([0, 100], [0, 100], color=NEUTRAL_COLOUR, linestyle=":", linewidth=1, label="perfect")
+    axes.vlines(predicted, low, high, color=TRAIN_COLOUR, linewidth=2, alpha=0.5, label="95 %")
+    error = 100 * figures["expected_calibration_error"]
+    label = f"expected calibration error {error:.1f} %"
+    axes.plot(predicted, observed, "o-", color=TRAIN_COLOUR, linewidth=1.6, label=label)
+    axes.set_xlim(-1, 101)
+    axes.set_ylim(-1, 101)
+    axes.set_aspect("equal")
+    axes.set_xlabel("predicted match probability, %")
+    axes.set_ylabel("pairs that match, %")
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    return figure
+
+
+# Of changed queries: key, name and scale of a row of panels.
+CHANGED = (
+    ("cosine", "cosine to\nthe unchanged", 1.0),
+    ("same_neighbour", "nearest stays, %", 100.0),
+    ("map5", "mAP@5, %", 1.0),
+)
+MARKERS = "os^Dv"
+
+
+def change_curves(figures: Mapping[str, Any], title: str) -> Figure:
+    """Draw how changed queries do over severity: a column for each data set, a line for each kind.
+
+    Severity 0 is no change.
+    """
+    figure = new_figure(2.1 + 2.7 * len(figures), 7.2, title)
+    panels = figure.subplots(len(CHANGED), len(figures), squeeze=False, sharex=True, sharey="row")
+    for column, (name, values) in enumerate(figures.items()):
+        unchanged = {"cosine": 1.0, "same_neighbour": 1.0, **values["unchanged"]}
+        for row, (key, label, scale) in enumerate(CHANGED):
+            axes = panels[row, column]
+            plain_axes(axes)
+            for place, (kind, by_severity) in enumerate(values["changes"].items()):
+                points = [unchanged[key], *(each[key] for each in by_severity.values())]
+                axes.plot(
+                    range(len(points)),
+                    scale * np.array(points),
+                    color=PALETTE[place % len(PALETTE)],
+                    # Told apart without colour, too.
+                    marker=MARKERS[place % len(MARKERS)],
+                    linestyle="-" if place < len(MARKERS) else "--",
+                    markersize=3.5,
+                    linewidth=1.2,
+                    label=kind.replace("_", " "),
+                )
+            if not column:
+                axes.set_ylabel(label)
+        panels[0, column].set_title(name, size=10)
+        panels[-1, column].set_xlabel("severity")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
