@@ -111,7 +111,8 @@ class Encoder:
                 if TOO_NEW.search(reason)
                 else None,
             ) from None
-        self.onnx = b""  # ONNX Runtime has its own copy
+        # ONNX Runtime has copied the weights. Its Python class would keep the file, too.
+        self.onnx = self._session._model_bytes = b""
         self._input = self._session.get_inputs()[0]
         self._output = self._session.get_outputs()[0].name
         batch = self._input.shape[0]

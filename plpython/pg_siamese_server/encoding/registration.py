@@ -44,6 +44,7 @@ def inspect_model(data: bytes, given: dict[str, Any]) -> tuple[ModelSpec, int, d
     _check_graph(model)
     metadata = metadata_of({entry.key: entry.value for entry in model.metadata_props})
     shape, dtype = _image_input(model)
+    del model  # as large as the file, and the trial run needs as much again
     spec = _specification(shape, dtype, metadata, given)
     dimension = _trial_run(data, spec)
     if spec.domain is not None and spec.domain.dimension != dimension:
