@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from pg_siamese_server.encoding.registration import inspect_model
 from pg_siamese_server.encoding.specification import ModelSpec
 from pg_siamese_server.errors import ModelError
 from tests.support import graph, grid_encoder
+from tools.project import ROOT
 
 FLOAT = TensorProto.FLOAT
 
@@ -165,8 +167,9 @@ def test_output_of_wrong_rank(axes: list[int]) -> None:
 def test_output_that_is_not_pooled(shape: tuple[int, ...], hint: str) -> None:
     """Tokens of a transformer, feature maps of a convolution, and means that kept their axes."""
     reshape = helper.make_node("Reshape", ["image", "shape"], ["embedding"])
-    outputs = [("embedding", FLOAT, ("batch", *shape))]
-    model = graph([reshape], outputs=outputs, constants={"shape": np.array([-1, *shape])})
+    sizes: list[int | str] = ["batch", *shape]
+    constants = {"shape": np.array([-1, *shape])}
+    model = graph([reshape], outputs=[("embedding", FLOAT, sizes)], constants=constants)
     assert hint in str(refuse(model, "one row of numbers for each image").hint)
 
 
@@ -182,6 +185,21 @@ def test_format_of_a_later_version(newer: str) -> None:
     assert error.message == "ONNX Runtime cannot open the model"
     assert "opset_version" in str(error.hint)
     assert not any(part in str(error.detail) for part in ("[ONNXRuntimeError]", "/", "::"))
+
+
+def test_newest_format_is_that_of_the_docs() -> None:
+    text = (ROOT / "docs" / "encoders.md").read_text()
+    found = re.search(r"up to operator set (\d+) and IR version (\d+)", text)
+    assert found
+    opset, ir = map(int, found.groups())
+    for more in (0, 1):
+        for new in ((opset + more, 9), (17, ir + more)):
+            model = onnx.load_from_string(grid_encoder(("n", 3, 8, 8), pool=4))
+            model.opset_import[0].version, model.ir_version = new
+            if more:
+                refuse(model.SerializeToString(), "cannot open the model")
+            else:
+                inspect_model(model.SerializeToString(), {})
 
 
 def test_unknown_operator() -> None:
