@@ -31,7 +31,8 @@ WATCH_SECONDS = 0.05
 MIN_SQUARED_LENGTH = float(np.finfo(np.float32).tiny)
 # What ONNX Runtime puts before its reason: a code, and often a place in its source.
 _NO_REASON = re.compile(
-    r"\[ONNXRuntimeError\] : \d+ : \w+ : |Exception during initialization: |/\S+:\d+ \S.*?\) "
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |Exception during initialization: "
+    r"|/\S+\.(?:cc|h):\d+ \S.*?\) "
 )
 MAX_REASON = 500
 TOO_NEW = re.compile(r"opset|IR version")
