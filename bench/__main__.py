@@ -29,8 +29,8 @@ def main() -> int:
         ("--check", "exit with status 1 if a bar is missed"),
     ):
         parser.add_argument(name, action="store_true", help=text)
-    text = "only inserts of DICOM files, or only searches by group at 1,000,000 x 64"
-    parser.add_argument("--only", choices=["dicom", "groups"], help=text)
+    text = "only inserts of DICOM files, encoders of several sizes, or searches by group"
+    parser.add_argument("--only", choices=["dicom", "encoders", "groups"], help=text)
     text = "compare this tree with another revision"
     parser.add_argument("--compare", metavar="REVISION", help=text)
     text = "folder of the JSON file (bench/results)"
@@ -42,9 +42,10 @@ def main() -> int:
         if chosen.large or chosen.only == "groups":
             size = runs.LARGE_QUICK if chosen.quick else runs.LARGE
             report = runs.large(size, console, only_groups=chosen.only == "groups")
-        elif chosen.only == "dicom":
+        elif chosen.only:
             size = runs.STANDARD_QUICK if chosen.quick else runs.STANDARD
-            report = runs.dicom_alone(size, console)
+            alone = {"dicom": runs.dicom_alone, "encoders": runs.encoders_alone}
+            report = alone[chosen.only](size, console)
         elif chosen.compare:
             size = runs.COMPARE_QUICK if chosen.quick else runs.COMPARE
             report = compare(chosen.compare, size, console)

@@ -14,6 +14,7 @@ from bench import (
     data,
     deferred,
     dicom,
+    encoders,
     filtered,
     grouped,
     groups,
@@ -47,13 +48,20 @@ class Size:
     connections: int = 0
     worker_rows: int = 0
     slices: int = 0
+    seconds: float = 0
 
 
 STANDARD = Size(
-    rows=70_000, queries=3_000, builds=3, insert_files=12_000, connections=15, slices=1_000
+    rows=70_000,
+    queries=3_000,
+    builds=3,
+    insert_files=12_000,
+    connections=15,
+    slices=1_000,
+    seconds=4,
 )
 STANDARD_QUICK = Size(
-    rows=12_000, queries=400, builds=1, insert_files=1_000, connections=3, slices=20
+    rows=12_000, queries=400, builds=1, insert_files=1_000, connections=3, slices=20, seconds=0.1
 )
 LARGE = Size(rows=1_000_000, queries=2_000, builds=1)
 LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
@@ -128,6 +136,15 @@ def dicom_alone(size: Size, console: Console) -> Report:
     with server(SETTINGS) as cluster:
         report = Report("dicom", machine.facts(cluster), SETTINGS, vars(size))
         _ingest_dicom(cluster, size, console, report)
+    return report
+
+
+def encoders_alone(size: Size, console: Console) -> Report:
+    """Measure the memory and the speed of encoders of several sizes, and nothing else."""
+    with server(SETTINGS) as cluster:
+        report = Report("encoders", machine.facts(cluster), SETTINGS, vars(size))
+        console.print("Embedding …")
+        report.lines += encoders.measure(cluster, size.seconds)
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,13 @@ PREPACK_BELOW_BYTES = 16 * 1024 * 1024
 WATCH_SECONDS = 0.05
 # pgvector counts in single precision, so it can't divide by the square of a smaller length.
 MIN_SQUARED_LENGTH = float(np.finfo(np.float32).tiny)
+# What ONNX Runtime puts before its reason: a code, and often a place in its source.
+_NO_REASON = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |Exception during initialization: "
+    r"|/\S+\.(?:cc|h):\d+ \S.*?\) "
+)
+MAX_REASON = 500
+TOO_NEW = re.compile(r"opset|IR version")
 BAD_EMBEDDING = (
     "The encoder fails on this image, perhaps because it is blank. Remove the image, or let the"
     " collection put such rows aside with on_error => 'quarantine'."
@@ -96,10 +104,16 @@ class Encoder:
                     self.onnx, options, providers=["CPUExecutionProvider"]
                 )
         except Exception as error:  # ONNX Runtime has no common base for its errors
+            reason = _reason(error)
             raise ModelError(
-                "ONNX Runtime cannot open the model", detail=str(error).splitlines()[0][:300]
+                "ONNX Runtime cannot open the model",
+                detail=reason,
+                hint="Export the model with an older opset_version, such as 20."
+                if TOO_NEW.search(reason)
+                else None,
             ) from None
-        self.onnx = b""  # ONNX Runtime has its own copy
+        # ONNX Runtime has copied the weights. Its Python class would keep the file, too.
+        self.onnx = self._session._model_bytes = b""
         self._input = self._session.get_inputs()[0]
         self._output = self._session.get_outputs()[0].name
         batch = self._input.shape[0]
@@ -139,6 +153,7 @@ class Encoder:
                 "model's output is not a batch of embeddings",
                 detail="An encoder gives one row of numbers for each image, "
                 f"not {_describe_output(result)}.",
+                hint=_reduction(result),
             )
         per_image = (time.perf_counter() - started) / len(pixels)
         # The first run of a shape plans memory, so later runs, which are quicker, correct it.
@@ -158,7 +173,7 @@ class Encoder:
         except Exception as error:  # as above
             if not options.terminate:
                 raise ModelError(
-                    "ONNX Runtime cannot run the model", detail=str(error).splitlines()[0][:300]
+                    "ONNX Runtime cannot run the model", detail=_reason(error)
                 ) from None
         assert poll is not None
         poll()
@@ -213,6 +228,21 @@ def _describe_output(output: Any) -> str:
     if not isinstance(output, np.ndarray):
         return f"a {type(output).__name__}"
     return f"shape {list(output.shape)} of type {output.dtype}"
+
+
+def _reduction(output: Any) -> str | None:
+    """Return how to make one row for each image of an output, if that is what it lacks."""
+    dimensions = getattr(output, "ndim", 2)
+    if dimensions == 3:
+        return "Take the class token, or the mean of all tokens, before the export."
+    if dimensions == 4:
+        return "Take the mean over height and width, and flatten it, before the export."
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of ONNX Runtime says, in one line."""
+    return " ".join(_NO_REASON.sub("", str(error)).split())[:MAX_REASON]
 
 
 def have_distances(embeddings: NDArray[np.float32], metric: str) -> bool:

@@ -38,11 +38,13 @@ def inspect_model(data: bytes, given: dict[str, Any]) -> tuple[ModelSpec, int, d
             f"model of {len(data)} bytes is too large",
             sqlstate=PROGRAM_LIMIT_EXCEEDED,
             detail=f"The limit is {MAX_ONNX_BYTES} bytes.",
+            hint="Store its weights as float16, or take a smaller model.",
         )
     model = _parse(data)
     _check_graph(model)
     metadata = metadata_of({entry.key: entry.value for entry in model.metadata_props})
     shape, dtype = _image_input(model)
+    del model  # as large as the file, and the trial run needs as much again
     spec = _specification(shape, dtype, metadata, given)
     dimension = _trial_run(data, spec)
     if spec.domain is not None and spec.domain.dimension != dimension:
@@ -120,6 +122,7 @@ def _image_input(model: onnx.ModelProto) -> tuple[list[Any], str]:
         raise ModelError(
             f"model has {len(inputs)} inputs and {len(model.graph.output)} outputs",
             detail="An encoder takes one image tensor and gives one embedding tensor.",
+            hint="Export a module whose forward takes the image and returns the embedding alone.",
         )
     tensor = inputs[0].type.tensor_type
     shape: list[Any] = [
@@ -133,7 +136,8 @@ def _image_input(model: onnx.ModelProto) -> tuple[list[Any], str]:
             "model's input is not a batch of images",
             detail=f"Its type is {onnx.TensorProto.DataType.Name(tensor.elem_type)}, "
             f"its shape {shape}.",
-            hint="Use uint8 NHWC or float32 NCHW, with 1 or 3 channels.",
+            hint="Use uint8 NHWC or float32 NCHW, with 1 or 3 channels. A model of float16 can cast"
+            " its input.",
         )
     return shape, dtype
 

@@ -56,6 +56,8 @@ def read_model(file: Path) -> bytes:
     Raises:
         CommandError: such a file is missing, in another folder, too large or too short.
     """
+    if file.stat().st_size > MAX_ONNX_BYTES:  # PostgreSQL or protobuf might refuse it less clearly
+        raise CommandError(f"{file}: larger than {MAX_ONNX_BYTES} bytes")
     data = file.read_bytes()
     import onnx  # takes a while
 

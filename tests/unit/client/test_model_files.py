@@ -96,6 +96,8 @@ def test_missing_or_short(tmp_path: Path) -> None:
 
 def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path)
-    monkeypatch.setattr("pg_siamese.client.models.MAX_ONNX_BYTES", 10)
-    with pytest.raises(CommandError, match="larger than 10 bytes"):
-        read_model(path)
+    size = path.stat().st_size
+    for limit, message in ((size + 3, "bytes with its weights"), (size - 1, r"bytes$")):
+        monkeypatch.setattr("pg_siamese.client.models.MAX_ONNX_BYTES", limit)
+        with pytest.raises(CommandError, match=f"larger than {limit} {message}"):
+            read_model(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -76,6 +78,15 @@ def test_batches_are_bounded_in_time_and_can_be_left(noise: Array) -> None:
     encoder.embed(np.repeat(noise, 40, axis=0), lambda: polls.append(1))
     assert 1 < encoder.batch_size() <= 64
     assert 200 / 64 <= len(polls) <= 200
+
+
+def test_the_file_is_not_kept() -> None:
+    """ONNX Runtime's Python class keeps the bytes, next to the weights of the session."""
+    data = grid_encoder(("n", 3, 8, 8), pool=4)
+    before = sys.getrefcount(data)
+    encoder = Encoder(data, ModelSpec(InputSpec(8, 8)))
+    assert sys.getrefcount(data) == before
+    assert encoder.run(np.zeros((1, 8, 8, 3), np.uint8)).shape == (1, 12)
 
 
 def test_graph_that_fails(noise: Array) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from pg_siamese_server.encoding.registration import inspect_model
 from pg_siamese_server.encoding.specification import ModelSpec
 from pg_siamese_server.errors import ModelError
 from tests.support import graph, grid_encoder
+from tools.project import ROOT
 
 FLOAT = TensorProto.FLOAT
 
@@ -126,7 +128,8 @@ def test_custom_operator() -> None:
 def test_two_inputs_or_outputs() -> None:
     two = [("image", FLOAT, ("n", 3, 8, 8)), ("other", FLOAT, ("n", 3, 8, 8))]
     added = helper.make_node("Add", ["image", "other"], ["sum"])
-    refuse(graph([added, means("sum")], inputs=two), "2 inputs and 1 outputs")
+    error = refuse(graph([added, means("sum")], inputs=two), "2 inputs and 1 outputs")
+    assert "returns the embedding alone" in str(error.hint)
     outputs = [("embedding", FLOAT, ("n", 3)), ("more", FLOAT, ("n", 3))]
     copy = helper.make_node("Identity", ["embedding"], ["more"])
     refuse(graph([MEANS, copy], outputs=outputs), "1 inputs and 2 outputs")
@@ -137,6 +140,7 @@ def test_two_inputs_or_outputs() -> None:
     [
         (TensorProto.INT32, ("n", 3, 8, 8)),
         (TensorProto.DOUBLE, ("n", 3, 8, 8)),
+        (TensorProto.FLOAT16, ("n", 3, 8, 8)),
         (FLOAT, ("n", 3, 8)),
         (FLOAT, ("n", 4, 8, 8)),
         (FLOAT, ("n", "c", "h", "w")),
@@ -154,6 +158,60 @@ def test_output_of_wrong_rank(axes: list[int]) -> None:
     kept: list[int | str] = [size for axis, size in enumerate(shape) if axis not in axes]
     model = graph([means(axes=axes)], outputs=[("embedding", FLOAT, kept)])
     refuse(model, "not a batch of embeddings")
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [((16, 12), "class token"), ((3, 8, 8), "height and width"), ((192, 1, 1), "flatten it")],
+)
+def test_output_that_is_not_pooled(shape: tuple[int, ...], hint: str) -> None:
+    """Tokens of a transformer, feature maps of a convolution, and means that kept their axes."""
+    reshape = helper.make_node("Reshape", ["image", "shape"], ["embedding"])
+    sizes: list[int | str] = ["batch", *shape]
+    constants = {"shape": np.array([-1, *shape])}
+    model = graph([reshape], outputs=[("embedding", FLOAT, sizes)], constants=constants)
+    assert hint in str(refuse(model, "one row of numbers for each image").hint)
+
+
+@pytest.mark.parametrize("newer", ["opset", "ir"])
+def test_format_of_a_later_version(newer: str) -> None:
+    """What ONNX Runtime says, without the place in its source."""
+    model = onnx.load_from_string(GOOD)
+    if newer == "opset":
+        model.opset_import[0].version = 99
+    else:
+        model.ir_version = 99
+    error = refuse(model.SerializeToString(), "99")
+    assert error.message == "ONNX Runtime cannot open the model"
+    assert "opset_version" in str(error.hint)
+    assert not any(part in str(error.detail) for part in ("[ONNXRuntimeError]", "/", "::"))
+
+
+def test_newest_format_is_that_of_the_docs() -> None:
+    text = (ROOT / "docs" / "encoders.md").read_text()
+    found = re.search(r"up to operator set (\d+) and IR version (\d+)", text)
+    assert found
+    opset, ir = map(int, found.groups())
+    for more in (0, 1):
+        for new in ((opset + more, 9), (17, ir + more)):
+            model = onnx.load_from_string(grid_encoder(("n", 3, 8, 8), pool=4))
+            model.opset_import[0].version, model.ir_version = new
+            if more:
+                refuse(model.SerializeToString(), "cannot open the model")
+            else:
+                inspect_model(model.SerializeToString(), {})
+
+
+def test_unknown_operator() -> None:
+    unknown = graph([helper.make_node("Unknown", ["image"], ["embedding"])])
+    assert refuse(unknown, "No Op registered for Unknown").hint is None
+
+
+def test_graph_that_does_not_run() -> None:
+    reshape = helper.make_node("Reshape", ["image", "shape"], ["embedding"])
+    model = graph([reshape], constants={"shape": np.array([7, 5])})
+    error = refuse(model, "Input shape:{1,3,8,8}, requested shape:{7,5}")
+    assert error.message == "ONNX Runtime cannot run the model"
 
 
 def test_output_of_wrong_type() -> None:
