@@ -51,6 +51,29 @@ def train(
             "medmnist:FLAG. Repeatable."
         ),
     ] = None,
+    from_collection: Annotated[
+        str | None,
+        typer.Option(
+            help="Collection to train on instead. The PG* variables name the server.",
+            metavar="NAME",
+        ),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(help="With --from-collection: column of the classes.", metavar="COLUMN"),
+    ] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(
+            help="With --from-collection: column of the groups, such as patients. Default: the "
+            "collection's own, if it has one.",
+            metavar="COLUMN",
+        ),
+    ] = None,
+    head_only: Annotated[
+        bool,
+        typer.Option("--head-only", help="Train the last layer alone, in minutes."),
+    ] = False,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Number of epochs instead of the experiment's.")
     ] = None,
@@ -67,9 +90,15 @@ def train(
     """Train an encoder, export it to ONNX, and write its model card beside it."""
     chosen = load_experiment(experiment)
     command = f"pg_siamese train {experiment}"
+    if from_collection is not None:
+        data = [*(data or ()), _collection(from_collection, label_column, group_column)]
+    elif label_column is not None or group_column is not None:
+        raise CommandError("--label-column and --group-column need --from-collection")
     if data:
         chosen = chosen.changed(data=tuple(data))
         command += "".join(f" --data {text}" for text in data)
+    if head_only:
+        chosen, command = chosen.head_only(), f"{command} --head-only"
     if epochs is not None:
         chosen, command = chosen.changed(epochs=epochs), f"{command} --epochs {epochs}"
     if seed is not None:
@@ -88,6 +117,13 @@ def train(
             threads=threads,
             say=typer.echo,
         )
+
+
+def _collection(name: str, label_column: str | None, group_column: str | None) -> str:
+    """Return the text that names a collection as data."""
+    if label_column is None:
+        raise CommandError("--from-collection needs --label-column: the column of the classes")
+    return "/".join([f"collection:{name}", label_column, *filter(None, [group_column])])
 
 
 def export(

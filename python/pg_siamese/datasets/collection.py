@@ -29,7 +29,9 @@ class _Table:
     limits: tuple[int | None, int | None, str | None]
 
 
-def read_collection(name: str, label_column: str, spec: InputSpec) -> LabelledImages:
+def read_collection(
+    name: str, label_column: str, group_column: str | None, spec: InputSpec
+) -> LabelledImages:
     """Read all images of a collection that have a label, as one part.
 
     The server is the one that the ``PG*`` variables name. Images are decoded as the server does it,
@@ -38,6 +40,7 @@ def read_collection(name: str, label_column: str, spec: InputSpec) -> LabelledIm
     Args:
         name: of the collection.
         label_column: column of the classes. Rows where it is NULL are left out.
+        group_column: column of the groups. By default that of the collection, if it has one.
         spec: the encoder's input.
 
     Raises:
@@ -46,22 +49,26 @@ def read_collection(name: str, label_column: str, spec: InputSpec) -> LabelledIm
     """
     try:
         with psycopg.connect() as connection:
-            table = _table(connection, name, label_column)
+            table = _table(connection, name, label_column, group_column)
             return _read(connection, table, name, label_column, spec)
     except psycopg.Error as error:
         reason = " ".join((error.diag.message_primary or str(error)).split())
         raise DataNotFoundError(f"collection:{name}: {reason}") from error
 
 
-def _table(connection: psycopg.Connection[Any], name: str, label_column: str) -> _Table:
+def _table(
+    connection: psycopg.Connection[Any], name: str, label_column: str, group_column: str | None
+) -> _Table:
     row = connection.execute(
-        "SELECT c.relation::text, c.key_column::text, c.image_column::text, c.group_column::text,"
+        "SELECT c.relation::text, c.key_column::text, c.image_column::text, g.name,"
         " c.max_bytes, c.max_pixels, c.dicom_window,"
         " (SELECT pg_catalog.count(*) FROM pg_catalog.pg_attribute AS a"
         "  WHERE a.attrelid = c.relation AND NOT a.attisdropped"
-        "   AND a.attname::text IN (%s, c.group_column::text)) AS columns"
-        " FROM siamese.collections AS c WHERE c.name = %s",
-        (label_column, name),
+        "   AND a.attname::text IN (%s, g.name)) AS columns"
+        " FROM siamese.collections AS c"
+        " CROSS JOIN LATERAL (SELECT coalesce(%s, c.group_column::text)) AS g(name)"
+        " WHERE c.name = %s",
+        (label_column, group_column, name),
     ).fetchone()
     if row is None:
         raise DataNotFoundError(f"collection:{name}: there is no such collection")

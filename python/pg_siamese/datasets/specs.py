@@ -57,7 +57,8 @@ def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = Non
     - ``folder:PATH``, ``zip:PATH``: images by class in sub-folders, below ``train``, ``val`` and
       ``test`` if there are such.
     - ``collection:NAME/COLUMN``: the images of a collection, with the classes of a column. The
-      ``PG*`` variables name the server.
+      ``PG*`` variables name the server. ``collection:NAME/COLUMN/GROUP`` names the column of the
+      groups, too.
 
     A data set without splits is split 70 / 15 / 15. A missing validation split is held out of
     train. If there are only ``train`` and ``val``, nobody trains on the latter, so it becomes
@@ -65,7 +66,8 @@ def open_dataset(spec: str, *, seed: int = 0, input_spec: InputSpec | None = Non
 
     Images of one group, such as a patient, are in one split, but for those of ``clinical:NAME``. A
     folder or zip names groups in ``groups.csv``, with columns ``file`` and ``group``. An npz does
-    in ``train_groups`` and so on. Those of a collection are the values of its group column.
+    in ``train_groups`` and so on. Those of a collection are the values of its group column, if no
+    other is named.
 
     Args:
         spec: the text.
@@ -224,12 +226,13 @@ def _clinical(name: str, spec: InputSpec | None) -> Parts:
 def _collection(argument: str, spec: InputSpec | None) -> Parts:
     from pg_siamese.datasets.collection import read_collection  # it needs a database driver
 
-    name, slash, column = argument.rpartition("/")
-    if not (name and slash and column):
+    name, *columns = argument.split("/")
+    if not (name and all(columns) and 1 <= len(columns) <= 2):
         raise DataFormatError(f"collection:{argument}: name the column of the classes: NAME/COLUMN")
     if spec is None:
         raise DataFormatError(f"collection:{argument}: say the size that images are brought to")
-    return {"train": read_collection(name, column, spec)}
+    group = columns[1] if len(columns) == 2 else None
+    return {"train": read_collection(name, columns[0], group, spec)}
 
 
 def _decoded(

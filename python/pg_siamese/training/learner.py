@@ -57,7 +57,7 @@ class MetricLearner(lightning.LightningModule):
         self._seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def encode(self, batch: Tensor) -> Tensor:
-        """Embed pixels (N, H, W, 3), or with ``on_features`` what the frozen layers made of them."""
+        """Embed pixels (N, H, W, 3), or ``on_features`` what the frozen layers give."""
         encoder: Any = self.encoder
         half = self.training and self.experiment.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):

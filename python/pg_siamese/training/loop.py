@@ -27,6 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from pg_siamese.datasets import DataFormatError, DataNotFoundError, DataSplits, open_dataset
+from pg_siamese.evaluation.runtime import open_session
 from pg_siamese.training.callbacks import EpochFigures, EpochLines, Snapshots
 from pg_siamese.training.card import write_card
 from pg_siamese.training.data import Batch, JoinedImages
@@ -350,27 +351,29 @@ def _cached(
         return train, gallery, val
     total = max(copies, 1) * len(train) + len(gallery) + len(val)
     say(f"computing the features of {total:,} images once")
-    network.eval()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network.to(device)
+    # ONNX Runtime is several times as quick as PyTorch on a CPU.
+    size = (learner.experiment.input.height, learner.experiment.input.width)
+    graph = to_onnx(_Features(network), size).SerializeToString()
+    session = open_session(graph, torch.get_num_threads())
     step = max(1, total // 20)
     done = 0
 
-    @torch.no_grad()
     def features(images: JoinedImages, times: int = 0) -> JoinedImages:
         nonlocal done
         rows = max(times, 1) * len(images)
         kept: torch.Tensor | None = None
         for start in range(0, rows, FEATURES_AT_ONCE):
             chosen = torch.arange(start, min(start + FEATURES_AT_ONCE, rows)) % len(images)
-            pixels, _, sets = (part.to(device) for part in images[chosen])
-            found = network.features(learner.augment(pixels, sets) if times else pixels).cpu()
+            pixels, _, sets = images[chosen]
+            if times:
+                pixels = learner.augment(pixels, sets).round().to(torch.uint8)
+            found = torch.from_numpy(session.run(None, {"image": pixels.numpy()})[0])
             if kept is None:
                 # Half as many bytes. What is lost is less than what a change of the image adds.
                 kept = torch.empty((rows, *found.shape[1:]), dtype=torch.float16)
             kept[start : start + len(found)] = found
             done += len(found)
-            if done // step > (done - len(found)) // step:
+            if done == total or done // step > (done - len(found)) // step:
                 say(f"features: {done:,} of {total:,}")
         assert kept is not None
         return images.with_pixels(kept, max(times, 1))
@@ -379,9 +382,21 @@ def _cached(
     known = features(train, copies)
     plain = known if gallery is train and not copies else features(gallery)
     queries = features(val)
-    network.cpu()
     learner.on_features = True
     return known, plain, queries
+
+
+class _Features(torch.nn.Module):
+    """The frozen layers of a network alone."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return their features of uint8 pixels (N, H, W, 3)."""
+        found: torch.Tensor = self.network.features(image)  # type: ignore[operator]
+        return found
 
 
 def _quiet() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
 from pg_siamese.training import callbacks, loop
+from pg_siamese.training.experiments import ExperimentError
 from pg_siamese.training.experiments.settings import Experiment
 from tests.unit.training.stripes import tiny
 
@@ -118,3 +119,34 @@ def test_what_is_held_out_is_not_trained_on(
     assert training["left_out"] == {"grey": 10}
     for figures in training["metrics"].values():
         assert list(figures["as_published"]) == ["grey"]
+
+
+def test_frozen_layers_see_changed_copies_once(tmp_path: Path, data: tuple[str, ...]) -> None:
+    """Each epoch draws from the copies, and validation sees the images as they are."""
+    experiment = tiny(
+        data=data,
+        copies=3,
+        input={"width": 32, "height": 32},
+        network={"name": "efficientnet_lite0", "dimension": 8, "frozen_blocks": 14},
+        augmentation={"default": {"brightness": 0.2}},
+    )
+    said: list[str] = []
+    learned = learn(experiment, tmp_path / "run", say=said.append)
+    splits = loop.open_splits(experiment)
+    train, val = (sum(len(getattr(s, part)) for s in splits) for part in ("train", "val"))
+    total = 3 * train + train + val
+    assert f"computing the features of {total:,} images once" in said
+    assert f"features: {total:,} of {total:,}" in said
+    assert any(key.startswith("learned.") for key in learned)
+    learner = loop.load_learner(tmp_path / "run" / loop.LAST)
+    images = [loop.JoinedImages([getattr(s, p) for s in splits], "class") for p in ("train", "val")]
+    parts = loop._cached(learner, images[0], images[0], images[1], lambda line: None)
+    copies = parts[0].pixels.view(3, train, *parts[0].pixels.shape[1:])
+    assert not torch.equal(copies[0], copies[1])
+    assert torch.equal(parts[0].labels[:train], images[0].labels)
+    network: Any = learner.encoder.eval()
+    expected = network.features(images[1].pixels)
+    torch.testing.assert_close(parts[2].pixels.float(), expected, rtol=1e-2, atol=1e-2)
+    assert learner.on_features
+    with pytest.raises(ExperimentError, match="copies is 3: the network has no frozen layers"):
+        learn(tiny(data=data, copies=3), tmp_path / "other")

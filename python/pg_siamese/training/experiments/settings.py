@@ -192,6 +192,18 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
         """Return the same experiment with other settings."""
         return msgspec.structs.replace(self, **settings)
 
+    def head_only(self) -> Experiment:
+        """Return the same experiment in which the last layer alone learns.
+
+        Raises:
+            ExperimentError: its network has no layers to freeze.
+        """
+        options = dict(self.network.options)
+        if "frozen_blocks" not in options:
+            raise ExperimentError(f"{self.name} has no layers to freeze")
+        del options["frozen_blocks"]  # by default all are frozen
+        return self.changed(network=msgspec.structs.replace(self.network, options=options))
+
 
 def parse_experiment(table: Mapping[str, Any]) -> Experiment:
     """Make an experiment of nested tables, as TOML or a checkpoint has them.

