@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from bench import clinical, runs
 from bench.compare import compare
+from bench.report import Report
 from bench.session import QueryError
 from tools.report import SetupError
 
@@ -50,7 +52,7 @@ def main() -> int:
             report = runs.large(size, console, only_groups=chosen.only == "groups")
         elif chosen.only:
             size = runs.STANDARD_QUICK if chosen.quick else runs.STANDARD
-            alone = {
+            alone: dict[str, Callable[[runs.Size, Console], Report]] = {
                 "dicom": runs.dicom_alone,
                 "clinical": partial(runs.clinical_alone, model=chosen.model),
                 "encoders": runs.encoders_alone,

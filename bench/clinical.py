@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from bench import encoders
 from bench.insert import ALONE, TRIGGER, Contest, insert
 from bench.report import Bar, Line
-from bench.session import BYTEA, Session, bytea_array, connect, first_row, private_bytes
+from bench.session import BYTEA, Session, bytea_array, connect, first_row
 from bench.timing import Summary, one_core, round_robin
 from pg_siamese.evaluation.runtime import open_session
 from pg_siamese_server.encoding.specification import ModelSpec
+from tests.scenarios.process import MEGABYTE, private_bytes, watched
 from tools.cluster import Cluster
 from tools.project import ROOT
 
@@ -40,30 +38,17 @@ INSERT_BAR, SPEED_BAR, MEMORY_BAR = 90, 2, 90
 def pictures(count: int) -> list[bytes]:
     """Return JPEG files of some 224 x 224 pixels: train images of the clinical sets, in turns.
 
-    Without these beside the project, smooth pictures with some noise take their place.
+    Without these beside the project, drawn pictures take their place.
     """
     archives = [zipfile.ZipFile(path) for path in sorted(REAL.glob("*_224.zip"))]
     if not archives:
-        return _drawn(count)
+        return encoders.pictures(count)
     names = [[n for n in archive.namelist() if n.startswith("train/")] for archive in archives]
     per_set = -(-count // len(archives))
     chosen = [own[:: max(1, len(own) // per_set)][:per_set] for own in names]
     turns = zip(*chosen, strict=True)
     files = [archives[n].read(name) for turn in turns for n, name in enumerate(turn)]
     return files[:count]
-
-
-def _drawn(count: int) -> list[bytes]:
-    random = np.random.default_rng(5)
-    files = []
-    for _ in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (7, 7, 3), np.uint8))
-        smooth = np.asarray(coarse.resize((224, 224), Image.Resampling.BICUBIC)).astype(np.int16)
-        noisy = (smooth + random.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
-        target = io.BytesIO()
-        Image.fromarray(noisy).save(target, "JPEG", quality=85)
-        files.append(target.getvalue())
-    return files
 
 
 def ingest(cluster: Cluster, model: Path, count: int) -> list[Line]:
@@ -132,37 +117,18 @@ def memory(cluster: Cluster, files: list[bytes], rows: int) -> list[Line]:
             for file in files[:rows]:
                 embed(file)
         queries = private_bytes(one.pid)
-        with _watched(one.pid) as seen:
+        with watched(one.pid) as inserting:
             for session in (one, other):
                 insertion = session.prepare_insert("bench.clinical_inserts")
                 for start in range(0, len(files), rows):
                     insertion(bytea_array(files[start : start + rows]))
         inserted = private_bytes(one.pid)
-    note = f"{idle / 1024**2:.1f} MiB right after connecting"
-    found = {QUERIES: queries, INSERTED: inserted, MOST: max(seen)}
+    note = f"{idle / MEGABYTE:.1f} MiB right after connecting"
+    found = {QUERIES: queries, INSERTED: inserted, MOST: inserting.most}
     return [
-        Line(MEMORY, name, value=value / 1024**2, unit="MiB", note=note)
+        Line(MEMORY, name, value=value / MEGABYTE, unit="MiB", note=note)
         for name, value in found.items()
     ]
-
-
-@contextmanager
-def _watched(pid: int) -> Iterator[list[int]]:
-    """Read the private memory of a process every few milliseconds."""
-    seen = [private_bytes(pid)]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            seen.append(private_bytes(pid))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        thread.join()
 
 
 def bars(lines: list[Line]) -> list[Bar]:

@@ -70,12 +70,12 @@ def describe(
     compared = (train.some(GALLERY, experiment.seed), joined["val"])
     gallery, queries = (embed_joined(model, images) for images in compared)
     quantisation = {}
-    if unquantised is not None:
-        first, second = (embed_joined(unquantised, images) for images in compared)
-        quantisation["quantisation"] = agreement(
-            (first, second), (gallery, queries), train.names, metric, experiment.labels
-        )
     try:
+        if unquantised is not None:
+            first, second = (embed_joined(unquantised, images) for images in compared)
+            quantisation["quantisation"] = agreement(
+                (first, second), (gallery, queries), train.names, metric, experiment.labels
+            )
         pairs = draw_pairs(queries, experiment.labels, metric, experiment.seed + CHOOSING_SEED)
         calibration = calibrate(*pairs)
         if head is not None:

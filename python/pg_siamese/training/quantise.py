@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from onnxruntime.quantization import (
 )
 
 from pg_siamese.datasets import DataSplits
-from pg_siamese.evaluation.retrieval import Embedded, distances, each_set, nearest, retrieval
+from pg_siamese.evaluation.retrieval import Embedded, distances, each_set, neighbours, retrieval
 from pg_siamese.training.experiments import ExperimentError
 
 # Operators with integer forms. Activations are merged into the convolutions before them.
@@ -121,20 +120,20 @@ def agreement(
     Returns:
         For each data set, of the queries: ``cosine``, the mean of one image's two vectors.
         ``overlap``, the mean share of the ten nearest that stay. ``map5``, the change of mAP@5 in
-        points.
+        points. A query's own group is no neighbour.
+
+    Raises:
+        ValueError: a gallery has fewer than ten images outside a query's group.
     """
     figures: dict[str, dict[str, float]] = {}
     sets = zip(each_set(*before, names, labels), each_set(*after, names, labels), strict=True)
-    for (name, *first), (_, *second) in sets:
-        found, again = (
-            nearest(queries.vectors, gallery.vectors, NEIGHBOURS, metric)
-            for gallery, queries in (first, second)
-        )
-        labelled, queries = first[0].labels, first[1]
-        cosine = 1 - distances(queries.vectors, second[1].vectors)
+    for (name, gallery, queries), (_, known, asked) in sets:
+        found = neighbours(gallery, queries, NEIGHBOURS, metric)
+        again = neighbours(known, asked, NEIGHBOURS, metric)
+        cosine = 1 - distances(queries.vectors, asked.vectors)
         stay = [np.isin(*pair).mean() for pair in zip(found, again, strict=True)]
-        scores: Any = [
-            retrieval(labelled[each[:, :5]], queries.labels).map5 for each in (found, again)
+        scores = [
+            retrieval(gallery.labels[each[:, :5]], queries.labels).map5 for each in (found, again)
         ]
         figures[name] = {
             "cosine": round(float(cosine.mean()), 4),
