@@ -29,7 +29,11 @@ WHAT = "insert of clinical JPEG files"
 RUNTIME = "ONNX Runtime, one thread, batches of 8"
 OURS, BASELINE = "this encoder", "EfficientNet-lite0 of float32, 224 x 224"
 MEMORY = "private memory of a session that has embedded"
-QUERIES, INSERTED, MOST = "after images one by one", "after inserts", "most allocated, within inserts"
+QUERIES, INSERTED, MOST = (
+    "after images one by one",
+    "after inserts",
+    "most allocated, within inserts",
+)
 BATCH = 8
 ROWS = 200
 INSERT_BAR, SPEED_BAR, MEMORY_BAR = 90, 2, 90
