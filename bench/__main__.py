@@ -6,13 +6,16 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psycopg
 from rich.console import Console
 
-from bench import runs
+from bench import clinical, runs
 from bench.compare import compare
+from bench.report import Report
 from bench.session import QueryError
 from tools.report import SetupError
 
@@ -29,8 +32,10 @@ def main() -> int:
         ("--check", "exit with status 1 if a bar is missed"),
     ):
         parser.add_argument(name, action="store_true", help=text)
-    text = "only inserts of DICOM files, encoders of several sizes, or searches by group"
-    parser.add_argument("--only", choices=["dicom", "encoders", "groups"], help=text)
+    text = "only DICOM files, the clinical encoder, encoders of several sizes, or searches by group"
+    parser.add_argument("--only", choices=["dicom", "clinical", "encoders", "groups"], help=text)
+    text = "ONNX file for --only clinical (models/clinical.onnx)"
+    parser.add_argument("--model", type=Path, default=clinical.MODEL, metavar="FILE", help=text)
     text = "compare this tree with another revision"
     parser.add_argument("--compare", metavar="REVISION", help=text)
     text = "folder of the JSON file (bench/results)"
@@ -38,13 +43,20 @@ def main() -> int:
     chosen = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
     began = time.monotonic()
+    if chosen.only == "clinical" and not chosen.model.is_file():
+        print(f"skipped: there is no {chosen.model.name}. Name an ONNX file with --model")
+        return 0
     try:
         if chosen.large or chosen.only == "groups":
             size = runs.LARGE_QUICK if chosen.quick else runs.LARGE
             report = runs.large(size, console, only_groups=chosen.only == "groups")
         elif chosen.only:
             size = runs.STANDARD_QUICK if chosen.quick else runs.STANDARD
-            alone = {"dicom": runs.dicom_alone, "encoders": runs.encoders_alone}
+            alone: dict[str, Callable[[runs.Size, Console], Report]] = {
+                "dicom": runs.dicom_alone,
+                "clinical": partial(runs.clinical_alone, model=chosen.model),
+                "encoders": runs.encoders_alone,
+            }
             report = alone[chosen.only](size, console)
         elif chosen.compare:
             size = runs.COMPARE_QUICK if chosen.quick else runs.COMPARE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from bench import (
     build,
+    clinical,
     connections,
     data,
     deferred,
@@ -49,6 +51,7 @@ class Size:
     worker_rows: int = 0
     slices: int = 0
     seconds: float = 0
+    pictures: int = 0
 
 
 STANDARD = Size(
@@ -59,9 +62,17 @@ STANDARD = Size(
     connections=15,
     slices=1_000,
     seconds=4,
+    pictures=1_000,
 )
 STANDARD_QUICK = Size(
-    rows=12_000, queries=400, builds=1, insert_files=1_000, connections=3, slices=20, seconds=0.1
+    rows=12_000,
+    queries=400,
+    builds=1,
+    insert_files=1_000,
+    connections=3,
+    slices=20,
+    seconds=0.1,
+    pictures=20,
 )
 LARGE = Size(rows=1_000_000, queries=2_000, builds=1)
 LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
@@ -145,6 +156,16 @@ def encoders_alone(size: Size, console: Console) -> Report:
         report = Report("encoders", machine.facts(cluster), SETTINGS, vars(size))
         console.print("Embedding …")
         report.lines += encoders.measure(cluster, size.seconds)
+    return report
+
+
+def clinical_alone(size: Size, console: Console, model: Path) -> Report:
+    """Measure an encoder of larger images: inserts of JPEG files, speed and memory."""
+    with server(SETTINGS) as cluster:
+        report = Report("clinical", machine.facts(cluster), SETTINGS, vars(size))
+        console.print("Inserting JPEG files …")
+        report.lines += clinical.ingest(cluster, model, size.pictures)
+        report.bars += clinical.bars(report.lines)
     return report
 
 

@@ -10,8 +10,10 @@ import hashlib
 import struct
 import zlib
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from pg_siamese_server.encoding.images import decode_image
@@ -35,6 +37,25 @@ def test_vectors_are_the_same_everywhere(connect: Connect, model: str) -> None:
         pytest.skip("no image set on this machine")
     if not has_torch:
         pytest.skip("PyTorch is not installed: compared with ONNX Runtime only")
+
+
+@pytest.mark.law(8)
+def test_quantised_convolutions_give_the_same_everywhere(db: Connection, tmp_path: Path) -> None:
+    """The quantised graph is the reference: alone, in a batch, and in the database."""
+    pytest.importorskip("msgspec", reason="training is not installed")
+    from pg_siamese.training.quantise import quantised
+
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28, 3), np.uint8)
+    path = tmp_path / "int8.onnx"
+    model = quantised(onnx.load(MODELS / "fashion_mnist.onnx"), pixels)
+    path.write_bytes(model.SerializeToString())
+    assert any(item.data_type == onnx.TensorProto.INT8 for item in model.graph.initializer)
+    one(db, "SELECT register_model('int8', %s)", path.read_bytes())
+    query = "SELECT embed_image(%s, 'int8')::real[]"
+    found = np.array([one(db, query, encode(image)) for image in pixels])
+    assert least_cosine(found, embed_onnxruntime(path, pixels)) >= 0.9999
+    exact = embed_onnxruntime(MODELS / "fashion_mnist.onnx", pixels)
+    assert least_cosine(found, exact) < 1 - 1e-6
 
 
 # --- golden files -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # self_check needs this module to say what is missing
 MAX_ROWS_AT_ONCE = 256
 MAX_BYTES_AT_ONCE = 4 * 1024 * 1024
 FIRST_ROWS = 8
+# Batches of the encoder whose pixels are decoded together. It has 256 rows of 28 x 28 pixels.
+BATCHES_AT_ONCE = 4
 
 Fail = Callable[[Any, ImageError], None]
 # Copied, since OpenSSL looks up algorithms by name for each new one.
@@ -47,6 +50,29 @@ def embed(
     Raises:
         ModelError: the graph failed.
     """
+    from pg_siamese_server.encoding.encoder import MAX_BATCH, return_freed_memory
+
+    keys: list[Any] = []
+    parts: list[NDArray[np.float32]] = []
+    left = iter(rows)
+    while portion := list(islice(left, BATCHES_AT_ONCE * encoder.max_batch)):
+        good, embeddings = _embed_portion(encoder, portion, fail, poll, limits)
+        if good:
+            keys += good
+            parts.append(embeddings)
+    if len(keys) > encoder.max_batch < MAX_BATCH:
+        # Tensors of large images leave the heap full of holes.
+        return_freed_memory()
+    return keys, np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
+
+
+def _embed_portion(
+    encoder: Encoder,
+    rows: list[tuple[Any, bytes | None]],
+    fail: Fail,
+    poll: Callable[[], None],
+    limits: Limits,
+) -> tuple[list[Any], NDArray[np.float32]]:
     from pg_siamese_server.encoding.encoder import check_embedding, have_distances
     from pg_siamese_server.encoding.images import decode_image
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # searches by a stored image open no encoder
 
 METADATA_KEY = "pg_siamese"
 MAX_BATCH = 64
+# ONNX Runtime maps memory for each large tensor anew. So large batches of large images are slower,
+# not quicker, and take hundreds of megabytes.
+MAX_BATCH_PIXELS = 2**16
 # Pre-packed weights are a private copy in every session, so only small encoders have them.
 PREPACK_BELOW_BYTES = 16 * 1024 * 1024
 WATCH_SECONDS = 0.05
@@ -94,7 +98,9 @@ class Encoder:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        # Both would take memory for the rest of the session, and make no run quicker.
         options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
         options.log_severity_level = 4
         if len(self.onnx) > PREPACK_BELOW_BYTES:
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -116,9 +122,11 @@ class Encoder:
         self.onnx = self._session._model_bytes = b""
         self._input = self._session.get_inputs()[0]
         self._output = self._session.get_outputs()[0].name
+        return_freed_memory()
         batch = self._input.shape[0]
-        self.max_batch = MAX_BATCH if not isinstance(batch, int) else max(1, batch)
         self._fixed_batch = isinstance(batch, int)
+        fitting = MAX_BATCH_PIXELS // (self.spec.input.width * self.spec.input.height)
+        self.max_batch = max(1, batch if self._fixed_batch else min(MAX_BATCH, fitting))
 
     def batch_size(self) -> int:
         """Return how many images to run at once so that a run takes at most PIECE_SECONDS."""
@@ -201,6 +209,15 @@ class Encoder:
             if poll:
                 poll()
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+
+def return_freed_memory() -> None:
+    """Give the system back what ONNX Runtime freed. It takes some milliseconds.
+
+    After a graph was opened, that is more than its weights.
+    """
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -215,22 +215,30 @@ def retrieval_by_set(
     labels: str = "class",
     own_group: bool = False,
 ) -> dict[str, Retrieval]:
-    """Score retrieval within each data set: its queries against its own gallery.
+    """Score retrieval within each data set, as ``each_set`` divides it.
 
     A query's own group is no neighbour, unless ``own_group``.
+    """
+    figures = {}
+    for name, own_gallery, own_queries in each_set(gallery, queries, names, labels):
+        found = neighbours(own_gallery, own_queries, 5, metric, own_group)
+        figures[name] = retrieval(own_gallery.labels[found], own_queries.labels)
+    return figures
 
-    If ``labels`` is ``set``, score which set an image is of, under the name ``all``: all queries
-    against all galleries.
+
+def each_set(
+    gallery: Embedded, queries: Embedded, names: Sequence[str], labels: str = "class"
+) -> Iterator[tuple[str, Embedded, Embedded]]:
+    """Yield the name, the gallery and the queries of each data set.
+
+    If ``labels`` is ``set``, there is one part: all images, labelled with their set, under the name
+    ``all``.
     """
     if labels == "set":
         gallery, queries = gallery.by_set().as_one_set(), queries.by_set().as_one_set()
         names = ("all",)
-    figures = {}
     for number, name in enumerate(names):
-        own_gallery, own_queries = gallery.of_set(number), queries.of_set(number)
-        found = neighbours(own_gallery, own_queries, 5, metric, own_group)
-        figures[name] = retrieval(own_gallery.labels[found], own_queries.labels)
-    return figures
+        yield name, gallery.of_set(number), queries.of_set(number)
 
 
 def right_set(gallery: Embedded, queries: Embedded, metric: str = "cosine") -> float:

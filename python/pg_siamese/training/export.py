@@ -110,13 +110,15 @@ def embed_onnx(
     )
 
 
-def least_cosine(encoder: nn.Module, path: Path, pixels: npt.NDArray[np.uint8]) -> float:
-    """Return the least cosine between PyTorch's and ONNX Runtime's embedding of an image."""
+def cosines(
+    encoder: nn.Module, model: Path | bytes, pixels: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float64]:
+    """Return the cosines (N,) between PyTorch's and ONNX Runtime's embeddings of images."""
     from pg_siamese.evaluation.retrieval import distances
     from pg_siamese.training.learner import embed
 
     expected = embed(encoder, torch.from_numpy(pixels))
-    return float((1 - distances(expected, embed_onnx(path, pixels))).min())
+    return 1 - distances(expected, embed_onnx(model, pixels))
 
 
 def images_per_second(path: Path, batch_size: int = 32, seconds: float = 2.0) -> float:

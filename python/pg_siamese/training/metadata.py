@@ -18,6 +18,7 @@ from pg_siamese.evaluation.retrieval import Embedded
 from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.experiments.settings import Experiment
 from pg_siamese.training.export import embed_onnx
+from pg_siamese.training.quantise import agreement
 from pg_siamese_server.encoding.specification import InputSpec
 
 # Figures are of at most so many images of train: retrieval compares all with all.
@@ -38,6 +39,7 @@ def describe(
     *,
     command: str,
     head: tuple[float, float] | None,
+    unquantised: bytes | None = None,
     test: bool = True,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def describe(
         command: the command line that made it.
         head: weight and bias of the Siamese head, which then are the calibration. Otherwise a
             logistic regression is fitted on validation pairs.
+        unquantised: the bytes of the file before it was quantised, to compare it with.
         test: state figures of the test split, too.
         say: called with lines of progress.
 
@@ -64,9 +67,15 @@ def describe(
         for part in ("train", "val", "test")
     }
     train, metric = joined["train"], experiment.metric
-    gallery = embed_joined(model, train.some(GALLERY, experiment.seed))
-    queries = embed_joined(model, joined["val"])
+    compared = (train.some(GALLERY, experiment.seed), joined["val"])
+    gallery, queries = (embed_joined(model, images) for images in compared)
+    quantisation = {}
     try:
+        if unquantised is not None:
+            first, second = (embed_joined(unquantised, images) for images in compared)
+            quantisation["quantisation"] = agreement(
+                (first, second), (gallery, queries), train.names, metric, experiment.labels
+            )
         pairs = draw_pairs(queries, experiment.labels, metric, experiment.seed + CHOOSING_SEED)
         calibration = calibrate(*pairs)
         if head is not None:
@@ -126,6 +135,7 @@ def describe(
             "left_out": left_out(splits),
             "command": command,
             "metrics": metrics,
+            **quantisation,
             "domain": {"command": command, **domain_errors(domain, metric, known, others)},
         },
     }

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from pg_siamese_server.encoding import batches
 from pg_siamese_server.encoding.encoder import Encoder, check_embedding
 from pg_siamese_server.encoding.registration import inspect_model
 from pg_siamese_server.encoding.specification import InputSpec, ModelSpec
 from pg_siamese_server.errors import ImageError, ModelError
 from tests.conftest import Pictures
-from tests.support import Array, graph, grid, grid_encoder
+from tests.support import Array, encode, graph, grid, grid_encoder
 from tests.unit.server.common import CancelledError, cancel_at
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -87,6 +90,47 @@ def test_the_file_is_not_kept() -> None:
     encoder = Encoder(data, ModelSpec(InputSpec(8, 8)))
     assert sys.getrefcount(data) == before
     assert encoder.run(np.zeros((1, 8, 8, 3), np.uint8)).shape == (1, 12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "side", "most"), [("n", 28, 64), ("n", 144, 3), ("n", 512, 1), (8, 224, 8)]
+)
+def test_batches_of_larger_images_are_smaller(batch: int | str, side: int, most: int) -> None:
+    """Unless the graph has a batch of its own."""
+    model = grid_encoder((batch, 3, side, side), pool=side // 2)
+    assert Encoder(model, ModelSpec(InputSpec(side, side))).max_batch == most
+
+
+def test_few_batches_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the pixels of many large images are never in memory together."""
+    read: list[int] = []
+    when: list[tuple[int, int]] = []
+    run = Encoder.run
+
+    def noted(encoder: Encoder, pixels: Array, *more: Any) -> Array:
+        when.append((len(read), len(pixels)))
+        return run(encoder, pixels, *more)
+
+    def rows() -> Iterator[tuple[int, bytes | None]]:
+        for number in range(10):
+            read.append(number)
+            # A whole portion without a good image is among them.
+            yield number, None if 3 < number < 8 else encode(np.full((9, 9), number + 1, np.uint8))
+
+    monkeypatch.setattr(Encoder, "run", noted)
+    model = grid_encoder(("n", 3, 400, 400), pool=200)
+    failed: list[int] = []
+    encoder = Encoder(model, ModelSpec(InputSpec(400, 400)))
+    keys, embeddings = batches.embed(
+        encoder, rows(), lambda key, _: failed.append(key), lambda: None
+    )
+    assert when == [(4, 1)] * 4 + [(10, 1)] * 2
+    assert keys == [0, 1, 2, 3, 8, 9]
+    assert failed == [4, 5, 6, 7]
+    expected = grid(np.full((400, 400, 3), 10, np.uint8), 200, (0,) * 3, (1,) * 3)
+    np.testing.assert_allclose(embeddings[-1], expected, atol=1e-4)
+    assert len(embeddings) == 6
+    assert batches.embed(encoder, iter(()), lambda *_: None, lambda: None)[0] == []
 
 
 def test_graph_that_fails(noise: Array) -> None:

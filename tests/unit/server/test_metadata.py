@@ -267,6 +267,14 @@ def test_part_of_the_size_gives_the_same(
         assert mean_difference(data, spec) < 1
 
 
+@pytest.mark.parametrize("side", [144, 224])
+def test_part_of_the_size_for_larger_encoders(side: int, pixels: Array) -> None:
+    random = np.random.default_rng(0)
+    large = np.asarray(Image.fromarray(pixels).resize((1500, 1400), Image.Resampling.BICUBIC))
+    detailed = (large + random.normal(0, 8, large.shape)).clip(0, 255).astype(np.uint8)
+    assert 0 < mean_difference(encode(detailed, "JPEG", quality=92), InputSpec(side, side)) < 1
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_part_of_the_size_in_other_modes(mode: str, pixels: Array) -> None:
     large = Image.fromarray(pixels).convert(mode).resize((803, 605), Image.Resampling.BICUBIC)

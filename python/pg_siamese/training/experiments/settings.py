@@ -19,7 +19,7 @@ Schedule = Annotated[str, Meta(pattern="^(one_cycle|cosine|constant|plateau)$")]
 Mode = Annotated[str, Meta(pattern="^(max|min)$")]
 Keep = Annotated[str, Meta(pattern="^(best|last)$")]
 Precision = Annotated[str, Meta(pattern="^(float32|bfloat16)$")]
-Weights = Annotated[str, Meta(pattern="^(float32|float16)$")]
+Weights = Annotated[str, Meta(pattern="^(float32|float16|int8)$")]
 
 
 class Augmentation(Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,8 +138,9 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
         batch_size: images, pairs or triplets in a batch.
         precision: ``float32``, or ``bfloat16`` for the products of training. That is twice as
             quick on processors that can. Validation and export are never affected.
-        weights: how the exported file keeps them: ``float32``, or ``float16`` for half the size.
-            They are computed with in float32 either way.
+        weights: how the exported file keeps them: ``float32``, ``float16`` or ``int8``. ``float16``
+            halves the size, and they are computed with in float32. ``int8`` makes the convolutions
+            integer ones, calibrated on validation images. It changes the embeddings a little.
         copies: if the network has frozen layers: how many copies of each train image are changed
             at random, for features that are computed once. 0 means the unchanged image alone.
         average_decay: decay of the moving average of the weights. 0 means none.
