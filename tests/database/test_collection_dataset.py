@@ -75,6 +75,19 @@ def test_rows_without_label_image_or_patient(scans: Connection) -> None:
 def test_without_a_group_column(scans: Connection) -> None:
     scans.execute("SELECT siamese.alter_collection('t', group_column => '')")
     assert not opened().has_groups
+    named = opened("collection:t/finding/patient")
+    assert named.train.groups is not None
+    assert set(named.train.groups) <= {f"p{number}" for number in range(COUNT // 3)}
+
+
+def test_another_group_column_than_the_collections(scans: Connection) -> None:
+    scans.execute("ALTER TABLE t ADD study text")
+    scans.execute("UPDATE t SET study = 's' || id / 6")
+    found = opened("collection:t/finding/study")
+    parts = [part.groups for part in (found.train, found.val, found.test)]
+    groups = [set(part) for part in parts if part is not None]
+    assert set.union(*groups) == {f"s{number}" for number in range(COUNT // 6)}
+    assert sum(map(len, groups)) == COUNT // 6
 
 
 def test_the_collections_window(db: Connection, scans: Connection) -> None:
@@ -124,7 +137,7 @@ def test_training_and_evaluation_keep_patients_apart(scans: Connection, tmp_path
     pytest.importorskip("torch", reason="training needs PyTorch")
     toml = settings(tmp_path / "tiny.toml")
     model = tmp_path / "a.onnx"
-    data = ("--data", "collection:t/finding")
+    data = ("--from-collection", "t", "--label-column", "finding", "--group-column", "patient")
     run("train", toml, *data, "--runs", tmp_path / "runs", "--threads", 1, "--output", model)
     output = tmp_path / "results.json"
     said = run("evaluate", model, "--output", output)

@@ -16,6 +16,7 @@ from pg_siamese.datasets.places import data_folders
 from pg_siamese.training.experiments import experiment_names
 from pg_siamese_server.encoding.specification import InputSpec
 from tests.conftest import Connection, Pictures
+from tests.database.tables import make_collection
 from tests.server import pg_environment
 from tools.project import ROOT
 
@@ -49,16 +50,17 @@ def run(line: str, folder: Path, dsn: str = "", *more: str) -> str:
 
 
 def test_all_blocks_are_run() -> None:
-    """Of the first five all but the third are, below. Of the rest, the options are checked."""
+    """Of the first six all but the fourth are, below. Of the rest, the options are checked."""
     texts = [text for language, text in BLOCKS if language != "csv"]
     assert texts[0].startswith("pg_siamese train folder")
-    assert texts[1].startswith("pg_siamese train medmnist_siamese")
-    assert texts[2].startswith("pg_siamese evaluate models/medical.onnx")
-    run(f"{texts[2].strip()} --help", ROOT)
-    assert set(re.findall(r"--data clinical:(\S+)", texts[2])) == set(clinical.NAMES)
-    assert texts[3].startswith("pg_siamese calibrate-domain photos.onnx")
-    assert texts[4].startswith("pg_siamese evaluate models/medical.onnx --split val")
-    for text in texts[5:]:
+    assert texts[1].startswith("pg_siamese train folder --from-collection")
+    assert texts[2].startswith("pg_siamese train medmnist_siamese")
+    assert texts[3].startswith("pg_siamese evaluate models/clinical.onnx")
+    run(f"{texts[3].strip()} --help", ROOT)
+    assert set(re.findall(r"--data clinical:(\S+)", texts[3])) == set(clinical.NAMES)
+    assert texts[4].startswith("pg_siamese calibrate-domain photos.onnx")
+    assert texts[5].startswith("pg_siamese evaluate models/medical.onnx --split val")
+    for text in texts[6:]:
         train, evaluate = text.splitlines()
         match = re.fullmatch(
             r"for seed in 0 1 2; do pg_siamese train (\w+) --seed \$seed; done", train
@@ -97,6 +99,23 @@ def test_a_folder_of_ones_own(
     assert (tmp_path / "photos.md").is_file()
     (line,) = commands("pg_siamese calibrate-domain")
     assert "pages of text" in run(line, tmp_path)
+
+
+def test_a_collection_of_ones_own(
+    dsn: str, db: Connection, pictures: Pictures, tmp_path: Path
+) -> None:
+    more = ", finding text, patient text"
+    make_collection(db, "scans", more=more, backfill=False)
+    db.execute("ALTER TABLE scans DISABLE TRIGGER USER")
+    for number in range(2 * EACH_CLASS):
+        label = ("healthy", "ill")[number // 2 % 2]
+        row = (number, pictures.files[number], label, f"p{number // 2}")
+        db.execute("INSERT INTO scans VALUES (%s, %s, %s, %s)", row)
+    (line,) = commands("pg_siamese train folder --from-collection")
+    said = run(line, tmp_path, dsn, "--epochs", "1", "--head-only")
+    assert "in 2 classes" in said
+    card = (tmp_path / "scans.md").read_text()
+    assert "Images of scans come in groups." in card
 
 
 def test_an_experiment(tmp_path: Path) -> None:

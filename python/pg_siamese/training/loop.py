@@ -384,8 +384,8 @@ def _cached(
         rows = max(times, 1) * len(images)
         kept: torch.Tensor | None = None
         for start in range(0, rows, FEATURES_AT_ONCE):
-            chosen = torch.arange(start, min(start + FEATURES_AT_ONCE, rows)) % len(images)
-            pixels, _, sets = images[chosen]
+            places = range(start, min(start + FEATURES_AT_ONCE, rows))
+            pixels, _, sets = images[[place % len(images) for place in places]]
             if times:
                 pixels = learner.augment(pixels, sets).round().to(torch.uint8)
             found = torch.from_numpy(session.run(None, {"image": pixels.numpy()})[0])

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from pg_siamese import datasets
 from pg_siamese.cli.main import app
 from pg_siamese.training import export, files
+from pg_siamese.training.experiments import ExperimentError, load_experiment
+from pg_siamese.training.registry import build_network
 from tests.support import grid_encoder
 
 SETTINGS = """
@@ -85,6 +87,26 @@ def settings(
     given = {"network": network, "objective": objective, "kind": kind, "dimension": dimension}
     path.write_text(SETTINGS.format(**given, more=more))
     return path
+
+
+def test_options_of_a_collection_go_together() -> None:
+    said = fails("train", "folder", "--from-collection", "scans")
+    assert "--from-collection needs --label-column" in said
+    for option in ("--label-column", "--group-column"):
+        assert "need --from-collection" in fails("train", "folder", option, "x")
+
+
+def test_the_last_layer_alone(tmp_path: Path) -> None:
+    chosen = load_experiment("folder_pretrained").changed(name="x")
+    with pytest.raises(ExperimentError, match="x has no layers to freeze"):
+        chosen.head_only()
+    clinical = load_experiment("clinical")
+    network = clinical.head_only().network
+    assert clinical.network.options["frozen_blocks"] == 11
+    assert network.options == {"dropout": clinical.network.options["dropout"]}
+    encoder = build_network(network.name, network.dimension, (32, 32), network.options)
+    learning = [name for name, weight in encoder.named_parameters() if weight.requires_grad]
+    assert learning == ["projection.weight", "projection.bias"]
 
 
 def test_a_folder_is_trained_and_exported_anew(folder: Path, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ import torch
 
 from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
 from pg_siamese.training import callbacks, loop
+from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.experiments import ExperimentError
 from pg_siamese.training.experiments.settings import Experiment
+from pg_siamese.training.learner import load_learner
 from tests.unit.training.stripes import tiny
 
 
@@ -138,8 +140,8 @@ def test_frozen_layers_see_changed_copies_once(tmp_path: Path, data: tuple[str, 
     assert f"computing the features of {total:,} images once" in said
     assert f"features: {total:,} of {total:,}" in said
     assert any(key.startswith("learned.") for key in learned)
-    learner = loop.load_learner(tmp_path / "run" / loop.LAST)
-    images = [loop.JoinedImages([getattr(s, p) for s in splits], "class") for p in ("train", "val")]
+    learner = load_learner(tmp_path / "run" / loop.LAST)
+    images = [JoinedImages([getattr(s, p) for s in splits], "class") for p in ("train", "val")]
     parts = loop._cached(learner, images[0], images[0], images[1], lambda line: None)
     copies = parts[0].pixels.view(3, train, *parts[0].pixels.shape[1:])
     assert not torch.equal(copies[0], copies[1])
