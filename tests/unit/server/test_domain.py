@@ -177,7 +177,7 @@ def test_a_false_match_is_inside_and_near() -> None:
     }
 
 
-SHIPPED = pytest.mark.parametrize("name", ["medical", "fashion_mnist"])
+SHIPPED = pytest.mark.parametrize("name", ["medical", "clinical", "fashion_mnist"])
 
 
 @SHIPPED
@@ -194,7 +194,7 @@ def test_shipped_models_know_their_own_images_and_no_pages(name: str) -> None:
         assert share <= 5
     for source in metadata["training"]["data"]:
         try:
-            test = open_dataset(source["spec"]).test
+            test = open_dataset(source["spec"], input_spec=spec.input).test
         except (DataNotFoundError, OSError):
             continue
         if test.name in stated["refused"]["test"]:

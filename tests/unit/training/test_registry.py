@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,14 @@ from pg_siamese.training.sampling import Batches
 NAMES = (
     "cifar10_8d",
     "cifar10_8d_improved",
+    "clinical",
+    "clinical_224",
+    "clinical_frozen",
+    "clinical_sharp",
     "fashion_mnist",
     "folder",
     "folder_pretrained",
+    "folder_small",
     "imagenette_pretrained",
     "imagenette_scratch",
     "medical",
@@ -70,3 +76,21 @@ def test_every_set_of_an_experiment_has_its_augmentation() -> None:
     assert set(medical) == set(names.split())
     assert set(load_experiment("fashion_mnist").augmentation) == {"fashion_mnist"}
     assert medical["pneumoniamnist"].flip_vertical == 0
+
+
+def test_an_experiment_extends_another() -> None:
+    clinical, large = load_experiment("clinical"), load_experiment("clinical_224")
+    assert (large.name, large.input.width) == ("clinical_224", 224)
+    assert large.input.resize == clinical.input.resize
+    same = {"name": "x", "title": "x", "input": clinical.input}
+    assert large.changed(**same) == clinical.changed(**same)
+    sharp = load_experiment("clinical_sharp").augmentation
+    assert {name: each.small for name, each in sharp.items()} == dict.fromkeys(sharp, 0.0)
+    assert sharp["ham10000_224"].rotation == clinical.augmentation["ham10000_224"].rotation > 0
+
+
+def test_an_experiment_extends_one_that_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('extends = "nothing"')
+    with pytest.raises(ExperimentError, match='no experiment "nothing"'):
+        load_experiment(str(path))
