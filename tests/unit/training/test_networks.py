@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 
 from pg_siamese.training.experiments import ExperimentError
+from pg_siamese.training.export import to_onnx
+from pg_siamese.training.networks import efficientnet
 from pg_siamese.training.networks.residual import ResidualEncoder
 from pg_siamese.training.registry import build_network, build_objective
 
@@ -46,6 +50,32 @@ def test_a_partly_frozen_network_learns_in_its_other_blocks() -> None:
     assert {name.split(".")[0] for name in changed} == {"learned", "projection"}
     with pytest.raises(ExperimentError, match="there are 16 blocks"):
         build_network("efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 17})
+
+
+def test_an_encoder_starts_from_an_exported_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"frozen_blocks": 5}
+    first: Any = build_network("efficientnet_lite0", 8, (32, 32), options).eval()
+    for part in first.learned.modules():
+        if isinstance(part, torch.nn.BatchNorm2d) and part.running_mean is not None:
+            torch.nn.init.uniform_(part.running_mean, -0.1, 0.1)
+    onnx.save(to_onnx(first, (32, 32), half=True), tmp_path / "first.onnx")
+    onnx.save(to_onnx(ResidualEncoder(8).eval(), (32, 32)), tmp_path / "other.onnx")
+    monkeypatch.setattr(efficientnet, "STARTS", tmp_path)
+    second: Any = build_network(
+        "efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 14, "start": "first"}
+    ).eval()
+    pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    assert torch.nn.functional.cosine_similarity(first(pixels), second(pixels)).min() > 0.9999
+    learning = {name.split(".")[0] for name, p in second.named_parameters() if p.requires_grad}
+    assert learning == {"learned", "projection"}
+    third: Any = build_network("efficientnet_lite0", 16, (32, 32), {"start": "first"})
+    assert third(pixels).shape == (4, 16)
+    for start, said in (("nothing", "there are: first, other"), ("other", "no EfficientNet-lite0")):
+        with pytest.raises(ExperimentError, match=said):
+            build_network("efficientnet_lite0", 8, (32, 32), {"start": start})
 
 
 def test_ensemble_is_one_unit_vector_of_shares() -> None:

@@ -168,6 +168,6 @@ def _weights(path: Path) -> list[tuple[Tensor, Tensor]]:
     found = []
     for node in graph.node:
         if node.op_type in ("Conv", "Gemm"):
-            weight, bias = (torch.tensor(values[name]).float() for name in node.input[1:3])
-            found.append((weight, bias))
+            weight, *bias = (torch.tensor(values[name]).float() for name in node.input[1:3])
+            found.append((weight, bias[0] if bias else torch.zeros(len(weight))))
     return found
