@@ -55,7 +55,7 @@ def test_all_blocks_are_run() -> None:
     assert texts[0].startswith("pg_siamese train folder")
     assert texts[1].startswith("pg_siamese train folder --from-collection")
     assert texts[2].startswith("pg_siamese train medmnist_siamese")
-    assert texts[3].startswith("pg_siamese evaluate models/clinical.onnx")
+    assert texts[3].startswith("pg_siamese evaluate models/medical.onnx")
     run(f"{texts[3].strip()} --help", ROOT)
     assert set(re.findall(r"--data clinical:(\S+)", texts[3])) == set(clinical.NAMES)
     assert texts[4].startswith("pg_siamese calibrate-domain photos.onnx")

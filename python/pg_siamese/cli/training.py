@@ -70,6 +70,10 @@ def train(
             metavar="COLUMN",
         ),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="ONNX file of the same network to start from.", metavar="MODEL.onnx"),
+    ] = None,
     head_only: Annotated[
         bool,
         typer.Option("--head-only", help="Train the last layer alone, in minutes."),
@@ -97,6 +101,8 @@ def train(
     if data:
         chosen = chosen.changed(data=tuple(data))
         command += "".join(f" --data {text}" for text in data)
+    if start is not None:
+        chosen, command = chosen.started_from(str(start)), f"{command} --start {start.name}"
     if head_only:
         chosen, command = chosen.head_only(), f"{command} --head-only"
     if epochs is not None:

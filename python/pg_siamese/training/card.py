@@ -113,7 +113,12 @@ def _file(model: Path) -> str:
 
 def _options(options: Mapping[str, Any]) -> str:
     named = ", ".join(
-        f"{key}{_options(value)}" if isinstance(value, Mapping) else f"{key} {value}"
+        f"{key}{_options(value)}" if isinstance(value, Mapping) else f"{key} {_shown(key, value)}"
         for key, value in options.items()
     )
     return f" ({named})" if named else ""
+
+
+def _shown(key: str, value: Any) -> Any:
+    """Return an option's value. Of a path, only the file's name."""
+    return Path(value).name if key == "start" else value

@@ -96,6 +96,14 @@ def test_options_of_a_collection_go_together() -> None:
         assert "need --from-collection" in fails("train", "folder", option, "x")
 
 
+def test_a_start_from_a_file(folder: Path, tmp_path: Path) -> None:
+    data = ("--data", f"folder:{folder}", "--runs", tmp_path)
+    said = fails("train", "folder", "--start", tmp_path / "none.onnx", *data)
+    assert "none.onnx: no such file" in said
+    said = fails("train", "folder_small", "--start", tmp_path / "none.onnx", *data)
+    assert 'network "residual" has no option "start"' in said
+
+
 def test_the_last_layer_alone(tmp_path: Path) -> None:
     chosen = load_experiment("folder_pretrained").changed(name="x")
     with pytest.raises(ExperimentError, match="x has no layers to freeze"):

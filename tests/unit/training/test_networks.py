@@ -11,7 +11,6 @@ import torch
 
 from pg_siamese.training.experiments import ExperimentError
 from pg_siamese.training.export import to_onnx
-from pg_siamese.training.networks import efficientnet
 from pg_siamese.training.networks.residual import ResidualEncoder
 from pg_siamese.training.registry import build_network, build_objective
 
@@ -52,9 +51,7 @@ def test_a_partly_frozen_network_learns_in_its_other_blocks() -> None:
         build_network("efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 17})
 
 
-def test_an_encoder_starts_from_an_exported_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_encoder_starts_from_an_exported_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"frozen_blocks": 5}
     first: Any = build_network("efficientnet_lite0", 8, (32, 32), options).eval()
@@ -63,19 +60,21 @@ def test_an_encoder_starts_from_an_exported_one(
             torch.nn.init.uniform_(part.running_mean, -0.1, 0.1)
     onnx.save(to_onnx(first, (32, 32), half=True), tmp_path / "first.onnx")
     onnx.save(to_onnx(ResidualEncoder(8).eval(), (32, 32)), tmp_path / "other.onnx")
-    monkeypatch.setattr(efficientnet, "STARTS", tmp_path)
+    start = str(tmp_path / "first.onnx")
     second: Any = build_network(
-        "efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 14, "start": "first"}
+        "efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 14, "start": start}
     ).eval()
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     assert torch.nn.functional.cosine_similarity(first(pixels), second(pixels)).min() > 0.9999
     learning = {name.split(".")[0] for name, p in second.named_parameters() if p.requires_grad}
     assert learning == {"learned", "projection"}
-    third: Any = build_network("efficientnet_lite0", 16, (32, 32), {"start": "first"})
+    third: Any = build_network("efficientnet_lite0", 16, (32, 32), {"start": start})
     assert third(pixels).shape == (4, 16)
-    for start, said in (("nothing", "there are: first, other"), ("other", "no EfficientNet-lite0")):
+    for name, said in (("nothing", "no such file"), ("other", "the file holds another network")):
         with pytest.raises(ExperimentError, match=said):
-            build_network("efficientnet_lite0", 8, (32, 32), {"start": start})
+            build_network(
+                "efficientnet_lite0", 8, (32, 32), {"start": str(tmp_path / f"{name}.onnx")}
+            )
 
 
 def test_ensemble_is_one_unit_vector_of_shares() -> None:

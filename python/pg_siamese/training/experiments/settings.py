@@ -205,6 +205,11 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
         del options["frozen_blocks"]  # by default all are frozen
         return self.changed(network=msgspec.structs.replace(self.network, options=options))
 
+    def started_from(self, path: str) -> Experiment:
+        """Return the same experiment that starts from the weights of an exported encoder."""
+        options = self.network.options | {"start": path}
+        return self.changed(network=msgspec.structs.replace(self.network, options=options))
+
 
 def parse_experiment(table: Mapping[str, Any]) -> Experiment:
     """Make an experiment of nested tables, as TOML or a checkpoint has them.

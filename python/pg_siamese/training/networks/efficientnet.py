@@ -23,8 +23,6 @@ FEATURES = 1280
 BLOCKS = 16
 # Small data sets: the running statistics must follow within an epoch (the package's own is 0.01).
 MOMENTUM = 0.1
-# The shipped encoders that training can start from.
-STARTS = Path(__file__).parent / "starts"
 # How the pretrained weights' pixels were normalised: (x - 127) / 128.
 LITE_MEAN = 127.0
 LITE_SCALE = 128.0
@@ -73,7 +71,7 @@ class EfficientNetLite0(Network):
     well (Yosinski et al. 2014, arXiv 1411.1792), and they are most of the work of training. By
     default all layers stay so, and only the linear layer learns.
 
-    With ``start`` the weights are those of a shipped encoder of this network instead.
+    With ``start``, the ONNX file of an encoder of this network, the weights are that file's.
     """
 
     summary = "EfficientNet-lite0 with weights learned on ImageNet, linear layer"
@@ -101,7 +99,7 @@ class EfficientNetLite0(Network):
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(FEATURES, dimension)
         if start:
-            load_exported(self, STARTS / f"{start}.onnx")
+            load_exported(self, Path(start))
         for part in self.learned.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.momentum = MOMENTUM
@@ -138,14 +136,13 @@ def load_exported(encoder: EfficientNetLite0, path: Path) -> None:
         ValueError: there is no such file, or it is of another network.
     """
     if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in path.parent.glob("*.onnx")))
-        raise ValueError(f'no encoder "{path.stem}" to start from; there are: {known or "none"}')
+        raise ValueError(f"{path}: no such file")
     stored = _weights(path)
     layers = [part for part in encoder.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
     shapes = [layer.weight.shape for layer in layers]
     # The projection is the last one, and may have another dimension.
     if [weight.shape for weight, _ in stored[:-1]] != shapes[:-1]:
-        raise ValueError(f"{path}: is no EfficientNet-lite0")
+        raise ValueError(f"{path}: the file holds another network")
     for layer, (weight, bias) in zip(layers, stored, strict=True):
         if weight.shape == layer.weight.shape:
             learns = layer.weight.requires_grad
