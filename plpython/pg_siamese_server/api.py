@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -397,17 +398,26 @@ def _search_or_explain(plpy: Any, request: Request) -> Answer:
     try:
         return _search.search(plpy, request)
     except plpy.SPIError as error:
-        texts = [text for text in (request.filter, request.exclude) if text is not None]
-        if not (texts or request.group_by) or error.sqlstate in CANCELLED:
-            raise
-        from pg_siamese_server.search import filters
-
-        found = collection_by_name(plpy, request.collection_name)
-        for text in texts:
-            filters.explain(plpy, found, text)
-        if request.group_by:
-            filters.columns(plpy, found, [request.group_by])
+        if error.sqlstate not in CANCELLED:
+            texts = request.filter, request.exclude
+            _explain_failure(plpy, request.collection_name, texts, request.group_by)
         raise
+
+
+def _explain_failure(
+    plpy: Any, collection: str | None, texts: Iterable[str | None], group_by: str = ""
+) -> None:
+    """Raise an error that names column and value, if a filter or a group's column is to blame."""
+    given = [text for text in texts if text is not None]
+    if not (given or group_by):
+        return
+    from pg_siamese_server.search import filters
+
+    found = collection_by_name(plpy, collection)
+    for text in given:
+        filters.explain(plpy, found, text)
+    if group_by:
+        filters.columns(plpy, found, [group_by])
 
 
 def _to_columns(plpy: Any, answer: Answer) -> tuple[str | None, ...]:
@@ -521,6 +531,96 @@ def _labels(plpy: Any, answer: Answer, label_column: str) -> list[str | None]:
 
     labels = groups.labels(plpy, answer.collection, label_column, answer.keys)
     return [labels[key] for key in answer.keys if key in labels]
+
+
+@_entry_point
+def explain_search(
+    plpy: Any,
+    image: bytes | None,
+    key: str | None,
+    k: int | None,
+    collection: str | None,
+    filter_: str | None,
+    candidates: list[str | None] | None,
+    *arguments: Any,
+) -> tuple[str, str, str]:
+    """Body of ``explain_search``: a search as that of ``similar_keys``, with notes."""
+    from pg_siamese_server.search import explain
+    from pg_siamese_server.search.trace import Trace
+
+    stored, chosen = _cast_keys(plpy, collection, key, candidates)
+    request = _request(image, stored, k, collection, filter_, chosen, *arguments)
+    trace = request.trace = Trace()
+    started = time.perf_counter()
+    answer = _search_or_explain(plpy, request)
+    facts = explain.facts(plpy, trace, answer, time.perf_counter() - started)
+    return (
+        _array(name for name, _, _ in facts),
+        _array(value for _, value, _ in facts),
+        _array(detail for _, _, detail in facts),
+    )
+
+
+@_entry_point
+def measure_recall(
+    plpy: Any,
+    collection: str | None,
+    queries: int | None,
+    k: int | None,
+    filter_: str | None,
+    seed: int | None,
+) -> tuple[str | None, ...]:
+    """Body of ``measure_recall``."""
+    _check_given(collection=collection, queries=queries, k=k, filter=filter_, seed=seed)
+    assert queries is not None and k is not None and seed is not None
+    from pg_siamese_server.search import measures
+
+    try:
+        measured = measures.measure_recall(plpy, collection, queries, k, filter_, seed)
+    except plpy.SPIError as error:
+        if error.sqlstate not in CANCELLED:
+            _explain_failure(plpy, collection, [filter_])
+        raise
+    return tuple(map(_number, measured))
+
+
+@_entry_point
+def retrieval_quality(
+    plpy: Any,
+    collection: str | None,
+    label_column: str | None,
+    queries: str | None,
+    gallery: str | None,
+    sample: int | None,
+    seed: int | None,
+    own_group: bool | None,
+) -> tuple[str | None, ...]:
+    """Body of ``retrieval_quality``."""
+    _check_given(
+        collection=collection,
+        label_column=label_column,
+        queries=queries,
+        gallery=gallery,
+        sample=sample,
+        seed=seed,
+        own_group=own_group,
+    )
+    assert sample is not None and seed is not None
+    from pg_siamese_server.search import measures
+
+    try:
+        count, figures = measures.retrieval_quality(
+            plpy, collection, str(label_column), queries, gallery, sample, seed, bool(own_group)
+        )
+    except plpy.SPIError as error:
+        if error.sqlstate not in CANCELLED:
+            _explain_failure(plpy, collection, (queries, gallery))
+        raise
+    return tuple(map(_number, (count, *figures.values())))
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.9g}"
 
 
 @_entry_point

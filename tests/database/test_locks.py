@@ -154,6 +154,9 @@ SEARCHES = {
     ),
     "similar_rows": "SELECT * FROM similar_rows(NULL::t, key => 3)",
     "classify_image": "SELECT * FROM classify_image(image_id => 3, collection => 't')",
+    "explain_search": "SELECT * FROM explain_search(image_id => 3, collection => 't')",
+    "measure_recall": "SELECT * FROM measure_recall('t', queries => 1)",
+    "retrieval_quality": "SELECT * FROM retrieval_quality('t', sample => 1)",
     "vectors": "SELECT count(*) FROM vectors_t",
 }
 OTHERS = {

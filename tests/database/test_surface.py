@@ -71,6 +71,9 @@ def test_no_candidates_are_no_rows(
         "same_class('', '', {})",
         "warm_up({})",
         "rebuild_file({})",
+        "explain_search(image_id => 1, {})",
+        "measure_recall({})",
+        "retrieval_quality({})",
     ],
 )
 def test_arguments_that_are_null(db: Connection, ids: list[int], call: str) -> None:
@@ -89,7 +92,12 @@ def test_arguments_that_are_null(db: Connection, ids: list[int], call: str) -> N
 def test_neither_or_both_of_image_and_key(
     db: Connection, ids: list[int], pictures: Pictures
 ) -> None:
-    for call in ("similar_images()", "similar_rows(NULL::images)", "classify_image()"):
+    for call in (
+        "similar_images()",
+        "similar_rows(NULL::images)",
+        "classify_image()",
+        "explain_search()",
+    ):
         with sql_error("22004", "image is null", "key of a stored one"):
             db.execute(f"SELECT {call}")
     for call in (

@@ -124,6 +124,11 @@ class Generation:
         self._entry_distance = np.zeros((1, 1), dtype=np.float32)
         self._entry_pointers = faiss.swig_ptr(self._entry), faiss.swig_ptr(self._entry_distance)
 
+    @property
+    def breadth(self) -> int | None:
+        """``efSearch`` of the last walk through the graph, or None if there is no graph."""
+        return None if self._parameters is None else int(self._parameters.efSearch)
+
     def row_of(self, embedding_id: int) -> int | None:
         """Return the row of an embedding_id, or None if the file does not hold it."""
         ids = self.rows.embedding_ids

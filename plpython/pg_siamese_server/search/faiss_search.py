@@ -17,6 +17,7 @@ from pg_siamese_server.index.generations import Generation
 from pg_siamese_server.search import exact, fast_path
 from pg_siamese_server.search.pending import Changes, Snapshot
 from pg_siamese_server.search.request import Answer, Neighbours, Request
+from pg_siamese_server.search.trace import NEAREST, QUALIFYING, phase
 
 if TYPE_CHECKING:
     from pg_siamese_server.search.filters import Conditions
@@ -109,6 +110,11 @@ class FaissSearch:
 
     def search(self, request: Request, conditions: Conditions) -> Answer:
         """Find the k nearest rows that qualify."""
+        if request.trace is not None:
+            changes = self.changes
+            request.trace.begin_faiss(
+                changes.generation, changes.addition_count(), changes.dead_count()
+            )
         query, entry = self._query(request.embedding(self.plpy, self.collection))
         search = _Search(self, request, conditions, query, entry)
         found = search.run()
@@ -177,6 +183,7 @@ class _Search:
         self.plpy, self.collection, self.index = finder.plpy, finder.collection, finder.index
         self.changes = finder.changes
         self.query, self.entry = query, entry
+        self.trace = request.trace
         self.k, self.own = request.k, request.key
         self.limit = math.inf
         if request.max_distance is not None:
@@ -273,11 +280,17 @@ class _Search:
         complete = math.inf
         keys: list[Any] = []
         squared: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+        if self.trace is not None:
+            self.trace.begin_round(NEAREST)
         if index.index.ntotal:
-            if index.is_scanned(count) and not index.is_flat:
-                positions, squared = index.scan(self.query, count, self.poll)
-            else:
-                positions, squared = index.search(self.query, count, self.entry)
+            is_scanned = index.is_scanned(count)
+            with phase(self.trace, "index"):
+                if is_scanned and not index.is_flat:
+                    positions, squared = index.scan(self.query, count, self.poll)
+                else:
+                    positions, squared = index.search(self.query, count, self.entry)
+            if self.trace is not None and not is_scanned:
+                self.trace.walk(index.breadth)
             if len(positions) < index.index.ntotal:
                 complete = float(squared[-1]) if len(positions) else 0.0
             rows, squared = index.expand(positions, squared)
@@ -292,6 +305,8 @@ class _Search:
                 found = index.rows.keys[rows]
                 taken = np.isin(found, _intersection(found, self.among))
                 keys, squared = found[taken].tolist(), squared[taken]
+            if self.trace is not None:
+                self.trace.consider(self.seen, self.seen - len(keys))
         return self._merge(Neighbours(keys, squared.tolist(), complete), count)
 
     def _exact(self, most: int) -> Neighbours | None:
@@ -300,7 +315,8 @@ class _Search:
         if self.among is not None:
             labels = np.unique(self.among)
         else:
-            read = exact.read_keys(self.plpy, self.collection, self.conditions, most)
+            with phase(self.trace, "check"):
+                read = exact.read_keys(self.plpy, self.collection, self.conditions, most)
             if read is None:
                 return None
             labels = read
@@ -308,13 +324,17 @@ class _Search:
                 self.qualifying = labels
             self.way = True, len(labels)
         by_key = self.collection.is_by_integer
-        rows = index.rows_of_keys(labels) if by_key else index.rows_of(labels)
-        dead = self.changes.is_dead(rows)
-        if dead is not None:
-            rows = rows[~dead]
-        squared = index.squared_distances(self.query, index.slots_of(rows), self.poll)
+        with phase(self.trace, "index"):
+            rows = index.rows_of_keys(labels) if by_key else index.rows_of(labels)
+            dead = self.changes.is_dead(rows)
+            if dead is not None:
+                rows = rows[~dead]
+            squared = index.squared_distances(self.query, index.slots_of(rows), self.poll)
         count = 4 * (self.k + 1)
         while True:
+            if self.trace is not None:
+                self.trace.begin_round(QUALIFYING)
+                self.trace.consider(len(rows))
             places, complete = exact.nearest_places(squared, count)
             keys = self._items(rows[places])
             if self.among is None:
@@ -338,11 +358,16 @@ class _Search:
         is_mixed = self.changes.has_additions
         keys, squared, complete = near.keys, near.squared, near.complete
         if is_mixed:
-            more = self.finder.pending(self.query, count)
+            with phase(self.trace, "pending"):
+                more = self.finder.pending(self.query, count)
+            if self.trace is not None:
+                self.trace.consider(len(more.keys))
             wanted = self.among if self.qualifying is None else self.qualifying
             if wanted is not None:
                 found = set(_intersection(np.array(more.keys, dtype=np.int64), wanted).tolist())
                 kept = [place for place, key in enumerate(more.keys) if key in found]
+                if self.trace is not None:
+                    self.trace.consider(0, outside=len(more.keys) - len(kept))
                 more.keys = [more.keys[place] for place in kept]
                 more.squared = [more.squared[place] for place in kept]
             if self.qualifying is not None:
@@ -353,10 +378,12 @@ class _Search:
 
     def _first_k(self, near: Neighbours) -> Neighbours:
         """Return the first k rows that qualify by the table, as far as all rows are known."""
+        given = len(near.keys)
         if self.collection.has_frames:
             near.remove_frames(self.own)
         else:
             near.remove(self.own)
+        own = given - len(near.keys)
         end = near.within(min(self.limit, near.complete))
         taken = Neighbours(complete=near.complete)
         place = 0
@@ -370,6 +397,8 @@ class _Search:
                     taken.keys.append(key)
                     taken.squared.append(distance)
             place = after
+        if self.trace is not None:
+            self.trace.reject((key for key in near.keys[:place] if not self.checked[key]), own)
         return taken
 
     def _check(self, keys: list[Any]) -> None:
@@ -384,7 +413,8 @@ class _Search:
         else:
             values = [asked]
         self.checked.update(dict.fromkeys(keys, False))
-        found = plan.execute(values)[0]["keys"]
+        with phase(self.trace, "check"):
+            found = plan.execute(values)[0]["keys"]
         if found and collection.has_frames:
             seen = set(found)
             self.checked.update((item, True) for item in keys if item[0] in seen)

@@ -21,6 +21,7 @@ from pg_siamese_server.catalog import MAX_XACT_ID, Collection
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.search import exact, filters
 from pg_siamese_server.search.request import Answer, Neighbours, Request
+from pg_siamese_server.search.trace import NEAREST, QUALIFYING, phase
 
 if TYPE_CHECKING:
     from pg_siamese_server.index.generations import Generation
@@ -114,6 +115,8 @@ def search(plpy: Any, collection: Collection, request: Request, changes: Changes
         entry = index.slot_of(row)
         query = index.vectors[entry : entry + 1]
     found = _FastSearch(plpy, collection, request, changes, query, entry)
+    if request.trace is not None:
+        request.trace.begin_faiss(changes.generation, pending=0, dead=0)
     try:
         if request.filter is None and request.exclude is None:
             near = found.all()
@@ -161,6 +164,7 @@ class _FastSearch:
         self.index = changes.index
         self.k, self.own, self.max_distance = request.k, request.key, request.max_distance
         self.query, self.entry = query, entry
+        self.trace = request.trace
         self.is_steady = True
 
     def all(self) -> Neighbours | None:
@@ -171,6 +175,8 @@ class _FastSearch:
         near.cut(self.k)
         if len(near.keys) < self.k:
             return None
+        if self.trace is not None:
+            self.trace.consider(len(near.keys))
         asked = near.keys if self.own is None else [*near.keys, self.own]
         collection = self.collection
         plan = collection.plans.get("steady")
@@ -184,7 +190,8 @@ class _FastSearch:
                 f" FROM siamese.collections AS c WHERE {collection.as_it_was(self.plpy)}",
                 ["text", "xid8", "bigint[]"],
             )
-        state = plan.execute([collection.name, str(self.changes.horizon), asked])
+        with phase(self.trace, "check"):
+            state = plan.execute([collection.name, str(self.changes.horizon), asked])
         if not _is_steady(state, self.changes) or state[0]["there"] < len(asked):
             return None
         return near
@@ -216,7 +223,12 @@ class _FastSearch:
         return found
 
     def _nearest(self, count: int) -> Neighbours:
-        positions, squared = self.index.search(self.query, count, self.entry)
+        with phase(self.trace, "index"):
+            positions, squared = self.index.search(self.query, count, self.entry)
+        if self.trace is not None:
+            self.trace.begin_round(NEAREST)
+            if not self.index.is_flat:
+                self.trace.walk(self.index.breadth)
         return Neighbours.in_order(*self.index.integer_keys(positions, squared))
 
     def _among_nearest(self, conditions: Conditions, count: int) -> Neighbours | None:
@@ -224,6 +236,10 @@ class _FastSearch:
         near = self._nearest(count)
         wanted = set(self._read_qualifying(conditions, 0, near.keys) or ())
         taken = [place for place, key in enumerate(near.keys) if key in wanted]
+        if self.trace is not None:
+            self.trace.consider(len(near.keys))
+            rejected = [key for key in near.keys if key not in wanted and key != self.own]
+            self.trace.reject(rejected, own=self.own in near.keys)
         complete = near.squared[-1] if near.squared else 0.0
         return self._take_nearest(
             Neighbours(
@@ -240,11 +256,16 @@ class _FastSearch:
             return None
         way.count = max(1, len(found))
         index = self.index
-        rows = index.rows_of_keys(found)
-        squared = index.squared_distances(
-            self.query, index.slots_of(rows), partial(interrupts.check, self.plpy)
-        )
-        places, _ = exact.nearest_places(squared, self.k + 1)
+        with phase(self.trace, "index"):
+            rows = index.rows_of_keys(found)
+            squared = index.squared_distances(
+                self.query, index.slots_of(rows), partial(interrupts.check, self.plpy)
+            )
+            places, _ = exact.nearest_places(squared, self.k + 1)
+        if self.trace is not None:
+            self.trace.begin_round(QUALIFYING)
+            self.trace.consider(len(rows))
+            self.trace.reject((), own=self.own is not None and self.own in found)
         assert index.rows.keys is not None
         return self._take_nearest(
             Neighbours.in_order(index.rows.keys[rows[places]].tolist(), squared[places].tolist())
@@ -278,7 +299,8 @@ class _FastSearch:
             if len(plans) > MAX_WAYS:
                 plans.clear()
             plan = plans[purpose] = self._plan(conditions, limit)
-        state = plan.execute(values)
+        with phase(self.trace, "check"):
+            state = plan.execute(values)
         self.is_steady = _is_steady(state, self.changes) and state[0]["is_there"]
         return state[0]["found"] if self.is_steady else None
 

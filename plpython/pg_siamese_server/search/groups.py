@@ -12,6 +12,7 @@ from pg_siamese_server.catalog import Collection, group_column, prepare
 from pg_siamese_server.search import filters
 from pg_siamese_server.search.filters import Conditions
 from pg_siamese_server.search.request import MAX_K, Answer, Request
+from pg_siamese_server.search.trace import phase
 
 # Times what is expected to be enough, and the least by which a round is larger than the last.
 ENOUGH, GROW = 1.5, 2
@@ -57,15 +58,21 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
         new = [key for key in keys if key not in groups]
         if request.key is not None and not request.own_group and request.key not in groups:
             new.append(request.key)
-        groups.update(labels(plpy, answer.collection, column, new))
+        with phase(request.trace, "check"):
+            groups.update(labels(plpy, answer.collection, column, new))
         taken = _chosen(keys, groups, request)
         if len(taken) == wanted or len(keys) < rows.k:
+            if request.trace is not None:
+                last = taken[-1] + 1 if len(taken) == wanted else len(keys)
+                request.trace.grouped = last - len(taken)
             return answer.taken(taken)
         share = max(1, len(taken)) / len(keys)
         rows.k = max(GROW * rows.k, math.ceil(ENOUGH * wanted / share))
         if rows.k > MAX_ROWS and request.engine == "auto":
             scan = copy.copy(rows)
             scan.k, scan.group_by, scan.engine = wanted, column, "pgvector"
+            if request.trace is not None:
+                request.trace.reason = f"FAISS would be asked for more than {MAX_ROWS} rows."
             return find(plpy, scan)
 
 

@@ -15,6 +15,7 @@ from pg_siamese_server.catalog import Collection
 from pg_siamese_server.encoding import models
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.limits import Limits
+from pg_siamese_server.search.trace import Trace, phase
 
 MAX_K = 10_000
 ENGINES = ("auto", "faiss", "pgvector")
@@ -42,6 +43,7 @@ class Request:
             ``group_by``, the collection's group column says which these are.
         frame: which frame of the image is searched for, from 1, or 0 for the representative one.
         integer_keys: whether the caller can take integer keys only.
+        trace: takes notes of the search, or None.
     """
 
     collection_name: str | None
@@ -58,6 +60,7 @@ class Request:
     own_group: bool = True
     frame: int = 0
     integer_keys: bool = False
+    trace: Trace | None = None
     _embedded: dict[tuple[int, Limits], NDArray[np.float32]] | None = field(
         default=None, init=False, repr=False
     )
@@ -92,14 +95,15 @@ class Request:
         if self._embedded is None:
             self._embedded = {}
         if encoder not in self._embedded:
-            self._embedded[encoder] = models.embed(
-                plpy,
-                collection.model_id,
-                [self.image],
-                collection.limits,
-                collection.sha256,
-                self.frame,
-            )
+            with phase(self.trace, "embed"):
+                self._embedded[encoder] = models.embed(
+                    plpy,
+                    collection.model_id,
+                    [self.image],
+                    collection.limits,
+                    collection.sha256,
+                    self.frame,
+                )
         return self._embedded[encoder]
 
 

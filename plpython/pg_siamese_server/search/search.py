@@ -36,6 +36,7 @@ from pg_siamese_server.errors import (
 from pg_siamese_server.search import fast_path, groups
 from pg_siamese_server.search.filters import Conditions, parse
 from pg_siamese_server.search.request import Answer, Request
+from pg_siamese_server.search.trace import phase
 
 # If a statement reads more changes than this at once, it is planned again.
 REPLAN_ROWS = 1_000
@@ -89,7 +90,8 @@ def _search_unchanged(plpy: Any, request: Request) -> Answer | None:
 
 
 def _search_snapshot(plpy: Any, request: Request) -> Answer:
-    collection, state = _current_state(plpy, request)
+    with phase(request.trace, "open"):
+        collection, state = _current_state(plpy, request)
     if request.key is not None and state["query_id"] is None:
         return _answer_without_vector(plpy, request, collection)
     request.embedding(plpy, collection)  # before filters: the first error is the image's
@@ -129,6 +131,8 @@ def _answer_without_vector(plpy: Any, request: Request, collection: Collection) 
             hint="Such rows are listed in embedding_failures or wait in a queue. This is said"
             " once per session.",
         )
+    if request.trace is not None:
+        request.trace.begin(None, "The image has no vector.")
     return Answer(collection, [], [], None)
 
 
@@ -290,19 +294,17 @@ def _search_faiss(
     conditions: Conditions,
 ) -> Answer | None:
     """Answer by FAISS. If it can't, return None, with a NOTICE if it should have."""
-    required = request.engine == "faiss"
     generation = state["generation"]
     if generation is None:
-        if required:
-            raise _no_faiss("The collection has no index generation.")
+        _decline(request, "The collection has no index generation.")
         return None
     try:
         from pg_siamese_server.search.faiss_search import FaissSearch
 
-        finder = FaissSearch.open(plpy, collection, state, _changes)
+        with phase(request.trace, "open"):
+            finder = FaissSearch.open(plpy, collection, state, _changes)
     except (IndexFileError, ImportError) as error:
-        if required:
-            raise _no_faiss(f"{error}.") from None
+        _decline(request, f"{error}.")
         if (collection.collection_id, generation, str(error)) not in _noticed:
             _noticed.add((collection.collection_id, generation, str(error)))
             plpy.notice(
@@ -311,8 +313,7 @@ def _search_faiss(
             )
         return None
     if finder is None:
-        if required:
-            raise _no_faiss("Too many vectors are pending.")
+        _decline(request, "Too many vectors are pending.")
         return None
     return finder.search(request, conditions)
 
@@ -325,13 +326,17 @@ def _remedy(plpy: Any, error: IndexFileError | ImportError) -> str:
     return "Build the index with build_index."
 
 
-def _no_faiss(reason: str) -> SiameseError:
-    return SiameseError(
-        "FAISS cannot answer this search",
-        sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
-        detail=reason,
-        hint='Use engine "auto".',
-    )
+def _decline(request: Request, reason: str) -> None:
+    """Note why FAISS does not answer. Raise it if FAISS was asked for by name."""
+    if request.engine == "faiss":
+        raise SiameseError(
+            "FAISS cannot answer this search",
+            sqlstate=OBJECT_NOT_IN_PREREQUISITE_STATE,
+            detail=reason,
+            hint='Use engine "auto".',
+        )
+    if request.trace is not None:
+        request.trace.reason = reason
 
 
 def _search_pgvector(
@@ -341,6 +346,9 @@ def _search_pgvector(
     state: Any,
     conditions: Conditions,
 ) -> Answer:
+    if request.trace is not None:
+        request.trace.begin("pgvector", request.trace.reason or "It was asked for by name.")
+        request.trace.exact = True
     where = conditions.copy()
     embedding = request.embedding(plpy, collection)
     if embedding is not None:
@@ -382,7 +390,8 @@ def _search_pgvector(
         rows = f"SELECT r.* FROM ({rows}) AS r WHERE r.place <= {limit}"
     order = "distance, tie, frame" if collection.has_frames else "distance, tie"
     plan = prepare(plpy, f"{rows} ORDER BY {order} LIMIT {int(request.k or 0)}", tuple(where.types))
-    rows = plan.execute(where.values)
+    with phase(request.trace, "scan"):
+        rows = plan.execute(where.values)
     keys, distances = [row["key"] for row in rows], [row["distance"] for row in rows]
     prepared = None
     if embedding is not None:

@@ -31,6 +31,16 @@ PGSPOT = [
     "--proc-without-search-path=siamese.classify_image(image bytea,k bigint,collection text,"
     "label_column text,image_id siamese.key,filter siamese.filter,exclude siamese.filter,"
     "group_by text,own_group boolean,label text,votes integer,share real)",
+    "--proc-without-search-path=siamese.explain_search(image bytea,k bigint,collection text,"
+    "filter siamese.filter,candidates siamese.key[],max_distance double precision,engine text,"
+    "image_id siamese.key,exclude siamese.filter,group_by text,per_group bigint,own_group boolean,"
+    "query_frame bigint,fact text,value text,detail text)",
+    "--proc-without-search-path=siamese.measure_recall(collection text,queries bigint,k bigint,"
+    "filter siamese.filter,seed bigint,sampled integer,recall real,minimum real,milliseconds real,"
+    "exact_milliseconds real)",
+    "--proc-without-search-path=siamese.retrieval_quality(collection text,label_column text,"
+    "queries siamese.filter,gallery siamese.filter,sample bigint,seed bigint,own_group boolean,"
+    "sampled integer,map5 real,mmv5 real,acc1 real,acc3 real,acc5 real)",
     "--proc-without-search-path=siamese.warm_up(collection text,engine text,detail text)",
 ]
 # PostgreSQL lets an extension's script replace its own functions and views only.
