@@ -58,7 +58,7 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
         if request.key is not None and not request.own_group and request.key not in groups:
             new.append(request.key)
         groups.update(labels(plpy, answer.collection, column, new))
-        taken = _chosen(keys, groups, request)
+        taken = chosen(keys, groups, request)
         if len(taken) == wanted or len(keys) < rows.k:
             return answer.taken(taken)
         share = max(1, len(taken)) / len(keys)
@@ -69,7 +69,7 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
             return find(plpy, scan)
 
 
-def _chosen(keys: list[Any], groups: dict[Any, str | None], request: Request) -> list[int]:
+def chosen(keys: list[Any], groups: dict[Any, str | None], request: Request) -> list[int]:
     """Return the places of the first k rows that their groups have room for."""
     assert request.k is not None
     full: Counter[str | None] = Counter()
