@@ -490,7 +490,7 @@ def _keys(collection: Collection, keys: list[Any]) -> str:
 
 def _integers(values: list[int]) -> str:
     """Return an array of integers as PostgreSQL reads it."""
-    return "{" + ",".join(map(str, values)) + "}"
+    return "{" + str(values)[1:-1] + "}"
 
 
 def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[float, float] | None:

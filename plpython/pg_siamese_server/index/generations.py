@@ -33,7 +33,7 @@ MAX_WALK = 100_000  # longest walk, since it can't be interrupted
 SCAN_ROW = 0.03  # a vector, if all are compared
 # Dimensions that one call of FAISS compares, in some 30 ms.
 VALUES_AT_ONCE = 64_000_000
-PIECE_MICROSECONDS = 1e6 * interrupts.PIECE_SECONDS
+FIRST = 10  # queries, of which the time of a call is learned
 # Numbers of neighbours that a build measures breadths for, besides ten.
 MANY = (30, 100, 300, 1000)
 # With fewer queries in a call, FAISS subtracts vectors. With more it multiplies them, which is
@@ -58,6 +58,9 @@ def allowed_threads(plpy: Any, setting: str) -> int:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let FAISS use threads. They never handle PostgreSQL's signals."""
+    if count == 1:
+        yield
+        return
     with interrupts.signals_blocked():
         faiss.omp_set_num_threads(count)
         try:
@@ -297,11 +300,9 @@ class Generation:
             self._parameters.efSearch = breadth
             self._parameters.bounded_queue = breadth <= MAX_BOUNDED
         entries, no_distances = slots.astype(np.int32), np.zeros(len(slots), np.float32)
-        size = max(1, int(thread_count * PIECE_MICROSECONDS / self.microseconds(count)))
-        if self.is_flat:
-            size = min(size, SUBTRACTED)
-        for start in range(0, len(slots), size):
-            part = slice(start, start + size)
+        most = SUBTRACTED if self.is_flat else len(slots)
+        for start, end in interrupts.portions(0, len(slots), size=FIRST, least=1, most=most):
+            part = slice(start, end)
             queries = self.vectors[slots[part]]
             sizes = len(queries), faiss.swig_ptr(queries), count
             results = faiss.swig_ptr(squared[part]), faiss.swig_ptr(positions[part])

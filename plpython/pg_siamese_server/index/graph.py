@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, MAX_THREADS, Breadths, threads
 from pg_siamese_server.index.index_file import Poll
-from pg_siamese_server.interrupts import PIECE_SECONDS
+from pg_siamese_server.interrupts import portions
 
 FLAT_BELOW = 10_000  # a scan of fewer takes no longer than a walk through a graph
 CELL_ROWS = 2_000  # with their neighbour lists, they fit into a processor's cache
@@ -221,7 +221,7 @@ def _add(
     last: int,
 ) -> None:
     levels = np.minimum(levels, index.hnsw.assign_probas.size())
-    for start, end in _portions(first, last):
+    for start, end in portions(first, last, size=200, least=50, most=MAX_PORTION):
         faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
         with threads(options.threads):
             index.add(matrix[start:end])
@@ -248,18 +248,6 @@ def _flat(matrix: NDArray[np.float32]) -> Any:
     index = faiss.IndexFlatL2(matrix.shape[1])
     index.add(matrix)
     return index
-
-
-def _portions(start: int, last: int) -> Iterator[tuple[int, int]]:
-    """Divide a build into portions of about PIECE_SECONDS, measuring as it goes."""
-    size = 200
-    while start < last:
-        end = min(last, start + size)
-        began = time.monotonic()
-        yield start, end
-        seconds = max(1e-6, time.monotonic() - began)
-        size = int(max(50, min(2 * size, MAX_PORTION, (end - start) * PIECE_SECONDS / seconds)))
-        start = end
 
 
 def _calibrate(

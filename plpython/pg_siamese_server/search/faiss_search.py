@@ -139,7 +139,8 @@ class FaissSearch:
         """
         held = self.index.rows
         if held.keys is not None:
-            return held.keys[rows]
+            keys: NDArray[np.int64] = held.keys[rows]
+            return keys
         return self.collection.items([held.key(row) for row in rows.tolist()])
 
     def pending(self, query: NDArray[np.float32], count: int) -> Neighbours:

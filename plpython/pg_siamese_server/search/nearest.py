@@ -32,12 +32,15 @@ from pg_siamese_server.search.search import (
 )
 
 # Queries of a portion, and rows that it looks at for all of them.
-PORTION, MAX_CANDIDATES = 256, 60_000
+PORTION, MAX_CANDIDATES = 1_000, 60_000
 # Factor on the number of rows that is expected to be enough, also if rows are lost to groups.
 ENOUGH, ENOUGH_GROUPED = 1.25, 1.5
 # Rounds of a portion, and the factor to the rows of the next one. If more queries than this share
-# come to a second round, the next portion begins with more rows.
+# come to a second round, the next portion begins with more rows, up to MAX_COUNT.
 ROUNDS, WIDER, MANY_SHORT = 3, 4, 0.05
+MAX_COUNT = 1_000
+# Rows that qualify to read at most. If checks take longer than so many calls, that is considered.
+MAX_READ, MANY_CALLS = 2_000_000, 20
 
 
 @dataclass(slots=True)
@@ -55,9 +58,7 @@ class Part:
     frames: list[int] | None = None
 
 
-def nearest(
-    plpy: Any, request: Request, keys: str | None, thread_count: int
-) -> Iterator[Part]:
+def nearest(plpy: Any, request: Request, keys: str | None, thread_count: int) -> Iterator[Part]:
     """Find the k nearest rows of many stored ones.
 
     Rows that do not exist, or that the caller may not see, have no neighbours.
@@ -74,7 +75,8 @@ def nearest(
     if not 1 <= thread_count <= MAX_THREADS:
         raise SiameseError(f"threads must be between 1 and {MAX_THREADS}")
     allowed = generations.allowed_threads(plpy, "max_parallel_workers_per_gather")
-    search = _Search(plpy, request, min(thread_count, allowed))
+    queries = math.inf if keys is None else 1 + keys.count(",")
+    search = _Search(plpy, request, queries, min(thread_count, allowed))
     collection = search.collection
     stored = _stored_plan(plpy, collection, is_all=keys is None)
     cursor = stored.cursor([] if keys is None else [keys])
@@ -133,11 +135,15 @@ class _Found:
 
 
 class _Search:
-    """The searches of one statement."""
+    """The searches of one statement.
 
-    def __init__(self, plpy: Any, request: Request, thread_count: int) -> None:
+    ``queries`` is how many these are, at most.
+    """
+
+    def __init__(self, plpy: Any, request: Request, queries: float, thread_count: int) -> None:
         assert request.k is not None
         self.plpy, self.request, self.thread_count = plpy, request, thread_count
+        self.queries = queries
         self.any_row = copy.copy(request)
         self.any_row.key = None
         self.collection, _ = current_state(plpy, self.any_row)
@@ -149,9 +155,11 @@ class _Search:
         if request.max_distance is not None:
             self.limit = vectors.squared_limit(request.max_distance, self.collection.metric)
         self.poll = partial(interrupts.check, plpy)
-        self.expected: exact.Estimate | None = None
         # Rows to ask FAISS about for each query, or 0 before the first portion.
         self.count = 0
+        # What identifies all rows that qualify, if they have been read: int64, ascending. One
+        # statement has one snapshot.
+        self.qualifying: NDArray[np.int64] | None = None
 
     def answer(self, stored: list[Any]) -> Part:
         """Return the neighbours of stored rows."""
@@ -187,22 +195,38 @@ class _Search:
         done: set[Any] = set()
         if not len(rows):
             return done
-        self._plan(finder)
-        among = self._read_qualifying(finder, len(stored))
+        if not self.count:
+            self._plan(finder)
+        among = self._few_qualifying(finder)
         count = self.count if among is None else self.wanted + 1
+        size = max(1, MAX_CANDIDATES // count)
+        for start in range(0, len(rows), size):
+            some = slice(start, start + size)
+            self._answer_some(finder, rows[some], own[some], count, among, part, done)
+        return done
+
+    def _answer_some(
+        self,
+        finder: Any,
+        rows: NDArray[np.int64],
+        own: list[Any],
+        count: int,
+        among: NDArray[np.int64] | None,
+        part: Part,
+        done: set[Any],
+    ) -> None:
         for number in range(ROUNDS):
             if self._is_long(finder, len(rows) * count, count):
                 break
             found = self._candidates(finder, rows, count, among)
-            is_full = self._cut(finder, found, own)
+            is_full = self._cut(found, own)
             done.update(self._take(found, is_full, own, part))
             if is_full.all():
                 break
             if number == 0 and among is None and np.mean(~is_full) > MANY_SHORT:
-                self.count *= 2
+                self.count = max(self.count, min(2 * self.count, MAX_COUNT))
             rows, own = rows[~is_full], [own[place] for place in np.flatnonzero(~is_full)]
             count *= WIDER
-        return done
 
     @staticmethod
     def _is_long(finder: Any, candidates: int, count: int) -> bool:
@@ -227,34 +251,44 @@ class _Search:
         return rows, [by_id[number] for number in index.rows.embedding_ids[rows].tolist()]
 
     def _plan(self, finder: Any) -> None:
-        """Choose how many rows to ask about."""
-        if self.count:
-            return
-        total = max(1, len(finder.index.rows.embedding_ids) + finder.changes.addition_count())
+        """Choose how many rows to ask about, and read those that qualify if that saves time."""
+        index = finder.index
+        total = max(1, len(index.rows.embedding_ids) + finder.changes.addition_count())
         alive = max(0.1, 1 - finder.changes.dead_count() / total)
-        self.count = math.ceil((self.wanted + 1) / alive) + 2 * (alive < 1)
-        if self.conditions.clauses or finder.is_restricted:
-            self.expected = exact.estimate(self.plpy, self.collection, self.conditions)
-            prior = min(1.0, max(0.5, self.expected.rows) / total)
-            self.count = math.ceil(ENOUGH * self.count / prior)
+        self.count = least = math.ceil((self.wanted + 1) / alive) + 2 * (alive < 1)
+        queries = min(self.queries, total)
+        ask = queries * least * exact.CHECK_ROW
+        is_filtered = self.conditions.clauses or finder.is_restricted
+        if not is_filtered and ask < MANY_CALLS * exact.CALL:
+            return
+        expected = exact.estimate(self.plpy, self.collection, self.conditions)
+        if is_filtered:
+            self.count = math.ceil(ENOUGH * least * total / min(total, max(0.5, expected.rows)))
+            ask = queries * self.count * exact.CHECK_ROW
+        walk = queries * index.microseconds(self.count)
+        compare = queries * expected.rows * exact.COMPARE_ROW
+        is_read = expected.microseconds + compare < ask + walk
+        if self.collection.is_by_integer:
+            is_read |= expected.microseconds < ask
+        if not is_read or expected.rows > MAX_READ:
+            return
+        found = exact.read_keys(
+            self.plpy, self.collection, self.conditions, min(expected.most, MAX_READ)
+        )
+        if found is not None:
+            self.qualifying = np.sort(found)
+            if is_filtered:
+                self.count = math.ceil(ENOUGH * least * total / min(total, max(1, len(found))))
 
-    def _read_qualifying(self, finder: Any, queries: int) -> NDArray[np.int64] | None:
-        """Return rows of the index file that qualify, if to compare these all costs less."""
-        expected, index = self.expected, finder.index
-        if expected is None:
-            return None
-        compare = expected.microseconds / queries + expected.rows * exact.COMPARE_ROW
-        if compare > index.microseconds(self.count) + self.count * exact.CHECK_ROW:
-            return None
-        found = exact.read_keys(self.plpy, self.collection, self.conditions, expected.most)
-        if found is None:
-            self.expected = None
+    def _few_qualifying(self, finder: Any) -> NDArray[np.int64] | None:
+        """Return the rows of the index file that qualify, if to compare all of them costs less."""
+        index, found = finder.index, self.qualifying
+        if found is None or len(found) * exact.COMPARE_ROW > index.microseconds(self.count):
             return None
         by_key = self.collection.is_by_integer
-        rows = index.rows_of_keys(found) if by_key else index.rows_of(found)
+        rows: NDArray[np.int64] = index.rows_of_keys(found) if by_key else index.rows_of(found)
         dead = finder.changes.is_dead(rows)
-        alive: NDArray[np.int64] = rows if dead is None else rows[~dead]
-        return alive
+        return rows if dead is None else rows[~dead]
 
     def _candidates(
         self, finder: Any, rows: NDArray[np.int64], count: int, among: NDArray[np.int64] | None
@@ -306,7 +340,7 @@ class _Search:
         items = finder.items(np.concatenate(rows))
         return _Found(np.concatenate(owners), items, np.concatenate(distances), complete)
 
-    def _cut(self, finder: Any, found: _Found, own: list[Any]) -> NDArray[np.bool_]:
+    def _cut(self, found: _Found, own: list[Any]) -> NDArray[np.bool_]:
         """Keep the nearest rows that qualify. Return which queries have all that they want."""
         limits = np.minimum(found.complete, self.limit)
         is_near = found.squared.astype(np.float64) <= limits[found.owners]
@@ -334,10 +368,12 @@ class _Search:
         return [key for key, _ in items] if self.collection.has_frames else items
 
     def _checked(self, items: Any) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Ask the table which items qualify. Return this, and the items' places in order."""
+        """Ask the table which items qualify. Return this, and the items' order."""
         if not len(items):
             return np.empty(0, dtype=bool), np.empty(0, dtype=np.int64)
         if not isinstance(items, list):
+            if self.qualifying is not None:
+                return _are_in(items, self.qualifying), items
             unique, places = np.unique(items, return_inverse=True)
             found = self._qualifying(unique.tolist())
             return np.isin(unique, np.array(found, dtype=np.int64))[places], places
@@ -400,3 +436,12 @@ class _Search:
                 done.append(key)
         found.keep(np.array(taken, dtype=np.int64))
         return done
+
+
+def _are_in(values: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which values are among ascending ones."""
+    if not len(ordered):
+        return np.zeros(len(values), dtype=bool)
+    places = np.minimum(ordered.searchsorted(values), len(ordered) - 1)
+    result: NDArray[np.bool_] = ordered[places] == values
+    return result
