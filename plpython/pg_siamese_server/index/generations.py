@@ -58,7 +58,8 @@ def allowed_threads(plpy: Any, setting: str) -> int:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let FAISS use threads. They never handle PostgreSQL's signals."""
-    if count == 1:
+    if count == 1:  # which starts none
+        faiss.omp_set_num_threads(1)
         yield
         return
     with interrupts.signals_blocked():
