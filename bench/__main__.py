@@ -32,8 +32,12 @@ def main() -> int:
         ("--check", "exit with status 1 if a bar is missed"),
     ):
         parser.add_argument(name, action="store_true", help=text)
-    text = "only DICOM files, the clinical encoder, encoders of several sizes, or searches by group"
-    parser.add_argument("--only", choices=["dicom", "clinical", "encoders", "groups"], help=text)
+    text = (
+        "only DICOM files, the clinical encoder, encoders of several sizes, searches by group, or"
+        " for many rows at once"
+    )
+    parts = ["dicom", "clinical", "encoders", "groups", "nearest"]
+    parser.add_argument("--only", choices=parts, help=text)
     text = "ONNX file for --only clinical (models/clinical.onnx)"
     parser.add_argument("--model", type=Path, default=clinical.MODEL, metavar="FILE", help=text)
     text = "compare this tree with another revision"
@@ -47,7 +51,12 @@ def main() -> int:
         print(f"skipped: there is no {chosen.model.name}. Name an ONNX file with --model")
         return 0
     try:
-        if chosen.large or chosen.only == "groups":
+        if chosen.only == "nearest":
+            standard, large = runs.STANDARD, runs.LARGE
+            if chosen.quick:
+                standard, large = runs.STANDARD_QUICK, runs.LARGE_QUICK
+            report = runs.nearest_alone(large if chosen.large else standard, console)
+        elif chosen.large or chosen.only == "groups":
             size = runs.LARGE_QUICK if chosen.quick else runs.LARGE
             report = runs.large(size, console, only_groups=chosen.only == "groups")
         elif chosen.only:

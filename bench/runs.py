@@ -22,6 +22,7 @@ from bench import (
     groups,
     insert,
     machine,
+    nearest,
     search,
 )
 from bench.exact import Truth, Vectors
@@ -213,6 +214,24 @@ def _gain(report: Report, what: str, section: str, ours: str, times: float) -> B
     figures = report.figures(section)
     gain = figures[search.PGVECTOR] / figures[ours]
     return Bar(f"{what}, times as fast as pgvector", gain, times, "times")
+
+
+def nearest_alone(size: Size, console: Console) -> Report:
+    """Measure searches for many rows at once on a mixture of clusters, and nothing else."""
+    with server(LARGE_SETTINGS) as cluster:
+        report = Report("nearest", machine.facts(cluster), LARGE_SETTINGS, vars(size))
+        console.print(f"Loading {size.rows:,} x {DIMENSION} vectors …")
+        data.register(cluster)
+        vectors = data.mixture(size.rows, DIMENSION, CLUSTERS)
+        data.load_mixture(cluster, vectors, {})
+        build.vacuum(cluster)
+        with Session(cluster.dsn()) as session:
+            session.run("SELECT siamese.build_index('large')")
+        console.print("Searching …")
+        own = _sample(vectors.ids, min(nearest.KEYS, size.rows), seed=2)
+        report.lines += nearest.nearest(cluster, Truth.of(vectors, vectors.of(own), own))
+        report.bars += nearest.bars(report.lines)
+    return report
 
 
 def deferred_embedding(size: Size, console: Console) -> Report:

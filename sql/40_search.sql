@@ -192,6 +192,43 @@ END
 $$;
 COMMENT ON FUNCTION siamese.similar_rows IS 'k nearest rows of any collection''s table';
 
+CREATE FUNCTION siamese.nearest(
+    collection text DEFAULT 'images',
+    -- All rows, as of candidates above.
+    keys siamese.key[] DEFAULT '{{{{{{NULL}}}}}}',
+    k bigint DEFAULT 10,
+    filter siamese.filter DEFAULT '{}',
+    max_distance double precision DEFAULT 'Infinity',
+    engine text DEFAULT 'auto',
+    exclude siamese.filter DEFAULT '{}',
+    group_by text DEFAULT '',
+    per_group bigint DEFAULT 1,
+    own_group boolean DEFAULT TRUE,
+    threads bigint DEFAULT 1
+) RETURNS TABLE (key text, rank integer, neighbour text, distance real, frame integer)
+-- As similar_images. Rows come a portion at a time, since a function in a select list hands over each of its rows
+-- before it goes on.
+LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 1000
+AS $$
+    SELECT s.key, s.rank, s.neighbour, s.distance, s.frame
+    FROM (
+        SELECT siamese._nearest(
+            CASE WHEN pg_catalog.array_ndims(keys) OPERATOR(pg_catalog.=) 6 THEN NULL
+                ELSE coalesce(keys::pg_catalog.text, '{}') END,
+            k, collection, filter, max_distance, engine, exclude, group_by, per_group, own_group, threads) AS answer
+        OFFSET 0
+    ) AS a
+    CROSS JOIN LATERAL ROWS FROM (
+        pg_catalog.unnest(a.answer[2]::pg_catalog.text[]),
+        pg_catalog.unnest(a.answer[3]::pg_catalog.int4[]),
+        pg_catalog.unnest(a.answer[4]::pg_catalog.text[]),
+        pg_catalog.unnest(a.answer[5]::pg_catalog.float4[]),
+        pg_catalog.unnest(a.answer[6]::pg_catalog.int4[])
+    ) AS s (key, rank, neighbour, distance, frame)
+    WHERE a.answer[1] IS NULL OR siamese._raise(a.answer) IS NULL
+$$;
+COMMENT ON FUNCTION siamese.nearest IS 'k nearest rows of each of many stored rows';
+
 CREATE FUNCTION siamese.classify_image(
     image bytea DEFAULT NULL,
     k bigint DEFAULT 10,
@@ -231,6 +268,17 @@ AS $python$
 return GD['pg_siamese @VERSION@'].similar_keys(plpy, *args)
 $python$;
 COMMENT ON FUNCTION siamese._similar_keys IS 'search with keys of any type';
+
+CREATE FUNCTION siamese._nearest(
+    keys text, k bigint, collection text, filter siamese.filter, max_distance double precision, engine text,
+    exclude siamese.filter, group_by text, per_group bigint, own_group boolean, threads bigint
+) RETURNS SETOF text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE ROWS 100
+AS $python$
+# @LOAD_OF_SET@
+return GD['pg_siamese @VERSION@'].nearest(plpy, *args)
+$python$;
+COMMENT ON FUNCTION siamese._nearest IS 'search for many stored rows, in portions';
 
 CREATE FUNCTION siamese._no_collection(relation oid, collection text) RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE

@@ -33,7 +33,9 @@ def source() -> str:
     files = sorted((ROOT / "sql").glob("[0-9]*.sql"))
     if not files:
         raise SetupError(f"there is no SQL file in {ROOT / 'sql'}")
-    return "\n".join(file.read_text() for file in files).replace("# @LOAD@\n", _LOAD)
+    text = "\n".join(file.read_text() for file in files)
+    of_set = _LOAD.replace("return failure", "return [failure]")
+    return text.replace("# @LOAD@\n", _LOAD).replace("# @LOAD_OF_SET@\n", of_set)
 
 
 def replaceable(script: str) -> str:

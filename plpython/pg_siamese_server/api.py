@@ -14,11 +14,11 @@ import os
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # Before NumPy, FAISS and ONNX Runtime are imported. A backend is one process among many, so only
-# index builds start threads.
+# index builds start threads, and batches of searches that ask for them.
 for _name, _value in (
     ("OMP_NUM_THREADS", "1"),
     ("OPENBLAS_NUM_THREADS", "1"),
@@ -28,6 +28,7 @@ for _name, _value in (
 
 from pg_siamese_server import interrupts  # noqa: E402 -- after the environment
 from pg_siamese_server.catalog import (  # noqa: E402
+    Collection,
     collection_by_name,
     group_column,
     load_json,
@@ -92,19 +93,38 @@ def _entry_point(function: Callable[..., Any]) -> Callable[..., list[str | None]
 
     @functools.wraps(function)
     def call(plpy: Any, *values: Any) -> list[str | None]:
-        jit = interrupts.stop_jit()
-        try:
-            result = function(plpy, *values)
-        except (SiameseError, OSError, ImportError, plpy.SPIError) as error:
-            failure = _failure(plpy, error)
-            interrupts.check(plpy)
-            return [failure.sqlstate, failure.message, failure.detail or None, failure.hint or None]
-        finally:
-            interrupts.resume_jit(jit)
-        interrupts.check(plpy)
-        return [None, *result]
+        return _result_or_error(plpy, functools.partial(function, plpy, *values))
 
     return call
+
+
+def _entry_point_of_parts(
+    function: Callable[..., Iterator[tuple[str | None, ...]]],
+) -> Callable[..., Iterator[list[str | None]]]:
+    """Return the same of each part of a result, for a function that returns a set."""
+
+    @functools.wraps(function)
+    def call(plpy: Any, *values: Any) -> Iterator[list[str | None]]:
+        parts = function(plpy, *values)
+        step = functools.partial(next, parts, ())
+        while len(part := _result_or_error(plpy, step)) > 1:
+            yield part
+
+    return call
+
+
+def _result_or_error(plpy: Any, function: Callable[[], Any]) -> list[str | None]:
+    jit = interrupts.stop_jit()
+    try:
+        result = function()
+    except (SiameseError, OSError, ImportError, plpy.SPIError) as error:
+        failure = _failure(plpy, error)
+        interrupts.check(plpy)
+        return [failure.sqlstate, failure.message, failure.detail or None, failure.hint or None]
+    finally:
+        interrupts.resume_jit(jit)
+    interrupts.check(plpy)
+    return [None, *result]
 
 
 def _check_given(**values: Any) -> None:
@@ -398,10 +418,51 @@ def _search_or_explain(plpy: Any, request: Request) -> Answer:
     try:
         return _search.search(plpy, request)
     except plpy.SPIError as error:
-        if error.sqlstate not in CANCELLED:
-            texts = request.filter, request.exclude
-            _explain_failure(plpy, request.collection_name, texts, request.group_by)
+        _explain_search_failure(plpy, request, error)
         raise
+
+
+@_entry_point_of_parts
+def nearest(
+    plpy: Any,
+    keys: str | None,
+    k: int | None,
+    collection: str | None,
+    filter_: str | None,
+    max_distance: float | None,
+    engine: str | None,
+    exclude: str | None,
+    group_by: str | None,
+    per_group: int | None,
+    own_group: bool | None,
+    threads: int | None,
+) -> Iterator[tuple[str | None, ...]]:
+    """Body of ``_nearest``: portions of the answer, a column as an array of text each."""
+    from pg_siamese_server.search import nearest as many
+
+    every_key = 0  # stands for each of the keys
+    request = _request(None, every_key, k, collection, filter_, None, max_distance, engine)
+    _set_groups(request, exclude, group_by, per_group, own_group)
+    _check_given(threads=threads)
+    try:
+        for part in many.nearest(plpy, request, keys, threads or 0):
+            yield (
+                _keys(part.collection, part.keys),
+                _integers(part.ranks),
+                _keys(part.collection, part.neighbours),
+                _reals(part.distances),
+                None if part.frames is None else _integers(part.frames),
+            )
+    except plpy.SPIError as error:
+        _explain_search_failure(plpy, request, error)
+        raise
+
+
+def _explain_search_failure(plpy: Any, request: Request, error: Any) -> None:
+    """Raise an error that names the column, if one of a search's filters or groups is to blame."""
+    if error.sqlstate not in CANCELLED:
+        texts = request.filter, request.exclude
+        _explain_failure(plpy, request.collection_name, texts, request.group_by)
 
 
 def _explain_failure(
@@ -426,15 +487,20 @@ def _to_columns(plpy: Any, answer: Answer) -> tuple[str | None, ...]:
     PL/Python would write all 17 digits of each float, and make each row separately.
     """
     distances = _reals(answer.distances)
-    if answer.collection.has_integer_keys:
-        keys = "{" + ",".join(map(str, answer.keys)) + "}"
-    else:
-        keys = _array(answer.keys)
+    keys = _keys(answer.collection, answer.keys)
     query = "" if answer.query is None else answer.query.tobytes().hex()
-    frames = None
-    if answer.frames is not None:
-        frames = "{" + ",".join(map(str, answer.frames)) + "}"
+    frames = None if answer.frames is None else _integers(answer.frames)
     return keys, distances, str(answer.collection.model_id), query, frames
+
+
+def _keys(collection: Collection, keys: list[Any]) -> str:
+    """Return an array of keys as PostgreSQL reads it."""
+    return _integers(keys) if collection.has_integer_keys else _array(keys)
+
+
+def _integers(values: list[int]) -> str:
+    """Return an array of integers as PostgreSQL reads it."""
+    return "{" + str(values)[1:-1] + "}"
 
 
 def match_line(plpy: Any, model_id: str | None, query: str | None) -> tuple[float, float] | None:

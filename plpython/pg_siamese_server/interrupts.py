@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,19 @@ def check(plpy: Any) -> None:
     """Let PostgreSQL handle a pending interrupt. A cancel raises its error (57014 or 57P01)."""
     if _flag.value:
         plpy.execute("SELECT 1")
+
+
+def portions(
+    start: int, last: int, *, size: int, least: int, most: int
+) -> Iterator[tuple[int, int]]:
+    """Divide work into portions of about PIECE_SECONDS, measuring as it goes."""
+    while start < last:
+        end = min(last, start + size)
+        began = time.monotonic()
+        yield start, end
+        seconds = max(1e-6, time.monotonic() - began)
+        size = int(max(least, min(2 * size, most, (end - start) * PIECE_SECONDS / seconds)))
+        start = end
 
 
 def raise_if_pending() -> None:

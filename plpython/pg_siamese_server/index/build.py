@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -110,10 +109,7 @@ def _graph_columns(options: graph.Options, measured: graph.Measured | None) -> t
 
 def default_threads(plpy: Any) -> int:
     """Return how many threads a build uses by default."""
-    workers = int(
-        plpy.execute("SELECT current_setting('max_parallel_maintenance_workers') AS n")[0]["n"]
-    )
-    return max(1, min(len(os.sched_getaffinity(0)), 1 + workers))
+    return generations.allowed_threads(plpy, "max_parallel_maintenance_workers")
 
 
 def read(

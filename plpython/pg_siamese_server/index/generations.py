@@ -6,7 +6,8 @@ import bisect
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from pg_siamese_server.index import index_file
 from pg_siamese_server.index.index_file import Identity, Rows
 
 MAX_OPEN = 4
+MAX_THREADS = 64
 # FAISS's bounded queue is quicker up to this breadth.
 MAX_BOUNDED = 200
 FEW = 50
@@ -31,8 +33,12 @@ MAX_WALK = 100_000  # longest walk, since it can't be interrupted
 SCAN_ROW = 0.03  # a vector, if all are compared
 # Dimensions that one call of FAISS compares, in some 30 ms.
 VALUES_AT_ONCE = 64_000_000
+FIRST = 10  # queries, of which the time of a call is learned
 # Numbers of neighbours that a build measures breadths for, besides ten.
 MANY = (30, 100, 300, 1000)
+# With fewer queries in a call, FAISS subtracts vectors. With more it multiplies them, which is
+# quicker but less exact (``distance_compute_blas_threshold``).
+SUBTRACTED = 19
 # Breadth per neighbour, if nothing was measured.
 FACTOR_UNKNOWN = 4
 
@@ -40,6 +46,28 @@ FACTOR_UNKNOWN = 4
 # some roles may read the setting data_directory.
 _directory_of_database: str | None = None
 _open: OrderedDict[tuple[int, int], Generation] = session_cache(OrderedDict())
+
+
+def allowed_threads(plpy: Any, setting: str) -> int:
+    """Return how many threads a setting of PostgreSQL's parallel workers allows."""
+    plan = prepare(plpy, "SELECT pg_catalog.current_setting($1)::integer AS workers", ("text",))
+    workers = int(plan.execute([setting])[0]["workers"])
+    return max(1, min(len(os.sched_getaffinity(0)), 1 + workers))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let FAISS use threads. They never handle PostgreSQL's signals."""
+    if count == 1:  # which starts none
+        faiss.omp_set_num_threads(1)
+        yield
+        return
+    with interrupts.signals_blocked():
+        faiss.omp_set_num_threads(count)
+        try:
+            yield
+        finally:
+            faiss.omp_set_num_threads(1)
 
 
 def directory(plpy: Any, collection_id: int | None = None) -> str:
@@ -247,6 +275,53 @@ class Generation:
             valid = found >= 0
             return found[valid], squared[valid]
         return found, squared
+
+    def search_each(
+        self,
+        slots: NDArray[np.int64],
+        count: int,
+        thread_count: int,
+        poll: Callable[[], None],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Find the nearest vectors of each of many stored ones, as ``search`` does for one.
+
+        Args:
+            slots: FAISS positions of the queries, int64 (queries,).
+            count: how many.
+            thread_count: of FAISS.
+            poll: called between pieces of work, may raise to stop.
+
+        Returns:
+            FAISS positions, ascending by squared distance, and these distances, (queries, count).
+            Positions are -1 if the graph ends.
+        """
+        count = min(count, self._total)
+        shape = len(slots), count
+        positions, squared = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        is_stored = count <= MAX_BOUNDED
+        breadth = self.breadths.for_count(count)
+        if is_stored:
+            breadth = max(self.breadths.stored, breadth if count > 11 else 0)
+        if self._parameters is not None:
+            self._parameters.efSearch = breadth
+            self._parameters.bounded_queue = breadth <= MAX_BOUNDED
+        entries, no_distances = slots.astype(np.int32), np.zeros(len(slots), np.float32)
+        most = SUBTRACTED if self.is_flat else len(slots)
+        for start, end in interrupts.portions(0, len(slots), size=FIRST, least=1, most=most):
+            part = slice(start, end)
+            queries = self.vectors[slots[part]]
+            sizes = len(queries), faiss.swig_ptr(queries), count
+            results = faiss.swig_ptr(squared[part]), faiss.swig_ptr(positions[part])
+            with threads(thread_count):
+                if self._parameters is None:
+                    self.index.search_c(*sizes, *results)
+                elif is_stored:
+                    pointers = [faiss.swig_ptr(each[part]) for each in (entries, no_distances)]
+                    self.index.search_level_0(*sizes, *pointers, *results, 1, 1, self._parameters)
+                else:
+                    self.index.search_c(*sizes, *results, self._parameters)
+            poll()
+        return positions, squared
 
     def squared_distances(
         self, query: NDArray[np.float32], slots: NDArray[np.int64], poll: Callable[[], None]

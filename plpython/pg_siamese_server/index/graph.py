@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server.errors import SiameseError
-from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, Breadths
+from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, MAX_THREADS, Breadths, threads
 from pg_siamese_server.index.index_file import Poll
-from pg_siamese_server.interrupts import PIECE_SECONDS, signals_blocked
+from pg_siamese_server.interrupts import portions
 
 FLAT_BELOW = 10_000  # a scan of fewer takes no longer than a walk through a graph
 CELL_ROWS = 2_000  # with their neighbour lists, they fit into a processor's cache
@@ -51,7 +50,7 @@ class Options:
             ("m", self.m, 4, 64),
             ("ef_construction", self.ef_construction, 8, 1000),
             ("target_recall", self.target_recall, 0.5, 1.0),
-            ("threads", self.threads, 1, 64),
+            ("threads", self.threads, 1, MAX_THREADS),
         ):
             if value is None or not low <= value <= high:
                 raise SiameseError(f"{name} must be between {low} and {high}")
@@ -140,7 +139,7 @@ def _cells(
     found = []
     block = max(1_000, PRODUCTS_AT_ONCE // centres.size)
     for start in range(0, len(matrix), block):
-        with _threads(options.threads):
+        with threads(options.threads):
             found.append(faiss.knn(matrix[start : start + block], centres, 1)[1][:, 0])
         poll()
     return np.concatenate(found)
@@ -222,9 +221,9 @@ def _add(
     last: int,
 ) -> None:
     levels = np.minimum(levels, index.hnsw.assign_probas.size())
-    for start, end in _portions(first, last):
+    for start, end in portions(first, last, size=200, least=50, most=MAX_PORTION):
         faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)
-        with _threads(options.threads):
+        with threads(options.threads):
             index.add(matrix[start:end])
         poll()
         progress.report(end)
@@ -249,18 +248,6 @@ def _flat(matrix: NDArray[np.float32]) -> Any:
     index = faiss.IndexFlatL2(matrix.shape[1])
     index.add(matrix)
     return index
-
-
-def _portions(start: int, last: int) -> Iterator[tuple[int, int]]:
-    """Divide a build into portions of about PIECE_SECONDS, measuring as it goes."""
-    size = 200
-    while start < last:
-        end = min(last, start + size)
-        began = time.monotonic()
-        yield start, end
-        seconds = max(1e-6, time.monotonic() - began)
-        size = int(max(50, min(2 * size, MAX_PORTION, (end - start) * PIECE_SECONDS / seconds)))
-        start = end
 
 
 def _calibrate(
@@ -345,7 +332,7 @@ def _search(
         part = slice(start, start + at_once)
         sizes = len(queries[part]), faiss.swig_ptr(queries[part]), count
         results = faiss.swig_ptr(distances[part]), faiss.swig_ptr(positions[part])
-        with _threads(options.threads):
+        with threads(options.threads):
             if entries is None:
                 index.search_c(*sizes, *results, parameters)
             else:
@@ -368,21 +355,10 @@ def _exact(
     distances, places = [], []
     for start in range(0, len(matrix), block):
         part = matrix[start : start + block]
-        with _threads(options.threads):
+        with threads(options.threads):
             near, where = faiss.knn(queries, part, min(count, len(part)))
         distances.append(near)
         places.append(where + start)
         poll()
     order = np.argsort(np.concatenate(distances, axis=1), axis=1)[:, :count]
     return np.take_along_axis(np.concatenate(places, axis=1), order, axis=1)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Let FAISS use threads, for builds only. They never handle PostgreSQL's signals."""
-    with signals_blocked():
-        faiss.omp_set_num_threads(count)
-        try:
-            yield
-        finally:
-            faiss.omp_set_num_threads(1)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # compared. CALL is the rest of one round of a search.
 PLANNER_UNIT, READ_ROW, COMPARE_ROW = 0.5, 0.1, 0.03
 CALL = 150
+# Rows to read at most, if next to none are expected.
+MIN_READ = 10_000
 # To ask the table about a row.
 CHECK_ROW = 1.5
 # The first look asks about k rows times this.
@@ -45,6 +47,11 @@ class Estimate:
 
     rows: float
     microseconds: float
+
+    @property
+    def most(self) -> int:
+        """Most rows to read before the estimate is taken for wrong."""
+        return 4 * int(self.rows) + MIN_READ
 
 
 def estimate(plpy: Any, collection: Collection, conditions: Conditions) -> Estimate:

@@ -14,7 +14,7 @@ from pg_siamese_server.catalog import MAX_CHANGES, Collection, prepare
 from pg_siamese_server.errors import IndexFileError
 from pg_siamese_server.index import generations
 from pg_siamese_server.index.generations import Generation
-from pg_siamese_server.search import exact, fast_path
+from pg_siamese_server.search import exact, fast_path, filters
 from pg_siamese_server.search.pending import Changes, Snapshot
 from pg_siamese_server.search.request import Answer, Neighbours, Request
 from pg_siamese_server.search.trace import NEAREST, QUALIFYING, phase
@@ -28,8 +28,8 @@ CHECK_CANDIDATE, COMPARE_CANDIDATE = 0.1, 0.1
 ENOUGH = 1.25
 # A first look is taken if this many of it cost no more than the rest.
 LITTLE = 3
-# Rows to read at most, if next to none are expected and if any number is.
-MIN_READ, MAX_READ = 10_000, 2**62
+# Rows to read at most, if any number is expected.
+MAX_READ = 2**62
 
 
 class FaissSearch:
@@ -138,6 +138,17 @@ class FaissSearch:
             vector = vectors.stored(self.plpy, self.collection, self.query_id)
         return vector, None
 
+    def items(self, rows: NDArray[np.integer[Any]]) -> list[Any] | NDArray[np.int64]:
+        """Return what identifies rows of the index: keys, or pairs of key and frame.
+
+        Integer keys are an array, int64 (rows,).
+        """
+        held = self.index.rows
+        if held.keys is not None:
+            keys: NDArray[np.int64] = held.keys[rows]
+            return keys
+        return self.collection.items([held.key(row) for row in rows.tolist()])
+
     def pending(self, query: NDArray[np.float32], count: int) -> Neighbours:
         """Find the nearest pending vectors, exactly and in no order."""
         if self.keeps_pending:
@@ -219,7 +230,7 @@ class _Search:
         total = max(1, len(self.index.rows.embedding_ids) + self.changes.addition_count())
         expected = self._estimate()
         prior = min(1.0, max(0.5, expected.rows) / total)
-        most = 4 * int(expected.rows) + MIN_READ
+        most = expected.most
         if expected.microseconds < LITTLE * exact.CALL:  # less than the quickest look
             answer = self._exact(most)
             if answer is not None:
@@ -346,12 +357,8 @@ class _Search:
             count *= 8
 
     def _items(self, rows: NDArray[np.integer[Any]]) -> list[Any]:
-        """Return what identifies rows of the index: keys, or pairs of key and frame."""
-        held = self.index.rows
-        if held.keys is not None:
-            keys: list[Any] = held.keys[rows].tolist()
-            return keys
-        return self.collection.items([held.key(row) for row in rows.tolist()])
+        items = self.finder.items(rows)
+        return items if isinstance(items, list) else items.tolist()
 
     def _merge(self, near: Neighbours, count: int) -> Neighbours:
         """Add pending rows and return the k nearest that qualify, as far as the lists go."""
@@ -402,43 +409,19 @@ class _Search:
         return taken
 
     def _check(self, keys: list[Any]) -> None:
-        """Ask the collection's own table, as the invoker, which rows exist and qualify."""
+        """Note which rows exist and qualify."""
         if not keys:
             return
         collection = self.collection
         asked = list({key for key, _ in keys}) if collection.has_frames else keys
-        plan = None if self.conditions.clauses else collection.plans.get("check")
-        if plan is None:
-            plan, values = self._check_plan(asked)
-        else:
-            values = [asked]
         self.checked.update(dict.fromkeys(keys, False))
         with phase(self.trace, "check"):
-            found = plan.execute(values)[0]["keys"]
+            found = filters.qualifying(self.plpy, collection, self.conditions, asked)
         if found and collection.has_frames:
             seen = set(found)
             self.checked.update((item, True) for item in keys if item[0] in seen)
         elif found:
             self.checked.update(dict.fromkeys(found, True))
-
-    def _check_plan(self, keys: list[Any]) -> tuple[Any, list[Any]]:
-        collection = self.collection
-        where = self.conditions.copy()
-        key = f"b.{collection.key_column}"
-        shown = key if collection.has_integer_keys else f"{key}::text"
-        clauses = [
-            f"{key} = ANY({where.parameter(collection.candidate_array, keys)})",
-            *where.clauses,
-        ]
-        plan = prepare(
-            self.plpy,
-            f"SELECT pg_catalog.array_agg({shown}) AS keys FROM {collection.relation} AS b"
-            f" WHERE {' AND '.join(clauses)}",
-            tuple(where.types),
-        )
-        if not self.conditions.clauses:
-            collection.plans["check"] = plan
-        return plan, where.values
 
 
 def _intersection(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -102,6 +102,33 @@ def columns(plpy: Any, collection: Collection, names: list[str]) -> dict[str, An
     return found
 
 
+def qualifying(
+    plpy: Any, collection: Collection, conditions: Conditions, keys: list[Any]
+) -> list[Any] | None:
+    """Ask the collection's own table, as the invoker, which rows exist and qualify."""
+    plan = None if conditions.clauses else collection.plans.get("check")
+    values = [keys]
+    if plan is None:
+        where = conditions.copy()
+        key = f"b.{collection.key_column}"
+        shown = key if collection.has_integer_keys else f"{key}::text"
+        clauses = [
+            f"{key} = ANY({where.parameter(collection.candidate_array, keys)})",
+            *where.clauses,
+        ]
+        plan = prepare(
+            plpy,
+            f"SELECT pg_catalog.array_agg({shown}) AS keys FROM {collection.relation} AS b"
+            f" WHERE {' AND '.join(clauses)}",
+            tuple(where.types),
+        )
+        values = where.values
+        if not conditions.clauses:
+            collection.plans["check"] = plan
+    found: list[Any] | None = plan.execute(values)[0]["keys"]
+    return found
+
+
 def parse(
     plpy: Any, collection: Collection, text: str | None, excluded: str | None = None
 ) -> Conditions:

@@ -60,7 +60,7 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
             new.append(request.key)
         with phase(request.trace, "check"):
             groups.update(labels(plpy, answer.collection, column, new))
-        taken = _chosen(keys, groups, request)
+        taken = chosen(keys, groups, request)
         if len(taken) == wanted or len(keys) < rows.k:
             if request.trace is not None:
                 last = taken[-1] + 1 if len(taken) == wanted else len(keys)
@@ -76,7 +76,7 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
             return find(plpy, scan)
 
 
-def _chosen(keys: list[Any], groups: dict[Any, str | None], request: Request) -> list[int]:
+def chosen(keys: list[Any], groups: dict[Any, str | None], request: Request) -> list[int]:
     """Return the places of the first k rows that their groups have room for."""
     assert request.k is not None
     full: Counter[str | None] = Counter()

@@ -7,6 +7,8 @@ and each search reads them again. So a search costs what is new, not what is pen
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import vectors
 from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.index.generations import SUBTRACTED
 from pg_siamese_server.search.request import Neighbours
 
 if TYPE_CHECKING:
@@ -84,6 +87,19 @@ class Added:
         """Return places and squared distances of the nearest, exactly, at most ``count``."""
         squared, places = self._index.search(query, min(count, len(self.ids)))
         return places[0], squared[0]
+
+    def nearest_each(
+        self, queries: NDArray[np.float32], count: int, poll: Callable[[], None]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the same of many queries, (queries, at most ``count``)."""
+        places, squared = [], []
+        for start in range(0, len(queries), SUBTRACTED):
+            part = queries[start : start + SUBTRACTED]
+            near = self._index.search(part, min(count, len(self.ids)))
+            squared.append(near[0])
+            places.append(near[1])
+            poll()
+        return np.concatenate(places), np.concatenate(squared)
 
     def find(self, embedding_id: int) -> NDArray[np.float32] | None:
         """Return an added vector, float32 (1, dimension), or None."""
@@ -240,6 +256,30 @@ class Changes:
                     found.keys.append(added.keys[place])
                     found.squared.append(distance)
         return found
+
+    def nearest_each(
+        self, queries: NDArray[np.float32], count: int, poll: Callable[[], None]
+    ) -> tuple[NDArray[np.int64], list[Any], NDArray[np.float32], NDArray[np.float64]]:
+        """Find the nearest of the added vectors for each of many queries, in no order.
+
+        Returns:
+            Of each row found: the number of its query, its item (``Collection.items``) and its
+            squared distance. Of each query: the squared distance within which no row is missing.
+        """
+        complete = np.full(len(queries), math.inf)
+        owners, distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+        keys: list[Any] = []
+        for added in (self.added, self.open_added):
+            if not added.ids:
+                continue
+            places, squared = added.nearest_each(queries, count + len(self.open_dead), poll)
+            if places.shape[1] < len(added.ids):
+                complete = np.minimum(complete, squared[:, -1])
+            alive = np.isin(np.array(added.ids)[places], list(self.open_dead), invert=True)
+            owners.append(np.nonzero(alive)[0])
+            distances.append(squared[alive])
+            keys += [added.keys[place] for place in places[alive].tolist()]
+        return np.concatenate(owners), keys, np.concatenate(distances), complete
 
     def find(self, embedding_id: int) -> NDArray[np.float32] | None:
         """Return an added vector, float32 (1, dimension), or None."""

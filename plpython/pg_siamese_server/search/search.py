@@ -8,7 +8,7 @@ nearer than anything that FAISS has not returned yet.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from pg_siamese_server.search.filters import Conditions, parse
 from pg_siamese_server.search.request import Answer, Request
 from pg_siamese_server.search.trace import phase
 
+if TYPE_CHECKING:
+    from pg_siamese_server.search.faiss_search import FaissSearch
+
 # If a statement reads more changes than this at once, it is planned again.
 REPLAN_ROWS = 1_000
 # Purposes of the plans that read a collection's state, and the vector of a stored image.
@@ -61,12 +64,19 @@ def search(plpy: Any, request: Request) -> Answer:
             return found
         answer = _search_ordinary(plpy, request)
     if answer.collection.embed == "deferred":
-        _notice_queued_rows(plpy, request, answer)
+        notice_queued_rows(plpy, answer.collection, is_short=len(answer.keys) < (request.k or 0))
     return answer
 
 
+def search_part(plpy: Any, request: Request) -> Answer:
+    """Answer a checked search that is a part of a larger one, which sends the notices."""
+    if request.group_by and request.engine != "pgvector":
+        return groups.search(plpy, request, _search)
+    return _search(plpy, request)
+
+
 def _search(plpy: Any, request: Request) -> Answer:
-    """Answer a search that is a part of one."""
+    """Answer a search without groups, or by pgvector."""
     answer = _search_unchanged(plpy, request)
     return _search_ordinary(plpy, request) if answer is None else answer
 
@@ -91,15 +101,15 @@ def _search_unchanged(plpy: Any, request: Request) -> Answer | None:
 
 def _search_snapshot(plpy: Any, request: Request) -> Answer:
     with phase(request.trace, "open"):
-        collection, state = _current_state(plpy, request)
+        collection, state = current_state(plpy, request)
     if request.key is not None and state["query_id"] is None:
         return _answer_without_vector(plpy, request, collection)
     request.embedding(plpy, collection)  # before filters: the first error is the image's
     conditions = parse(plpy, collection, request.filter, request.exclude)
     if request.engine != "pgvector":
-        answer = _search_faiss(plpy, request, collection, state, conditions)
-        if answer is not None:
-            return answer
+        finder = open_faiss(plpy, request, collection, state)
+        if finder is not None:
+            return finder.search(request, conditions)
     return _search_pgvector(plpy, request, collection, state, conditions)
 
 
@@ -156,16 +166,16 @@ def _key_type(collection: Collection) -> str:
     return "bigint" if collection.has_integer_keys else collection.key_type
 
 
-def _notice_queued_rows(plpy: Any, request: Request, answer: Answer) -> None:
+def notice_queued_rows(plpy: Any, collection: Collection, *, is_short: bool) -> None:
     """Send a NOTICE of queued rows: once per session, and with every answer that is short."""
-    told = (answer.collection.collection_id, 0, "waiting")
-    if told in _noticed and len(answer.keys) >= (request.k or 0):
+    told = (collection.collection_id, 0, "waiting")
+    if told in _noticed and not is_short:
         return
     plan = prepare(plpy, "SELECT siamese._is_waiting($1) AS yes", ("integer",))
-    if plan.execute([answer.collection.collection_id])[0]["yes"]:
+    if plan.execute([collection.collection_id])[0]["yes"]:
         _noticed.add(told)
         plpy.notice(
-            f'collection "{answer.collection.name}" has queued rows that were not searched',
+            f'collection "{collection.name}" has queued rows that were not searched',
             hint="They become searchable once pg_siamese worker or embed_pending has embedded"
             " them.",
         )
@@ -209,7 +219,7 @@ def _state_plan(plpy: Any, collection: Collection, purpose: str) -> Any:
     return plan
 
 
-def _current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
+def current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
     """Return the collection and its state in this snapshot.
 
     A collection is remembered by name, and looked up again if renamed, dropped or made again.
@@ -286,14 +296,10 @@ def _check_exists(plpy: Any, collection: Collection) -> None:
         raise no_table(collection.name)
 
 
-def _search_faiss(
-    plpy: Any,
-    request: Request,
-    collection: Collection,
-    state: Any,
-    conditions: Conditions,
-) -> Answer | None:
-    """Answer by FAISS. If it can't, return None, with a NOTICE if it should have."""
+def open_faiss(
+    plpy: Any, request: Request, collection: Collection, state: Any
+) -> FaissSearch | None:
+    """Prepare searches by FAISS. If it can't, return None, with a NOTICE if it should have."""
     generation = state["generation"]
     if generation is None:
         _decline(request, "The collection has no index generation.")
@@ -314,8 +320,7 @@ def _search_faiss(
         return None
     if finder is None:
         _decline(request, "Too many vectors are pending.")
-        return None
-    return finder.search(request, conditions)
+    return finder
 
 
 def _remedy(plpy: Any, error: IndexFileError | ImportError) -> str:
@@ -405,7 +410,7 @@ def _search_pgvector(
 def warm_up(plpy: Any, name: str | None) -> list[tuple[str, str]]:
     """Open a collection's encoder and index in this session, and return what is ready."""
     request = Request(collection_name=name)
-    collection, state = _current_state(plpy, request)
+    collection, state = current_state(plpy, request)
     encoder = models.encoder(plpy, collection.model_id)
     spec = encoder.spec.input
     blank = np.zeros((1, spec.height, spec.width, spec.channels), dtype=np.uint8)

@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import pytest
 
-from pg_siamese_server import vectors
+from pg_siamese_server import interrupts, vectors
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.index import build, graph
 from pg_siamese_server.index.generations import Breadths, opened
@@ -164,15 +164,15 @@ def test_exact_neighbours(clusters: Array) -> None:
 
 
 def test_portions_cover_all_and_grow() -> None:
-    portions = list(graph._portions(0, 100_000))
+    portions = list(interrupts.portions(0, 100_000, size=200, least=50, most=4_000))
     assert portions[0][0] == 0 and portions[-1][1] == 100_000
     assert all(one[1] == other[0] for one, other in itertools.pairwise(portions))
     sizes = [end - start for start, end in portions]
-    assert sizes[1] == 2 * sizes[0] and max(sizes) <= graph.MAX_PORTION
+    assert sizes[1] == 2 * sizes[0] and max(sizes) <= 4_000
 
 
 def test_portions_shrink_when_slow() -> None:
-    portions = graph._portions(0, 600)
+    portions = interrupts.portions(0, 600, size=200, least=50, most=4_000)
     first = next(portions)
     time.sleep(0.2)
     second = next(portions)

@@ -28,6 +28,10 @@ PGSPOT = [
     "collection text,filter siamese.filter,candidates siamese.key[],max_distance double precision,"
     "engine text,key siamese.key,exclude siamese.filter,group_by text,per_group bigint,"
     "own_group boolean,query_frame bigint,item anyelement,distance real,frame integer)",
+    "--proc-without-search-path=siamese.nearest(collection text,keys siamese.key[],k bigint,"
+    "filter siamese.filter,max_distance double precision,engine text,exclude siamese.filter,"
+    "group_by text,per_group bigint,own_group boolean,threads bigint,key text,rank integer,"
+    "neighbour text,distance real,frame integer)",
     "--proc-without-search-path=siamese.classify_image(image bytea,k bigint,collection text,"
     "label_column text,image_id siamese.key,filter siamese.filter,exclude siamese.filter,"
     "group_by text,own_group boolean,label text,votes integer,share real)",
