@@ -147,6 +147,8 @@ def full(connect: Connect, disk: Path, images: Gallery) -> None:
     """Write until nothing goes any more, look, make room, and write again."""
     session = connect()
     deferred = connect()
+    # PostgreSQL itself may refuse new connections later: it can't write its cache of the catalog.
+    reader = connect()
     session.execute("SELECT build_index()")
     with filled_up(disk):
         count = 200
@@ -156,7 +158,7 @@ def full(connect: Connect, disk: Path, images: Gallery) -> None:
                 insert(session, images.files[place : place + 20])
                 count += 20
         assert one(session, "SELECT count(*) FROM siamese.images") == count
-        check_answers(connect(), images, "auto", "tables full")
+        check_answers(reader, images, "auto", "tables full")
         # Each row has its one vector.
         query = (
             "SELECT count(*) FROM siamese.images AS b FULL JOIN siamese.embedding_1 AS e"
