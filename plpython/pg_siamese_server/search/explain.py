@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from pg_siamese_server.catalog import prepare
+from pg_siamese_server.search import filters
 from pg_siamese_server.search.request import Answer
 from pg_siamese_server.search.trace import Trace
 
@@ -85,14 +85,7 @@ def _count_present(plpy: Any, trace: Trace, answer: Answer) -> int:
         return 0
     collection = answer.collection
     items = Counter(item[0] if collection.has_frames else item for item in trace.rejected)
-    shown = "b.{0}" if collection.has_integer_keys else "b.{0}::text"
-    plan = prepare(
-        plpy,
-        f"SELECT pg_catalog.array_agg({shown.format(collection.key_column)}) AS keys"
-        f" FROM {collection.relation} AS b WHERE b.{collection.key_column} = ANY($1)",
-        (collection.candidate_array,),
-    )
-    found = plan.execute([list(items)])[0]["keys"] or ()
+    found = filters.qualifying(plpy, collection, filters.Conditions(), list(items)) or ()
     return sum(items[key] for key in found)
 
 

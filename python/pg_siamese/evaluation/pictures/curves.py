@@ -120,12 +120,7 @@ def roc(pairs: tuple[Floats, Flags], threshold: float, title: str) -> Figure:
     plain_axes(axes)
     axes.plot([0, 100], [0, 100], color=NEUTRAL_COLOUR, linestyle=":", linewidth=1, label="chance")
     _roc_lines(axes, false, true, point, f"area {area:.4f}", f"threshold {threshold:.3g}")
-    axes.set_xlim(-1, 101)
-    axes.set_ylim(-1, 101)
-    axes.set_aspect("equal")
-    axes.set_xlabel("other pairs taken for a match, %")
-    axes.set_ylabel("matching pairs found, %")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    _square(axes, "other pairs taken for a match, %", "matching pairs found, %", "lower right")
     if area > 0.99:
         # All of it happens in a corner.
         inset = axes.inset_axes((0.36, 0.4, 0.5, 0.42))
@@ -137,6 +132,16 @@ def roc(pairs: tuple[Floats, Flags], threshold: float, title: str) -> Figure:
         inset.tick_params(labelsize=7)
         inset.set_title("the corner", size=8)
     return figure
+
+
+def _square(axes: Axes, across: str, up: str, legend: str) -> None:
+    """Finish a square of per cent against per cent."""
+    axes.set_xlim(-1, 101)
+    axes.set_ylim(-1, 101)
+    axes.set_aspect("equal")
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.legend(loc=legend, frameon=False, fontsize=9)
 
 
 def _roc_lines(
@@ -161,12 +166,7 @@ def reliability_curve(figures: Mapping[str, Any], title: str) -> Figure:
     error = 100 * figures["expected_calibration_error"]
     label = f"expected calibration error {error:.1f} %"
     axes.plot(predicted, observed, "o-", color=TRAIN_COLOUR, linewidth=1.6, label=label)
-    axes.set_xlim(-1, 101)
-    axes.set_ylim(-1, 101)
-    axes.set_aspect("equal")
-    axes.set_xlabel("predicted match probability, %")
-    axes.set_ylabel("pairs that match, %")
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    _square(axes, "predicted match probability, %", "pairs that match, %", "upper left")
     return figure
 
 
