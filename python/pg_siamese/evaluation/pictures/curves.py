@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def roc(pairs: tuple[Floats, Flags], threshold: float, title: str) -> Figure:
     return figure
 
 
-def _square(axes: Axes, across: str, up: str, legend: str) -> None:
+def _square(axes: Axes, across: str, up: str, legend: Literal["lower right", "upper left"]) -> None:
     """Finish a square of per cent against per cent."""
     axes.set_xlim(-1, 101)
     axes.set_ylim(-1, 101)
