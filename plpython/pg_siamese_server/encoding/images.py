@@ -39,6 +39,7 @@ from pg_siamese_server.errors import (
 
 if TYPE_CHECKING:  # a session that meets no DICOM file loads no pydicom
     from pg_siamese_server.encoding.dicom.file import File
+    from pg_siamese_server.encoding.regions import Region
 
 _Result = TypeVar("_Result")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
@@ -111,7 +112,11 @@ class Frames:
 
 
 def decode_image(
-    data: bytes | None, spec: InputSpec, poll: Poll | None = None, frame: int = 0
+    data: bytes | None,
+    spec: InputSpec,
+    poll: Poll | None = None,
+    frame: int = 0,
+    region: Region | None = None,
 ) -> NDArray[np.uint8]:
     """Decode an image file and bring it to the encoder's size.
 
@@ -124,14 +129,16 @@ def decode_image(
         spec: size, channels, resize mode and limits.
         poll: called while reading, may raise to stop.
         frame: number of a DICOM frame, from 1, or 0 for the representative one.
+        region: the part to take of the upright image, as a viewer shows it, or None for all.
 
     Returns:
         uint8 array of shape (height, width, channels), C-contiguous.
 
     Raises:
-        ImageError: no data, over a limit, not an allowed format, or damaged.
+        ImageError: no data, over a limit, not an allowed format, damaged, or a region that is not
+            inside the image.
     """
-    decoder = _Decoder(spec, poll, frame=frame)
+    decoder = _Decoder(spec, poll, frame=frame, region=region)
     return _guarded(data, spec, decoder.run)
 
 
@@ -168,13 +175,15 @@ def decode_frames(data: bytes | None, spec: InputSpec, poll: Poll | None = None)
     return Frames(count, dicom.choose(file) + 1, pixels)
 
 
-def render_image(data: bytes, side: int, frame: int = 0) -> NDArray[np.uint8]:
+def render_image(
+    data: bytes, side: int, frame: int = 0, region: Region | None = None
+) -> NDArray[np.uint8]:
     """Decode an image file for display, as ``decode_image`` does, in its own proportions.
 
     Args:
         data: the bytes of the file.
         side: most pixels of the longer side.
-        frame: as for ``decode_image``.
+        frame, region: as for ``decode_image``.
 
     Returns:
         uint8 array of shape (height, width, 3), no larger than the picture itself.
@@ -182,7 +191,7 @@ def render_image(data: bytes, side: int, frame: int = 0) -> NDArray[np.uint8]:
     Raises:
         ImageError: as for ``decode_image``.
     """
-    decoder = _Decoder(InputSpec(side, side), None, keeps_shape=True, frame=frame)
+    decoder = _Decoder(InputSpec(side, side), None, keeps_shape=True, frame=frame, region=region)
     return _guarded(data, decoder.spec, decoder.run)
 
 
@@ -316,6 +325,7 @@ class _Decoder:
     poll_or_none: Poll | None
     keeps_shape: bool = False
     frame: int = 0
+    region: Region | None = None
 
     def poll(self) -> None:
         if self.poll_or_none:
@@ -356,7 +366,9 @@ class _Decoder:
             from pg_siamese_server.encoding import dicom
 
             frame = dicom.choose(file, self.frame)
-            return dicom.decode(file, frame, self.spec, self.poll, keeps_shape=self.keeps_shape)
+            # A region is counted in the square pixels of a viewer.
+            keeps_shape = self.keeps_shape or self.region is not None
+            return dicom.decode(file, frame, self.spec, self.poll, keeps_shape=keeps_shape)
         check_frame(self.frame, 1)
         if data[:4] in TIFF_HEADERS:
             from pg_siamese_server.encoding import tiff
@@ -412,7 +424,8 @@ class _Decoder:
 
     def least_side(self) -> int | None:
         """Pixels that each side keeps if a picture is reduced before it is resampled."""
-        if self.spec.interpolation == "nearest":  # takes single pixels, not their surroundings
+        # The first takes single pixels, not their surroundings. The second needs all of its own.
+        if self.spec.interpolation == "nearest" or self.region is not None:
             return None
         return DRAFT_MARGIN * max(self.spec.width, self.spec.height)
 
@@ -472,6 +485,9 @@ class _Decoder:
         if turn is not None:
             box = _turn_box(box, image.size, turn)
             image = image.transpose(turn)
+        if self.region is not None:
+            image = image.crop(self.region.pixels(*image.size))
+            box = (0.0, 0.0, float(image.width), float(image.height))
         if self.keeps_shape:
             sides = box[2] - box[0], box[3] - box[1]
             share = min(1.0, spec.width / max(sides))

@@ -24,6 +24,7 @@ from pg_siamese_server.limits import MODELS_OWN, Limits
 
 if TYPE_CHECKING:  # searches by a stored image need neither
     from pg_siamese_server.encoding.encoder import Encoder
+    from pg_siamese_server.encoding.regions import Region
     from pg_siamese_server.encoding.specification import ModelSpec
 
 # With their JSON text, which is quicker to hash.
@@ -95,6 +96,7 @@ def embed(
     limits: Limits = MODELS_OWN,
     sha256: str | None = None,
     frame: int = 0,
+    region: Region | None = None,
 ) -> NDArray[np.float32]:
     """Decode and embed a few images, within the limits of a collection.
 
@@ -105,6 +107,7 @@ def embed(
         limits: of the collection.
         sha256: of the model's ONNX file, if the caller has read it.
         frame: of each image, from 1, or 0 for the representative one.
+        region: part of each image, or None for all of it.
 
     Returns:
         float32 (images, dimension).
@@ -118,7 +121,7 @@ def embed(
     model = encoder(plpy, model_id, sha256)
     poll = partial(interrupts.check, plpy)
     spec = model.spec.input.within(limits)
-    pixels = np.stack([decode_image(image, spec, poll, frame) for image in images])
+    pixels = np.stack([decode_image(image, spec, poll, frame, region) for image in images])
     result = model.embed(pixels, poll)
     for embedding in result:
         check_embedding(embedding, model.spec.metric)
