@@ -54,7 +54,8 @@ CREATE CAST (uuid AS siamese.key) WITH INOUT AS IMPLICIT;
 
 CREATE FUNCTION siamese._similar_images(
     image bytea, image_id bigint, k bigint, collection text, filter siamese.filter, candidates bigint[],
-    max_distance double precision, engine text, options text[]
+    max_distance double precision, engine text, options text[], examples text[], like_images bytea[],
+    unlike_images bytea[]
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$
@@ -91,7 +92,15 @@ CREATE FUNCTION siamese.similar_images(
     group_by text DEFAULT '',
     per_group bigint DEFAULT 1,
     own_group boolean DEFAULT TRUE,
-    query_frame bigint DEFAULT 0
+    query_frame bigint DEFAULT 0,
+    -- All of the image. Within 0 and 1, shares of its sides, else pixels, from the top left corner.
+    region box DEFAULT '(0,0),(1,1)',
+    "like" bigint[] DEFAULT '{}',
+    unlike bigint[] DEFAULT '{}',
+    like_images bytea[] DEFAULT '{}',
+    unlike_images bytea[] DEFAULT '{}',
+    strategy text DEFAULT 'mean',
+    penalty double precision DEFAULT 1
 ) RETURNS SETOF siamese.similar_image
 -- SQL without settings of its own, so that the planner makes it part of the query that calls it: as PL/pgSQL it
 -- would take as long again as the search.
@@ -113,9 +122,17 @@ AS $$
                 ELSE coalesce(candidates, '{}') END,
             -- Folded when it is planned: NULL if none of these is given, as in most searches.
             max_distance, engine, CASE WHEN exclude::pg_catalog.text OPERATOR(pg_catalog.=) '{}' AND group_by OPERATOR(pg_catalog.=) ''
-                AND per_group OPERATOR(pg_catalog.=) 1 AND own_group AND query_frame OPERATOR(pg_catalog.=) 0 THEN NULL
+                AND per_group OPERATOR(pg_catalog.=) 1 AND own_group AND query_frame OPERATOR(pg_catalog.=) 0
+                AND region::pg_catalog.text OPERATOR(pg_catalog.=) '(1,1),(0,0)' THEN NULL
                 ELSE ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text,
-                    query_frame::pg_catalog.text] END) AS answer
+                    query_frame::pg_catalog.text, region::pg_catalog.text] END,
+            CASE WHEN pg_catalog.cardinality("like") OPERATOR(pg_catalog.=) 0
+                AND pg_catalog.cardinality(unlike) OPERATOR(pg_catalog.=) 0
+                AND pg_catalog.cardinality(like_images) OPERATOR(pg_catalog.=) 0
+                AND pg_catalog.cardinality(unlike_images) OPERATOR(pg_catalog.=) 0
+                AND strategy IS NOT NULL AND penalty IS NOT NULL THEN NULL
+                ELSE ARRAY["like"::pg_catalog.text, unlike::pg_catalog.text, strategy, penalty::pg_catalog.text] END,
+            like_images, unlike_images) AS answer
         OFFSET 0
     ) AS a
     -- Of one row, as an aggregate is, the planner leaves it out if nobody asks for the similarity.
@@ -145,7 +162,14 @@ CREATE FUNCTION siamese.similar_rows(
     group_by text DEFAULT '',
     per_group bigint DEFAULT 1,
     own_group boolean DEFAULT TRUE,
-    query_frame bigint DEFAULT 0
+    query_frame bigint DEFAULT 0,
+    region box DEFAULT '(0,0),(1,1)',
+    "like" siamese.key[] DEFAULT '{}',
+    unlike siamese.key[] DEFAULT '{}',
+    like_images bytea[] DEFAULT '{}',
+    unlike_images bytea[] DEFAULT '{}',
+    strategy text DEFAULT 'mean',
+    penalty double precision DEFAULT 1
 ) RETURNS TABLE (item anyelement, distance real, frame integer)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 10
 SET jit = off
@@ -173,7 +197,14 @@ BEGIN
             ELSE coalesce(candidates::pg_catalog.text[], '{}') END,
         max_distance, engine,
         ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text,
-            query_frame::pg_catalog.text]);
+            query_frame::pg_catalog.text, region::pg_catalog.text],
+        CASE WHEN pg_catalog.cardinality("like") OPERATOR(pg_catalog.=) 0
+            AND pg_catalog.cardinality(unlike) OPERATOR(pg_catalog.=) 0
+            AND pg_catalog.cardinality(like_images) OPERATOR(pg_catalog.=) 0
+            AND pg_catalog.cardinality(unlike_images) OPERATOR(pg_catalog.=) 0
+            AND strategy IS NOT NULL AND penalty IS NOT NULL THEN NULL
+            ELSE ARRAY["like"::pg_catalog.text, unlike::pg_catalog.text, strategy, penalty::pg_catalog.text] END,
+        like_images, unlike_images);
     IF answer[1] IS NOT NULL THEN
         PERFORM siamese._raise(answer);
     END IF;
@@ -260,7 +291,8 @@ COMMENT ON FUNCTION siamese.classify_image IS 'labels of the k nearest images, w
 
 CREATE FUNCTION siamese._similar_keys(
     image bytea, key text, k bigint, collection text, filter siamese.filter, candidates text[],
-    max_distance double precision, engine text, options text[]
+    max_distance double precision, engine text, options text[], examples text[], like_images bytea[],
+    unlike_images bytea[]
 ) RETURNS text[]
 LANGUAGE plpython3u STABLE PARALLEL UNSAFE
 AS $python$

@@ -15,7 +15,8 @@ CREATE FUNCTION siamese.explain_search(
     group_by text DEFAULT '',
     per_group bigint DEFAULT 1,
     own_group boolean DEFAULT TRUE,
-    query_frame bigint DEFAULT 0
+    query_frame bigint DEFAULT 0,
+    region box DEFAULT '(0,0),(1,1)'
 ) RETURNS TABLE (fact text, value text, detail text)
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE ROWS 20
 AS $$
@@ -26,7 +27,7 @@ DECLARE
             ELSE coalesce(candidates::pg_catalog.text[], '{}') END,
         max_distance, engine,
         ARRAY[exclude::pg_catalog.text, group_by, per_group::pg_catalog.text, own_group::pg_catalog.text,
-            query_frame::pg_catalog.text]);
+            query_frame::pg_catalog.text, region::pg_catalog.text]);
 BEGIN
     PERFORM siamese._raise(answer);
     RETURN QUERY SELECT f.fact, f.value, f.detail

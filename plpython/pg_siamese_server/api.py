@@ -15,7 +15,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before NumPy, FAISS and ONNX Runtime are imported. A backend is one process among many, so only
 # index builds start threads, and batches of searches that ask for them.
@@ -51,12 +51,17 @@ from pg_siamese_server.limits import Limits  # noqa: E402
 # Their threads inherit the mask. PostgreSQL's signal handlers stay in the main thread.
 with interrupts.signals_blocked():
     from pg_siamese_server.search import search as _search
-    from pg_siamese_server.search.request import Answer, Request
+    from pg_siamese_server.search.request import Answer, Examples, Request
+
+if TYPE_CHECKING:  # few searches have one
+    from pg_siamese_server.encoding.regions import Region
 
 # The largest real, the type of distances.
 MAX_REAL = 3.4028234663852886e38
 # What stands for the collection's group column, as the name of a column.
 OWN_COLUMN = "-"
+# The box that is the whole image, as PostgreSQL writes it.
+WHOLE = "(1,1),(0,0)"
 # The largest bigint, which in SQL stands for no limit.
 ALL_ROWS = 2**63 - 1
 
@@ -303,7 +308,7 @@ def similar_images(
     """Body of ``_similar_images``."""
     request = _request(image, image_id, *arguments)
     request.integer_keys = True
-    return _to_columns(plpy, _search_or_explain(plpy, request))
+    return _to_columns(_search_or_explain(plpy, request), request)
 
 
 @_entry_point
@@ -320,7 +325,7 @@ def similar_keys(
     """Body of ``_similar_keys``, which ``similar_rows`` uses."""
     stored, chosen = _cast_keys(plpy, collection, key, candidates)
     request = _request(image, stored, k, collection, filter_, chosen, *arguments)
-    return _to_columns(plpy, _search_or_explain(plpy, request))
+    return _to_columns(_search_or_explain(plpy, request), request)
 
 
 def _request(
@@ -333,13 +338,21 @@ def _request(
     max_distance: float | None = math.inf,
     engine: str | None = "auto",
     options: list[str | None] | None = None,
+    *examples: Any,
 ) -> Request:
     """Return the request. Arguments have the defaults of SQL, none of which is NULL.
 
-    ``options`` are ``exclude``, ``group_by``, ``per_group``, ``own_group`` and ``query_frame`` as
-    text, or None for their defaults.
+    ``options`` are ``exclude``, ``group_by``, ``per_group``, ``own_group``, ``query_frame`` and
+    ``region`` as text, or None for their defaults. ``examples`` are as for ``_examples``.
     """
-    if image is None and key is None:
+    several = _examples(*examples) if examples else None
+    if several is not None:
+        if image is not None or key is not None:
+            raise SiameseError(
+                "an image and examples are given",
+                hint="Give the image as one of like_images, or its key as one of like.",
+            )
+    elif image is None and key is None:
         raise SiameseError(
             "image is null",
             sqlstate=NULL_VALUE_NOT_ALLOWED,
@@ -366,16 +379,66 @@ def _request(
         candidates=candidates,
         max_distance=limit,
         engine=engine,
+        examples=several,
     )
     if options is not None:
-        exclude, group_by, per_group, own_group, frame = options
+        exclude, group_by, per_group, own_group, frame, region = options
         is_own = None if own_group is None else own_group == "true"
         _set_groups(
             request, exclude, group_by, None if per_group is None else int(per_group), is_own
         )
-        _check_given(query_frame=frame)
+        _check_given(query_frame=frame, region=region)
         request.frame = int(frame or 0)
+        request.region = _region(str(region))
+        for name, value in (("query_frame", request.frame), ("region", request.region)):
+            if value and several is not None:
+                raise SiameseError(
+                    f"{name} and examples are given", hint="It is for searches by one image."
+                )
     return request
+
+
+def _region(text: str) -> Region | None:
+    """Return the part of the image to search for, or None for all of it."""
+    if text == WHOLE:
+        return None
+    from pg_siamese_server.encoding import regions
+
+    return regions.parse(text)
+
+
+def _examples(
+    keys: list[str | None] | None,
+    like_images: list[bytes | None] | None,
+    unlike_images: list[bytes | None] | None,
+) -> Examples | None:
+    """Return the examples, or None if none are given.
+
+    ``keys`` are ``like``, ``unlike``, ``strategy`` and ``penalty`` as text, or None if there is no
+    example of any kind.
+    """
+    if keys is None:
+        return None
+    like, unlike, strategy, penalty = keys
+    _check_given(
+        like=like,
+        unlike=unlike,
+        like_images=like_images,
+        unlike_images=unlike_images,
+        strategy=strategy,
+        penalty=penalty,
+    )
+    assert like_images is not None and unlike_images is not None
+    examples = Examples(
+        like=str(like),
+        unlike=str(unlike),
+        like_images=like_images,
+        unlike_images=unlike_images,
+        strategy=str(strategy),
+        penalty=float(penalty or 0),
+    )
+    examples.check()
+    return examples
 
 
 def _set_groups(
@@ -481,7 +544,7 @@ def _explain_failure(
         filters.columns(plpy, found, [group_by])
 
 
-def _to_columns(plpy: Any, answer: Answer) -> tuple[str | None, ...]:
+def _to_columns(answer: Answer, request: Request) -> tuple[str | None, ...]:
     """Return keys and distances as arrays, the arguments of ``match_line``, and frames, as text.
 
     PL/Python would write all 17 digits of each float, and make each row separately.
@@ -490,7 +553,9 @@ def _to_columns(plpy: Any, answer: Answer) -> tuple[str | None, ...]:
     keys = _keys(answer.collection, answer.keys)
     query = "" if answer.query is None else answer.query.tobytes().hex()
     frames = None if answer.frames is None else _integers(answer.frames)
-    return keys, distances, str(answer.collection.model_id), query, frames
+    # The calibration is of distances between two images.
+    model_id = None if request.examples is not None else str(answer.collection.model_id)
+    return keys, distances, model_id, query, frames
 
 
 def _keys(collection: Collection, keys: list[Any]) -> str:

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from pg_siamese_server.errors import NULL_VALUE_NOT_ALLOWED, UNDEFINED_OBJECT, SiameseError
+from pg_siamese_server.errors import (
+    NO_DATA_FOUND,
+    NULL_VALUE_NOT_ALLOWED,
+    UNDEFINED_OBJECT,
+    SiameseError,
+)
 from pg_siamese_server.limits import Limits
 
 # Prepared plans outlive transactions and follow changes of their tables by themselves.
@@ -378,6 +383,15 @@ def no_table(name: str) -> SiameseError:
         f'table of collection "{name}" no longer exists',
         sqlstate=UNDEFINED_OBJECT,
         hint="Drop the collection with drop_collection.",
+    )
+
+
+def no_image(key: Any, collection: str) -> SiameseError:
+    """Return the error of a stored image that a search names, and that is not there."""
+    return SiameseError(
+        f'image {key} is not in collection "{collection}"',
+        sqlstate=NO_DATA_FOUND,
+        detail="There is no such row, or it is not visible to you.",
     )
 
 

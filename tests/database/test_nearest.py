@@ -59,8 +59,12 @@ def patient_of(number: int) -> str | None:
 
 @pytest.fixture(params=KINDS, ids=" ".join)
 def scans(request: pytest.FixtureRequest, db: Connection, pictures: Pictures) -> Connection:
-    """Table ``scans`` with pending, dead, changed, equal and failed rows, and one without image."""
-    kind, frames = request.param
+    make_scans(db, pictures, *request.param)
+    return db
+
+
+def make_scans(db: Connection, pictures: Pictures, kind: str, frames: str) -> None:
+    """Make a table with pending, dead, changed, equal and failed rows, and one without image."""
     many = ROWS if frames == "one" else 40
     files: list[bytes | None] = list(pictures.files[: many + PENDING])
     if frames == "all":
@@ -93,7 +97,6 @@ def scans(request: pytest.FixtureRequest, db: Connection, pictures: Pictures) ->
         " WHERE id::text = %s",
         (keys[20], keys[9]),
     )
-    return db
 
 
 def arguments(options: dict[str, Any]) -> sql.Composed:

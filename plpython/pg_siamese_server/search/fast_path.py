@@ -143,6 +143,8 @@ def _may_serve(request: Request, changes: Changes) -> bool:
         and request.candidates is None
         and (request.filter or request.exclude or request.max_distance is None)
         and request.engine != "pgvector"
+        and request.points is None
+        and not request.left_out
         and not (request.frame and request.key is not None)
     )
 

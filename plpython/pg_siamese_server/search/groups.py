@@ -29,7 +29,7 @@ def leave_out_own(plpy: Any, request: Request) -> None:
     column = group_column(plpy, request.collection_name)
     if column is None or request.per_group > 1:
         return
-    if request.key is None:  # which has no group
+    if not request.own_keys:  # an image that is not stored has no group
         request.own_group = True
     else:
         request.group_by, request.per_group = column, MAX_K
@@ -55,9 +55,8 @@ def search(plpy: Any, request: Request, find: Callable[[Any, Request], Answer]) 
     while True:
         answer = find(plpy, rows)
         keys = answer.keys
-        new = [key for key in keys if key not in groups]
-        if request.key is not None and not request.own_group and request.key not in groups:
-            new.append(request.key)
+        own = [] if request.own_group else request.own_keys
+        new = [key for key in (*keys, *own) if key not in groups]
         with phase(request.trace, "check"):
             groups.update(labels(plpy, answer.collection, column, new))
         taken = chosen(keys, groups, request)
@@ -80,9 +79,9 @@ def chosen(keys: list[Any], groups: dict[Any, str | None], request: Request) -> 
     """Return the places of the first k rows that their groups have room for."""
     assert request.k is not None
     full: Counter[str | None] = Counter()
-    own = None if request.own_group else groups.get(request.key)
-    if own is not None:
-        full[own] = request.per_group
+    if not request.own_group:
+        own = {groups.get(key) for key in request.own_keys} - {None}
+        full.update(dict.fromkeys(own, request.per_group))
     taken: list[int] = []
     for place, key in enumerate(keys):
         if key not in groups:  # a rule hides what it showed before
@@ -103,11 +102,11 @@ def place(
     column = _quoted(plpy, collection, request.group_by)
     # As Python compares, whatever the column's collation.
     label = f'b.{column}::text COLLATE "C"'
-    if request.key is not None and not request.own_group:
-        own = where.parameter(collection.key_array, [request.key])
+    if request.own_keys and not request.own_group:
+        own = where.parameter(collection.key_array, request.own_keys)
         where.clauses.append(
-            f"({label} OPERATOR(pg_catalog.=) (SELECT o.{column}::text"
-            f" FROM {collection.relation} AS o WHERE o.{collection.key_column} = ANY({own})))"
+            f"({label} OPERATOR(pg_catalog.=) ANY (ARRAY(SELECT o.{column}::text"
+            f" FROM {collection.relation} AS o WHERE o.{collection.key_column} = ANY({own}))))"
             " IS NOT TRUE"
         )
     return f"pg_catalog.row_number() OVER (PARTITION BY {label} ORDER BY {order})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,56 @@ from numpy.typing import NDArray
 from pg_siamese_server import vectors
 from pg_siamese_server.catalog import Collection
 from pg_siamese_server.encoding import models
-from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.errors import FEATURE_NOT_SUPPORTED, SiameseError
 from pg_siamese_server.limits import Limits
 from pg_siamese_server.search.trace import Trace, phase
 
+if TYPE_CHECKING:  # few searches have one
+    from pg_siamese_server.encoding.regions import Region
+
 MAX_K = 10_000
 ENGINES = ("auto", "faiss", "pgvector")
+MEAN, BEST = STRATEGIES = "mean", "best"
+# Of all kinds together. Each of an answer's candidates is compared with each example.
+MAX_EXAMPLES = 100
+MAX_PENALTY = 10
+
+
+@dataclass(kw_only=True, slots=True, eq=False, repr=False)
+class Examples:
+    """Images to search by: more like some, and less like others.
+
+    Attributes:
+        like, unlike: keys of stored images, as the text of an array.
+        like_images, unlike_images: image files.
+        strategy: ``mean`` or ``best``.
+        penalty: how much an unliked example counts.
+    """
+
+    like: str
+    unlike: str
+    like_images: list[bytes | None]
+    unlike_images: list[bytes | None]
+    strategy: str
+    penalty: float
+
+    def check(self) -> None:
+        """Refuse arguments out of range."""
+        if self.strategy not in STRATEGIES:
+            raise SiameseError(
+                f'unknown strategy "{self.strategy}"', hint=f"Use one of {', '.join(STRATEGIES)}."
+            )
+        if not 0 <= self.penalty <= MAX_PENALTY:
+            raise SiameseError(f"penalty must be between 0 and {MAX_PENALTY}")
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Points:
+    """Prepared vectors of examples, float32 (examples, dimension). ``unliked`` may be empty."""
+
+    liked: NDArray[np.float32]
+    unliked: NDArray[np.float32]
+    penalty: float
 
 
 # Neither compared nor printed: to make these methods takes a tenth of a millisecond each, which the
@@ -42,6 +86,11 @@ class Request:
         own_group: whether rows of the stored image's own group count. If not, and without
             ``group_by``, the collection's group column says which these are.
         frame: which frame of the image is searched for, from 1, or 0 for the representative one.
+        region: which part of the image is searched for, or None for all of it.
+        examples: what to search by instead of an image, or None.
+        left_out: keys of further rows that the answer leaves out. The query was made of them.
+        vector: float32 (1, dimension), to search for instead of an image, or None.
+        points: several vectors to search for instead of an image, or None.
         integer_keys: whether the caller can take integer keys only.
         trace: takes notes of the search, or None.
     """
@@ -59,6 +108,11 @@ class Request:
     per_group: int = 1
     own_group: bool = True
     frame: int = 0
+    region: Region | None = None
+    examples: Examples | None = None
+    left_out: list[Any] = field(default_factory=list)
+    vector: NDArray[np.float32] | None = None
+    points: Points | None = None
     integer_keys: bool = False
     trace: Trace | None = None
     _embedded: dict[tuple[int, Limits], NDArray[np.float32]] | None = field(
@@ -84,12 +138,35 @@ class Request:
                 " alter_collection.",
             )
 
-    def embedding(self, plpy: Any, collection: Collection) -> NDArray[np.float32] | None:
-        """Return the image's embedding, float32 (1, dimension), or None for a search by key.
+    def check_collection(self, collection: Collection) -> None:
+        """Refuse a collection that can't answer."""
+        if self.integer_keys and not collection.has_integer_keys:
+            raise SiameseError(
+                f'collection "{collection.name}" has keys of type {collection.key_type}',
+                sqlstate=FEATURE_NOT_SUPPORTED,
+                hint="Use similar_rows.",
+            )
+        is_stored = self.key is not None and self.region is None
+        if self.frame and is_stored and not collection.has_frames:
+            raise SiameseError(
+                f'collection "{collection.name}" has one vector of each image',
+                hint="Leave query_frame out, or search for the image itself.",
+            )
 
-        The image is embedded once, however many ways of searching are tried.
+    @property
+    def own_keys(self) -> list[Any]:
+        """Keys of the stored images that the query was made of."""
+        return self.left_out if self.key is None else [self.key]
+
+    def embedding(self, plpy: Any, collection: Collection) -> NDArray[np.float32] | None:
+        """Return the embedding to search for, float32 (1, dimension).
+
+        It is None for a search by key or by several points. An image is embedded once, however many
+        ways of searching are tried.
         """
-        if self.key is not None:
+        if self.vector is not None:
+            return self.vector
+        if self.key is not None or self.points is not None:
             return None
         encoder = collection.model_id, collection.limits
         if self._embedded is None:
@@ -103,6 +180,7 @@ class Request:
                     collection.limits,
                     collection.sha256,
                     self.frame,
+                    self.region,
                 )
         return self._embedded[encoder]
 
@@ -176,12 +254,27 @@ class Answer:
     @classmethod
     def of(cls, collection: Collection, found: Neighbours, query: NDArray[np.float32]) -> Answer:
         """Convert squared distances to the collection's metric."""
-        keys, frames = found.keys, None
-        if collection.has_frames:
-            frames = [frame for _, frame in keys]
-            keys = [key for key, _ in keys]
         distances = vectors.to_distances(found.squared, collection.metric)
+        return cls.of_items(collection, found.keys, distances, query)
+
+    @classmethod
+    def of_items(
+        cls,
+        collection: Collection,
+        items: list[Any],
+        distances: list[float],
+        query: NDArray[np.float32] | None,
+    ) -> Answer:
+        """Take the frames from what identifies vectors (``Collection.items``)."""
+        if not collection.has_frames:
+            return cls(collection, items, distances, query)
+        keys, frames = [key for key, _ in items], [frame for _, frame in items]
         return cls(collection, keys, distances, query, frames)
+
+    @property
+    def items(self) -> list[Any]:
+        """What identifies the vectors found (``Collection.items``)."""
+        return self.keys if self.frames is None else list(zip(self.keys, self.frames, strict=True))
 
     def taken(self, places: list[int]) -> Answer:
         """Return some of the rows, by their places."""

@@ -19,14 +19,13 @@ from pg_siamese_server.catalog import (
     Collection,
     collection_by_name,
     is_standby,
+    no_image,
     no_table,
     prepare,
     session_cache,
 )
 from pg_siamese_server.encoding import models
 from pg_siamese_server.errors import (
-    FEATURE_NOT_SUPPORTED,
-    NO_DATA_FOUND,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     UNDEFINED_OBJECT,
     IndexFileError,
@@ -53,6 +52,12 @@ _noticed: set[tuple[int, int, str]] = set()
 
 def search(plpy: Any, request: Request) -> Answer:
     """Answer a search."""
+    if request.examples is not None or (request.region is not None and request.key is not None):
+        from pg_siamese_server.search import queries
+
+        collection = collection_by_name(plpy, request.collection_name)
+        request.check_collection(collection)
+        queries.settle(plpy, request, collection)
     if not (request.own_group or request.group_by):
         groups.leave_out_own(plpy, request)
     request.check()
@@ -106,10 +111,20 @@ def _search_snapshot(plpy: Any, request: Request) -> Answer:
         return _answer_without_vector(plpy, request, collection)
     request.embedding(plpy, collection)  # before filters: the first error is the image's
     conditions = parse(plpy, collection, request.filter, request.exclude)
+    if request.left_out:
+        left_out = conditions.parameter(collection.candidate_array, request.left_out)
+        conditions.clauses.append(f"b.{collection.key_column} <> ALL({left_out})")
     if request.engine != "pgvector":
         finder = open_faiss(plpy, request, collection, state)
-        if finder is not None:
+        if finder is not None and request.points is None:
             return finder.search(request, conditions)
+        if finder is not None:
+            from pg_siamese_server.search import queries
+
+            answer = queries.search_best(finder, request, conditions)
+            if answer is not None:
+                return answer
+            _decline(request, "Too many candidates would be compared.")
     return _search_pgvector(plpy, request, collection, state, conditions)
 
 
@@ -125,11 +140,7 @@ def _answer_without_vector(plpy: Any, request: Request, collection: Collection) 
         (_key_type(collection),),
     )
     if not plan.execute([request.key]).nrows():
-        raise SiameseError(
-            f'image {request.key} is not in collection "{collection.name}"',
-            sqlstate=NO_DATA_FOUND,
-            detail="There is no such row, or it is not visible to you.",
-        )
+        raise no_image(request.key, collection.name)
     _check_stored_frame(plpy, request, collection)
     told = (collection.collection_id, 0, "without vector")
     if told not in _noticed:
@@ -230,17 +241,7 @@ def current_state(plpy: Any, request: Request) -> tuple[Collection, Any]:
         if collection is None:
             collection = collection_by_name(plpy, name)
             _collections[collection.name] = collection
-        if request.integer_keys and not collection.has_integer_keys:
-            raise SiameseError(
-                f'collection "{collection.name}" has keys of type {collection.key_type}',
-                sqlstate=FEATURE_NOT_SUPPORTED,
-                hint="Use similar_rows.",
-            )
-        if request.frame and request.key is not None and not collection.has_frames:
-            raise SiameseError(
-                f'collection "{collection.name}" has one vector of each image',
-                hint="Leave query_frame out, or search for the image itself.",
-            )
+        request.check_collection(collection)
         changes = _changes.get(collection.collection_id)
         purpose = STATE
         values = [collection.name, str(changes.horizon if changes else 0)]
@@ -356,14 +357,20 @@ def _search_pgvector(
         request.trace.exact = True
     where = conditions.copy()
     embedding = request.embedding(plpy, collection)
-    if embedding is not None:
-        query = where.parameter(collection.vector_type, vectors.to_text(embedding[0]))
+    if request.points is not None:
+        from pg_siamese_server.search import queries
+
+        distance = queries.best_sql(request.points, collection, where)
     else:
-        place = where.parameter("bigint", state["query_id"])
-        query = (
-            f"(SELECT q.embedding FROM {collection.embeddings} AS q WHERE q.embedding_id = {place})"
-        )
-    distance = f"(e.embedding {collection.distance_operator} {query})"
+        if embedding is not None:
+            query = where.parameter(collection.vector_type, vectors.to_text(embedding[0]))
+        else:
+            place = where.parameter("bigint", state["query_id"])
+            query = (
+                f"(SELECT q.embedding FROM {collection.embeddings} AS q"
+                f" WHERE q.embedding_id = {place})"
+            )
+        distance = f"(e.embedding {collection.distance_operator} {query})"
     key = f"b.{collection.key_column}"
     if request.candidates is not None:
         place = where.parameter(collection.candidate_array, request.candidates)
@@ -401,7 +408,7 @@ def _search_pgvector(
     prepared = None
     if embedding is not None:
         prepared = vectors.prepare(embedding, collection.metric)
-    elif models.spec(plpy, collection.model_id).domain is not None:
+    elif request.key is not None and models.spec(plpy, collection.model_id).domain is not None:
         prepared = vectors.stored(plpy, collection, state["query_id"])
     frames = [row["frame"] for row in rows] if collection.has_frames else None
     return Answer(collection, keys, distances, prepared, frames)

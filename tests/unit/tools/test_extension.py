@@ -23,11 +23,14 @@ PGSPOT = [
     "--proc-without-search-path=siamese.similar_images(image bytea,k bigint,collection text,"
     "filter siamese.filter,candidates bigint[],max_distance double precision,engine text,"
     "image_id bigint,exclude siamese.filter,group_by text,per_group bigint,own_group boolean,"
-    "query_frame bigint)",
+    'query_frame bigint,region box,"like" bigint[],unlike bigint[],like_images bytea[],'
+    "unlike_images bytea[],strategy text,penalty double precision)",
     "--proc-without-search-path=siamese.similar_rows(of_table anyelement,image bytea,k bigint,"
     "collection text,filter siamese.filter,candidates siamese.key[],max_distance double precision,"
     "engine text,key siamese.key,exclude siamese.filter,group_by text,per_group bigint,"
-    "own_group boolean,query_frame bigint,item anyelement,distance real,frame integer)",
+    'own_group boolean,query_frame bigint,region box,"like" siamese.key[],unlike siamese.key[],'
+    "like_images bytea[],unlike_images bytea[],strategy text,penalty double precision,"
+    "item anyelement,distance real,frame integer)",
     "--proc-without-search-path=siamese.nearest(collection text,keys siamese.key[],k bigint,"
     "filter siamese.filter,max_distance double precision,engine text,exclude siamese.filter,"
     "group_by text,per_group bigint,own_group boolean,threads bigint,key text,rank integer,"
@@ -38,7 +41,7 @@ PGSPOT = [
     "--proc-without-search-path=siamese.explain_search(image bytea,k bigint,collection text,"
     "filter siamese.filter,candidates siamese.key[],max_distance double precision,engine text,"
     "image_id siamese.key,exclude siamese.filter,group_by text,per_group bigint,own_group boolean,"
-    "query_frame bigint,fact text,value text,detail text)",
+    "query_frame bigint,region box,fact text,value text,detail text)",
     "--proc-without-search-path=siamese.measure_recall(collection text,queries bigint,k bigint,"
     "filter siamese.filter,seed bigint,sampled integer,recall real,minimum real,milliseconds real,"
     "exact_milliseconds real)",
