@@ -26,7 +26,7 @@ from tests import dicom_files
 from tests.conftest import Connection
 from tests.database.commands import fails, run, works
 from tests.server import login_role, pg_environment
-from tests.support import graph, grid_encoder, one, rows_of, wait_until
+from tests.support import column_of, graph, grid_encoder, one, rows_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -267,6 +267,40 @@ def test_the_frame_of_each_answer(dsn: str, db: Connection, tmp_path: Path) -> N
         header, answer, *_ = works(dsn, *query, "--frame", str(frame)).splitlines()
         assert dict(zip(header.split(), answer.split(), strict=False))["frame"] == wanted
     assert "frame 6 is out of range" in fails(dsn, *query, "--frame", "6")
+
+
+@pytest.mark.parametrize("strategy", ["mean", "best"])
+def test_examples(loaded: str, db: Connection, tmp_path: Path, strategy: str) -> None:
+    """Keys, and files where there are such."""
+    rows = rows_of(db, "SELECT image_id, image FROM siamese.images ORDER BY 1 LIMIT 3")
+    (first, _), (second, stored), (third, _) = rows
+    file, sheet = tmp_path / "query.png", tmp_path / "sheet.png"
+    file.write_bytes(stored)
+    words = ["--like", str(first), "--like", str(file), "--unlike", str(third)]
+    output = works(
+        loaded, "query", *words, "-k", "40", "--strategy", strategy, "--sheet", str(sheet)
+    )
+    found = [int(cells[1]) for cells in answers(output)]
+    assert found == column_of(
+        db,
+        "SELECT image_id FROM similar_images(like => %s, like_images => %s, unlike => %s,"
+        " strategy => %s, k => 40)",
+        [first], [stored], [third], strategy,
+    )  # fmt: skip
+    assert len(found) == 38 and second in found
+    assert sheet.exists()
+
+
+def test_a_part_of_an_image(loaded: str, db: Connection, tmp_path: Path) -> None:
+    file, sheet = tmp_path / "query.png", tmp_path / "sheet.png"
+    file.write_bytes(picture(5))
+    query = ["query", str(file), "--region", "4,5,20,28", "--sheet", str(sheet)]
+    found = [int(cells[1]) for cells in answers(works(loaded, *query))]
+    statement = "SELECT image_id FROM similar_images(%s, region => '(4,5),(20,28)')"
+    assert found == column_of(db, statement, picture(5))
+    assert sheet.exists()
+    outside = ["query", "--id", "1", "--region", "4,5,29,28"]
+    assert "region is not inside the image" in fails(loaded, *outside)
 
 
 def test_bad_queries_are_one_line(loaded: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,14 +41,37 @@ def query(
     frame: Annotated[
         int, typer.Option(help="Frame of the image to search for. 0: the representative one.")
     ] = 0,
+    region: Annotated[
+        str | None,
+        typer.Option(
+            help="Part of the image to search for, as left,top,right,bottom: between 0 and 1, or"
+            " whole pixels."
+        ),
+    ] = None,
+    like: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Search by examples: an image file, or the key of a stored image. Repeat it.",
+            metavar="FILE_OR_KEY",
+        ),
+    ] = None,
+    unlike: Annotated[
+        list[str] | None,
+        typer.Option(help="Find less of this. Repeat it.", metavar="FILE_OR_KEY"),
+    ] = None,
+    strategy: Annotated[
+        Literal["mean", "best"],
+        typer.Option(help="Search for the mean of the examples, or for the best match of any."),
+    ] = "mean",
     sheet: Annotated[
         Path | None, typer.Option(help="Draw the query and up to 64 neighbours into this PNG file.")
     ] = None,
     dsn: Dsn = None,
 ) -> None:
-    """Find the stored images most similar to an image file, or to a stored image (--id)."""
+    """Find the stored images most similar to an image file, to a stored image, or to examples."""
     from pg_siamese.client.contact_sheet import SheetRow, contact_sheet
     from pg_siamese.client.queries import (
+        Examples,
         display_pixels,
         find_collection,
         run_search,
@@ -56,17 +80,36 @@ def query(
         stored_image,
     )
 
-    if (image is None) == (id is None):
-        raise CommandError("specify an image file, or --id with the key of a stored image")
-    condition = _json_object(filter)
+    if [image is None, id is None, not like].count(False) != 1:
+        raise CommandError(
+            "specify an image file, --id with the key of a stored image, or --like with examples"
+        )
+    if unlike and not like:
+        raise CommandError("--unlike needs --like")
+    condition, part = _json_object(filter), _region(region)
     data, label = None if image is None else image.read_bytes(), None
+    examples = None
+    if like:
+        examples = Examples(_examples(like), _examples(unlike or ()), strategy)
     with connect(dsn) as connection:
         found = find_collection(connection, collection)
         search = search_statement(
-            found, image=data, key=id, k=k, filter=condition, engine=engine, frame=frame
+            found,
+            image=data,
+            key=id,
+            k=k,
+            filter=condition,
+            engine=engine,
+            frame=frame,
+            region=part,
+            examples=examples,
         )
-        if id is not None:
-            data, label = stored_image(connection, found, id)
+        # Of several examples, the first is shown.
+        shown = id if examples is None else examples.like[0]
+        if isinstance(shown, str):
+            data, label = stored_image(connection, found, shown)
+        elif shown is not None:
+            data = shown
         try:
             answers = run_search(connection, found, search)
         except Exception as error:
@@ -77,10 +120,27 @@ def query(
         output().print(answer_table(found, answers))
         if sheet is not None and data is not None:
             name = image.name if image is not None else f"{found.key_name} {id}"
+            if like:
+                name = f"like {', '.join(Path(item).name for item in like)}"
             neighbours = sheet_neighbours(connection, found, answers[:SHEET_NEIGHBOURS])
-            pixels = display_pixels(data, frame)
+            pixels = display_pixels(data, frame, part)
             contact_sheet([SheetRow(name, pixels, label, neighbours)], sheet)
             output().print(f"contact sheet: {escape(str(sheet))}", soft_wrap=True)
+
+
+def _examples(items: Sequence[str]) -> list[bytes | str]:
+    """Read those that are files. All others are keys."""
+    return [Path(item).read_bytes() if Path(item).is_file() else item for item in items]
+
+
+def _region(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        left, top, right, bottom = map(float, text.split(","))
+    except ValueError:
+        raise CommandError("--region is not four numbers such as 0.25,0.25,0.75,0.75") from None
+    return min(left, right), min(top, bottom), max(left, right), max(top, bottom)
 
 
 def _json_object(text: str | None) -> dict[str, object] | None:

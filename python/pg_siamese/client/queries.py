@@ -74,6 +74,24 @@ class Search:
     parameters: tuple[object, ...]
 
 
+@dataclass(frozen=True)
+class Examples:
+    """What a search is to find more of, and less of: image files, and keys as text."""
+
+    like: Sequence[bytes | str]
+    unlike: Sequence[bytes | str] = ()
+    strategy: str = "mean"
+
+    def arguments(self, integer: bool) -> dict[str, list[object]]:
+        """Return the arguments of a search that are not empty, by name."""
+        found: dict[str, list[object]] = {}
+        for name, items in (("like", self.like), ("unlike", self.unlike)):
+            keys = [item for item in items if isinstance(item, str)]
+            found[name] = [_integer(key) if integer else key for key in keys]
+            found[f"{name}_images"] = [item for item in items if isinstance(item, bytes)]
+        return {name: values for name, values in found.items() if values}
+
+
 def collection_names(connection: psycopg.Connection[Any]) -> list[str]:
     """Return the names of all collections, sorted."""
     rows = connection.execute("SELECT name FROM siamese.collections ORDER BY 1")
@@ -142,9 +160,13 @@ def search_statement(
     filter: dict[str, object] | None = None,
     engine: str = "auto",
     frame: int = 0,
+    region: tuple[float, ...] | None = None,
+    examples: Examples | None = None,
     prefix: str = "siamese.",
 ) -> Search:
     """Return the statement that finds the ``k`` rows nearest to an image, or to a stored row.
+
+    Several examples can take the place of the image.
 
     Keys of any type work: integers by similar_images, others by similar_rows, which gives no
     calibrated similarity.
@@ -157,21 +179,28 @@ def search_statement(
         filter: values of columns that the rows must have.
         engine: auto, faiss or pgvector.
         frame: which frame of the image to search for, from 1, or 0 for the representative one.
+        region: which part of it: left, top, right and bottom, or None for all.
+        examples: instead of ``image`` and ``key``.
         prefix: qualifies the extension's functions.
 
     Returns:
         A statement with the columns rank, key, distance, similarity, ``shown_columns``, and the
         frame if the collection has frames.
     """
-    if (image is None) == (key is None):
-        raise ValueError("give an image or a key, and not both")
-    parameters: list[object] = []
+    if [image is None, key is None, examples is None].count(False) != 1:
+        raise ValueError("give an image, a key or examples, and not both")
     integer = collection.key_type in INTEGER_TYPES
-    if image is not None:
-        parameters.append(image)
+    parameters: list[object]
+    if examples is not None:
+        given = examples.arguments(integer)
+        parameters = list(given.values())
+        names = (f"{name} => ${place}" for place, name in enumerate(given, 1))
+        query = ", ".join([*names, f"strategy => {sql.quote(examples.strategy)}"])
+    elif image is not None:
+        parameters = [image]
         query = "image => $1"
     else:
-        parameters.append(_integer(str(key)) if integer else key)
+        parameters = [_integer(str(key)) if integer else key]
         query = f"{'image_id' if integer else 'key'} => $1"
     options = f", k => {k}"
     # A table can be in several collections, so similar_rows is told which one.
@@ -183,6 +212,8 @@ def search_statement(
         options += f", engine => {sql.quote(engine)}"
     if frame:
         options += f", query_frame => {frame}"
+    if region is not None:
+        options += f", region => '{','.join(map(str, region))}'"
     frames = ["s.frame"] if collection.has_frames else []
     key_column = collection.key_column
     if integer:
@@ -286,20 +317,24 @@ def stored_image(
     return bytes(row[0]), row[1]
 
 
-def display_pixels(data: bytes, frame: int = 0) -> npt.NDArray[np.uint8]:
+def display_pixels(
+    data: bytes, frame: int = 0, region: tuple[float, ...] | None = None
+) -> npt.NDArray[np.uint8]:
     """Decode an image file for showing: uint8 (H, W, 3), with up to 512 pixels per side.
 
     This is the server's decoder, so what is shown is what the encoder sees. ``frame`` counts from
-    1. 0 is the representative one.
+    1. 0 is the representative one. ``region`` is as for ``search_statement``.
 
     Raises:
         CommandError: the server would reject the file.
     """
     from pg_siamese_server.encoding.images import render_image
+    from pg_siamese_server.encoding.regions import Region
     from pg_siamese_server.errors import ImageError
 
+    part = None if region is None else Region(*region)
     try:
-        return render_image(data, DISPLAY_PIXELS, frame)
+        return render_image(data, DISPLAY_PIXELS, frame, part)
     except ImageError as error:
         raise CommandError(f"not an image that can be shown: {error}") from None
 

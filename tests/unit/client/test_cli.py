@@ -19,7 +19,7 @@ from pg_siamese.cli.main import app
 from pg_siamese.cli.reference import commands, reference
 from pg_siamese.cli.terminal import PROGRESS_NOTICE
 from pg_siamese.client.connection import CommandError, connect, describe_error
-from pg_siamese.client.queries import Collection, display_pixels, search_statement
+from pg_siamese.client.queries import Collection, Examples, display_pixels, search_statement
 from pg_siamese.client.sources import png
 from tools.project import ROOT
 
@@ -115,9 +115,12 @@ def test_files_are_looked_at_before_the_server(tmp_path: Path, no_server: str) -
     assert "no image in this folder" in fails("load", str(empty), "--dsn", no_server)
 
 
-def test_query_takes_an_image_or_an_id() -> None:
-    assert "--id" in fails("query")
-    assert "--id" in fails("query", "image.png", "--id", "4")
+def test_query_takes_an_image_or_an_id_or_examples() -> None:
+    for words in ([], ["image.png", "--id", "4"], ["image.png", "--like", "4"]):
+        assert "an image file, --id with" in fails("query", *words)
+    assert "--unlike needs --like" in fails("query", "--id", "4", "--unlike", "5")
+    for region in ("1,2,3", "a,b,c,d"):
+        assert "--region is not four numbers" in fails("query", "--id", "4", "--region", region)
 
 
 @pytest.mark.parametrize(("value", "message"), [("{", "not JSON"), ("[1]", "not a JSON object")])
@@ -226,6 +229,31 @@ def test_a_search_among_frames() -> None:
     found = replace(collection(key_type="uuid", relation="p"), has_frames=True)
     search = search_statement(found, image=b"x", k=4)
     assert search.sql.endswith("ORDER BY s.distance, (s.item).image_id, s.frame")
+
+
+def test_a_search_by_examples() -> None:
+    search = search_statement(
+        collection(), k=4, examples=Examples(["17", b"x", "3"], [b"y"], strategy="best")
+    )
+    assert (
+        "similar_images(like => $1, like_images => $2, unlike_images => $3, strategy => 'best',"
+        " k => 4)"
+    ) in search.sql
+    assert search.parameters == ([17, 3], [b"x"], [b"y"])
+    search = search_statement(
+        collection(key_type="uuid", relation="p"), examples=Examples(["abc"], ["def"])
+    )
+    assert (
+        "similar_rows(NULL::p, like => $1, unlike => $2, strategy => 'mean', k => 10," in search.sql
+    )
+    assert search.parameters == (["abc"], ["def"])
+
+
+def test_a_search_for_a_part() -> None:
+    search = search_statement(collection(), key="3", region=(0.25, 0.0, 1.0, 0.1))
+    assert "image_id => $1, k => 10, region => '0.25,0.0,1.0,0.1')" in search.sql
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 20, 3), dtype=np.uint8)
+    assert np.array_equal(display_pixels(png(pixels), region=(2, 3, 12, 28)), pixels[3:, 2:12])
 
 
 def test_a_key_of_the_wrong_kind_is_said_so() -> None:
