@@ -51,6 +51,7 @@ class MetricLearner(lightning.LightningModule):
             experiment.objective.options,
             sets_of(names, classes),
             self.encoder.parts,
+            self.encoder.set_dimension,
         )
         self.augment = Augmenter(names, {name: experiment.augmentation_of(name) for name in names})
         self.on_features = False

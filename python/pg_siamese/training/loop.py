@@ -216,6 +216,9 @@ def fit(
         learner.objective.takes,
         experiment.seed,
         len(train),
+        torch.tensor([experiment.sampling.shares.get(name, 1.0) for name in train.names])[
+            learned.sets
+        ],
     )
     trainer.fit(
         learner,
@@ -362,15 +365,16 @@ def _cached(
 ) -> tuple[JoinedImages, JoinedImages, JoinedImages]:
     """Put what frozen layers give in the place of the pixels: it is the same every time.
 
-    Train images are there ``copies`` times, each changed at random.
+    Train images are there ``copies`` times: once as they are, otherwise changed at random.
     """
     network: Any = learner.encoder
     copies = learner.experiment.copies
     if not hasattr(network, "frozen"):
-        if copies:
+        if copies > 1:
             raise ExperimentError(f"copies is {copies}: the network has no frozen layers")
         return train, gallery, val
-    total = max(copies, 1) * len(train) + len(gallery) + len(val)
+    shared = gallery is train
+    total = copies * len(train) + (0 if shared else len(gallery)) + len(val)
     say(f"computing the features of {total:,} images once")
     # ONNX Runtime is several times as quick as PyTorch on a CPU.
     size = (learner.experiment.input.height, learner.experiment.input.width)
@@ -379,15 +383,17 @@ def _cached(
     step = max(1, total // 20)
     done = 0
 
-    def features(images: JoinedImages, times: int = 0) -> JoinedImages:
+    def features(images: JoinedImages, times: int = 1) -> JoinedImages:
         nonlocal done
-        rows = max(times, 1) * len(images)
+        rows = times * len(images)
         kept: torch.Tensor | None = None
         for start in range(0, rows, FEATURES_AT_ONCE):
-            places = range(start, min(start + FEATURES_AT_ONCE, rows))
-            pixels, _, sets = images[[place % len(images) for place in places]]
-            if times:
-                pixels = learner.augment(pixels, sets).round().to(torch.uint8)
+            places = torch.arange(start, min(start + FEATURES_AT_ONCE, rows))
+            pixels, _, sets = images[(places % len(images)).tolist()]
+            later = places >= len(images)
+            if later.any():
+                changed = learner.augment(pixels[later], sets[later])
+                pixels[later] = changed.round().to(torch.uint8)
             found = torch.from_numpy(session.run(None, {"image": pixels.numpy()})[0])
             if kept is None:
                 # Half as many bytes. What is lost is less than what a change of the image adds.
@@ -397,14 +403,17 @@ def _cached(
             if done == total or done // step > (done - len(found)) // step:
                 say(f"features: {done:,} of {total:,}")
         assert kept is not None
-        return images.with_pixels(kept, max(times, 1))
+        return images.with_pixels(kept, times)
 
     torch.manual_seed(learner.experiment.seed)
     known = features(train, copies)
-    plain = known if gallery is train and not copies else features(gallery)
+    if shared:
+        gallery = train.with_pixels(known.pixels[: len(train)])
+    else:
+        gallery = features(gallery)
     queries = features(val)
     learner.on_features = True
-    return known, plain, queries
+    return known, gallery, queries
 
 
 class _Features(torch.nn.Module):

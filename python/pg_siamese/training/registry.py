@@ -48,6 +48,7 @@ def build_objective(
     options: Mapping[str, Any],
     sets: Sequence[int] | None = None,
     parts: Sequence[int] = (),
+    set_dimension: int = 0,
 ) -> Objective:
     """Make an objective.
 
@@ -59,6 +60,7 @@ def build_objective(
         options: what the objective's constructor takes besides.
         sets: number of each class's data set. By default all classes are of one.
         parts: dimensions of the network's parts (``Network.parts``).
+        set_dimension: those of its part for the data set (``Network.set_dimension``).
 
     Raises:
         ExperimentError: the objective, or an option, is unknown, or a value does not fit.
@@ -69,6 +71,7 @@ def build_objective(
         "metric": metric,
         "sets": [0] * classes if sets is None else list(sets),
         "parts": tuple(parts),
+        "set_dimension": set_dimension,
     }
     return _build("objective", OBJECTIVES, name, given, options)
 

@@ -20,16 +20,18 @@ Integers = npt.NDArray[np.int64]
 
 
 def class_sampler(
-    labels: Tensor, balance: float, seed: int, count: int = 0
+    labels: Tensor, balance: float, seed: int, count: int = 0, shares: Tensor | None = None
 ) -> WeightedRandomSampler:
     """Draw as many images as there are (or ``count``), rare classes more often than their share.
 
     A class of n images is drawn in proportion to n ** (1 - balance): 0 leaves the data's own
     shares, 1 draws all classes equally often. In between, a class of 66 images among 4,000 is
-    seen often enough and yet not learned by heart.
+    seen often enough and yet not learned by heart. ``shares`` multiply it, for each image.
     """
     counts = torch.bincount(labels).double()
     weights = counts.clamp(min=1).pow(-balance)[labels]
+    if shares is not None:
+        weights = weights * shares
     generator = torch.Generator().manual_seed(seed)
     return WeightedRandomSampler(weights.tolist(), count or len(labels), generator=generator)
 
@@ -117,7 +119,8 @@ class Batches(Sampler[list[int]]):
     Every epoch has a draw of its own, which depends on ``seed`` and the epoch's number alone. So a
     run that continues from a checkpoint draws what it would have drawn.
 
-    ``images`` is how many an epoch has, by default as many as there are labels.
+    ``images`` is how many an epoch has, by default as many as there are labels. ``shares`` is how
+    much each image counts among the classes (see ``Sampling``).
 
     Raises:
         ExperimentError: the objective takes another kind, or there are too few images.
@@ -131,6 +134,7 @@ class Batches(Sampler[list[int]]):
         takes: str,
         seed: int,
         images: int | None = None,
+        shares: Tensor | None = None,
     ) -> None:
         kinds = {"classes": ("classes", "per_class")}.get(takes, (takes,))
         if sampling.kind not in kinds:
@@ -138,6 +142,7 @@ class Batches(Sampler[list[int]]):
                 f'the objective takes sampling.kind {" or ".join(kinds)}, not "{sampling.kind}"'
             )
         self.labels = labels
+        self.shares = shares
         self.sampling = sampling
         self.seed = seed
         self.epoch = 0
@@ -179,5 +184,5 @@ class Batches(Sampler[list[int]]):
                 labels, self.sampling.per_class, self.batch_size, max(self.count, self.batch_size)
             )
             return np.array(list(chosen), np.int64)[None]
-        drawn = class_sampler(self.labels, self.sampling.balance, seed, self.count)
+        drawn = class_sampler(self.labels, self.sampling.balance, seed, self.count, self.shares)
         return np.array(list(drawn), np.int64)[None]

@@ -124,7 +124,7 @@ def test_what_is_held_out_is_not_trained_on(
 
 
 def test_frozen_layers_see_changed_copies_once(tmp_path: Path, data: tuple[str, ...]) -> None:
-    """Each epoch draws from the copies, and validation sees the images as they are."""
+    """An epoch draws from the images and changed copies. Validation sees them as they are."""
     experiment = tiny(
         data=data,
         copies=3,
@@ -136,7 +136,7 @@ def test_frozen_layers_see_changed_copies_once(tmp_path: Path, data: tuple[str, 
     learned = learn(experiment, tmp_path / "run", say=said.append)
     splits = loop.open_splits(experiment)
     train, val = (sum(len(getattr(s, part)) for s in splits) for part in ("train", "val"))
-    total = 3 * train + train + val
+    total = 3 * train + val
     assert f"computing the features of {total:,} images once" in said
     assert f"features: {total:,} of {total:,}" in said
     assert any(key.startswith("learned.") for key in learned)
@@ -145,10 +145,14 @@ def test_frozen_layers_see_changed_copies_once(tmp_path: Path, data: tuple[str, 
     parts = loop._cached(learner, images[0], images[0], images[1], lambda line: None)
     copies = parts[0].pixels.view(3, train, *parts[0].pixels.shape[1:])
     assert not torch.equal(copies[0], copies[1])
+    assert not torch.equal(copies[1], copies[2])
+    assert torch.equal(parts[1].pixels, copies[0])
     assert torch.equal(parts[0].labels[:train], images[0].labels)
     network: Any = learner.encoder.eval()
     expected = network.features(images[1].pixels)
     torch.testing.assert_close(parts[2].pixels.float(), expected, rtol=1e-2, atol=1e-2)
+    plain = network.features(images[0].pixels)
+    torch.testing.assert_close(copies[0].float(), plain, rtol=1e-2, atol=1e-2)
     assert learner.on_features
     with pytest.raises(ExperimentError, match="copies is 3: the network has no frozen layers"):
         learn(tiny(data=data, copies=3), tmp_path / "other")

@@ -51,30 +51,69 @@ def test_a_partly_frozen_network_learns_in_its_other_blocks() -> None:
         build_network("efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 17})
 
 
-def test_an_encoder_starts_from_an_exported_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", [[], [2, 5]])
+def test_an_encoder_starts_from_an_exported_one(levels: list[int], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    options: dict[str, Any] = {"frozen_blocks": 5}
+    options: dict[str, Any] = {"levels": levels, "level_share": 2.0, "frozen_blocks": 5}
     first: Any = build_network("efficientnet_lite0", 8, (32, 32), options).eval()
-    for part in first.learned.modules():
-        if isinstance(part, torch.nn.BatchNorm2d) and part.running_mean is not None:
+    for part in first.modules():
+        if not isinstance(part, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+            continue
+        if part.running_mean is not None and part not in list(first.frozen.modules()):
             torch.nn.init.uniform_(part.running_mean, -0.1, 0.1)
     onnx.save(to_onnx(first, (32, 32), half=True), tmp_path / "first.onnx")
     onnx.save(to_onnx(ResidualEncoder(8).eval(), (32, 32)), tmp_path / "other.onnx")
-    start = str(tmp_path / "first.onnx")
-    second: Any = build_network(
-        "efficientnet_lite0", 8, (32, 32), {"frozen_blocks": 14, "start": start}
-    ).eval()
+    options |= {"frozen_blocks": 14, "start": str(tmp_path / "first.onnx")}
+    second: Any = build_network("efficientnet_lite0", 8, (32, 32), options).eval()
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     assert torch.nn.functional.cosine_similarity(first(pixels), second(pixels)).min() > 0.9999
     learning = {name.split(".")[0] for name, p in second.named_parameters() if p.requires_grad}
-    assert learning == {"learned", "projection"}
-    third: Any = build_network("efficientnet_lite0", 16, (32, 32), {"start": start})
+    assert learning == {"learned", "projection", *(["level_head"] if levels else [])}
+    third: Any = build_network("efficientnet_lite0", 16, (32, 32), options)
     assert third(pixels).shape == (4, 16)
     for name, said in (("nothing", "no such file"), ("other", "the file holds another network")):
+        options["start"] = str(tmp_path / f"{name}.onnx")
         with pytest.raises(ExperimentError, match=said):
-            build_network(
-                "efficientnet_lite0", 8, (32, 32), {"start": str(tmp_path / f"{name}.onnx")}
-            )
+            build_network("efficientnet_lite0", 8, (32, 32), options)
+
+
+def test_levels_are_half_of_the_vector() -> None:
+    """Statistics of frozen blocks make it: what the other blocks learn never changes it."""
+    torch.manual_seed(0)
+    options = {"frozen_blocks": 5, "levels": [2, 5], "level_share": 3.0}
+    encoder: Any = build_network("efficientnet_lite0", 12, (64, 64), options).eval()
+    assert encoder.parts == (6, 6)
+    pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        before = encoder(pixels)
+        torch.testing.assert_close(encoder.head(encoder.features(pixels)), before)
+    squares = [part.square().sum(dim=1) for part in before.split(6, dim=1)]
+    torch.testing.assert_close(squares[0], torch.full((4,), 0.25))
+    torch.testing.assert_close(squares[1], torch.full((4,), 0.75))
+    # Mean and deviation of each channel, whatever its place.
+    statistics = encoder.features(pixels)[:, -encoder.statistics :]
+    maps = encoder.frozen[:3]((pixels.permute(0, 3, 1, 2) - 127.0) / 128.0)
+    torch.testing.assert_close(statistics[:, :24], maps.mean(dim=(2, 3)))
+    torch.testing.assert_close(statistics[:, 24:48], maps.std(dim=(2, 3), correction=0))
+    with torch.no_grad():
+        for weight in encoder.learned.parameters():
+            weight.mul_(1.5)
+    after = encoder(pixels)
+    torch.testing.assert_close(after[:, 6:], before[:, 6:])
+    assert not torch.allclose(after[:, :6], before[:, :6], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frozen_blocks": 4, "levels": [5]}, "frozen blocks are 1 to 4"),
+        ({"levels": [0]}, "levels are"),
+        ({"levels": [5], "level_share": 0}, "level_share is 0"),
+    ],
+)
+def test_levels_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        build_network("efficientnet_lite0", 8, (32, 32), options)
 
 
 def test_ensemble_is_one_unit_vector_of_shares() -> None:
@@ -106,18 +145,17 @@ def test_members_of_an_ensemble_learn_from_rows_of_their_own() -> None:
     options: dict[str, Any] = {"width": 4, "lites": 2, "lite_blocks": 2, "lite_frozen": 1}
     options |= {"set_dimension": 4, "lite_rows": 0.75}
     encoder: Any = build_network("ensemble", 16, (28, 28), options).train()
-    objective: Any = build_objective("cosface_parts", 16, 3, "cosine", {}, [0, 0, 1], encoder.parts)
+    parts = (encoder.parts, encoder.set_dimension)
+    objective: Any = build_objective("cosface_parts", 16, 3, "cosine", {}, [0, 0, 1], *parts)
     vectors = encoder(torch.randint(0, 256, (10, 28, 28, 3), dtype=torch.uint8))
     filled = vectors[:, 4:].reshape(10, 3, 4).any(dim=2)
     owner = torch.tensor([0] * 4 + [1] * 3 + [2] * 3)
     assert torch.equal(filled, owner[:, None] == torch.arange(3))
     labels = torch.arange(10) % 3
     outcome = objective(vectors, labels)
-    parts = vectors.split([4, 4, 4, 4], dim=1)
-    expected = sum(
-        objective.losses[n](parts[n + 1][owner == n], labels[owner == n]) for n in range(3)
-    )
-    chances = torch.nn.functional.normalize(parts[0], p=1, dim=1)
+    sets_part, *own = vectors.split([4, 4, 4, 4], dim=1)
+    expected = sum(objective.losses[n](own[n][owner == n], labels[owner == n]) for n in range(3))
+    chances = torch.nn.functional.normalize(sets_part, p=1, dim=1)
     sets = torch.tensor([0, 0, 1])[labels]
     expected = expected + torch.nn.functional.nll_loss(chances.log(), sets)
     torch.testing.assert_close(outcome.loss, expected)

@@ -14,7 +14,7 @@ from pg_siamese.training.registry import OBJECTIVES, build_objective
 def test_parts_are_judged_by_sets_and_classes() -> None:
     """The first part by the set, the others by the class; none by what is not its own."""
     torch.manual_seed(0)
-    build: Any = build_objective("cosface_parts", 12, 3, "cosine", {}, [0, 0, 1], (4, 4, 4))
+    build: Any = build_objective("cosface_parts", 12, 3, "cosine", {}, [0, 0, 1], (4, 4), 4)
     logits = torch.randn(6, 4)
     softmax = 0.7 * torch.nn.functional.normalize(logits.softmax(dim=1), dim=1)
     vectors = torch.cat([softmax, torch.randn(6, 8)], dim=1)
@@ -29,9 +29,17 @@ def test_parts_are_judged_by_sets_and_classes() -> None:
     assert not torch.isclose(build(vectors, swapped).loss, expected)
 
 
+def test_parts_without_one_for_the_set() -> None:
+    torch.manual_seed(0)
+    build: Any = build_objective("cosface_parts", 8, 3, "cosine", {}, parts=(6, 2))
+    vectors, labels = torch.randn(6, 8), torch.arange(6) % 3
+    expected = build.losses[0](vectors[:, :6], labels) + build.losses[1](vectors[:, 6:], labels)
+    torch.testing.assert_close(build(vectors, labels).loss, expected)
+
+
 def test_more_sets_than_their_part_has_room_for() -> None:
     with pytest.raises(ExperimentError, match="there are 3 data sets"):
-        build_objective("cosface_parts", 12, 3, "cosine", {}, [0, 1, 2], (2, 5, 5))
+        build_objective("cosface_parts", 12, 3, "cosine", {}, [0, 1, 2], (5, 5), 2)
     with pytest.raises(ExperimentError, match="no parts that make 12 dimensions"):
         build_objective("cosface_parts", 12, 3, "cosine", {})
 
@@ -39,7 +47,7 @@ def test_more_sets_than_their_part_has_room_for() -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_learn(name: str) -> None:
     torch.manual_seed(0)
-    objective: Any = build_objective(name, 4, 3, "cosine", {}, parts=(2, 1, 1))
+    objective: Any = build_objective(name, 4, 3, "cosine", {}, parts=(1, 1), set_dimension=2)
     labels = torch.arange(12) % 3
     if objective.takes == "pairs":
         labels = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 1, 2, 2, 0])

@@ -18,6 +18,7 @@ NAMES = (
     "clinical",
     "clinical_224",
     "clinical_frozen",
+    "clinical_learned",
     "clinical_sharp",
     "fashion_mnist",
     "folder",
@@ -46,7 +47,9 @@ def test_every_experiment_can_be_built(name: str) -> None:
     encoder: Any = build_network(network.name, network.dimension, size, network.options)
     name, options = experiment.objective.name, experiment.objective.options
     given = (name, network.dimension, 10, experiment.metric, options)
-    objective: Any = build_objective(*given, parts=encoder.parts)
+    objective: Any = build_objective(
+        *given, parts=encoder.parts, set_dimension=encoder.set_dimension
+    )
     labels = torch.arange(200) % 10
     Batches(labels, experiment.sampling, experiment.batch_size, objective.takes, seed=0)
     with torch.inference_mode():

@@ -23,6 +23,14 @@ def test_sampler_draws_rare_classes_as_often_as_told(balance: float, share: floa
     assert list(class_sampler(labels, balance, 0)) == list(class_sampler(labels, balance, 0))
 
 
+def test_shares_of_data_sets_multiply_what_is_drawn() -> None:
+    labels = torch.cat([torch.zeros(600), torch.ones(400)]).long()
+    shares = torch.where(labels == 0, 0.5, 1.0)
+    batches = Batches(labels, Sampling(per_epoch=10_000), 100, "classes", 0, shares=shares)
+    drawn = labels[[row for batch in batches for row in batch]]
+    assert drawn.float().mean() == pytest.approx(400 / 700, abs=0.02)
+
+
 def test_drawn_pairs_are_half_and_half() -> None:
     first, second = draw_pairs(LABELS, 2000, seed=1)
     match = LABELS[first] == LABELS[second]

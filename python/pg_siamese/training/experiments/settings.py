@@ -11,6 +11,7 @@ from msgspec import Meta, Struct, field
 from pg_siamese.training.experiments.errors import ExperimentError
 
 Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0)]
 Labels = Annotated[str, Meta(pattern="^(class|set)$")]
 Metric = Annotated[str, Meta(pattern="^(cosine|l2)$")]
 Kind = Annotated[str, Meta(pattern="^(classes|per_class|pairs|triplets)$")]
@@ -71,12 +72,15 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         kind: ``classes``, ``per_class``, ``pairs`` or ``triplets``.
         balance: for ``classes``: a class of n images is drawn in proportion to n ** (1 - balance).
+        shares: for ``classes``: how often images of a data set are drawn, by its name. The others
+            have 1.
         per_class: for ``per_class``: images of each class in a batch.
         per_epoch: images, pairs or triplets in an epoch. 0 means as many as there are images.
     """
 
     kind: Kind = "classes"
     balance: float = 0.0
+    shares: dict[str, Share] = field(default_factory=dict)
     per_class: Positive = 4
     per_epoch: int = 0
 
@@ -141,8 +145,8 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
         weights: how the exported file keeps them: ``float32``, ``float16`` or ``int8``. ``float16``
             halves the size, and they are computed with in float32. ``int8`` makes the convolutions
             integer ones, calibrated on validation images. It changes the embeddings a little.
-        copies: if the network has frozen layers: how many copies of each train image are changed
-            at random, for features that are computed once. 0 means the unchanged image alone.
+        copies: if the network has frozen layers: of how many copies of each train image features
+            are computed once. The first is the image itself, the others are changed at random.
         average_decay: decay of the moving average of the weights. 0 means none.
         snapshots: how many pictures to keep of a 2-d embedding of the validation images while it
             forms.
@@ -169,7 +173,7 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
     batch_size: Positive = 128
     precision: Precision = "float32"
     weights: Weights = "float32"
-    copies: Annotated[int, Meta(ge=0)] = 0
+    copies: Positive = 1
     average_decay: float = 0.0
     snapshots: int = 0
     seed: int = 0

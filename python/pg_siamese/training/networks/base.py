@@ -11,13 +11,15 @@ class Network(nn.Module):
     Attributes:
         summary: what the network is, for the model card.
         unit_vectors: whether embeddings have length one.
-        parts: dimensions of the parts of a vector that are judged separately, if there are any.
+        set_dimension: dimensions of the vector's first part, a softmax over data sets, if any.
+        parts: dimensions of the other parts, if they are judged separately.
         frozen: layers that don't learn, at its beginning, if there are any. A network that has
             them splits into ``features``, from pixels to what they give, and ``head``, the rest.
     """
 
     summary = ""
     unit_vectors = True
+    set_dimension: int = 0
     parts: tuple[int, ...] = ()
     frozen: nn.Module
     dimension: int

@@ -91,7 +91,8 @@ class Ensemble(Network):
         self.register_buffer("lite_shares", torch.tensor(shares), persistent=False)
         self.set_share = set_share
         self.own = own
-        self.parts = (set_dimension, *[own] * members)
+        self.set_dimension = set_dimension
+        self.parts = (own,) * members
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed a batch. In training, each member embeds its own rows."""

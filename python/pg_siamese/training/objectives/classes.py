@@ -41,16 +41,17 @@ class CosFace(Objective):
 
 
 class CosFaceParts(Objective):
-    """Cross-entropy on an embedding's first part, the sets, and CosFace on the others, the classes.
+    """CosFace on each part of an embedding, cross-entropy on that of the data sets.
 
-    For ``Ensemble``, whose first part is a softmax made a unit vector. That is undone here. Rows in
-    which all numbers of a member are 0 do not judge it: they belong to other members. ``sets``
-    gives each class's data set, as a number. ``parts`` are the parts' dimensions.
+    An embedding begins with ``set_dimension`` numbers, if there are any: a softmax made a unit
+    vector, as in ``Ensemble``. That is undone here. ``sets`` gives each class's data set, as a
+    number. ``parts`` are the other parts' dimensions. Rows in which all numbers of a part are 0 do
+    not judge it: they belong to others.
     """
 
     summary = (
-        "Cosine-margin softmax (CosFace) on each member's part of the vector,"
-        " cross-entropy on that of the data sets"
+        "Cosine-margin softmax (CosFace) on each part of the vector,"
+        " cross-entropy on the part for the data set, if there is one"
     )
 
     def __init__(
@@ -60,28 +61,33 @@ class CosFaceParts(Objective):
         metric: str,
         sets: Sequence[int],
         parts: Sequence[int],
+        set_dimension: int = 0,
         margin: float = 0.2,
         scale: float = 16.0,
     ) -> None:
         super().__init__(dimension, classes, metric)
-        if len(parts) < 2 or sum(parts) != dimension:
+        if not parts or set_dimension + sum(parts) != dimension:
             raise ValueError(f"the network has no parts that make {dimension} dimensions")
-        self.sizes = list(parts)
+        self.sizes = [set_dimension, *parts]
         self.register_buffer("sets", torch.tensor(sets), persistent=False)
-        if max(sets) >= parts[0]:
-            raise ValueError(f"set_dimension is {parts[0]}: there are {max(sets) + 1} data sets")
+        if 0 < set_dimension <= max(sets):
+            raise ValueError(
+                f"set_dimension is {set_dimension}: there are {max(sets) + 1} data sets"
+            )
         self.losses = nn.ModuleList(
-            CosFaceLoss(classes, own, margin=margin, scale=scale) for own in parts[1:]
+            CosFaceLoss(classes, own, margin=margin, scale=scale) for own in parts
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Outcome:
-        """Judge single images. Right is the class that most of the members' logits speak for."""
-        parts = torch.split(embeddings, self.sizes, dim=1)
-        sets: Tensor = self.sets  # type: ignore[assignment]
-        chances = parts[0] / parts[0].sum(dim=1, keepdim=True)
-        loss = F.nll_loss(chances.clamp_min(LEAST_CHANCE).log(), sets[labels])
+        """Judge single images. Right is the class that most of the parts' logits speak for."""
+        first, *parts = torch.split(embeddings, self.sizes, dim=1)
+        loss = embeddings.new_zeros(())
+        if self.sizes[0]:
+            sets: Tensor = self.sets  # type: ignore[assignment]
+            chances = first / first.sum(dim=1, keepdim=True)
+            loss = F.nll_loss(chances.clamp_min(LEAST_CHANCE).log(), sets[labels])
         logits = 0
-        for judge, part in zip(self.losses, parts[1:], strict=True):
+        for judge, part in zip(self.losses, parts, strict=True):
             own = part.detach().any(dim=1)
             loss = loss + judge(part[own], labels[own])
             logits = logits + judge.get_logits(part.detach())  # type: ignore[operator]
