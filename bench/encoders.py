@@ -27,7 +27,7 @@ ROWS = 32
 
 
 def encoders() -> Iterator[tuple[str, bytes]]:
-    """Yield names and ONNX files: the shipped one, and others of random weights or ImageNet's."""
+    """Yield names and ONNX files: those that ship, and others of random weights or ImageNet's."""
     try:
         import torch
     except ImportError:
@@ -37,6 +37,7 @@ def encoders() -> Iterator[tuple[str, bytes]]:
     from tests.networks import PixelEncoder, ResNet, VisionTransformer
 
     yield SHIPPED, (ROOT / "models" / "medical.onnx").read_bytes()
+    yield "clinical, 144 x 144", (ROOT / "models" / "clinical.onnx").read_bytes()
     torch.manual_seed(0)
     makers: dict[str, Any] = {
         "EfficientNet-lite0": partial(EfficientNetLite0, 128, (SIZE, SIZE)),

@@ -29,7 +29,7 @@ RAMP = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28) % 256
 
 
 @pytest.mark.law(8)
-@pytest.mark.parametrize("model", ["medical", "fashion_mnist"])
+@pytest.mark.parametrize("model", ["medical", "clinical", "fashion_mnist"])
 def test_vectors_are_the_same_everywhere(connect: Connect, model: str) -> None:
     has_torch = find_spec("torch") is not None
     sets = Parity(connect, model=model, count=120, with_torch=has_torch).run()

@@ -84,7 +84,7 @@ def test_names_of_user_and_database(containers: Containers) -> None:
         row = db.execute("SELECT usesuper, current_database() FROM pg_user").fetchall()
         assert row == [(True, database)]
         models = db.execute("SELECT name FROM siamese.models ORDER BY 1").fetchall()
-        assert models == [("fashion_mnist",), ("medical",)]
+        assert models == [("clinical",), ("fashion_mnist",), ("medical",)]
     with pytest.raises(psycopg.OperationalError):
         container.connect(dbname=database)
 

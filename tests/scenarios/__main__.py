@@ -84,7 +84,7 @@ def memory(options: argparse.Namespace) -> None:
 
 def parity(options: argparse.Namespace) -> None:
     """Vectors inside and outside of PostgreSQL, all models, 500 images of each data set."""
-    for model in ("medical", "fashion_mnist"):
+    for model in ("medical", "clinical", "fashion_mnist"):
         with database() as connect:
             Parity(connect, model=model).run()
 

@@ -16,6 +16,8 @@ from onnx import numpy_helper
 
 from pg_siamese.client.sources import png
 from pg_siamese.datasets import LabelledImages
+from pg_siamese_server.encoding.images import decode_image
+from pg_siamese_server.encoding.registration import inspect_model
 from tests.scenarios.gallery import MODELS, Connection, image_sets
 from tests.support import one
 
@@ -57,11 +59,17 @@ def torch_encoder(path: Path) -> Any:
     # What else the graph holds are constants of operators, and biases under names of its own.
     assert {name for name in weights if name.endswith(".weight")} <= set(state)
     modules = network.named_modules()
-    norms = {name: part for name, part in modules if isinstance(part, nn.BatchNorm2d)}
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d
+    norms = {name: part for name, part in modules if isinstance(part, kinds) and part.affine}
     state |= {name: weights[name] for name in state if name in weights}
     for name, norm in norms.items():
-        # The exporter folded it into the convolution before it: the bias is what is left of it.
-        bias = biases[f"{convolution_before(name)}.weight"]
+        # The exporter folded it into the layer before it. If that has no bias of its own, the bias
+        # is what is left of it.
+        before = layer_before(name)
+        if f"{before}.bias" in state:
+            bias = torch.zeros_like(state[f"{before}.bias"])
+        else:
+            bias = biases[f"{before}.weight"]
         state |= {
             f"{name}.running_mean": torch.zeros_like(bias),
             f"{name}.running_var": torch.full_like(bias, 1 - norm.eps),
@@ -74,15 +82,15 @@ def torch_encoder(path: Path) -> Any:
     return network.eval()
 
 
-def convolution_before(norm: str) -> str:
-    """Return the name of the convolution that a batch norm of EfficientNet's follows."""
+def layer_before(norm: str) -> str:
+    """Return the name of the convolution or linear layer that a batch norm follows."""
     parent, _, own = norm.rpartition(".")
-    names = {"1": "0", "_bn0": "_expand_conv", "_bn1": "_depthwise_conv", "_bn2": "_project_conv"}
+    names = {"1": "0", "3": "2", "_bn0": "_expand_conv", "_bn1": "_depthwise_conv", "_bn2": "_project_conv"}
     return f"{parent}.{names[own]}"
 
 
 def embed_torch(path: Path, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Embed uint8 pixels (N, 28, 28, 3) by PyTorch; float32 (N, d)."""
+    """Embed uint8 pixels (N, H, W, 3) by PyTorch; float32 (N, d)."""
     import torch
 
     network = torch_encoder(path)
@@ -92,7 +100,7 @@ def embed_torch(path: Path, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.flo
 
 
 def embed_onnxruntime(path: Path, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Embed uint8 pixels (N, 28, 28, 3) by ONNX Runtime with its default settings."""
+    """Embed uint8 pixels (N, H, W, 3) by ONNX Runtime with its default settings."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     result: npt.NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: pixels})[0]
     return result
@@ -119,7 +127,9 @@ class Parity:
         """Compare; returns how many data sets there were."""
         session = self.connect()
         path = MODELS / f"{self.model}.onnx"
-        session.execute("SELECT register_model(%s, %s)", (self.model, path.read_bytes()))
+        onnx_bytes = path.read_bytes()
+        spec, _, _ = inspect_model(onnx_bytes, {})
+        session.execute("SELECT register_model(%s, %s)", (self.model, onnx_bytes))
         session.execute("CREATE TABLE public.parity (id bigserial PRIMARY KEY, image bytea)")
         session.execute(
             "SELECT create_collection('parity', 'public.parity', model => %s)", (self.model,)
@@ -128,9 +138,9 @@ class Parity:
         for images in image_sets(self.count):
             names.setdefault(images.name, []).append(images)
         for name, parts in names.items():
-            pixels = np.concatenate([part.rgb() for part in parts])[: self.count]
-            grey = parts[0].images.ndim == 3
-            files = [png(image[..., 0] if grey else image) for image in pixels]
+            images = np.concatenate([part.images for part in parts])[: self.count]
+            files = [png(image) for image in images]
+            pixels = np.stack([decode_image(file, spec.input) for file in files])
             inside = self.inside(session, files)
             outside = {"ONNX Runtime outside": embed_onnxruntime(path, pixels)}
             if self.with_torch:

@@ -84,8 +84,8 @@ def prepare_table(connection: psycopg.Connection[Any]) -> None:
     """Create the table and its collection, unless they exist."""
     if TABLE not in collection_names(connection):
         connection.execute("SELECT FROM siamese.register_shipped_models()")
-        create_table(connection, TABLE, model="medical")
-        output().print(f'created the table and the collection "{TABLE}" with model "medical"')
+        create_table(connection, TABLE, model="clinical")
+        output().print(f'created the table and the collection "{TABLE}" with model "clinical"')
 
 
 def load_files(connection: psycopg.Connection[Any], folder: Path | None) -> None:

@@ -407,10 +407,7 @@ def _cached(
 
     torch.manual_seed(learner.experiment.seed)
     known = features(train, copies)
-    if shared:
-        gallery = train.with_pixels(known.pixels[: len(train)])
-    else:
-        gallery = features(gallery)
+    gallery = train.with_pixels(known.pixels[: len(train)]) if shared else features(gallery)
     queries = features(val)
     learner.on_features = True
     return known, gallery, queries

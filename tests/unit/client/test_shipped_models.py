@@ -19,7 +19,7 @@ from pg_siamese.datasets import (
 from pg_siamese.evaluation.retrieval import nearest, retrieval
 from tests.conftest import MODELS
 
-NAMES = ("medical", "fashion_mnist")
+NAMES = ("medical", "clinical", "fashion_mnist")
 
 
 def open_model(name: str) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
@@ -60,7 +60,7 @@ def test_graph_and_metadata_agree(name: str) -> None:
 def test_file_is_small_and_its_card_is_of_this_file(name: str) -> None:
     path = MODELS / f"{name}.onnx"
     _, metadata = open_model(name)
-    assert path.stat().st_size < 2_000_000
+    assert path.stat().st_size < (10_000_000 if name == "clinical" else 2_000_000)
     card = path.with_suffix(".md").read_text(encoding="utf-8")
     assert sha256(path) in card
     assert metadata["training"]["command"] in card

@@ -177,7 +177,7 @@ def test_a_false_match_is_inside_and_near() -> None:
     }
 
 
-SHIPPED = pytest.mark.parametrize("name", ["medical", "fashion_mnist"])
+SHIPPED = pytest.mark.parametrize("name", ["medical", "clinical", "fashion_mnist"])
 
 
 @SHIPPED

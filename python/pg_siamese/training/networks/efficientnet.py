@@ -164,7 +164,7 @@ class EfficientNetLite0(Network):
         features = features.float()
         if not self.levels:
             return self._learned_part(features, features)
-        maps = features[:, : -self.statistics].unflatten(1, self.map_size)
+        maps = features[:, : -self.statistics].reshape(-1, *self.map_size)
         return self._learned_part(
             maps.contiguous(memory_format=torch.channels_last), features[:, -self.statistics :]
         )
@@ -179,7 +179,8 @@ class EfficientNetLite0(Network):
         # Depthwise convolutions are quicker so on a CPU.
         maps = pixels.contiguous(memory_format=torch.channels_last)
         found: list[Tensor] = []
-        for number, layer in enumerate(self.frozen):
+        layers: Any = self.frozen
+        for number, layer in enumerate(layers):
             maps = layer(maps)
             if number in self.levels:
                 means = maps.mean(dim=(2, 3), keepdim=True)
