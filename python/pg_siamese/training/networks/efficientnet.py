@@ -92,7 +92,10 @@ class EfficientNetLite0(Network):
         ValueError: a value is out of range, or the file is of another network.
     """
 
-    summary = "EfficientNet-lite0 with weights learned on ImageNet, linear layer"
+    summary = (
+        "EfficientNet-lite0 with weights learned on ImageNet, linear layer;"
+        " with levels, a small network on statistics of frozen blocks beside it"
+    )
 
     def __init__(
         self,
