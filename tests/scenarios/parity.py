@@ -76,7 +76,13 @@ def torch_encoder(path: Path) -> Any:
             f"{name}.weight": torch.ones_like(bias),
             f"{name}.bias": bias,
         }
-    left = [name for name in state if name not in weights and name.rpartition(".")[0] not in norms]
+    left = [
+        name
+        for name in state
+        if name not in weights
+        and name.rpartition(".")[0] not in norms
+        and not name.endswith(".num_batches_tracked")
+    ]
     assert left == []
     network.load_state_dict(state, strict=True)
     return network.eval()
