@@ -33,10 +33,10 @@ def main() -> int:
     ):
         parser.add_argument(name, action="store_true", help=text)
     text = (
-        "only DICOM files, the clinical encoder, encoders of several sizes, searches by group, or"
-        " for many rows at once"
+        "only DICOM files, the clinical encoder, encoders of several sizes, searches by group,"
+        " for many rows at once, or similarity maps"
     )
-    parts = ["dicom", "clinical", "encoders", "groups", "nearest"]
+    parts = ["dicom", "clinical", "encoders", "groups", "nearest", "heat"]
     parser.add_argument("--only", choices=parts, help=text)
     text = "ONNX file for --only clinical (models/clinical.onnx)"
     parser.add_argument("--model", type=Path, default=clinical.MODEL, metavar="FILE", help=text)
@@ -65,6 +65,7 @@ def main() -> int:
                 "dicom": runs.dicom_alone,
                 "clinical": partial(runs.clinical_alone, model=chosen.model),
                 "encoders": runs.encoders_alone,
+                "heat": runs.heat_alone,
             }
             report = alone[chosen.only](size, console)
         elif chosen.compare:

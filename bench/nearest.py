@@ -1,4 +1,4 @@
-"""Neighbours of 10,000 stored rows: nearest, a search for each, and FAISS alone in one batch."""
+"""Neighbours of 10,000 stored rows: nearest, searches for each, and FAISS alone in one batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 
 from bench.exact import K, Truth
 from bench.report import Bar, Line
-from bench.search import FaissAlone, check_engine
-from bench.session import Prepared, Session, connect, private_bytes
+from bench.search import FaissAlone, PgVector, check_engine
+from bench.session import Prepared, Session, bigint, connect, private_bytes
 from bench.timing import Summary, one_core, round_robin
 from tools.cluster import Cluster
 
 SECTION = "neighbours of many stored rows"
 OURS, EACH, FAISS = "nearest", "similar_images for each", "FAISS alone, in one batch"
+PGVECTOR = "pgvector HNSW for each"
 MEMORY = "private memory of a session"
 KEYS, ROUNDS = 10_000, 3
+# Queries by which pgvector's breadth is chosen.
+TUNED_BY = 1_000
 MEBIBYTE = 1024 * 1024
 
 WANTED = "SELECT image_id FROM bench.wanted"
@@ -31,6 +34,11 @@ CALLS = {
     f" keys => ARRAY({WANTED}))",
     EACH: f"SELECT w.image_id, s.image_id, s.distance FROM ({WANTED}) AS w CROSS JOIN LATERAL"
     f" siamese.similar_images(image_id => w.image_id, k => {K}, collection => 'large') AS s",
+    PGVECTOR: f"SELECT w.image_id, s.image_id, s.distance FROM ({WANTED}) AS w"
+    " INNER JOIN bench.vectors AS q USING (image_id) CROSS JOIN LATERAL ("
+    "SELECT v.image_id, v.embedding <=> q.embedding AS distance FROM bench.vectors AS v"
+    " WHERE v.image_id <> q.image_id ORDER BY v.embedding <=> q.embedding"
+    f" LIMIT {K}) AS s",
 }
 
 
@@ -42,20 +50,24 @@ def nearest(cluster: Cluster, truth: Truth) -> list[Line]:
         admin.execute("INSERT INTO bench.wanted SELECT unnest(%s::bigint[])", (truth.own.tolist(),))
         admin.execute("VACUUM ANALYZE bench.wanted")
     alone = FaissAlone(cluster, "large", truth)
-    with Session(cluster.dsn()) as session:
-        check_engine(session, "large")
+    with Session(cluster.dsn()) as mine, Session(cluster.dsn()) as theirs:
+        check_engine(mine, "large")
+        rival = PgVector(theirs, by_image=False)
+        rival.tune([bigint(key) for key in truth.own[:TUNED_BY].tolist()], truth)
         calls: dict[str, Callable[[int], Any]] = {FAISS: lambda _: _search_at_once(alone)}
         for number, (name, statement) in enumerate(CALLS.items()):
-            prepared = session.prepare(f"call_{number}", statement)
-            calls[name] = partial(_call, prepared)
-        with one_core([session.pid]):
+            session = theirs if name == PGVECTOR else mine
+            calls[name] = partial(_call, session.prepare(f"call_{number}", statement))
+        with one_core([mine.pid, theirs.pid]):
             seconds, answers = round_robin(calls, ROUNDS, 1, warm_up=1)
-        assert not session.notices, session.notices
+        assert not mine.notices, mine.notices
     lines = []
     for name, times in seconds.items():
         found = answers[name][-1]
         ids = _ids(alone, found) if name == FAISS else _rows(found, truth.own)
         note = f"{len(truth.own):,} keys, k {K}"
+        if name == PGVECTOR:
+            note += f", ef_search {rival.breadth}"
         lines.append(Line(SECTION, name, Summary.of(times), recall=truth.recall(ids), note=note))
     with Session(cluster.dsn()) as session:
         session.run(f"SELECT count(*) FROM ({CALLS[OURS]}) AS n")
@@ -106,13 +118,14 @@ def bars(lines: list[Line]) -> list[Bar]:
     by_name = {line.name: line for line in lines}
     ours = by_name[OURS]
     assert ours.recall is not None
+
+    def times(name: str) -> float:
+        return by_name[name].figure() / ours.figure()
+
     return [
         Bar("nearest of 10,000 rows: recall", ours.recall, 0.99),
-        Bar(
-            "times as fast as a search for each", by_name[EACH].figure() / ours.figure(), 6, "times"
-        ),
-        Bar(
-            "times FAISS alone", ours.figure() / by_name[FAISS].figure(), 1.3, "times", is_most=True
-        ),
+        Bar("times as fast as a search for each", times(EACH), 6, "times"),
+        Bar("times as fast as pgvector for each", times(PGVECTOR), 8, "times"),
+        Bar("times FAISS alone", 1 / times(FAISS), 1.3, "times", is_most=True),
         Bar("memory of nearest", by_name[MEMORY].figure(), 200, "MiB", is_most=True),
     ]

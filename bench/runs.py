@@ -20,6 +20,7 @@ from bench import (
     filtered,
     grouped,
     groups,
+    heat,
     insert,
     machine,
     nearest,
@@ -53,6 +54,7 @@ class Size:
     slices: int = 0
     seconds: float = 0
     pictures: int = 0
+    maps: int = 0
 
 
 STANDARD = Size(
@@ -64,6 +66,7 @@ STANDARD = Size(
     slices=1_000,
     seconds=4,
     pictures=1_000,
+    maps=200,
 )
 STANDARD_QUICK = Size(
     rows=12_000,
@@ -74,6 +77,7 @@ STANDARD_QUICK = Size(
     slices=20,
     seconds=0.1,
     pictures=20,
+    maps=4,
 )
 LARGE = Size(rows=1_000_000, queries=2_000, builds=1)
 LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
@@ -216,6 +220,16 @@ def _gain(report: Report, what: str, section: str, ours: str, times: float) -> B
     return Bar(f"{what}, times as fast as pgvector", gain, times, "times")
 
 
+def heat_alone(size: Size, console: Console) -> Report:
+    """Check which parts of a query similarity maps show, and nothing else."""
+    with server(SETTINGS) as cluster:
+        report = Report("heat", machine.facts(cluster), SETTINGS, vars(size))
+    console.print("Drawing maps …")
+    report.lines += heat.measure(size.maps)
+    report.bars += heat.bars(report.lines)
+    return report
+
+
 def nearest_alone(size: Size, console: Console) -> Report:
     """Measure searches for many rows at once on a mixture of clusters, and nothing else."""
     with server(LARGE_SETTINGS) as cluster:
@@ -227,6 +241,8 @@ def nearest_alone(size: Size, console: Console) -> Report:
         build.vacuum(cluster)
         with Session(cluster.dsn()) as session:
             session.run("SELECT siamese.build_index('large')")
+            session.run(build.CREATE)
+        build.vacuum(cluster)
         console.print("Searching …")
         own = _sample(vectors.ids, min(nearest.KEYS, size.rows), seed=2)
         report.lines += nearest.nearest(cluster, Truth.of(vectors, vectors.of(own), own))

@@ -241,7 +241,13 @@ CREATE FUNCTION siamese.nearest(
 -- before it goes on.
 LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 1000
 AS $$
-    SELECT s.key, s.rank, s.neighbour, s.distance, s.frame
+    -- In the select list, since unnest in FROM would write all rows to a temporary table first.
+    SELECT
+        pg_catalog.unnest(a.answer[2]::pg_catalog.text[]),
+        pg_catalog.unnest(a.answer[3]::pg_catalog.int4[]),
+        pg_catalog.unnest(a.answer[4]::pg_catalog.text[]),
+        pg_catalog.unnest(a.answer[5]::pg_catalog.float4[]),
+        pg_catalog.unnest(a.answer[6]::pg_catalog.int4[])
     FROM (
         SELECT siamese._nearest(
             CASE WHEN pg_catalog.array_ndims(keys) OPERATOR(pg_catalog.=) 6 THEN NULL
@@ -249,13 +255,6 @@ AS $$
             k, collection, filter, max_distance, engine, exclude, group_by, per_group, own_group, threads) AS answer
         OFFSET 0
     ) AS a
-    CROSS JOIN LATERAL ROWS FROM (
-        pg_catalog.unnest(a.answer[2]::pg_catalog.text[]),
-        pg_catalog.unnest(a.answer[3]::pg_catalog.int4[]),
-        pg_catalog.unnest(a.answer[4]::pg_catalog.text[]),
-        pg_catalog.unnest(a.answer[5]::pg_catalog.float4[]),
-        pg_catalog.unnest(a.answer[6]::pg_catalog.int4[])
-    ) AS s (key, rank, neighbour, distance, frame)
     WHERE a.answer[1] IS NULL OR siamese._raise(a.answer) IS NULL
 $$;
 COMMENT ON FUNCTION siamese.nearest IS 'k nearest rows of each of many stored rows';

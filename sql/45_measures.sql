@@ -1,4 +1,4 @@
--- How a search was answered, and how well searches find what they should.
+-- How a search was answered, why two images are similar, and how well searches find what they should.
 
 -- === Public functions ===
 
@@ -79,6 +79,32 @@ END
 $$;
 COMMENT ON FUNCTION siamese.retrieval_quality IS 'how well neighbours agree with labels, in per cent';
 
+CREATE FUNCTION siamese.similarity_map(
+    image bytea DEFAULT NULL,
+    neighbour bytea DEFAULT NULL,
+    collection text DEFAULT 'images',
+    image_id siamese.key DEFAULT NULL,
+    neighbour_id siamese.key DEFAULT NULL,
+    model text DEFAULT '',
+    query_frame bigint DEFAULT 0,
+    neighbour_frame bigint DEFAULT 0,
+    masks bigint DEFAULT 125,
+    side bigint DEFAULT 512,
+    legend boolean DEFAULT TRUE
+) RETURNS bytea
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+AS $$
+DECLARE
+    answer text[] := siamese._similarity_map(
+        image, neighbour, collection, image_id::pg_catalog.text, neighbour_id::pg_catalog.text, model, query_frame,
+        neighbour_frame, masks, side, legend);
+BEGIN
+    PERFORM siamese._raise(answer);
+    RETURN pg_catalog.decode(answer[2], 'hex');
+END
+$$;
+COMMENT ON FUNCTION siamese.similarity_map IS 'PNG: parts that make an image similar to another';
+
 -- === Private functions ===
 
 CREATE FUNCTION siamese._explain_search(
@@ -112,3 +138,14 @@ AS $python$
 return GD['pg_siamese @VERSION@'].retrieval_quality(plpy, *args)
 $python$;
 COMMENT ON FUNCTION siamese._retrieval_quality IS 'measure agreement with labels';
+
+CREATE FUNCTION siamese._similarity_map(
+    image bytea, neighbour bytea, collection text, key text, neighbour_key text, model text, frame bigint,
+    neighbour_frame bigint, masks bigint, side bigint, legend boolean
+) RETURNS text[]
+LANGUAGE plpython3u STABLE PARALLEL UNSAFE
+AS $python$
+# @LOAD@
+return GD['pg_siamese @VERSION@'].similarity_map(plpy, *args)
+$python$;
+COMMENT ON FUNCTION siamese._similarity_map IS 'draw a similarity map';

@@ -53,7 +53,7 @@ FROM (VALUES
         '_load', '_raise', '_caller', '_model_id', 'similar_images', '_similar_images', '_match_line', 'similar_rows',
         '_similar_keys', 'nearest', '_nearest', '_no_collection', 'classify_image', '_classify_image', '_estimate',
         'explain_search', '_explain_search', 'measure_recall', '_measure_recall', 'retrieval_quality',
-        '_retrieval_quality', 'embed_image',
+        '_retrieval_quality', 'similarity_map', '_similarity_map', 'embed_image',
         '_embed_image', 'image_distance', 'same_class', 'any_two_match', '_compare_images', 'warm_up', '_warm_up', '_is_waiting',
         '_may_see', '_collection_counts', '_queue_counts', '_generation_file', 'dicom_keywords', 'dicom_tags',
         '_dicom_tags', 'dicom_tag', '_dicom_tag',

@@ -352,14 +352,8 @@ def _request(
                 "an image and examples are given",
                 hint="Give the image as one of like_images, or its key as one of like.",
             )
-    elif image is None and key is None:
-        raise SiameseError(
-            "image is null",
-            sqlstate=NULL_VALUE_NOT_ALLOWED,
-            hint="Give the bytes of an image, or the key of a stored one by name.",
-        )
-    if image is not None and key is not None:
-        raise SiameseError("an image and the key of a stored one are given", hint="Give one.")
+    else:
+        _check_one_given("image", image, key)
     if None in (k, collection, filter_, max_distance, engine):
         _check_given(
             k=k, collection=collection, filter=filter_, max_distance=max_distance, engine=engine
@@ -439,6 +433,18 @@ def _examples(
     )
     examples.check()
     return examples
+
+
+def _check_one_given(name: str, image: bytes | None, key: int | str | None) -> None:
+    """Refuse neither or both of an image file and the key of a stored image."""
+    if image is None and key is None:
+        raise SiameseError(
+            f"{name} is null",
+            sqlstate=NULL_VALUE_NOT_ALLOWED,
+            hint="Give the bytes of an image, or the key of a stored one by name.",
+        )
+    if image is not None and key is not None:
+        raise SiameseError("an image and the key of a stored one are given", hint="Give one.")
 
 
 def _set_groups(
@@ -752,6 +758,55 @@ def retrieval_quality(
 
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.9g}"
+
+
+@_entry_point
+def similarity_map(
+    plpy: Any,
+    image: bytes | None,
+    neighbour: bytes | None,
+    collection: str | None,
+    key: str | None,
+    neighbour_key: str | None,
+    model: str | None,
+    frame: int | None,
+    neighbour_frame: int | None,
+    masks: int | None,
+    side: int | None,
+    legend: bool | None,
+) -> tuple[str]:
+    """Body of ``_similarity_map``. Without a model, images are compared by the collection's."""
+    from pg_siamese_server.search import similarity_map as maps
+
+    _check_given(
+        collection=collection,
+        model=model,
+        query_frame=frame,
+        neighbour_frame=neighbour_frame,
+        masks=masks,
+        side=side,
+        legend=legend,
+    )
+    assert frame is not None and neighbour_frame is not None
+    assert masks is not None and side is not None
+    _check_one_given("image", image, key)
+    _check_one_given("neighbour", neighbour, neighbour_key)
+    found = None
+    if not model or key is not None or neighbour_key is not None:
+        found = collection_by_name(plpy, collection)
+    stored, _ = _cast_keys(plpy, collection, key, None)
+    stored_neighbour, _ = _cast_keys(plpy, collection, neighbour_key, None)
+    png = maps.similarity_map(
+        plpy,
+        maps.Picture(image, stored, frame),
+        maps.Picture(neighbour, stored_neighbour, neighbour_frame),
+        found,
+        model_id_by_name(plpy, model) if model or found is None else found.model_id,
+        masks,
+        side,
+        bool(legend),
+    )
+    return (png.hex(),)
 
 
 @_entry_point

@@ -303,6 +303,22 @@ def test_a_part_of_an_image(loaded: str, db: Connection, tmp_path: Path) -> None
     assert "region is not inside the image" in fails(loaded, *outside)
 
 
+def test_similarity_map(loaded: str, db: Connection, tmp_path: Path) -> None:
+    stored = rows_of(db, "SELECT image_id, image FROM siamese.images ORDER BY 1 LIMIT 2")
+    file, by_file, by_id = tmp_path / "query.png", tmp_path / "new" / "a.png", tmp_path / "b.png"
+    file.write_bytes(stored[0][1])
+    neighbour = ["--neighbour-id", str(stored[1][0]), "--masks", "20"]
+    output = works(loaded, "similarity-map", str(by_file), "--image", str(file), *neighbour)
+    assert str(by_file) in output
+    works(loaded, "similarity-map", str(by_id), "--id", str(stored[0][0]), *neighbour)
+    assert by_file.read_bytes() == by_id.read_bytes()
+    with Image.open(by_id) as image:
+        assert image.format == "PNG" and image.width == 512
+    missing = ["similarity-map", str(tmp_path / "c.png"), "--id", "999999", *neighbour]
+    assert "999999" in fails(loaded, *missing)
+    assert not (tmp_path / "c.png").exists()
+
+
 def test_bad_queries_are_one_line(loaded: str, tmp_path: Path) -> None:
     junk = tmp_path / "junk.png"
     junk.write_bytes(b"no image")

@@ -157,6 +157,10 @@ SEARCHES = {
     "explain_search": "SELECT * FROM explain_search(image_id => 3, collection => 't')",
     "measure_recall": "SELECT * FROM measure_recall('t', queries => 1)",
     "retrieval_quality": "SELECT * FROM retrieval_quality('t', sample => 1)",
+    "nearest": "SELECT * FROM nearest('t', keys => '{3}')",
+    "similarity_map": (
+        "SELECT similarity_map(image_id => 3, neighbour_id => 4, collection => 't', masks => 20)"
+    ),
     "vectors": "SELECT count(*) FROM vectors_t",
 }
 OTHERS = {

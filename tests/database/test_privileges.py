@@ -39,9 +39,9 @@ FOR_READERS = """
 _caller _classify_image _collection_counts _compare_images _dicom_tag _dicom_tags _embed_image
 _estimate _explain_search _generation_file _is_waiting _load _match_line _may_see _measure_recall
 _model_id _nearest _no_collection _queue_counts _raise _retrieval_quality _similar_images
-_similar_keys _warm_up any_two_match classify_image dicom_tag dicom_tags embed_image explain_search
-image_distance measure_recall nearest retrieval_quality same_class similar_images similar_rows
-warm_up
+_similar_keys _similarity_map _warm_up any_two_match classify_image dicom_tag dicom_tags embed_image
+explain_search image_distance measure_recall nearest retrieval_quality same_class similar_images
+similar_rows similarity_map warm_up
 """
 
 
@@ -147,6 +147,7 @@ def test_reader(roles: Roles, db: Connection, queries: Pictures) -> None:
         "explain_search(%(q)s)",
         "measure_recall(queries => 3)",
         "retrieval_quality(sample => 3)",
+        "similarity_map(%(q)s, %(q)s)",
     ):
         assert roles.reader.execute(f"SELECT {call}", {"q": query}).fetchall()
 

@@ -74,6 +74,7 @@ def test_no_candidates_are_no_rows(
         "explain_search(image_id => 1, {})",
         "measure_recall({})",
         "retrieval_quality({})",
+        "similarity_map(image_id => 1, neighbour_id => 2, {})",
     ],
 )
 def test_arguments_that_are_null(db: Connection, ids: list[int], call: str) -> None:
@@ -82,7 +83,8 @@ def test_arguments_that_are_null(db: Connection, ids: list[int], call: str) -> N
         "SELECT proargnames[pronargs - pronargdefaults + 1:pronargs] FROM pg_proc"
         " WHERE pronamespace = 'siamese'::regnamespace AND proname = %s"
     )
-    names = set(one(db, query, call.partition("(")[0])) - {"image", "image_id", "key", "candidates"}
+    names = set(one(db, query, call.partition("(")[0]))
+    names -= {"image", "image_id", "key", "candidates", "neighbour", "neighbour_id"}
     assert names
     for argument in names:
         with sql_error("22004", f"{argument} is null"):
@@ -97,13 +99,18 @@ def test_neither_or_both_of_image_and_key(
         "similar_rows(NULL::images)",
         "classify_image()",
         "explain_search()",
+        "similarity_map(neighbour_id => 1)",
     ):
         with sql_error("22004", "image is null", "key of a stored one"):
             db.execute(f"SELECT {call}")
+    with sql_error("22004", "neighbour is null", "key of a stored one"):
+        db.execute("SELECT similarity_map(image_id => 1)")
     for call in (
         "similar_images(image_id => 1, image => %s)",
         "similar_rows(NULL::images, %s, key => 1)",
         "classify_image(%s, image_id => 1)",
+        "similarity_map(%s, image_id => 1, neighbour_id => 1)",
+        "similarity_map(image_id => 1, neighbour => %s, neighbour_id => 1)",
     ):
         with sql_error("22023", "an image and the key of a stored one are given"):
             db.execute(f"SELECT {call}", (pictures.files[0],))

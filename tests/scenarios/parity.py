@@ -91,7 +91,13 @@ def torch_encoder(path: Path) -> Any:
 def layer_before(norm: str) -> str:
     """Return the name of the convolution or linear layer that a batch norm follows."""
     parent, _, own = norm.rpartition(".")
-    names = {"1": "0", "3": "2", "_bn0": "_expand_conv", "_bn1": "_depthwise_conv", "_bn2": "_project_conv"}
+    names = {
+        "1": "0",
+        "3": "2",
+        "_bn0": "_expand_conv",
+        "_bn1": "_depthwise_conv",
+        "_bn2": "_project_conv",
+    }
     return f"{parent}.{names[own]}"
 
 
@@ -141,8 +147,8 @@ class Parity:
             "SELECT create_collection('parity', 'public.parity', model => %s)", (self.model,)
         )
         names: dict[str, list[LabelledImages]] = {}
-        for images in image_sets(self.count):
-            names.setdefault(images.name, []).append(images)
+        for part in image_sets(self.count):
+            names.setdefault(part.name, []).append(part)
         for name, parts in names.items():
             images = np.concatenate([part.images for part in parts])[: self.count]
             files = [png(image) for image in images]

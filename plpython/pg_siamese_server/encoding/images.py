@@ -176,7 +176,12 @@ def decode_frames(data: bytes | None, spec: InputSpec, poll: Poll | None = None)
 
 
 def render_image(
-    data: bytes, side: int, frame: int = 0, region: Region | None = None
+    data: bytes | None,
+    side: int,
+    frame: int = 0,
+    region: Region | None = None,
+    spec: InputSpec | None = None,
+    poll: Poll | None = None,
 ) -> NDArray[np.uint8]:
     """Decode an image file for display, as ``decode_image`` does, in its own proportions.
 
@@ -184,6 +189,8 @@ def render_image(
         data: the bytes of the file.
         side: most pixels of the longer side.
         frame, region: as for ``decode_image``.
+        spec: limits, and how to show what the file leaves open. Its size does not matter.
+        poll: as for ``decode_image``.
 
     Returns:
         uint8 array of shape (height, width, 3), no larger than the picture itself.
@@ -191,8 +198,11 @@ def render_image(
     Raises:
         ImageError: as for ``decode_image``.
     """
-    decoder = _Decoder(InputSpec(side, side), None, keeps_shape=True, frame=frame, region=region)
-    return _guarded(data, decoder.spec, decoder.run)
+    shown = InputSpec(side, side)
+    if spec is not None:
+        shown = replace(spec, width=side, height=side, channels=3)
+    decoder = _Decoder(shown, poll, keeps_shape=True, frame=frame, region=region)
+    return _guarded(data, shown, decoder.run)
 
 
 def _guarded(data: bytes | None, spec: InputSpec, work: Callable[[bytes], _Result]) -> _Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from pg_siamese_server.catalog import Collection, collection_by_name, group_column, prepare
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.search import filters, groups
+from pg_siamese_server.search import nearest as many
 from pg_siamese_server.search import search as searches
 from pg_siamese_server.search.filters import Conditions
 from pg_siamese_server.search.request import Answer, Request
@@ -23,6 +25,15 @@ ROUNDING = 1e-6
 NEIGHBOURS = 5
 FIGURES = ("map5", "mmv5", "acc1", "acc3", "acc5")
 NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Rows drawn at random: keys, these as an array in text, and a label of each."""
+
+    keys: list[Any]
+    array: str
+    labels: list[str | None]
 
 
 def measure_recall(
@@ -46,9 +57,9 @@ def measure_recall(
         raise SiameseError(f"queries must be between 1 and {MAX_QUERIES}")
     Request(collection_name=name, k=k).check()
     collection = collection_by_name(plpy, name)
-    drawn, _ = _draw(plpy, collection, Conditions(), queries, seed, "NULL")
+    drawn = _draw(plpy, collection, Conditions(), queries, seed, "NULL")
     recalls, times = [], []
-    for place, key in enumerate(drawn):
+    for place, key in enumerate(drawn.keys):
         if not place:  # the first search of a session opens the index
             _timed(plpy, Request(collection_name=name, key=key, k=k, filter=text))
         answer, taken = _timed(plpy, Request(collection_name=name, key=key, k=k, filter=text))
@@ -95,35 +106,28 @@ def retrieval_quality(
     column = filters.columns(plpy, collection, [label_column])[label_column]["quoted"]
     conditions = filters.parse(plpy, collection, filters.with_value(queries, label_column))
     labelled = filters.with_value(gallery, label_column)
-    keys, labels = _draw(plpy, collection, conditions, sample, seed, f"b.{column}::text")
-    own_group = own_group or group_column(plpy, name) is None
-    numbers: dict[str, int] = {}
-    near = np.full((len(keys), NEIGHBOURS), NO_LABEL)
-    for place, key in enumerate(keys):
-        answer = searches.search(
-            plpy,
-            Request(
-                collection_name=name,
-                key=key,
-                k=NEIGHBOURS,
-                filter=labelled,
-                own_group=own_group,
-            ),
-        )
-        found = groups.labels(plpy, collection, label_column, answer.keys)
-        for rank, neighbour in enumerate(answer.keys):
-            if neighbour in found:
-                near[place, rank] = numbers.setdefault(str(found[neighbour]), len(numbers))
-    if not keys:
+    drawn = _draw(plpy, collection, conditions, sample, seed, f"b.{column}::text")
+    if not drawn.keys:
         return 0, dict.fromkeys(FIGURES)
-    own = np.array([numbers.setdefault(str(label), len(numbers)) for label in labels])
-    return len(keys), _figures(near, own)
+    own_group = own_group or group_column(plpy, name) is None
+    each = Request(collection_name=name, key=0, k=NEIGHBOURS, filter=labelled, own_group=own_group)
+    numbers: dict[str, int] = {}
+    near = np.full((len(drawn.keys), NEIGHBOURS), NO_LABEL)
+    places = {key: place for place, key in enumerate(drawn.keys)}
+    for part in many.nearest(plpy, each, drawn.array, 1):
+        found = groups.labels(plpy, collection, label_column, list(set(part.neighbours)))
+        for key, rank, neighbour in zip(part.keys, part.ranks, part.neighbours, strict=True):
+            if neighbour in found:
+                number = numbers.setdefault(str(found[neighbour]), len(numbers))
+                near[places[key], rank - 1] = number
+    own = np.array([numbers.setdefault(str(label), len(numbers)) for label in drawn.labels])
+    return len(drawn.keys), _figures(near, own)
 
 
 def _draw(
     plpy: Any, collection: Collection, conditions: Conditions, count: int, seed: int, label: str
-) -> tuple[list[Any], list[str | None]]:
-    """Draw rows that have a vector, as the invoker sees them: keys, and SQL ``label`` of each.
+) -> _Drawn:
+    """Draw rows that have a vector, as the invoker sees them, with SQL ``label`` of each.
 
     Which rows these are depends on the keys and the seed alone.
     """
@@ -134,7 +138,8 @@ def _draw(
     clauses = " AND ".join([collection.one_per_image, *where.clauses])
     plan = prepare(
         plpy,
-        "SELECT pg_catalog.array_agg(d.key) AS keys, pg_catalog.array_agg(d.label) AS labels"
+        "SELECT pg_catalog.array_agg(d.key) AS keys, pg_catalog.array_agg(d.key)::text AS text,"
+        " pg_catalog.array_agg(d.label) AS labels"
         f" FROM (SELECT {shown} AS key, {label} AS label FROM {collection.relation} AS b"
         f" INNER JOIN {collection.embeddings} AS e ON e.key = {key} WHERE {clauses}"
         f' ORDER BY pg_catalog.hashtextextended({key}::text COLLATE "C", {by}), {key}'
@@ -142,7 +147,7 @@ def _draw(
         tuple(where.types),
     )
     row = plan.execute(where.values)[0]
-    return row["keys"] or [], row["labels"] or []
+    return _Drawn(row["keys"] or [], row["text"] or "{}", row["labels"] or [])
 
 
 def _timed(plpy: Any, request: Request) -> tuple[Answer, float]:

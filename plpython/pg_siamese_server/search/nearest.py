@@ -133,6 +133,11 @@ class _Found:
         else:
             self.items = self.items[which]
 
+    def is_sorted(self) -> bool:
+        """Return whether the rows of each query stand together, nearest first, without ties."""
+        owner, farther = np.diff(self.owners), np.diff(self.squared) > 0
+        return bool(((owner > 0) | (owner == 0) & farther).all())
+
 
 class _Search:
     """The searches of one statement.
@@ -209,7 +214,7 @@ class _Search:
         self,
         finder: Any,
         rows: NDArray[np.int64],
-        own: list[Any],
+        own: NDArray[Any],
         count: int,
         among: NDArray[np.int64] | None,
         part: Part,
@@ -225,7 +230,7 @@ class _Search:
                 break
             if number == 0 and among is None and np.mean(~is_full) > MANY_SHORT:
                 self.count = max(self.count, min(2 * self.count, MAX_COUNT))
-            rows, own = rows[~is_full], [own[place] for place in np.flatnonzero(~is_full)]
+            rows, own = rows[~is_full], own[~is_full]
             count *= WIDER
 
     @staticmethod
@@ -236,7 +241,7 @@ class _Search:
             index.is_scanned(count) and not index.is_flat
         )
 
-    def _indexed(self, finder: Any, stored: list[Any]) -> tuple[NDArray[np.int64], list[Any]]:
+    def _indexed(self, finder: Any, stored: list[Any]) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """Return the rows of the index file that are rows of the table, and their keys."""
         index = finder.index
         if self.collection.is_by_integer:
@@ -245,10 +250,11 @@ class _Search:
             dead = finder.changes.is_dead(rows)
             if dead is not None:
                 rows = rows[~dead]
-            return rows, index.rows.keys[rows].tolist()
+            return rows, index.rows.keys[rows]
         by_id = {row["id"]: row["key"] for row in stored if row["id"] is not None}
         rows = index.rows_of(np.fromiter(by_id, np.int64, len(by_id)))
-        return rows, [by_id[number] for number in index.rows.embedding_ids[rows].tolist()]
+        own = [by_id[number] for number in index.rows.embedding_ids[rows].tolist()]
+        return rows, np.array(own, dtype=object)
 
     def _plan(self, finder: Any) -> None:
         """Choose how many rows to ask about, and read those that qualify if that saves time."""
@@ -276,7 +282,8 @@ class _Search:
             self.plpy, self.collection, self.conditions, min(expected.most, MAX_READ)
         )
         if found is not None:
-            self.qualifying = np.sort(found)
+            # Most tables are read in the order of their keys, which this sort is quick at.
+            self.qualifying = np.sort(found, kind="stable")
             if is_filtered:
                 self.count = math.ceil(ENOUGH * least * total / min(total, max(1, len(found))))
 
@@ -340,23 +347,19 @@ class _Search:
         items = finder.items(np.concatenate(rows))
         return _Found(np.concatenate(owners), items, np.concatenate(distances), complete)
 
-    def _cut(self, found: _Found, own: list[Any]) -> NDArray[np.bool_]:
+    def _cut(self, found: _Found, own: NDArray[Any]) -> NDArray[np.bool_]:
         """Keep the nearest rows that qualify. Return which queries have all that they want."""
         limits = np.minimum(found.complete, self.limit)
         is_near = found.squared.astype(np.float64) <= limits[found.owners]
-        if isinstance(found.items, list):
-            owners = found.owners.tolist()
-            others = [
-                own[owner] != base
-                for owner, base in zip(owners, self._bases(found.items), strict=True)
-            ]
-            is_near &= np.array(others, dtype=bool)
-        else:
-            is_near &= np.array(own, dtype=np.int64)[found.owners] != found.items
+        items = found.items
+        if isinstance(items, list):
+            items = np.array(self._bases(items), dtype=object)
+        is_near &= own[found.owners] != items
         found.keep(is_near)
         is_good, order = self._checked(found.items)
         found.keep(is_good)
-        found.keep(np.lexsort((order[is_good], found.squared, found.owners)))
+        if not found.is_sorted():
+            found.keep(np.lexsort((order[is_good], found.squared, found.owners)))
         ranks = self._ranks(found.owners)
         found.keep(ranks < self.wanted)
         numbers = np.bincount(found.owners, minlength=len(own))
@@ -396,16 +399,16 @@ class _Search:
         return ranks
 
     def _take(
-        self, found: _Found, is_full: NDArray[np.bool_], own: list[Any], part: Part
+        self, found: _Found, is_full: NDArray[np.bool_], own: NDArray[Any], part: Part
     ) -> list[Any]:
         """Add the rows of full queries to the answer. Return the keys of these queries."""
         found.keep(is_full[found.owners])
-        done = [own[place] for place in np.flatnonzero(is_full).tolist()]
+        done: list[Any] = own[is_full].tolist()
         items = found.items if isinstance(found.items, list) else found.items.tolist()
         if self.request.group_by:
-            done = self._take_groups(found, items, own, done)
+            done = self._take_groups(found, items, own.tolist(), done)
             items = found.items if isinstance(found.items, list) else found.items.tolist()
-        part.keys += [own[owner] for owner in found.owners.tolist()]
+        part.keys += own[found.owners].tolist()
         part.ranks += (self._ranks(found.owners) + 1).tolist()
         part.neighbours += self._bases(items)
         part.distances += vectors.to_distances(found.squared.tolist(), self.collection.metric)

@@ -143,6 +143,43 @@ def _region(text: str | None) -> tuple[float, ...] | None:
     return min(left, right), min(top, bottom), max(left, right), max(top, bottom)
 
 
+def similarity_map(
+    output_file: Annotated[Path, typer.Argument(help="PNG file to write.", metavar="PNG")],
+    image: Annotated[
+        Path | None, typer.Option(help="Image file whose parts are shown.", metavar="FILE")
+    ] = None,
+    id: Annotated[str | None, typer.Option("--id", help="Key of a stored image instead.")] = None,
+    neighbour: Annotated[
+        Path | None, typer.Option(help="Image file to compare it with.", metavar="FILE")
+    ] = None,
+    neighbour_id: Annotated[
+        str | None, typer.Option("--neighbour-id", help="Key of a stored image instead.")
+    ] = None,
+    collection: CollectionName = "images",
+    masks: Annotated[int, typer.Option(help="Runs of the encoder. More show finer parts.")] = 125,
+    side: Annotated[int, typer.Option(help="Pixels of the picture's longer side.")] = 512,
+    dsn: Dsn = None,
+) -> None:
+    """Draw which parts of an image make it similar to another one."""
+    from pg_siamese.client.queries import find_collection
+    from pg_siamese.files import write_whole
+
+    for name, file, key in (("", image, id), ("neighbour-", neighbour, neighbour_id)):
+        if (file is None) == (key is None):
+            raise CommandError(f"specify --{name[:-1] or 'image'} or --{name}id")
+    files = [None if file is None else file.read_bytes() for file in (image, neighbour)]
+    with connect(dsn) as connection:
+        find_collection(connection, collection)
+        row = connection.execute(
+            "SELECT siamese.similarity_map("
+            "%s, %s, %s, %s::text, %s::text, masks => %s, side => %s)",
+            (*files, collection, id, neighbour_id, masks, side),
+        ).fetchone()
+    assert row is not None and isinstance(row[0], bytes)
+    written = write_whole(output_file, row[0])
+    output().print(f"similarity map: {escape(str(written))}", soft_wrap=True)
+
+
 def _json_object(text: str | None) -> dict[str, object] | None:
     if text is None:
         return None

@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command()(loading.load)
 app.command()(loading.create_dicom_table)
 app.command()(collections.query)
+app.command()(collections.similarity_map)
 app.command()(collections.status)
 app.command()(collections.build_index)
 app.command()(collections.rebuild_file)

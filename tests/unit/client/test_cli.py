@@ -123,6 +123,12 @@ def test_query_takes_an_image_or_an_id_or_examples() -> None:
         assert "--region is not four numbers" in fails("query", "--id", "4", "--region", region)
 
 
+def test_a_similarity_map_takes_an_image_or_an_id() -> None:
+    assert "--image or --id" in fails("similarity-map", "map.png", "--neighbour-id", "2")
+    given = ["--id", "1", "--neighbour-id", "2"]
+    assert "--neighbour or" in fails("similarity-map", "map.png", *given, "--neighbour", "a.png")
+
+
 @pytest.mark.parametrize(("value", "message"), [("{", "not JSON"), ("[1]", "not a JSON object")])
 def test_bad_filters(value: str, message: str) -> None:
     assert message in fails("query", "--id", "1", "--filter", value)

@@ -48,6 +48,9 @@ PGSPOT = [
     "--proc-without-search-path=siamese.retrieval_quality(collection text,label_column text,"
     "queries siamese.filter,gallery siamese.filter,sample bigint,seed bigint,own_group boolean,"
     "sampled integer,map5 real,mmv5 real,acc1 real,acc3 real,acc5 real)",
+    "--proc-without-search-path=siamese.similarity_map(image bytea,neighbour bytea,collection text,"
+    "image_id siamese.key,neighbour_id siamese.key,model text,query_frame bigint,"
+    "neighbour_frame bigint,masks bigint,side bigint,legend boolean)",
     "--proc-without-search-path=siamese.warm_up(collection text,engine text,detail text)",
 ]
 # PostgreSQL lets an extension's script replace its own functions and views only.
