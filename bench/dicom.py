@@ -13,7 +13,7 @@ from pydicom import dcmread
 from pydicom.uid import UID
 
 from bench.connections import ready
-from bench.insert import TRIGGER, Contest, insert
+from bench.insert import PLAIN, TRIGGER, Contest, insert
 from bench.report import Bar, Line
 from bench.session import BYTEA, Session, connect
 from bench.timing import Summary
@@ -127,11 +127,16 @@ def _first_files(cluster: Cluster, files: list[bytes]) -> list[Line]:
 
 
 def bars(lines: list[Line]) -> list[Bar]:
-    """Return the promises on these figures."""
+    """Return the promises on these figures.
+
+    To store half a megabyte per row takes PostgreSQL as long as to embed it. So what counts is the
+    time that the trigger adds.
+    """
     figures = {line.name: line.figure() for line in lines}
-    what = "insert of CT slices, images a second, share of pydicom + ONNX Runtime alone"
+    added = figures[TRIGGER] - figures[PLAIN]
+    what = "CT slices, what the trigger adds to an insert, share of pydicom + ONNX Runtime alone"
     beyond = figures[EMBED] - figures[BARE]
     return [
-        Bar(what, 100 * figures[ALONE] / figures[TRIGGER], BAR, "%"),
+        Bar(what, 100 * figures[ALONE] / added, BAR, "%"),
         Bar("first DICOM file, beyond a bare process", beyond, FIRST_BAR, "ms", is_most=True),
     ]
