@@ -288,8 +288,8 @@ COMMENT ON FUNCTION siamese.similar_pairs IS 'all pairs of stored rows within a 
 
 CREATE FUNCTION siamese.near_duplicates(
     collection text DEFAULT 'images',
-    max_distance double precision DEFAULT 0.2,
-    max_difference double precision DEFAULT 3.5,
+    max_distance double precision DEFAULT 0.25,
+    max_difference double precision DEFAULT 3.6,
     mirrored boolean DEFAULT FALSE,
     filter siamese.filter DEFAULT '{}',
     exclude siamese.filter DEFAULT '{}',
@@ -321,8 +321,8 @@ CREATE FUNCTION siamese.leaks(
     split_column text DEFAULT 'split',
     -- The collection's group column, if it has one. '' means no groups, as in searches.
     group_column text DEFAULT '-',
-    max_distance double precision DEFAULT 0.2,
-    max_difference double precision DEFAULT 3.5,
+    max_distance double precision DEFAULT 0.25,
+    max_difference double precision DEFAULT 3.6,
     filter siamese.filter DEFAULT '{}',
     exclude siamese.filter DEFAULT '{}',
     engine text DEFAULT 'auto',

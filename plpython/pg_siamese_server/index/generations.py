@@ -402,8 +402,8 @@ class Generation:
         return buffers
 
     def expand(
-        self, positions: NDArray[np.int64], squared: NDArray[np.float32]
-    ) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
+        self, positions: NDArray[np.int64], squared: NDArray[Any]
+    ) -> tuple[NDArray[np.integer[Any]], NDArray[Any]]:
         """Convert positions to rows, since one vector may belong to several."""
         by_slot, starts = self.rows.by_slot, self.rows.slot_starts
         if by_slot is None:

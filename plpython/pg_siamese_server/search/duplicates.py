@@ -126,12 +126,11 @@ def _groups(
     for members in joined.members():
         keys = search.keys(np.array(members))
         listed.append(sorted(zip(keys, members, strict=True)))
-    listed.sort(key=lambda members: members[0][0])
+    listed.sort(key=lambda named: named[0][0])
     rows: list[tuple[int, Any, Any, Likeness]] = []
-    for group, members in enumerate(listed, start=1):
-        representative, first = members[0]
+    for group, [(representative, first), *others] in enumerate(listed, start=1):
         rows.append((group, representative, representative, Likeness(0.0, True, False)))
-        for key, number in members[1:]:
+        for key, number in others:
             rows.append((group, key, representative, pictures.compare(first, number, ways)))
             if len(rows) >= ROWS:
                 yield _with_distances(plpy, search.collection, rows)

@@ -8,7 +8,7 @@ until the end, whatever the session searches for in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -144,7 +144,8 @@ class IndexedPairs:
         # A number for each label, 0 if it is unknown, int64 (rows,), or None if none matter.
         self.labels: NDArray[np.int64] | None = None
         if labels is not None:
-            own = held.keys[self.rows] if by_key else held.embedding_ids[self.rows]
+            by_row = held.keys if held.keys is not None and by_key else held.embedding_ids
+            own = by_row[self.rows]
             self.labels = labels[found.searchsorted(np.concatenate([own, names[kept]]))]
 
     def keys(self, numbers: NDArray[np.int64]) -> list[Any]:
@@ -182,7 +183,7 @@ class IndexedPairs:
         compare = others * COMPARE_PAIR * index.vectors.shape[1] / 64
         return not index.is_flat and count < len(self.rows) and index.microseconds(count) < compare
 
-    def _walk(self, queries: NDArray[np.int64]) -> Iterator[Any]:
+    def _walk(self, queries: NDArray[np.int64]) -> Generator[Pairs, None, NDArray[np.int64]]:
         """Find neighbours by the graph. Return the rows that have too many of them."""
         count = FIRST_COUNT
         while len(queries) and self._is_graph_cheaper(count, len(self.rows)):

@@ -20,6 +20,7 @@ from pg_siamese_server.catalog import Collection, prepare
 from pg_siamese_server.encoding import models
 from pg_siamese_server.encoding.batches import FIRST_ROWS, next_portion
 from pg_siamese_server.encoding.images import render_grey
+from pg_siamese_server.encoding.opened import Box
 from pg_siamese_server.errors import ImageError, SiameseError
 
 # Pixels of the longer side of a picture as it is kept, and of the sides of its sketch.
@@ -27,8 +28,9 @@ SIDE, SKETCH = 64, 8
 # Pixels of a comparison, as a share of the smaller picture's shorter side. Less detail would tell
 # fewer pictures apart, and more would make copies of half the size differ.
 SHARE = 0.43
-# What a sketch may differ more than the picture, since its pixels are whole grey levels.
-SLACK = 0.5
+# What a sketch may differ more than the picture: its pixels are whole grey levels, and may be white
+# for want of room. A crop lies beside its box, too.
+SLACK, CROP_SLACK = 1.5, 3.0
 # Crops are looked for in pictures of at least so many pixels per side. In smaller ones, other
 # pictures fit as well.
 MIN_CROPPED = 48
@@ -40,6 +42,9 @@ MIN_CORRELATION, MAX_GAIN = 0.95, 1.6
 MAX_STRETCH = 1.1
 # Standard deviation below which a picture is plain.
 PLAIN = 1.0
+# Grey level of pixels that may have been brighter, had there been room, and how much brighter they
+# may be than in the other picture. If more than half of a picture is so, all pixels count.
+WHITE, MAX_BRIGHTER, MOST_WHITE = 245, 1.3, 0.5
 # Parts of a picture: all of it, and what is left without a twentieth of each side.
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 KEPT = 0.95
@@ -124,7 +129,7 @@ class Pictures:
             held = self._load(numbers.tolist())
             own, other = places[: len(places) // 2], places[len(places) // 2 :]
             best, ways = self._compare_sketches(held, own, other, mirrored)
-            for pair in np.flatnonzero(best <= max_difference + SLACK).tolist():
+            for pair in np.flatnonzero(best <= max_difference).tolist():
                 yield int(numbers[own[pair]]), int(numbers[other[pair]]), ways[pair]
             self._poll()
 
@@ -135,9 +140,9 @@ class Pictures:
         other: NDArray[np.int64],
         mirrored: bool,
     ) -> tuple[NDArray[np.float32], list[Way]]:
-        """Return the least difference of each pair's sketches, and the way of it."""
+        """Return the least difference of each pair, as its sketches tell, and the way of it."""
         sketches = _Sketches(self._sketches[held])
-        best = sketches.differences(own, other, PLAIN_WAY)
+        best = sketches.differences(own, other, PLAIN_WAY) - SLACK
         which = np.zeros(len(own), np.int64)
         ways = [PLAIN_WAY, *([MIRRORED] if mirrored else []), *CROPS]
         large = self._is_large[held]
@@ -147,6 +152,7 @@ class Pictures:
             if not len(some):
                 continue
             found = sketches.differences(own[some], other[some], way)
+            found -= CROP_SLACK if way in CROPS else SLACK
             better = found < best[some]
             best[some[better]], which[some[better]] = found[better], number
             self._poll()
@@ -263,7 +269,7 @@ class _Sketches:
         return result
 
 
-def _reduced(picture: Image.Image, box: tuple[float, ...], side: int) -> NDArray[np.uint8]:
+def _reduced(picture: Image.Image, box: Box, side: int) -> NDArray[np.uint8]:
     """Return a part of a picture at a small size."""
     width, height = picture.size
     edges = box[0] * width, box[1] * height, box[2] * width, box[3] * height
@@ -271,52 +277,82 @@ def _reduced(picture: Image.Image, box: tuple[float, ...], side: int) -> NDArray
 
 
 def _compare(one: Image.Image, two: Image.Image, way: Way) -> Likeness:
-    side = round(SHARE * min(*one.size, *two.size))
-    side = max(SKETCH, side)
-    first = _reduced(one, BOXES[way.first], side).astype(np.float64)
-    second = _reduced(two, BOXES[way.second], side).astype(np.float64)
+    side = max(SKETCH, round(SHARE * min(*one.size, *two.size)))
+    if way.first:  # the first picture has more around it
+        one, two = two, one
+    second = _reduced(one, WHOLE, side).astype(np.float64)
+    box = BOXES[way.first or way.second]
+    first = _reduced(two, box, side).astype(np.float64)
     if way.is_mirrored:
         first = first[:, ::-1]
-    contrasts = first.std(), second.std()
-    largest, least = max(contrasts), min(contrasts)
     stretch = (one.width * two.height) / (one.height * two.width)
     has_shape = max(stretch, 1 / stretch) <= MAX_STRETCH
-    if largest < PLAIN:
+    if max(first.std(), second.std()) < PLAIN:
         difference = abs(float(first.mean() - second.mean()))
         return Likeness(difference, has_shape, way.is_mirrored)
-    # If parts are compared, they lie on each other up to a fraction of a pixel.
-    basis = _basis(first, moves=way in CROPS)
-    rest = (second - second.mean()).ravel()
-    total = float(rest @ rest)
-    shares = basis @ rest
-    left = max(0.0, total - float(shares @ shares)) / side**2
-    difference = math.sqrt(left) * largest / max(second.std(), 1e-6)
-    correlation = math.sqrt(max(0.0, 1 - left / max(second.var(), 1e-12)))
-    is_copy = (
-        has_shape
-        and float(shares[0]) > 0
-        and correlation >= MIN_CORRELATION
-        and largest <= MAX_GAIN * least
-    )
-    return Likeness(difference, is_copy, way.is_mirrored)
+    if way not in CROPS:
+        fit = _fit(first, second)
+    else:
+        # The crop may lie a bit beside the box.
+        box = _moved(box, _fit(first, second, moves=True).moves, side)
+        first = _reduced(two, box, side).astype(np.float64)
+        fit = _fit(first, second, moves=True)
+    largest, least = max(first.std(), second.std()), min(first.std(), second.std())
+    is_copy = has_shape and fit.correlation >= MIN_CORRELATION and largest <= MAX_GAIN * least
+    difference = fit.rest * float(largest / max(second.std(), 1e-6))
+    return Likeness(difference, bool(is_copy), way.is_mirrored)
 
 
-def _basis(pixels: NDArray[np.float64], *, moves: bool) -> NDArray[np.float64]:
-    """Return what spans a picture of mean 0, and with ``moves`` what small moves add to it.
+class _Fit(NamedTuple):
+    """How well a picture can be made from another one.
 
-    These are the tangents of shifts and of changes of size, as in the tangent distance of Simard et
-    al. (1993).
-
-    Returns:
-        float64 (1 or 5, pixels), orthonormal.
+    Attributes:
+        rest: root mean square of what is left, in grey levels.
+        correlation: of the two, -1 to 1.
+        moves: of the left, upper, right and lower edge, in pixels.
     """
-    parts = [pixels]
+
+    rest: float
+    correlation: float
+    moves: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+
+def _fit(first: NDArray[np.float64], second: NDArray[np.float64], *, moves: bool = False) -> _Fit:
+    """Fit brightness and contrast of the first picture to the second, and its edges if it moves.
+
+    Small moves add tangents to the picture, as in the tangent distance of Simard et al. (1993).
+    """
+    counts = ~_are_white(first, second)
+    parts = [first]
     if moves:
-        along_y, along_x = np.gradient(pixels)
-        places = (np.arange(len(pixels)) - (len(pixels) - 1) / 2) / len(pixels)
-        parts += [along_x, along_y, along_x * places, along_y * places[:, None]]
-    matrix = np.stack([part.ravel() - part.mean() for part in parts], axis=1)
-    basis, upper = np.linalg.qr(matrix)
-    basis[:, np.abs(np.diag(upper)) < 1e-6] = 0
-    basis[:, 0] *= np.sign(upper[0, 0])
-    return np.ascontiguousarray(basis.T)
+        along_y, along_x = np.gradient(first, axis=0), np.gradient(first, axis=1)
+        places = (np.arange(len(first)) + 0.5) / len(first) - 0.5
+        parts += [along_x, along_x * places, along_y, along_y * places[:, None]]
+    matrix = np.stack([part[counts] - part[counts].mean() for part in parts], axis=1)
+    wanted = second[counts] - second[counts].mean()
+    found = np.linalg.lstsq(matrix, wanted, rcond=1e-6)[0]
+    left = float(np.square(wanted - matrix @ found).sum())
+    share = left / max(float(wanted @ wanted), 1e-12)
+    correlation = math.copysign(math.sqrt(max(0.0, 1 - share)), found[0])
+    rest = math.sqrt(left / len(wanted))
+    if not moves or abs(found[0]) < 1e-6:
+        return _Fit(rest, correlation)
+    x, width, y, height = (found[1:] / found[0]).tolist()
+    return _Fit(rest, correlation, (x - width / 2, y - height / 2, x + width / 2, y + height / 2))
+
+
+def _moved(box: Box, moves: Box, side: int) -> Box:
+    """Return a box with its edges moved, by at most a pixel and within the picture."""
+    scale = box[2] - box[0], box[3] - box[1]
+    left, top, right, bottom = (
+        min(1.0, max(0.0, edge + min(1.0, max(-1.0, move)) * scale[place % 2] / side))
+        for place, (edge, move) in enumerate(zip(box, moves, strict=True))
+    )
+    return left, top, right, bottom
+
+
+def _are_white(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return the pixels that brightness has made white in one of two pictures."""
+    brighter, darker = np.maximum(first, second), np.minimum(first, second)
+    white: NDArray[np.bool_] = (brighter >= WHITE) & (darker >= WHITE / MAX_BRIGHTER)
+    return white if white.mean() <= MOST_WHITE else np.zeros_like(white)

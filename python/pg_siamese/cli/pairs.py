@@ -72,8 +72,8 @@ def pairs(
 
 
 def duplicates(
-    max_distance: MaxDistance = 0.2,
-    max_difference: MaxDifference = 3.5,
+    max_distance: MaxDistance = 0.25,
+    max_difference: MaxDifference = 3.6,
     mirrored: Annotated[
         bool, typer.Option("--mirrored", help="Count mirrored pictures as the same.")
     ] = False,
@@ -111,8 +111,8 @@ def leaks(
         str,
         typer.Option(help="Column of the group, such as the patient. Default: the collection's."),
     ] = "-",
-    max_distance: MaxDistance = 0.2,
-    max_difference: MaxDifference = 3.5,
+    max_distance: MaxDistance = 0.25,
+    max_difference: MaxDifference = 3.6,
     collection: CollectionName = "images",
     filter: Filter = None,
     engine: Engine = "auto",
