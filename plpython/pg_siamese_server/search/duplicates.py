@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts
 from pg_siamese_server.catalog import Collection, prepare
+from pg_siamese_server.encoding import models
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.search import filters, groups, pairs
 from pg_siamese_server.search.pictures import CROPS, MIRRORED, PLAIN_WAY, Likeness, Pictures
@@ -83,7 +84,9 @@ class _Groups:
 
 
 def _pictures(plpy: Any, search: Any) -> Pictures:
-    return Pictures(plpy, search.collection, search.keys, partial(interrupts.check, plpy))
+    collection = search.collection
+    spec = models.spec(plpy, collection.model_id).input.within(collection.limits)
+    return Pictures(plpy, collection, spec, search.keys, partial(interrupts.check, plpy))
 
 
 def _check(max_difference: float) -> None:
@@ -236,6 +239,7 @@ def _image_leaks(
             difference,
         )
         for (a, b), (_, _, difference) in zip(ordered, same, strict=True)
+        if a in splits and b in splits  # a rule may hide what it showed before
     ]
 
 

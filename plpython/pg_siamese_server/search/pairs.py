@@ -23,7 +23,12 @@ from pg_siamese_server.index import generations
 from pg_siamese_server.index.generations import FIRST, MAX_THREADS, threads
 from pg_siamese_server.search import exact, filters
 from pg_siamese_server.search.request import Request
-from pg_siamese_server.search.search import current_state, notice_queued_rows, open_faiss
+from pg_siamese_server.search.search import (
+    current_state,
+    decline,
+    notice_queued_rows,
+    open_faiss,
+)
 
 if TYPE_CHECKING:
     from pg_siamese_server.search.faiss_search import FaissSearch
@@ -36,7 +41,7 @@ FIRST_COUNT, WIDER = 11, 4
 # If more rows than this share have more neighbours than the graph gives, all rows are compared.
 MANY_DENSE = 0.5
 # Rows that others are compared with at once, and most pairs that one call may find.
-BLOCK, MAX_HITS = 4096, 2_000_000
+BLOCK, MAX_HITS = 4096, 500_000
 # Microseconds to compare two rows of 64 dimensions, many at once.
 COMPARE_PAIR = 0.01
 # Largest error of squared distances by matrix products, as a share of the squared lengths.
@@ -95,9 +100,12 @@ def open_search(
     finder = None
     if request.engine != "pgvector":
         finder = open_faiss(plpy, request, collection, state)
+    if finder is not None and finder.changes.addition_bytes() > MAX_PENDING_BYTES:
+        decline(request, "Too many vectors are pending.")
+        finder = None
     if collection.embed == "deferred":
         notice_queued_rows(plpy, collection, is_short=False)
-    if finder is not None and finder.changes.addition_bytes() <= MAX_PENDING_BYTES:
+    if finder is not None:
         allowed = generations.allowed_threads(plpy, "max_parallel_workers_per_gather")
         count = min(thread_count, allowed)
         return IndexedPairs(plpy, request, conditions, quoted, finder, count)

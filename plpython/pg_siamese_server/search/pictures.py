@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pg_siamese_server.catalog import Collection, prepare
-from pg_siamese_server.encoding import models
 from pg_siamese_server.encoding.batches import FIRST_ROWS, next_portion
 from pg_siamese_server.encoding.images import render_grey
 from pg_siamese_server.encoding.opened import Box
+from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.errors import ImageError, SiameseError
 
 # Pixels of the longer side of a picture as it is kept, and of the sides of its sketch.
@@ -56,7 +56,7 @@ BOXES = (
 # Pictures and sketches to keep, at most.
 MAX_PICTURES, MAX_SKETCHES = 8_192, 100_000
 # Keys of a statement that reads images, and pairs that are compared at once.
-KEYS, MAX_PAIRS = 1_000, 50_000
+KEYS, MAX_PAIRS = 1_000, 10_000
 
 
 class Way(NamedTuple):
@@ -93,6 +93,7 @@ class Pictures:
     Args:
         plpy: PL/Python's module.
         collection: of the rows.
+        spec: limits of its images.
         keys: returns the keys of rows by their numbers.
         poll: called often, may raise to stop.
     """
@@ -101,12 +102,12 @@ class Pictures:
         self,
         plpy: Any,
         collection: Collection,
+        spec: InputSpec,
         keys: Callable[[NDArray[np.int64]], list[Any]],
         poll: Callable[[], None],
     ) -> None:
-        self._plpy, self._collection = plpy, collection
+        self._plpy, self._collection, self._spec = plpy, collection, spec
         self._keys, self._poll = keys, poll
-        self._spec = models.spec(plpy, collection.model_id).input.within(collection.limits)
         self._pictures: OrderedDict[int, Image.Image] = OrderedDict()
         self._sketches = np.empty((0, len(BOXES), SKETCH * SKETCH), np.uint8)
         self._is_large = np.empty(0, bool)
@@ -126,7 +127,7 @@ class Pictures:
             numbers, places = np.unique(
                 np.concatenate([first[part], second[part]]), return_inverse=True
             )
-            held = self._load(numbers.tolist())
+            held = self._sketched(numbers.tolist())
             own, other = places[: len(places) // 2], places[len(places) // 2 :]
             best, ways = self._compare_sketches(held, own, other, mirrored)
             for pair in np.flatnonzero(best <= max_difference).tolist():
@@ -160,27 +161,32 @@ class Pictures:
 
     def compare(self, first: int, second: int, ways: Iterable[Way] = (PLAIN_WAY,)) -> Likeness:
         """Compare two pictures, in the best of some ways."""
-        self._load([first, second], needs_pictures=True)
-        one, two = self._pictures[first], self._pictures[second]
+        one, two = self._picture(first), self._picture(second)
         shortest = min(*one.size, *two.size)
         return min(
             _compare(one, two, way) for way in ways if way not in CROPS or shortest >= MIN_CROPPED
         )
 
-    def _load(self, numbers: list[int], *, needs_pictures: bool = False) -> NDArray[np.int64]:
-        """Read and decode the images that are not at hand. Return the places of the sketches."""
-        held = self._pictures if needs_pictures else self._places
-        missing = [number for number in numbers if number not in held]
+    def _picture(self, number: int) -> Image.Image:
+        if number not in self._pictures:
+            self._load([number])
+        self._pictures.move_to_end(number)
+        return self._pictures[number]
+
+    def _sketched(self, numbers: list[int]) -> NDArray[np.int64]:
+        """Return the places of rows' sketches, after those that are missing are drawn."""
+        missing = [number for number in numbers if number not in self._places]
         if len(self._places) + len(missing) > MAX_SKETCHES:
             self._places.clear()
-            if not needs_pictures:
-                missing = numbers
-        for start in range(0, len(missing), KEYS):
-            part = missing[start : start + KEYS]
-            self._read(dict(zip(self._keys(np.array(part)), part, strict=True)))
-        if needs_pictures:
-            return np.empty(0, np.int64)
+            missing = numbers
+        self._load(missing)
         return np.array([self._places[number] for number in numbers], dtype=np.int64)
+
+    def _load(self, numbers: list[int]) -> None:
+        """Read and decode images."""
+        for start in range(0, len(numbers), KEYS):
+            part = numbers[start : start + KEYS]
+            self._read(dict(zip(self._keys(np.array(part)), part, strict=True)))
 
     def _read(self, numbers: dict[Any, int]) -> None:
         collection = self._collection
@@ -213,11 +219,12 @@ class Pictures:
             ) from None
         picture = Image.fromarray(pixels)
         self._pictures[number] = picture
-        self._pictures.move_to_end(number)
         if len(self._pictures) > MAX_PICTURES:
             self._pictures.popitem(last=False)
-        if number in self._places:
-            return
+        if number not in self._places and len(self._places) < MAX_SKETCHES:
+            self._sketch(number, picture)
+
+    def _sketch(self, number: int, picture: Image.Image) -> None:
         place = self._places[number] = len(self._places)
         if place >= len(self._sketches):
             size = min(MAX_SKETCHES, max(1_024, 2 * place))
