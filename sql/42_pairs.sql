@@ -39,7 +39,9 @@ CREATE FUNCTION siamese.near_duplicates(
     exclude siamese.filter DEFAULT '{}',
     engine text DEFAULT 'auto',
     threads bigint DEFAULT 1
-) RETURNS TABLE (group_number integer, key text, representative text, difference real, distance real, is_mirrored boolean)
+) RETURNS TABLE (
+    group_number integer, key text, representative text, difference real, distance real, is_mirrored boolean
+)
 LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 1000
 AS $$
     SELECT s.group_number, s.key, s.representative, s.difference, s.distance, s.is_mirrored

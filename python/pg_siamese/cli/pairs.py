@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pg_siamese.client.queries import Collection
 
 # A sheet is for looking at: lines, and pictures beside the first one of each.
-SHEET_LINES, SHEET_PICTURES = 12, 8
+SHEET_LINES, SHEET_PICTURES = 8, 8
 
 MaxDistance = Annotated[float, typer.Option(help="Largest distance of two images' vectors.")]
 MaxDifference = Annotated[
@@ -241,10 +241,11 @@ def _draw(
             display_pixels(images[first]),
             first_label,
             [
-                Neighbour(display_pixels(images[key]), own, measure=f"{key}: {text}")
+                Neighbour(display_pixels(images[key]), own, measure=f"{key}\n{text}")
                 for key, text, own in pictures
                 if key in images
             ],
+            measure="",
         )
         for first, [(_, _, first_label), *pictures] in lines.items()
         if first in images

@@ -72,12 +72,16 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A query image, its label (None if unknown) and its neighbours, nearest first."""
+    """A query image, its label (None if unknown) and its neighbours, nearest first.
+
+    ``measure`` is written below the label.
+    """
 
     name: str
     pixels: npt.NDArray[np.uint8]
     label: str | None
     neighbours: Sequence[Neighbour]
+    measure: str = "query"
 
 
 def contact_sheet(
@@ -148,7 +152,12 @@ def draw_sheet(rows: Sequence[SheetRow], title: str = "", label: str = "label") 
         )
         top += ROW_NAME_INCHES
         _draw_cell(
-            cell(MARGIN_INCHES, top), row.pixels, QUERY_COLOUR, "solid", row.label or "", "query"
+            cell(MARGIN_INCHES, top),
+            row.pixels,
+            QUERY_COLOUR,
+            "solid",
+            row.label or "",
+            row.measure,
         )
         for number, neighbour in enumerate(row.neighbours):
             line, column = divmod(number, COLUMNS)
