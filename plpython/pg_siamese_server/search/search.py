@@ -124,7 +124,7 @@ def _search_snapshot(plpy: Any, request: Request) -> Answer:
             answer = queries.search_best(finder, request, conditions)
             if answer is not None:
                 return answer
-            _decline(request, "Too many candidates would be compared.")
+            decline(request, "Too many candidates would be compared.")
     return _search_pgvector(plpy, request, collection, state, conditions)
 
 
