@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
+import psutil
 import psycopg
 import pytest
 from PIL import Image, ImageFilter
 from psycopg import sql
 
-from tests.conftest import Connect, Connection, NewRole
+from tests.conftest import Connect, Connection, NewRole, insert_images
 from tests.database.tables import make_collection
 from tests.database.test_nearest import arguments
 from tests.support import column_of, one, rows_of, sql_error
+from tools.project import ROOT
 
 SIDE = 128
 EVERY = {"max_distance": "Infinity"}
@@ -176,6 +179,16 @@ def test_it_stops(db: Connection) -> None:
     assert len(groups_of(db)) == 40
 
 
+def test_it_starts_no_threads(db: Connection, connect: Connect) -> None:
+    """Which would handle PostgreSQL's signals. Without an index file, too."""
+    fill(db, {number: saved(drawn(number % 20)) for number in range(40)})
+    session = connect()
+    process = psutil.Process(session.info.backend_pid)
+    before = process.num_threads()
+    assert len(groups_of(session, engine="pgvector")) == 20
+    assert process.num_threads() == before
+
+
 @pytest.fixture
 def split(db: Connection) -> Connection:
     """Table ``t`` with one picture in two splits, a copy of another, and a patient in both."""
@@ -249,3 +262,19 @@ def test_refused(split: Connection) -> None:
         with sql_error(*error):
             split.execute(f"SELECT * FROM siamese.leaks('t', {given})")
     assert one(split, "SELECT count(*) FROM leaks('t')") is not None
+
+
+def test_the_documentation(db: Connection) -> None:
+    """A copy in another split, among other pictures."""
+    files = [saved(drawn(seed)) for seed in range(10)]
+    first, *_, last = insert_images(db, [*files, copy_of(drawn(0), "encoded")])
+    splits = "UPDATE images SET split = CASE image_id WHEN %s THEN 'test' ELSE 'train' END"
+    db.execute(splits, (last,))
+    text = (ROOT / "docs" / "duplicates.md").read_text()
+    pairs, groups, kinds = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)
+    assert (str(first), str(last)) in [row[:2] for row in rows_of(db, pairs)]
+    assert [row[:3] for row in rows_of(db, groups)] == [
+        (1, str(first), str(first)),
+        (1, str(last), str(first)),
+    ]
+    assert rows_of(db, kinds) == [("near duplicate", 1)]

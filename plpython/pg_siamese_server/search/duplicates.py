@@ -127,6 +127,7 @@ def _groups(
     ways = [PLAIN_WAY, *([MIRRORED] if mirrored else []), *CROPS]
     listed = []
     for members in joined.members():
+        interrupts.check(plpy)
         keys = search.keys(np.array(members))
         listed.append(sorted(zip(keys, members, strict=True)))
     listed.sort(key=lambda named: named[0][0])

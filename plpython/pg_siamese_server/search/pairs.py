@@ -221,11 +221,20 @@ class IndexedPairs:
         squared: NDArray[np.float32],
     ) -> Iterator[Pairs]:
         """Convert positions of the index to pairs of rows that qualify."""
-        rows, places = self.index.expand(positions, np.arange(len(positions)))
-        numbers = np.minimum(self.rows.searchsorted(rows), len(self.rows) - 1)
-        first = first[places]
-        is_pair = (self.rows[numbers] == rows) & (first < numbers)
-        yield from self._pairs(first[is_pair], numbers[is_pair], squared[places[is_pair]])
+        starts, low = self.index.rows.slot_starts, 0
+        counts = 1 if starts is None else starts[positions + 1] - starts[positions]
+        ends = np.broadcast_to(counts, positions.shape).cumsum(dtype=np.int64)
+        while low < len(positions):
+            # A vector may belong to many rows.
+            most = MAX_HITS + (int(ends[low - 1]) if low else 0)
+            high = max(low + 1, int(ends.searchsorted(most, side="right")))
+            rows, places = self.index.expand(positions[low:high], np.arange(low, high))
+            numbers = np.minimum(self.rows.searchsorted(rows), len(self.rows) - 1)
+            own = first[places]
+            is_pair = (self.rows[numbers] == rows) & (own < numbers)
+            yield from self._pairs(own[is_pair], numbers[is_pair], squared[places[is_pair]])
+            low = high
+            self.poll()
 
     def _compare(self, queries: NDArray[np.int64], start: int, last: int) -> Iterator[Pairs]:
         """Compare rows, ascending, with all later ones among those from ``start`` to ``last``."""

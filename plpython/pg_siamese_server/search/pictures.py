@@ -161,6 +161,7 @@ class Pictures:
 
     def compare(self, first: int, second: int, ways: Iterable[Way] = (PLAIN_WAY,)) -> Likeness:
         """Compare two pictures, in the best of some ways."""
+        self._poll()
         one, two = self._picture(first), self._picture(second)
         shortest = min(*one.size, *two.size)
         return min(
@@ -264,12 +265,17 @@ class _Sketches:
         """Return the differences of pairs of sketches, by their places, in grey levels."""
         import faiss
 
+        from pg_siamese_server.index.generations import threads
+
         one, one_contrast = self._box(way.first, way.is_mirrored)
         two, two_contrast = self._box(way.second, False)
         cosines = np.empty(len(own), np.float32)
         own, other = np.ascontiguousarray(own), np.ascontiguousarray(other)
         arrays = one, own, two, other, cosines
-        faiss.pairwise_indexed_inner_product(one.shape[1], len(own), *map(faiss.swig_ptr, arrays))
+        with threads(1):  # where no index file was read, FAISS would use all cores
+            faiss.pairwise_indexed_inner_product(
+                one.shape[1], len(own), *map(faiss.swig_ptr, arrays)
+            )
         contrast = np.maximum(one_contrast[own], two_contrast[other])
         result: NDArray[np.float32] = contrast * np.sqrt(np.maximum(0, 1 - cosines**2))
         result[cosines < 0] = np.inf

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pg_siamese_server.encoding.specification import InputSpec
 from pg_siamese_server.search import pictures
-from pg_siamese_server.search.pictures import CROPS, MIRRORED, PLAIN_WAY, Pictures
+from pg_siamese_server.search.pictures import CROPS, MIRRORED, PLAIN_WAY, Likeness, Pictures
 from tests.database.test_duplicates import drawn, saved
 
 
@@ -22,10 +22,13 @@ class Files(Pictures):
     def __init__(self, files: list[bytes]) -> None:
         nothing: Any = None
         super().__init__(
-            nothing, nothing, InputSpec(28, 28), lambda numbers: numbers.tolist(), lambda: None
+            nothing, nothing, InputSpec(28, 28), lambda numbers: numbers.tolist(), self.count_poll
         )
         self.files = files
-        self.decoded = 0
+        self.decoded = self.polls = 0
+
+    def count_poll(self) -> None:
+        self.polls += 1
 
     def _read(self, numbers: dict[Any, int]) -> None:
         for key, number in numbers.items():
@@ -44,6 +47,17 @@ def test_each_picture_is_decoded_once() -> None:
     candidates = set(found.candidates(*all_pairs(12), 3.6, mirrored=False))
     assert candidates == {(number, number + 8, PLAIN_WAY) for number in range(4)}
     assert found.decoded == 12
+
+
+def test_each_comparison_can_be_stopped() -> None:
+    """Those of pictures that are in memory, too."""
+    found = Files([saved(drawn(number, side=64)) for number in range(2)])
+    found.compare(0, 1)
+    before = found.polls
+    for _ in range(3):
+        found.compare(0, 1, [PLAIN_WAY, *CROPS])
+    assert found.polls == before + 3
+    assert found.decoded == 2
 
 
 def test_few_sketches_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +102,7 @@ def test_mirrors_and_plain_pictures() -> None:
     plain = [Image.new("L", (64, 64), grey) for grey in (10, 12, 60)]
     found = Files([saved(each) for each in (picture, mirror, wide, *plain)])
     likeness = found.compare(0, 1, [PLAIN_WAY, MIRRORED])
-    assert likeness == (0, True, True)
+    assert likeness == Likeness(0.0, True, True)
     assert not found.compare(0, 2).is_copy  # another shape
     assert found.compare(3, 4)[:2] == (2, True)
     assert found.compare(3, 5).difference == 50
