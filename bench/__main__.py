@@ -33,10 +33,10 @@ def main() -> int:
     ):
         parser.add_argument(name, action="store_true", help=text)
     text = (
-        "only DICOM files, the clinical encoder, encoders of several sizes, searches by group,"
-        " for many rows at once, or similarity maps"
+        "only DICOM files, the clinical encoder, encoders of several sizes, searches by group or"
+        " for many rows at once, similarity maps, pairs of rows, or duplicates"
     )
-    parts = ["dicom", "clinical", "encoders", "groups", "nearest", "heat"]
+    parts = ["dicom", "clinical", "encoders", "groups", "nearest", "heat", "pairs", "duplicates"]
     parser.add_argument("--only", choices=parts, help=text)
     text = "ONNX file for --only clinical (models/clinical.onnx)"
     parser.add_argument("--model", type=Path, default=clinical.MODEL, metavar="FILE", help=text)
@@ -51,11 +51,15 @@ def main() -> int:
         print(f"skipped: there is no {chosen.model.name}. Name an ONNX file with --model")
         return 0
     try:
-        if chosen.only == "nearest":
+        if chosen.only in ("nearest", "pairs"):
             standard, large = runs.STANDARD, runs.LARGE
             if chosen.quick:
                 standard, large = runs.STANDARD_QUICK, runs.LARGE_QUICK
-            report = runs.nearest_alone(large if chosen.large else standard, console)
+            measure = runs.nearest_alone if chosen.only == "nearest" else runs.pairs_alone
+            report = measure(large if chosen.large else standard, console)
+        elif chosen.only == "duplicates":
+            size = runs.DUPLICATES_QUICK if chosen.quick else runs.DUPLICATES
+            report = runs.duplicates_alone(size, console)
         elif chosen.large or chosen.only == "groups":
             size = runs.LARGE_QUICK if chosen.quick else runs.LARGE
             report = runs.large(size, console, only_groups=chosen.only == "groups")

@@ -16,6 +16,7 @@ from bench import (
     data,
     deferred,
     dicom,
+    duplicates,
     encoders,
     filtered,
     grouped,
@@ -24,6 +25,7 @@ from bench import (
     insert,
     machine,
     nearest,
+    pairs,
     search,
 )
 from bench.exact import Truth, Vectors
@@ -84,6 +86,9 @@ LARGE_QUICK = Size(rows=50_000, queries=400, builds=1)
 # Rows per insert, timed statements of these, and runs of workers.
 DEFERRED = Size(rows=deferred.ROWS, queries=25, builds=3, worker_rows=20_000)
 DEFERRED_QUICK = Size(rows=1_000, queries=3, builds=1, worker_rows=1_000)
+# Pictures, and copies of them.
+DUPLICATES = Size(rows=60_000, queries=2_000, builds=1)
+DUPLICATES_QUICK = Size(rows=3_000, queries=500, builds=1)
 # For two revisions, with inserts in place of builds.
 COMPARE = Size(rows=70_000, queries=3_000, builds=7, connections=75)
 COMPARE_QUICK = Size(rows=2_000, queries=400, builds=1, connections=2)
@@ -234,11 +239,7 @@ def nearest_alone(size: Size, console: Console) -> Report:
     """Measure searches for many rows at once on a mixture of clusters, and nothing else."""
     with server(LARGE_SETTINGS) as cluster:
         report = Report("nearest", machine.facts(cluster), LARGE_SETTINGS, vars(size))
-        console.print(f"Loading {size.rows:,} x {DIMENSION} vectors …")
-        data.register(cluster)
-        vectors = data.mixture(size.rows, DIMENSION, CLUSTERS)
-        data.load_mixture(cluster, vectors, {})
-        build.vacuum(cluster)
+        vectors = _load_mixture(cluster, size, console)
         with Session(cluster.dsn()) as session:
             session.run("SELECT siamese.build_index('large')")
             session.run(build.CREATE)
@@ -247,6 +248,36 @@ def nearest_alone(size: Size, console: Console) -> Report:
         own = _sample(vectors.ids, min(nearest.KEYS, size.rows), seed=2)
         report.lines += nearest.nearest(cluster, Truth.of(vectors, vectors.of(own), own))
         report.bars += nearest.bars(report.lines)
+    return report
+
+
+def pairs_alone(size: Size, console: Console) -> Report:
+    """Measure the search for all near pairs on a mixture of clusters, and nothing else."""
+    with server(LARGE_SETTINGS) as cluster:
+        report = Report("pairs", machine.facts(cluster), LARGE_SETTINGS, vars(size))
+        vectors = _load_mixture(cluster, size, console)
+        console.print("Searching …")
+        report.lines += pairs.pairs(cluster, vectors)
+        report.bars += pairs.bars(report.lines)
+    return report
+
+
+def _load_mixture(cluster: Cluster, size: Size, console: Console) -> Vectors:
+    console.print(f"Loading {size.rows:,} x {DIMENSION} vectors …")
+    data.register(cluster)
+    vectors = data.mixture(size.rows, DIMENSION, CLUSTERS)
+    data.load_mixture(cluster, vectors, {})
+    build.vacuum(cluster)
+    return vectors
+
+
+def duplicates_alone(size: Size, console: Console) -> Report:
+    """Measure how many planted copies are found, and nothing else."""
+    with server(SETTINGS) as cluster:
+        report = Report("duplicates", machine.facts(cluster), SETTINGS, vars(size))
+        console.print("Storing pictures and copies of some …")
+        report.lines += duplicates.duplicates(cluster, size.rows, size.queries)
+        report.bars += duplicates.bars(report.lines)
     return report
 
 

@@ -51,7 +51,8 @@ FROM (VALUES
     (ARRAY['failures', 'index_generations', 'embedding_failures', 'embedding_queue_status'], ARRAY['admin']),
     (ARRAY[
         '_load', '_raise', '_caller', '_model_id', 'similar_images', '_similar_images', '_match_line', 'similar_rows',
-        '_similar_keys', 'nearest', '_nearest', '_no_collection', 'classify_image', '_classify_image', '_estimate',
+        '_similar_keys', 'nearest', '_nearest', 'similar_pairs', '_similar_pairs', 'near_duplicates', '_near_duplicates',
+        'leaks', '_leaks', '_no_collection', 'classify_image', '_classify_image', '_estimate',
         'explain_search', '_explain_search', 'measure_recall', '_measure_recall', 'retrieval_quality',
         '_retrieval_quality', 'similarity_map', '_similarity_map', 'embed_image',
         '_embed_image', 'image_distance', 'same_class', 'any_two_match', '_compare_images', 'warm_up', '_warm_up', '_is_waiting',

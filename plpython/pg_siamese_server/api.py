@@ -527,6 +527,144 @@ def nearest(
         raise
 
 
+# Pairs in one array.
+MAX_PAIRS = 20_000
+
+
+@_entry_point_of_parts
+def similar_pairs(
+    plpy: Any,
+    collection: str | None,
+    max_distance: float | None,
+    filter_: str | None,
+    engine: str | None,
+    exclude: str | None,
+    group_by: str | None,
+    own_group: bool | None,
+    threads: int | None,
+) -> Iterator[tuple[str | None, ...]]:
+    """Body of ``_similar_pairs``: portions of the answer, a column as an array of text each."""
+    from pg_siamese_server.search import pairs
+
+    request = _pair_request(collection, max_distance, filter_, engine, exclude, group_by, own_group)
+    _check_given(threads=threads)
+    try:
+        search = pairs.open_search(plpy, request, threads or 0)
+        for found in search.find():
+            for start in range(0, len(found.first), MAX_PAIRS):
+                part = found.part(start, start + MAX_PAIRS)
+                first, second = pairs.in_order(search, part)
+                yield (
+                    _keys(search.collection, first),
+                    _keys(search.collection, second),
+                    _reals(part.distances.tolist()),
+                )
+    except plpy.SPIError as error:
+        _explain_search_failure(plpy, request, error)
+        raise
+
+
+@_entry_point_of_parts
+def near_duplicates(
+    plpy: Any,
+    collection: str | None,
+    max_distance: float | None,
+    max_difference: float | None,
+    mirrored: bool | None,
+    filter_: str | None,
+    exclude: str | None,
+    engine: str | None,
+    threads: int | None,
+) -> Iterator[tuple[str | None, ...]]:
+    """Body of ``_near_duplicates``: portions of the answer, a column as an array of text each."""
+    from pg_siamese_server.search import duplicates
+
+    request = _pair_request(collection, max_distance, filter_, engine, exclude)
+    _check_given(max_difference=max_difference, mirrored=mirrored, threads=threads)
+    assert max_difference is not None
+    try:
+        found, parts = duplicates.near_duplicates(
+            plpy, request, max_difference, bool(mirrored), threads or 0
+        )
+        for part in parts:
+            yield (
+                _integers([row.group for row in part]),
+                _keys(found, [row.key for row in part]),
+                _keys(found, [row.representative for row in part]),
+                _reals([row.likeness.difference for row in part]),
+                _reals([row.distance for row in part]),
+                _array(str(row.likeness.is_mirrored) for row in part),
+            )
+    except plpy.SPIError as error:
+        _explain_search_failure(plpy, request, error)
+        raise
+
+
+@_entry_point_of_parts
+def leaks(
+    plpy: Any,
+    collection: str | None,
+    split_column: str | None,
+    group_column_: str | None,
+    max_distance: float | None,
+    max_difference: float | None,
+    filter_: str | None,
+    exclude: str | None,
+    engine: str | None,
+    threads: int | None,
+) -> Iterator[tuple[str | None, ...]]:
+    """Body of ``_leaks``: portions of the answer, a column as an array of text each.
+
+    ``-`` as ``group_column`` stands for the collection's own, if it has one.
+    """
+    from pg_siamese_server.search import duplicates
+
+    request = _pair_request(collection, max_distance, filter_, engine, exclude)
+    _check_given(
+        split_column=split_column,
+        group_column=group_column_,
+        max_difference=max_difference,
+        threads=threads,
+    )
+    assert split_column is not None and group_column_ is not None and max_difference is not None
+    if group_column_ == OWN_COLUMN:
+        group_column_ = group_column(plpy, collection) or ""
+    try:
+        found, parts = duplicates.leaks(
+            plpy, request, split_column, group_column_, max_difference, threads or 0
+        )
+        for part in parts:
+            yield (
+                _array(row.kind for row in part),
+                _keys(found, [row.a for row in part]),
+                _array(row.split_a for row in part),
+                _keys(found, [row.b for row in part]),
+                _array(row.split_b for row in part),
+                _array(row.label for row in part),
+                _array(_number(row.difference) for row in part),
+            )
+    except plpy.SPIError as error:
+        _explain_search_failure(plpy, request, error)
+        raise
+
+
+def _pair_request(
+    collection: str | None,
+    max_distance: float | None,
+    filter_: str | None,
+    engine: str | None,
+    exclude: str | None,
+    group_by: str | None = "",
+    own_group: bool | None = True,
+) -> Request:
+    """Return the request of a search for pairs."""
+    every_key = 0  # stands for each of the keys
+    request = _request(None, every_key, 1, collection, filter_, None, max_distance, engine)
+    request.key = None
+    _set_groups(request, exclude, group_by, 1, own_group)
+    return request
+
+
 def _explain_search_failure(plpy: Any, request: Request, error: Any) -> None:
     """Raise an error that names the column, if one of a search's filters or groups is to blame."""
     if error.sqlstate not in CANCELLED:

@@ -218,6 +218,10 @@ class Collection:
             return [(int(key), int(frame)) for frame, key in parts]
         return [(key, int(frame)) for frame, key in parts]
 
+    def bases(self, items: list[Any]) -> list[Any]:
+        """Return the keys of ``items``."""
+        return [key for key, _ in items] if self.has_frames else items
+
     @property
     def one_per_image(self) -> str:
         """SQL condition that one vector ``e`` of each image meets."""

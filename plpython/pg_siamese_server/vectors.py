@@ -91,3 +91,12 @@ def squared_limit(max_distance: float, metric: str) -> float:
     while np.sqrt(limit) > distance:
         limit = np.nextafter(limit, np.float32(0))
     return float(limit)
+
+
+def are_in(values: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which values are among ascending ones."""
+    if not len(ordered):
+        return np.zeros(len(values), dtype=bool)
+    places = np.minimum(ordered.searchsorted(values), len(ordered) - 1)
+    result: NDArray[np.bool_] = ordered[places] == values
+    return result

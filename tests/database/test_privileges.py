@@ -37,10 +37,11 @@ TABLES = f"""
 """
 FOR_READERS = """
 _caller _classify_image _collection_counts _compare_images _dicom_tag _dicom_tags _embed_image
-_estimate _explain_search _generation_file _is_waiting _load _match_line _may_see _measure_recall
-_model_id _nearest _no_collection _queue_counts _raise _retrieval_quality _similar_images
-_similar_keys _similarity_map _warm_up any_two_match classify_image dicom_tag dicom_tags embed_image
-explain_search image_distance measure_recall nearest retrieval_quality same_class similar_images
+_estimate _explain_search _generation_file _is_waiting _leaks _load _match_line _may_see
+_measure_recall _model_id _near_duplicates _nearest _no_collection _queue_counts _raise
+_retrieval_quality _similar_images _similar_keys _similar_pairs _similarity_map _warm_up
+any_two_match classify_image dicom_tag dicom_tags embed_image explain_search image_distance leaks
+measure_recall near_duplicates nearest retrieval_quality same_class similar_images similar_pairs
 similar_rows similarity_map warm_up
 """
 

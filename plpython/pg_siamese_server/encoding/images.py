@@ -205,6 +205,30 @@ def render_image(
     return _guarded(data, shown, decoder.run)
 
 
+def render_grey(
+    data: bytes | None, spec: InputSpec, side: int, poll: Poll | None = None
+) -> NDArray[np.uint8]:
+    """Decode an image file in shades of grey, as ``decode_image`` does, in its own proportions.
+
+    Args:
+        data: the bytes of the file.
+        spec: limits of the file.
+        side: most pixels of the longer side.
+        poll: as for ``decode_image``.
+
+    Returns:
+        uint8 array of shape (height, width), no larger than the picture itself.
+
+    Raises:
+        ImageError: as for ``decode_image``.
+    """
+    spec = replace(
+        spec, width=side, height=side, channels=1, resize="stretch", interpolation="bilinear"
+    )
+    decoder = _Decoder(spec, poll, keeps_shape=True)
+    return _guarded(data, spec, decoder.run)[:, :, 0]
+
+
 def _guarded(data: bytes | None, spec: InputSpec, work: Callable[[bytes], _Result]) -> _Result:
     """Run a part of decoding within the limits, and return errors as ``ImageError``."""
     if data is None:

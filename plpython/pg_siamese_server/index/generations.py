@@ -402,8 +402,8 @@ class Generation:
         return buffers
 
     def expand(
-        self, positions: NDArray[np.int64], squared: NDArray[np.float32]
-    ) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32]]:
+        self, positions: NDArray[np.int64], squared: NDArray[Any]
+    ) -> tuple[NDArray[np.integer[Any]], NDArray[Any]]:
         """Convert positions to rows, since one vector may belong to several."""
         by_slot, starts = self.rows.by_slot, self.rows.slot_starts
         if by_slot is None:
@@ -413,8 +413,8 @@ class Generation:
         counts = starts[positions + 1] - starts[positions]
         if len(positions) == counts.sum():
             return by_slot[starts[positions]], squared
-        parts = [by_slot[starts[place] : starts[place + 1]] for place in positions.tolist()]
-        return np.concatenate(parts), np.repeat(squared, counts)
+        offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        return by_slot[np.repeat(starts[positions], counts) + offsets], np.repeat(squared, counts)
 
     def integer_keys(
         self, positions: NDArray[np.int64], squared: NDArray[np.float32]

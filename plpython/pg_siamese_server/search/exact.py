@@ -99,10 +99,7 @@ def read_keys(
         than ``limit`` qualify.
     """
     clauses = f" WHERE {' AND '.join(conditions.clauses)}" if conditions.clauses else ""
-    source, wanted = f"{collection.relation} AS b", f"b.{collection.key_column}::pg_catalog.int8"
-    if not collection.is_by_integer:
-        source += f" INNER JOIN {collection.embeddings} AS e ON e.key = b.{collection.key_column}"
-        wanted = "e.embedding_id"
+    source, wanted = rows_source(collection)
     plan = prepare(
         plpy,
         f"SELECT {ALL_WANTED} AS found"
@@ -111,6 +108,14 @@ def read_keys(
     )
     found = from_send(plan.execute(conditions.values)[0]["found"])
     return None if len(found) > limit else found
+
+
+def rows_source(collection: Collection) -> tuple[str, str]:
+    """Return SQL of a collection's rows, and of what identifies each of them."""
+    source, key = f"{collection.relation} AS b", f"b.{collection.key_column}"
+    if collection.is_by_integer:
+        return source, f"{key}::pg_catalog.int8"
+    return f"{source} INNER JOIN {collection.embeddings} AS e ON e.key = {key}", "e.embedding_id"
 
 
 def from_send(data: bytes | None) -> NDArray[np.int64]:

@@ -46,9 +46,7 @@ class FaissSearch:
         self.changes = changes
         changes.is_restricted = self.is_restricted
         # Under row-level security, what this caller sees may change between calls.
-        self.keeps_pending = not self.is_restricted and not changes.is_too_large(
-            collection.dimension
-        )
+        self.keeps_pending = not self.is_restricted and not changes.is_too_large()
 
     @classmethod
     def open(

@@ -368,7 +368,7 @@ class _Search:
 
     def _bases(self, items: list[Any]) -> list[Any]:
         """Return the keys of items."""
-        return [key for key, _ in items] if self.collection.has_frames else items
+        return self.collection.bases(items)
 
     def _checked(self, items: Any) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """Ask the table which items qualify. Return this, and the items' order."""
@@ -376,7 +376,7 @@ class _Search:
             return np.empty(0, dtype=bool), np.empty(0, dtype=np.int64)
         if not isinstance(items, list):
             if self.qualifying is not None:
-                return _are_in(items, self.qualifying), items
+                return vectors.are_in(items, self.qualifying), items
             unique, places = np.unique(items, return_inverse=True)
             found = self._qualifying(unique.tolist())
             return np.isin(unique, np.array(found, dtype=np.int64))[places], places
@@ -439,12 +439,3 @@ class _Search:
                 done.append(key)
         found.keep(np.array(taken, dtype=np.int64))
         return done
-
-
-def _are_in(values: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which values are among ascending ones."""
-    if not len(ordered):
-        return np.zeros(len(values), dtype=bool)
-    places = np.minimum(ordered.searchsorted(values), len(ordered) - 1)
-    result: NDArray[np.bool_] = ordered[places] == values
-    return result

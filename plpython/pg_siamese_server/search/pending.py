@@ -188,13 +188,28 @@ class Changes:
         """Whether the generation may lack vectors."""
         return bool(self.added.ids or self.unfetched or self.open_ids)
 
-    def is_too_large(self, dimension: int) -> bool:
+    def is_too_large(self) -> bool:
         """Return whether a scan by pgvector is better than a copy in this session."""
-        return self.addition_count() * dimension * 4 > MAX_BYTES
+        return self.addition_bytes() > MAX_BYTES
 
     def addition_count(self) -> int:
         """Return how many vectors the generation lacks, at most."""
         return len(self.added.ids) + len(self.unfetched) + len(self.open_ids)
+
+    def addition_bytes(self) -> int:
+        """Return how many bytes the vectors have that the generation lacks, at most."""
+        return self.addition_count() * int(self.index.index.d) * 4
+
+    def read_added(
+        self, plpy: Any, collection: Collection
+    ) -> tuple[list[int], list[Any], NDArray[np.float32]]:
+        """Read all vectors that the generation lacks, as the invoker sees them, and keep none.
+
+        Returns:
+            Their embedding_ids and items (``Collection.items``), and float32 (rows, dimension).
+        """
+        ids = ({*self.added.ids} | self.unfetched | self.open_ids) - self.open_dead
+        return _fetch(plpy, collection, sorted(ids))
 
     def fetch(self, plpy: Any, collection: Collection) -> None:
         """Read the missing vectors, as the invoker sees them."""

@@ -124,7 +124,7 @@ def _search_snapshot(plpy: Any, request: Request) -> Answer:
             answer = queries.search_best(finder, request, conditions)
             if answer is not None:
                 return answer
-            _decline(request, "Too many candidates would be compared.")
+            decline(request, "Too many candidates would be compared.")
     return _search_pgvector(plpy, request, collection, state, conditions)
 
 
@@ -303,7 +303,7 @@ def open_faiss(
     """Prepare searches by FAISS. If it can't, return None, with a NOTICE if it should have."""
     generation = state["generation"]
     if generation is None:
-        _decline(request, "The collection has no index generation.")
+        decline(request, "The collection has no index generation.")
         return None
     try:
         from pg_siamese_server.search.faiss_search import FaissSearch
@@ -311,7 +311,7 @@ def open_faiss(
         with phase(request.trace, "open"):
             finder = FaissSearch.open(plpy, collection, state, _changes)
     except (IndexFileError, ImportError) as error:
-        _decline(request, f"{error}.")
+        decline(request, f"{error}.")
         if (collection.collection_id, generation, str(error)) not in _noticed:
             _noticed.add((collection.collection_id, generation, str(error)))
             plpy.notice(
@@ -320,7 +320,7 @@ def open_faiss(
             )
         return None
     if finder is None:
-        _decline(request, "Too many vectors are pending.")
+        decline(request, "Too many vectors are pending.")
     return finder
 
 
@@ -332,7 +332,7 @@ def _remedy(plpy: Any, error: IndexFileError | ImportError) -> str:
     return "Build the index with build_index."
 
 
-def _decline(request: Request, reason: str) -> None:
+def decline(request: Request, reason: str) -> None:
     """Note why FAISS does not answer. Raise it if FAISS was asked for by name."""
     if request.engine == "faiss":
         raise SiameseError(

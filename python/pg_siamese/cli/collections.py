@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pg_siamese.cli.failures import INTERRUPTED, describe_failure
-from pg_siamese.cli.options import CollectionName, Dsn
+from pg_siamese.cli.options import CollectionName, Dsn, json_object
 from pg_siamese.cli.terminal import answer_table, notice_bar, output
 from pg_siamese.client.connection import CommandError, connect
 
@@ -86,7 +85,7 @@ def query(
         )
     if unlike and not like:
         raise CommandError("--unlike needs --like")
-    condition, part = _json_object(filter), _region(region)
+    condition, part = json_object(filter), _region(region)
     data, label = None if image is None else image.read_bytes(), None
     examples = None
     if like:
@@ -178,18 +177,6 @@ def similarity_map(
     assert row is not None and isinstance(row[0], bytes)
     written = write_whole(output_file, row[0])
     output().print(f"similarity map: {escape(str(written))}", soft_wrap=True)
-
-
-def _json_object(text: str | None) -> dict[str, object] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CommandError(f"--filter is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CommandError('--filter is not a JSON object such as {"label": "pneumonia"}')
-    return value
 
 
 def status(dsn: Dsn = None) -> None:

@@ -6,7 +6,16 @@ commands import heavy modules when they run, so that `--help` and mistakes answe
 
 import typer
 
-from pg_siamese.cli import collections, demo, evaluation, loading, models, training, worker
+from pg_siamese.cli import (
+    collections,
+    demo,
+    evaluation,
+    loading,
+    models,
+    pairs,
+    training,
+    worker,
+)
 from pg_siamese.cli.failures import Commands
 
 app = typer.Typer(
@@ -21,6 +30,9 @@ app.command()(loading.load)
 app.command()(loading.create_dicom_table)
 app.command()(collections.query)
 app.command()(collections.similarity_map)
+app.command()(pairs.pairs)
+app.command()(pairs.duplicates)
+app.command()(pairs.leaks)
 app.command()(collections.status)
 app.command()(collections.build_index)
 app.command()(collections.rebuild_file)

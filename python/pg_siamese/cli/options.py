@@ -1,8 +1,11 @@
 """Options that several commands have."""
 
+import json
 from typing import Annotated
 
 import typer
+
+from pg_siamese.client.connection import CommandError
 
 Dsn = Annotated[
     str | None,
@@ -10,3 +13,16 @@ Dsn = Annotated[
 ]
 CollectionName = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection.")]
 Threads = Annotated[int, typer.Option(min=1, help="Number of CPU threads.")]
+
+
+def json_object(text: str | None) -> dict[str, object] | None:
+    """Return the JSON object of ``--filter``, or None without one."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CommandError(f"--filter is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CommandError('--filter is not a JSON object such as {"label": "pneumonia"}')
+    return value

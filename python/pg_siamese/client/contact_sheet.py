@@ -47,24 +47,41 @@ class Neighbour:
     """One answer: pixels uint8 (H, W), (H, W, 1) or (H, W, 3), its label and cosine distance.
 
     ``similarity`` is the calibrated match probability from 0 to 1, None if the model has none.
-    ``frame`` is the number of the frame shown, None if the image has one vector.
+    ``frame`` is the number of the frame shown, None if the image has one vector. ``measure`` is
+    shown in place of all of these.
     """
 
     pixels: npt.NDArray[np.uint8]
     label: str | None
-    distance: float
+    distance: float = 0.0
     similarity: float | None = None
     frame: int | None = None
+    measure: str | None = None
+
+    def text(self) -> str:
+        """Return what is written below the label."""
+        if self.measure is not None:
+            return self.measure
+        text = f"distance {self.distance:.4f}"
+        if self.frame is not None:
+            text += f"  ·  frame {self.frame}"
+        if self.similarity is not None:
+            text += f"  ·  match {self.similarity:.0%}"
+        return text
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A query image, its label (None if unknown) and its neighbours, nearest first."""
+    """A query image, its label (None if unknown) and its neighbours, nearest first.
+
+    ``measure`` is written below the label.
+    """
 
     name: str
     pixels: npt.NDArray[np.uint8]
     label: str | None
     neighbours: Sequence[Neighbour]
+    measure: str = "query"
 
 
 def contact_sheet(
@@ -135,24 +152,24 @@ def draw_sheet(rows: Sequence[SheetRow], title: str = "", label: str = "label") 
         )
         top += ROW_NAME_INCHES
         _draw_cell(
-            cell(MARGIN_INCHES, top), row.pixels, QUERY_COLOUR, "solid", row.label or "", "query"
+            cell(MARGIN_INCHES, top),
+            row.pixels,
+            QUERY_COLOUR,
+            "solid",
+            row.label or "",
+            row.measure,
         )
         for number, neighbour in enumerate(row.neighbours):
             line, column = divmod(number, COLUMNS)
             left = MARGIN_INCHES + QUERY_GAP_INCHES + (column + 1) * (CELL_INCHES + GAP_INCHES)
             colour, style = _frame(row.label, neighbour.label)
-            measure = f"distance {neighbour.distance:.4f}"
-            if neighbour.frame is not None:
-                measure += f"  ·  frame {neighbour.frame}"
-            if neighbour.similarity is not None:
-                measure += f"  ·  match {neighbour.similarity:.0%}"
             _draw_cell(
                 cell(left, top + line * line_height),
                 neighbour.pixels,
                 colour,
                 style,
                 neighbour.label or "",
-                measure,
+                neighbour.text(),
             )
         top += row_lines * line_height
     _draw_legend(figure, rows, height, label)

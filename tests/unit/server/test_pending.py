@@ -12,7 +12,7 @@ from pg_siamese_server import vectors
 from pg_siamese_server.index.generations import Generation, opened
 from pg_siamese_server.index.index_file import Rows
 from pg_siamese_server.search import pending
-from pg_siamese_server.search.pending import Added, Changes, Snapshot
+from pg_siamese_server.search.pending import MAX_BYTES, Added, Changes, Snapshot
 from tests.support import Array
 from tests.unit.server.common import COLLECTION, flat
 
@@ -186,9 +186,11 @@ def test_find(generation: Generation, table: Table) -> None:
 
 def test_too_large(generation: Generation) -> None:
     changes = Changes(5, generation)
-    changes.unfetched = set(range(1000))
-    assert not changes.is_too_large(64)
-    assert changes.is_too_large(16_000)
+    most = MAX_BYTES // (4 * generation.index.d)
+    changes.unfetched = set(range(most))
+    assert not changes.is_too_large()
+    changes.unfetched.add(most)
+    assert changes.is_too_large()
 
 
 def test_added_in_portions() -> None:

@@ -35,6 +35,18 @@ PGSPOT = [
     "filter siamese.filter,max_distance double precision,engine text,exclude siamese.filter,"
     "group_by text,per_group bigint,own_group boolean,threads bigint,key text,rank integer,"
     "neighbour text,distance real,frame integer)",
+    "--proc-without-search-path=siamese.similar_pairs(collection text,"
+    "max_distance double precision,filter siamese.filter,engine text,exclude siamese.filter,"
+    "group_by text,own_group boolean,threads bigint,a text,b text,distance real)",
+    "--proc-without-search-path=siamese.near_duplicates(collection text,"
+    "max_distance double precision,max_difference double precision,mirrored boolean,"
+    "filter siamese.filter,exclude siamese.filter,engine text,threads bigint,"
+    "group_number integer,key text,representative text,difference real,distance real,"
+    "is_mirrored boolean)",
+    "--proc-without-search-path=siamese.leaks(collection text,split_column text,group_column text,"
+    "max_distance double precision,max_difference double precision,filter siamese.filter,"
+    "exclude siamese.filter,engine text,threads bigint,kind text,a text,split_a text,b text,"
+    "split_b text,group_label text,difference real)",
     "--proc-without-search-path=siamese.classify_image(image bytea,k bigint,collection text,"
     "label_column text,image_id siamese.key,filter siamese.filter,exclude siamese.filter,"
     "group_by text,own_group boolean,label text,votes integer,share real)",
