@@ -247,7 +247,7 @@ def test_first_search_after_warm_up_has_little_left_to_load(
 
 def test_without_faiss(db: Connection, pictures: Pictures, connect: Connect) -> None:
     """FAISS can't be imported: pgvector answers, and says so."""
-    insert_images(db, pictures.files[:20])
+    insert_images(db, [*pictures.files[:20], pictures.files[0]])
     expected = rows_of(db, "SELECT image_id FROM similar_images(%s)", pictures.files[3])
     db.execute("SELECT build_index()")
     session = connect()
@@ -259,6 +259,15 @@ def test_without_faiss(db: Connection, pictures: Pictures, connect: Connect) -> 
     assert len(notices) == 1 and "without its FAISS index" in notices[0]
     with sql_error("55000", "FAISS cannot answer"):
         session.execute("SELECT similar_images(%s, engine => 'faiss')", (pictures.files[3],))
+    keys = [row[0] for row in expected[:2]]
+    for query in (
+        "SELECT key, rank, neighbour FROM nearest(keys => %(keys)s, k => 3)",
+        "SELECT a, b FROM similar_pairs('images', max_distance => 0.2) ORDER BY 1, 2",
+        "SELECT group_number, key FROM near_duplicates() ORDER BY 1, 2",
+    ):
+        asked = {"keys": keys}
+        found = session.execute(query, asked).fetchall()
+        assert found and found == db.execute(query, asked).fetchall()
     insert_images(session, pictures.files[20:22])
     rows = session.execute("SELECT subject FROM self_check() WHERE NOT ok").fetchall()
     assert ("package faiss-cpu",) in rows

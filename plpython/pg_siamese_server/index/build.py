@@ -21,6 +21,7 @@ from pg_siamese_server.errors import (
 )
 from pg_siamese_server.index import generations, graph, index_file
 from pg_siamese_server.index.index_file import Rows
+from pg_siamese_server.index.threads import allowed_threads
 
 # Key space of the advisory locks of a collection's builds.
 LOCK_CLASS = "hashtext('pg_siamese build')"
@@ -109,7 +110,7 @@ def _graph_columns(options: graph.Options, measured: graph.Measured | None) -> t
 
 def default_threads(plpy: Any) -> int:
     """Return how many threads a build uses by default."""
-    return generations.allowed_threads(plpy, "max_parallel_maintenance_workers")
+    return allowed_threads(plpy, "max_parallel_maintenance_workers")
 
 
 def read(

@@ -6,8 +6,7 @@ import bisect
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +20,9 @@ from pg_siamese_server.catalog import Collection, prepare, session_cache
 from pg_siamese_server.errors import IndexFileError
 from pg_siamese_server.index import index_file
 from pg_siamese_server.index.index_file import Identity, Rows
+from pg_siamese_server.index.threads import threads
 
 MAX_OPEN = 4
-MAX_THREADS = 64
 # FAISS's bounded queue is quicker up to this breadth.
 MAX_BOUNDED = 200
 FEW = 50
@@ -46,28 +45,6 @@ FACTOR_UNKNOWN = 4
 # some roles may read the setting data_directory.
 _directory_of_database: str | None = None
 _open: OrderedDict[tuple[int, int], Generation] = session_cache(OrderedDict())
-
-
-def allowed_threads(plpy: Any, setting: str) -> int:
-    """Return how many threads a setting of PostgreSQL's parallel workers allows."""
-    plan = prepare(plpy, "SELECT pg_catalog.current_setting($1)::integer AS workers", ("text",))
-    workers = int(plan.execute([setting])[0]["workers"])
-    return max(1, min(len(os.sched_getaffinity(0)), 1 + workers))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let FAISS use threads. They never handle PostgreSQL's signals."""
-    if count == 1:  # which starts none
-        faiss.omp_set_num_threads(1)
-        yield
-        return
-    with interrupts.signals_blocked():
-        faiss.omp_set_num_threads(count)
-        try:
-            yield
-        finally:
-            faiss.omp_set_num_threads(1)
 
 
 def directory(plpy: Any, collection_id: int | None = None) -> str:

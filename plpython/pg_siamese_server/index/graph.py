@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server.errors import SiameseError
-from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, MAX_THREADS, Breadths, threads
+from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, Breadths
 from pg_siamese_server.index.index_file import Poll
+from pg_siamese_server.index.threads import MAX_THREADS, threads
 from pg_siamese_server.interrupts import portions
 
 FLAT_BELOW = 10_000  # a scan of fewer takes no longer than a walk through a graph

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from pg_siamese_server import interrupts, vectors
 from pg_siamese_server.catalog import Collection, prepare
 from pg_siamese_server.errors import SiameseError
-from pg_siamese_server.index import generations
-from pg_siamese_server.index.generations import MAX_THREADS
+from pg_siamese_server.index.threads import MAX_THREADS, allowed_threads
 from pg_siamese_server.search import exact, filters, groups
 from pg_siamese_server.search.request import Request
 from pg_siamese_server.search.search import (
@@ -74,7 +73,7 @@ def nearest(plpy: Any, request: Request, keys: str | None, thread_count: int) ->
     request.check()
     if not 1 <= thread_count <= MAX_THREADS:
         raise SiameseError(f"threads must be between 1 and {MAX_THREADS}")
-    allowed = generations.allowed_threads(plpy, "max_parallel_workers_per_gather")
+    allowed = allowed_threads(plpy, "max_parallel_workers_per_gather")
     queries = math.inf if keys is None else 1 + keys.count(",")
     search = _Search(plpy, request, queries, min(thread_count, allowed))
     collection = search.collection

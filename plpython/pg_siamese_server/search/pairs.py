@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from pg_siamese_server import interrupts, vectors
 from pg_siamese_server.catalog import Collection, group_column, prepare
 from pg_siamese_server.errors import SiameseError
-from pg_siamese_server.index import generations
-from pg_siamese_server.index.generations import FIRST, MAX_THREADS, threads
+from pg_siamese_server.index.threads import MAX_THREADS, allowed_threads, threads
 from pg_siamese_server.search import exact, filters
 from pg_siamese_server.search.request import Request
 from pg_siamese_server.search.search import (
@@ -106,7 +105,7 @@ def open_search(
     if collection.embed == "deferred":
         notice_queued_rows(plpy, collection, is_short=False)
     if finder is not None:
-        allowed = generations.allowed_threads(plpy, "max_parallel_workers_per_gather")
+        allowed = allowed_threads(plpy, "max_parallel_workers_per_gather")
         count = min(thread_count, allowed)
         return IndexedPairs(plpy, request, conditions, quoted, finder, count)
     return ScannedPairs(plpy, request, collection, conditions, quoted)
@@ -239,6 +238,8 @@ class IndexedPairs:
     def _compare(self, queries: NDArray[np.int64], start: int, last: int) -> Iterator[Pairs]:
         """Compare rows, ascending, with all later ones among those from ``start`` to ``last``."""
         import faiss
+
+        from pg_siamese_server.index.generations import FIRST
 
         dimension = self.index.vectors.shape[1]
         for begin in range(start, last if len(queries) else start, BLOCK):

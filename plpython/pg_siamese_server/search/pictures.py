@@ -25,6 +25,8 @@ from pg_siamese_server.errors import ImageError, SiameseError
 
 # Pixels of the longer side of a picture as it is kept, and of the sides of its sketch.
 SIDE, SKETCH = 64, 8
+# Pairs of sketches that are compared at once without FAISS.
+AT_ONCE = 4096
 # Pixels of a comparison, as a share of the smaller picture's shorter side. Less detail would tell
 # fewer pictures apart, and more would make copies of half the size differ.
 SHARE = 0.43
@@ -263,23 +265,37 @@ class _Sketches:
         self, own: NDArray[np.int64], other: NDArray[np.int64], way: Way
     ) -> NDArray[np.float32]:
         """Return the differences of pairs of sketches, by their places, in grey levels."""
-        import faiss
-
-        from pg_siamese_server.index.generations import threads
-
         one, one_contrast = self._box(way.first, way.is_mirrored)
         two, two_contrast = self._box(way.second, False)
-        cosines = np.empty(len(own), np.float32)
-        own, other = np.ascontiguousarray(own), np.ascontiguousarray(other)
-        arrays = one, own, two, other, cosines
-        with threads(1):  # where no index file was read, FAISS would use all cores
-            faiss.pairwise_indexed_inner_product(
-                one.shape[1], len(own), *map(faiss.swig_ptr, arrays)
-            )
+        cosines = _products(one, own, two, other)
         contrast = np.maximum(one_contrast[own], two_contrast[other])
         result: NDArray[np.float32] = contrast * np.sqrt(np.maximum(0, 1 - cosines**2))
         result[cosines < 0] = np.inf
         return result
+
+
+def _products(
+    one: NDArray[np.float32],
+    own: NDArray[np.int64],
+    two: NDArray[np.float32],
+    other: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Return the inner products of pairs of rows of two matrices, float32 (pairs,)."""
+    found = np.empty(len(own), np.float32)
+    try:
+        import faiss
+    except ImportError:
+        for start in range(0, len(own), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            found[some] = np.einsum("ij,ij->i", one[own[some]], two[other[some]])
+        return found
+    from pg_siamese_server.index.threads import threads
+
+    own, other = np.ascontiguousarray(own), np.ascontiguousarray(other)
+    pointers = map(faiss.swig_ptr, (one, own, two, other, found))
+    with threads(1):  # where no index file was read, FAISS would use all cores
+        faiss.pairwise_indexed_inner_product(one.shape[1], len(own), *pointers)
+    return found
 
 
 def _reduced(picture: Image.Image, box: Box, side: int) -> NDArray[np.uint8]:
