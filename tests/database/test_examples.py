@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.conftest import Connect, Connection, NewRole, Pictures, insert_images
+from tests.conftest import MODELS, Connect, Connection, NewRole, Pictures, insert_images
 from tests.database import test_nearest
 from tests.database.tables import make_collection, register_grid
 from tests.database.test_nearest import ENGINES, KINDS, arguments, key_of
@@ -248,13 +248,20 @@ def test_one_example_is_a_search_by_it(table: Connection) -> None:
         check_same([(*row, None) for row in found], [(*row, None) for row in wanted])
 
 
-def test_no_similarity(table: Connection) -> None:
+def test_no_similarity(db: Connection, pictures: Pictures) -> None:
     """The calibration is of distances between two images."""
+    # The encoder whose domain the pictures are in.
+    name = "medical" if pictures.name == "pneumoniamnist" else "fashion_mnist"
+    encoder = (MODELS / f"{name}.onnx").read_bytes()
+    db.execute("SELECT register_model('calibrated', %s)", (encoder,))
+    make_collection(db, model="calibrated")
+    insert = "INSERT INTO t SELECT * FROM unnest(%s::int[], %s::bytea[])"
+    db.execute(insert, (list(range(8)), pictures.files[:8]))
     query = "SELECT DISTINCT similarity IS NULL FROM similar_images(collection => 't', {})"
-    assert column_of(table, query.format("image_id => 3")) == [False]
+    assert column_of(db, query.format("image_id => 3")) == [False]
     for strategy in STRATEGIES:
         call = f"like => '{{3}}', strategy => '{strategy}'"
-        assert column_of(table, query.format(call)) == [True]
+        assert column_of(db, query.format(call)) == [True]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
