@@ -99,7 +99,7 @@ def test_the_database_is_named_as_the_user(containers: Containers) -> None:
 
 def test_the_default_database(containers: Containers) -> None:
     container = containers.start(environment={"POSTGRES_DB": ""}).healthy()
-    assert container.one("SELECT count(*) FROM siamese.models", dbname="postgres") == 2
+    assert container.one("SELECT count(*) FROM siamese.models", dbname="postgres") == 3
 
 
 def script_folder(folder: Path, **scripts: str) -> Path:
