@@ -1,6 +1,6 @@
 """Measure searches by several examples on validation images: how many of the first ten are right.
 
-``python -m bench.examples models/medical.onnx`` prints the table in docs/results.md. Liked examples
+``python -m bench.examples models/medical.onnx`` prints the table in docs/examples.md. Liked ones
 are validation images of one class. Unliked ones are what an analyst would mark: the nearest train
 images of other classes, which every search here leaves out. The formulas are the server's.
 """

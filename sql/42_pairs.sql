@@ -1,5 +1,5 @@
 -- Pairs of stored rows: near each other, the same picture, or in several splits. As with nearest, rows come a portion
--- at a time.
+-- at a time, and arrays become rows in the select list.
 
 -- === Public functions ===
 
@@ -15,17 +15,15 @@ CREATE FUNCTION siamese.similar_pairs(
 ) RETURNS TABLE (a text, b text, distance real)
 LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 1000
 AS $$
-    SELECT s.a, s.b, s.distance
+    SELECT
+        pg_catalog.unnest(p.answer[2]::pg_catalog.text[]),
+        pg_catalog.unnest(p.answer[3]::pg_catalog.text[]),
+        pg_catalog.unnest(p.answer[4]::pg_catalog.float4[])
     FROM (
         SELECT siamese._similar_pairs(
             collection, max_distance, filter, engine, exclude, group_by, own_group, threads) AS answer
         OFFSET 0
     ) AS p
-    CROSS JOIN LATERAL ROWS FROM (
-        pg_catalog.unnest(p.answer[2]::pg_catalog.text[]),
-        pg_catalog.unnest(p.answer[3]::pg_catalog.text[]),
-        pg_catalog.unnest(p.answer[4]::pg_catalog.float4[])
-    ) AS s (a, b, distance)
     WHERE p.answer[1] IS NULL OR siamese._raise(p.answer) IS NULL
 $$;
 COMMENT ON FUNCTION siamese.similar_pairs IS 'all pairs of stored rows within a distance';
@@ -44,20 +42,18 @@ CREATE FUNCTION siamese.near_duplicates(
 )
 LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 1000
 AS $$
-    SELECT s.group_number, s.key, s.representative, s.difference, s.distance, s.is_mirrored
-    FROM (
-        SELECT siamese._near_duplicates(
-            collection, max_distance, max_difference, mirrored, filter, exclude, engine, threads) AS answer
-        OFFSET 0
-    ) AS p
-    CROSS JOIN LATERAL ROWS FROM (
+    SELECT
         pg_catalog.unnest(p.answer[2]::pg_catalog.int4[]),
         pg_catalog.unnest(p.answer[3]::pg_catalog.text[]),
         pg_catalog.unnest(p.answer[4]::pg_catalog.text[]),
         pg_catalog.unnest(p.answer[5]::pg_catalog.float4[]),
         pg_catalog.unnest(p.answer[6]::pg_catalog.float4[]),
         pg_catalog.unnest(p.answer[7]::pg_catalog.bool[])
-    ) AS s (group_number, key, representative, difference, distance, is_mirrored)
+    FROM (
+        SELECT siamese._near_duplicates(
+            collection, max_distance, max_difference, mirrored, filter, exclude, engine, threads) AS answer
+        OFFSET 0
+    ) AS p
     WHERE p.answer[1] IS NULL OR siamese._raise(p.answer) IS NULL
 $$;
 COMMENT ON FUNCTION siamese.near_duplicates IS 'groups of stored images that are the same picture';
@@ -76,14 +72,7 @@ CREATE FUNCTION siamese.leaks(
 ) RETURNS TABLE (kind text, a text, split_a text, b text, split_b text, group_label text, difference real)
 LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 1000
 AS $$
-    SELECT s.kind, s.a, s.split_a, s.b, s.split_b, s.group_label, s.difference
-    FROM (
-        SELECT siamese._leaks(
-            collection, split_column, group_column, max_distance, max_difference, filter, exclude, engine,
-            threads) AS answer
-        OFFSET 0
-    ) AS p
-    CROSS JOIN LATERAL ROWS FROM (
+    SELECT
         pg_catalog.unnest(p.answer[2]::pg_catalog.text[]),
         pg_catalog.unnest(p.answer[3]::pg_catalog.text[]),
         pg_catalog.unnest(p.answer[4]::pg_catalog.text[]),
@@ -91,7 +80,12 @@ AS $$
         pg_catalog.unnest(p.answer[6]::pg_catalog.text[]),
         pg_catalog.unnest(p.answer[7]::pg_catalog.text[]),
         pg_catalog.unnest(p.answer[8]::pg_catalog.float4[])
-    ) AS s (kind, a, split_a, b, split_b, group_label, difference)
+    FROM (
+        SELECT siamese._leaks(
+            collection, split_column, group_column, max_distance, max_difference, filter, exclude, engine,
+            threads) AS answer
+        OFFSET 0
+    ) AS p
     WHERE p.answer[1] IS NULL OR siamese._raise(p.answer) IS NULL
 $$;
 COMMENT ON FUNCTION siamese.leaks IS 'images and groups that are in several splits';

@@ -15,6 +15,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 # Before NumPy, FAISS and ONNX Runtime are imported. A backend is one process among many, so only
@@ -484,11 +485,8 @@ def _cast_keys(
 
 def _search_or_explain(plpy: Any, request: Request) -> Answer:
     """Search. If a column is gone, or its type refuses a value, raise an error that names it."""
-    try:
+    with _explained_search(plpy, request):
         return _search.search(plpy, request)
-    except plpy.SPIError as error:
-        _explain_search_failure(plpy, request, error)
-        raise
 
 
 @_entry_point_of_parts
@@ -513,7 +511,7 @@ def nearest(
     request = _request(None, every_key, k, collection, filter_, None, max_distance, engine)
     _set_groups(request, exclude, group_by, per_group, own_group)
     _check_given(threads=threads)
-    try:
+    with _explained_search(plpy, request):
         for part in many.nearest(plpy, request, keys, threads or 0):
             yield (
                 _keys(part.collection, part.keys),
@@ -522,9 +520,6 @@ def nearest(
                 _reals(part.distances),
                 None if part.frames is None else _integers(part.frames),
             )
-    except plpy.SPIError as error:
-        _explain_search_failure(plpy, request, error)
-        raise
 
 
 # Pairs in one array.
@@ -548,7 +543,7 @@ def similar_pairs(
 
     request = _pair_request(collection, max_distance, filter_, engine, exclude, group_by, own_group)
     _check_given(threads=threads)
-    try:
+    with _explained_search(plpy, request):
         search = pairs.open_search(plpy, request, threads or 0)
         for found in search.find():
             for start in range(0, len(found.first), MAX_PAIRS):
@@ -559,9 +554,6 @@ def similar_pairs(
                     _keys(search.collection, second),
                     _reals(part.distances.tolist()),
                 )
-    except plpy.SPIError as error:
-        _explain_search_failure(plpy, request, error)
-        raise
 
 
 @_entry_point_of_parts
@@ -582,7 +574,7 @@ def near_duplicates(
     request = _pair_request(collection, max_distance, filter_, engine, exclude)
     _check_given(max_difference=max_difference, mirrored=mirrored, threads=threads)
     assert max_difference is not None
-    try:
+    with _explained_search(plpy, request):
         found, parts = duplicates.near_duplicates(
             plpy, request, max_difference, bool(mirrored), threads or 0
         )
@@ -595,9 +587,6 @@ def near_duplicates(
                 _reals([row.distance for row in part]),
                 _array(str(row.likeness.is_mirrored) for row in part),
             )
-    except plpy.SPIError as error:
-        _explain_search_failure(plpy, request, error)
-        raise
 
 
 @_entry_point_of_parts
@@ -629,7 +618,7 @@ def leaks(
     assert split_column is not None and group_column_ is not None and max_difference is not None
     if group_column_ == OWN_COLUMN:
         group_column_ = group_column(plpy, collection) or ""
-    try:
+    with _explained_search(plpy, request):
         found, parts = duplicates.leaks(
             plpy, request, split_column, group_column_, max_difference, threads or 0
         )
@@ -643,9 +632,6 @@ def leaks(
                 _array(row.label for row in part),
                 _array(_number(row.difference) for row in part),
             )
-    except plpy.SPIError as error:
-        _explain_search_failure(plpy, request, error)
-        raise
 
 
 def _pair_request(
@@ -665,27 +651,31 @@ def _pair_request(
     return request
 
 
-def _explain_search_failure(plpy: Any, request: Request, error: Any) -> None:
-    """Raise an error that names the column, if one of a search's filters or groups is to blame."""
-    if error.sqlstate not in CANCELLED:
-        texts = request.filter, request.exclude
-        _explain_failure(plpy, request.collection_name, texts, request.group_by)
-
-
-def _explain_failure(
+@contextmanager
+def _explained(
     plpy: Any, collection: str | None, texts: Iterable[str | None], group_by: str = ""
-) -> None:
+) -> Iterator[None]:
     """Raise an error that names column and value, if a filter or a group's column is to blame."""
-    given = [text for text in texts if text is not None]
-    if not (given or group_by):
-        return
-    from pg_siamese_server.search import filters
+    try:
+        yield
+    except plpy.SPIError as error:
+        if error.sqlstate not in CANCELLED:
+            given = [text for text in texts if text is not None]
+            if given or group_by:
+                from pg_siamese_server.search import filters
 
-    found = collection_by_name(plpy, collection)
-    for text in given:
-        filters.explain(plpy, found, text)
-    if group_by:
-        filters.columns(plpy, found, [group_by])
+                found = collection_by_name(plpy, collection)
+                for text in given:
+                    filters.explain(plpy, found, text)
+                if group_by:
+                    filters.columns(plpy, found, [group_by])
+        raise
+
+
+def _explained_search(plpy: Any, request: Request) -> AbstractContextManager[None]:
+    """Explain failures by the filters and the groups of a search."""
+    texts = request.filter, request.exclude
+    return _explained(plpy, request.collection_name, texts, request.group_by)
 
 
 def _to_columns(answer: Answer, request: Request) -> tuple[str | None, ...]:
@@ -850,12 +840,8 @@ def measure_recall(
     assert queries is not None and k is not None and seed is not None
     from pg_siamese_server.search import measures
 
-    try:
+    with _explained(plpy, collection, [filter_]):
         measured = measures.measure_recall(plpy, collection, queries, k, filter_, seed)
-    except plpy.SPIError as error:
-        if error.sqlstate not in CANCELLED:
-            _explain_failure(plpy, collection, [filter_])
-        raise
     return tuple(map(_number, measured))
 
 
@@ -883,14 +869,10 @@ def retrieval_quality(
     assert sample is not None and seed is not None
     from pg_siamese_server.search import measures
 
-    try:
+    with _explained(plpy, collection, [queries, gallery]):
         count, figures = measures.retrieval_quality(
             plpy, collection, str(label_column), queries, gallery, sample, seed, bool(own_group)
         )
-    except plpy.SPIError as error:
-        if error.sqlstate not in CANCELLED:
-            _explain_failure(plpy, collection, (queries, gallery))
-        raise
     return tuple(map(_number, (count, *figures.values())))
 
 

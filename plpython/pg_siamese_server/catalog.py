@@ -399,6 +399,21 @@ def no_image(key: Any, collection: str) -> SiameseError:
     )
 
 
+def stored_image(plpy: Any, collection: Collection, key: Any) -> bytes | None:
+    """Return the image of a stored row, as the invoker sees it."""
+    plan = prepare(
+        plpy,
+        f"SELECT b.{collection.image_column} AS image FROM {collection.relation} AS b"
+        f" WHERE b.{collection.key_column} = ANY($1)",
+        (collection.candidate_array,),
+    )
+    rows = plan.execute([[key]])
+    if not rows:
+        raise no_image(key, collection.name)
+    image: bytes | None = rows[0]["image"]
+    return image
+
+
 def model_id_by_name(plpy: Any, name: str | None) -> int:
     """Return a model's number, or that of the default model if ``name`` is None."""
     plan = prepare(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts, vectors
-from pg_siamese_server.catalog import Collection, no_image, prepare
+from pg_siamese_server.catalog import Collection, no_image, prepare, stored_image
 from pg_siamese_server.encoding import models
 from pg_siamese_server.errors import (
     NULL_VALUE_NOT_ALLOWED,
@@ -42,7 +42,8 @@ ROUNDING = 1e-5
 def settle(plpy: Any, request: Request, collection: Collection) -> None:
     """Turn the examples of a request, or the key whose image has a region, into a query."""
     if request.examples is None:
-        _read_image(plpy, request, collection)
+        request.image = stored_image(plpy, collection, request.key)
+        request.left_out, request.key = [request.key], None
         return
     examples = request.examples
     liked = _Read(plpy, collection, "like", examples.like, examples.like_images)
@@ -75,21 +76,6 @@ def _too_many() -> SiameseError:
     return SiameseError(
         f"more than {MAX_EXAMPLES} examples are given", sqlstate=PROGRAM_LIMIT_EXCEEDED
     )
-
-
-def _read_image(plpy: Any, request: Request, collection: Collection) -> None:
-    """Search for the image of a stored row, as the invoker sees it, and not for its vector."""
-    plan = prepare(
-        plpy,
-        f"SELECT b.{collection.image_column} AS image FROM {collection.relation} AS b"
-        f" WHERE b.{collection.key_column} = ANY($1)",
-        (collection.candidate_array,),
-    )
-    rows = plan.execute([[request.key]])
-    if not rows:
-        raise no_image(request.key, collection.name)
-    request.image = rows[0]["image"]
-    request.left_out, request.key = [request.key], None
 
 
 class _Read:

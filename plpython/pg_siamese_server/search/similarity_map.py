@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from pg_siamese_server import interrupts
-from pg_siamese_server.catalog import Collection, no_image, prepare
+from pg_siamese_server.catalog import Collection, stored_image
 from pg_siamese_server.encoding import models
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.limits import MODELS_OWN
@@ -77,14 +77,4 @@ def _file(plpy: Any, picture: Picture, collection: Collection | None) -> bytes |
     """Return the image file. That of a stored image is read as the invoker."""
     if collection is None or picture.key is None:
         return picture.image
-    plan = prepare(
-        plpy,
-        f"SELECT b.{collection.image_column} AS image FROM {collection.relation} AS b"
-        f" WHERE b.{collection.key_column} = $1",
-        (collection.key_type,),
-    )
-    rows = plan.execute([picture.key])
-    if not rows:
-        raise no_image(picture.key, collection.name)
-    image: bytes | None = rows[0]["image"]
-    return image
+    return stored_image(plpy, collection, picture.key)

@@ -160,13 +160,13 @@ class EfficientNetLite0(Network):
         With ``levels``, it is flat: (N, that of the last layer and the statistics).
         """
         maps, statistics = self._frozen_part(image)
-        return torch.cat([maps.flatten(1), statistics], dim=1) if self.levels else maps
+        return maps if statistics is None else torch.cat([maps.flatten(1), statistics], dim=1)
 
     def head(self, features: Tensor) -> Tensor:
         """Return the embeddings of what the frozen layers gave, of any float type."""
         features = features.float()
         if not self.levels:
-            return self._learned_part(features, features)
+            return self._learned_part(features, None)
         maps = features[:, : -self.statistics].reshape(-1, *self.map_size)
         return self._learned_part(
             maps.contiguous(memory_format=torch.channels_last), features[:, -self.statistics :]
@@ -176,8 +176,8 @@ class EfficientNetLite0(Network):
         """Embed uint8 or float pixels (N, H, W, 3)."""
         return self._learned_part(*self._frozen_part(image))
 
-    def _frozen_part(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the last frozen layer gives, and mean and deviation of the levels."""
+    def _frozen_part(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the last frozen layer gives, and mean and deviation of levels, if any."""
         pixels = (channels_first(image) - LITE_MEAN) / LITE_SCALE
         # Depthwise convolutions are quicker so on a CPU.
         maps = pixels.contiguous(memory_format=torch.channels_last)
@@ -188,12 +188,12 @@ class EfficientNetLite0(Network):
             if number in self.levels:
                 means = maps.mean(dim=(2, 3), keepdim=True)
                 found += [means.flatten(1), (maps - means).square().mean(dim=(2, 3)).sqrt()]
-        return maps, torch.cat(found, dim=1) if found else maps.flatten(1)[:, :0]
+        return maps, torch.cat(found, dim=1) if found else None
 
-    def _learned_part(self, maps: Tensor, statistics: Tensor) -> Tensor:
+    def _learned_part(self, maps: Tensor, statistics: Tensor | None) -> Tensor:
         projected = self.projection(self.dropout(self.learned(maps).flatten(1)))
         own = F.normalize(projected, dim=1)
-        if not self.levels:
+        if statistics is None:
             return own
         level = F.normalize(self.level_head(statistics), dim=1)
         total = 1 + self.level_share
@@ -217,9 +217,9 @@ def load_exported(encoder: EfficientNetLite0, path: Path) -> None:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    stored = _values(path, ("Conv", "Gemm"))
-    kinds = (nn.Conv2d, nn.Linear)
-    layers = [part for part in encoder.modules() if isinstance(part, kinds)]
+    graph = onnx.load_model(path).graph
+    stored = _values(graph, ("Conv", "Gemm"))
+    layers = [part for part in encoder.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
     # The last layers may have other dimensions.
     ends = {encoder.projection, *([encoder.level_head[-1]] if encoder.levels else [])}
     same = [
@@ -236,7 +236,7 @@ def load_exported(encoder: EfficientNetLite0, path: Path) -> None:
             layer.bias = nn.Parameter(value, requires_grad=learns)
     if encoder.levels:
         # The one batch norm that is not folded: nothing is before it that it could be folded into.
-        (values,) = _values(path, ("BatchNormalization",))
+        (values,) = _values(graph, ("BatchNormalization",))
         scales: Any = encoder.level_head[0]
         scales.running_mean, scales.running_var = values[2:]
     for part in list(encoder.modules()):
@@ -245,9 +245,8 @@ def load_exported(encoder: EfficientNetLite0, path: Path) -> None:
                 setattr(part, name, nn.Identity())
 
 
-def _values(path: Path, kinds: Sequence[str]) -> list[list[Tensor]]:
-    """Return the stored inputs of a file's nodes of some kinds, in their order."""
-    graph = onnx.load_model(path).graph
+def _values(graph: onnx.GraphProto, kinds: Sequence[str]) -> list[list[Tensor]]:
+    """Return the stored inputs of a graph's nodes of some kinds, in their order."""
     values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     # Weights may be stored as float16.
     for node in graph.node:
