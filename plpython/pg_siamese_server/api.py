@@ -15,7 +15,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 # Before NumPy, FAISS and ONNX Runtime are imported. A backend is one process among many, so only
@@ -652,30 +652,41 @@ def _pair_request(
 
 
 @contextmanager
-def _explained(
-    plpy: Any, collection: str | None, texts: Iterable[str | None], group_by: str = ""
-) -> Iterator[None]:
-    """Raise an error that names column and value, if a filter or a group's column is to blame."""
+def _explained(plpy: Any, collection: str | None, texts: Iterable[str | None]) -> Iterator[None]:
+    """Raise an error that names column and value, if a filter is to blame."""
     try:
         yield
     except plpy.SPIError as error:
-        if error.sqlstate not in CANCELLED:
-            given = [text for text in texts if text is not None]
-            if given or group_by:
-                from pg_siamese_server.search import filters
-
-                found = collection_by_name(plpy, collection)
-                for text in given:
-                    filters.explain(plpy, found, text)
-                if group_by:
-                    filters.columns(plpy, found, [group_by])
+        _blame(plpy, error, collection, texts)
         raise
 
 
-def _explained_search(plpy: Any, request: Request) -> AbstractContextManager[None]:
-    """Explain failures by the filters and the groups of a search."""
-    texts = request.filter, request.exclude
-    return _explained(plpy, request.collection_name, texts, request.group_by)
+@contextmanager
+def _explained_search(plpy: Any, request: Request) -> Iterator[None]:
+    """Raise an error that names column and value, if filters or groups of a search are to blame."""
+    try:
+        yield
+    except plpy.SPIError as error:
+        # Read only now: a search sets the collection's own group column.
+        texts = request.filter, request.exclude
+        _blame(plpy, error, request.collection_name, texts, request.group_by)
+        raise
+
+
+def _blame(
+    plpy: Any, error: Any, collection: str | None, texts: Iterable[str | None], group_by: str = ""
+) -> None:
+    """Raise an error that names the column to blame for a failed statement, if there is one."""
+    given = [text for text in texts if text is not None]
+    if error.sqlstate in CANCELLED or not (given or group_by):
+        return
+    from pg_siamese_server.search import filters
+
+    found = collection_by_name(plpy, collection)
+    for text in given:
+        filters.explain(plpy, found, text)
+    if group_by:
+        filters.columns(plpy, found, [group_by])
 
 
 def _to_columns(answer: Answer, request: Request) -> tuple[str | None, ...]:
