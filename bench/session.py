@@ -135,11 +135,16 @@ def first_bigints(result: Any) -> list[int]:
     ]
 
 
-def private_bytes(pid: int) -> int:
-    """Return the memory that a process shares with no other."""
+def private_bytes(pid: int, *, with_files: bool = True) -> int:
+    """Return the memory that a process shares with no other.
+
+    Pages of files that no other process has read now count as well. The system can take them back
+    at any time.
+    """
+    kinds = ("Private_Clean:", "Private_Dirty:") if with_files else ("Private_Dirty:",)
     total = 0
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith(("Private_Clean:", "Private_Dirty:")):
+        if line.startswith(kinds):
             total += int(line.split()[1]) * 1024
     return total
 

@@ -282,6 +282,9 @@ class Generation:
         if self._parameters is not None:
             self._parameters.efSearch = breadth
             self._parameters.bounded_queue = breadth <= MAX_BOUNDED
+        # Vectors that are near each other have near positions, and so are read once.
+        order = np.argsort(slots)
+        slots = slots[order]
         entries, no_distances = slots.astype(np.int32), np.zeros(len(slots), np.float32)
         most = SUBTRACTED if self.is_flat else len(slots)
         for start, end in interrupts.portions(0, len(slots), size=FIRST, least=1, most=most):
@@ -298,7 +301,8 @@ class Generation:
                 else:
                     self.index.search_c(*sizes, *results, self._parameters)
             poll()
-        return positions, squared
+        given = np.argsort(order)
+        return positions[given], squared[given]
 
     def squared_distances(
         self, query: NDArray[np.float32], slots: NDArray[np.int64], poll: Callable[[], None]

@@ -8,7 +8,7 @@ until the end, whatever the session searches for in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pg_siamese_server.catalog import Collection, group_column, prepare
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.index.threads import MAX_THREADS, allowed_threads, threads
 from pg_siamese_server.search import exact, filters
+from pg_siamese_server.search.cells import ROUNDING, Cells
 from pg_siamese_server.search.request import Request
 from pg_siamese_server.search.search import (
     current_state,
@@ -33,18 +34,8 @@ if TYPE_CHECKING:
     from pg_siamese_server.search.faiss_search import FaissSearch
     from pg_siamese_server.search.filters import Conditions
 
-# Rows whose neighbours the graph gives in one go, and neighbours of all of these together.
-PORTION, MAX_CANDIDATES = 1_000, 60_000
-# Neighbours that are asked for first, and the factor to the next round.
-FIRST_COUNT, WIDER = 11, 4
-# If more rows than this share have more neighbours than the graph gives, all rows are compared.
-MANY_DENSE = 0.5
 # Rows that others are compared with at once, and most pairs that one call may find.
 BLOCK, MAX_HITS = 4096, 500_000
-# Microseconds to compare two rows of 64 dimensions, many at once.
-COMPARE_PAIR = 0.01
-# Largest error of squared distances by matrix products, as a share of the squared lengths.
-ROUNDING = 2e-6
 # Most bytes of pending vectors. With more, pgvector compares all rows.
 MAX_PENDING_BYTES = 64 * 1024 * 1024
 # Pairs that pgvector hands over at once.
@@ -170,109 +161,50 @@ class IndexedPairs:
 
     def find(self) -> Iterator[Pairs]:
         """Find all pairs, some at a time and in no order."""
-        if self.limit < 0:
+        if self.limit < 0 or self.total < 2:
             return
-        held, every = len(self.rows), np.arange(self.total)
-        compared = 0
-        if self._is_graph_cheaper(FIRST_COUNT, held / 2):
-            dense, size = 0, PORTION
-            while compared < held and dense <= MANY_DENSE * max(PORTION, compared):
-                some = every[compared : min(held, compared + size)]
-                left = yield from self._walk(some)
-                dense += len(left)
-                compared += len(some)
-                yield from self._compare(left, int(left[0]) if len(left) else held, held)
-        yield from self._compare(every[compared:held], compared, held)
-        yield from self._compare(every, held, self.total)
+        reach = math.sqrt(self.limit)
+        for cell in Cells(self._vectors, self.total, reach, self.thread_count, self.poll):
+            yield from self._compare(*cell)
 
-    def _is_graph_cheaper(self, count: int, others: float) -> bool:
-        index = self.index
-        compare = others * COMPARE_PAIR * index.vectors.shape[1] / 64
-        return not index.is_flat and count < len(self.rows) and index.microseconds(count) < compare
-
-    def _walk(self, queries: NDArray[np.int64]) -> Generator[Pairs, None, NDArray[np.int64]]:
-        """Find neighbours by the graph. Return the rows that have too many of them."""
-        count = FIRST_COUNT
-        while len(queries) and self._is_graph_cheaper(count, len(self.rows)):
-            full = []
-            size = max(1, MAX_CANDIDATES // count)
-            for start in range(0, len(queries), size):
-                part = queries[start : start + size]
-                slots = self.index.slots_of(self.rows[part])
-                positions, squared = self.index.search_each(
-                    slots, count, self.thread_count, self.poll
-                )
-                # If the graph ends, positions are -1.
-                is_full = (positions[:, -1] >= 0) & (squared[:, -1] > self.limit)
-                full.append(is_full)
-                is_near = (squared <= self.limit) & (positions >= 0) & is_full[:, None]
-                yield from self._found(
-                    part[np.nonzero(is_near)[0]], positions[is_near], squared[is_near]
-                )
-            queries = queries[~np.concatenate(full)]
-            count *= WIDER
-        return queries
-
-    def _found(
-        self,
-        first: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        squared: NDArray[np.float32],
-    ) -> Iterator[Pairs]:
-        """Convert positions of the index to pairs of rows that qualify."""
-        starts, low = self.index.rows.slot_starts, 0
-        counts = 1 if starts is None else starts[positions + 1] - starts[positions]
-        ends = np.broadcast_to(counts, positions.shape).cumsum(dtype=np.int64)
-        while low < len(positions):
-            # A vector may belong to many rows.
-            most = MAX_HITS + (int(ends[low - 1]) if low else 0)
-            high = max(low + 1, int(ends.searchsorted(most, side="right")))
-            rows, places = self.index.expand(positions[low:high], np.arange(low, high))
-            numbers = np.minimum(self.rows.searchsorted(rows), len(self.rows) - 1)
-            own = first[places]
-            is_pair = (self.rows[numbers] == rows) & (own < numbers)
-            yield from self._pairs(own[is_pair], numbers[is_pair], squared[places[is_pair]])
-            low = high
-            self.poll()
-
-    def _compare(self, queries: NDArray[np.int64], start: int, last: int) -> Iterator[Pairs]:
-        """Compare rows, ascending, with all later ones among those from ``start`` to ``last``."""
+    def _compare(self, members: NDArray[np.int64], others: NDArray[np.int64]) -> Iterator[Pairs]:
+        """Compare rows with each other, and with others."""
         import faiss
 
-        from pg_siamese_server.index.generations import FIRST
-
-        dimension = self.index.vectors.shape[1]
-        for begin in range(start, last if len(queries) else start, BLOCK):
-            end = min(last, begin + BLOCK)
-            block = self._vectors(np.arange(begin, end))
-            flat = faiss.IndexFlatL2(dimension)
+        rows = np.concatenate([members, others])
+        for begin in range(0, len(members), BLOCK):
+            found_among = members[begin : begin + BLOCK]
+            block = self._vectors(found_among)
+            flat = faiss.IndexFlatL2(block.shape[1])
             flat.add(block)
             longest = np.einsum("ij,ij->i", block, block).max()
-            asking = queries[: queries.searchsorted(end)]
-            most = max(1, MAX_HITS // BLOCK)
-            for low, high in interrupts.portions(0, len(asking), size=FIRST, least=1, most=most):
-                part = asking[low:high]
-                matrix = self._vectors(part)
+            size = max(1, MAX_HITS // len(block))
+            for low in range(begin, len(rows), size):
+                asking = rows[low : low + size]
+                matrix = self._vectors(asking)
                 length = np.einsum("ij,ij->i", matrix, matrix).max()
                 radius = self.limit + ROUNDING * float(longest + length)
                 with threads(self.thread_count):
                     starts, _, found = flat.range_search(matrix, min(radius, 3e38))
-                owners = np.repeat(np.arange(len(part)), np.diff(starts.astype(np.int64)))
-                is_pair = part[owners] < found + begin
-                owners, found = owners[is_pair], found[is_pair]
+                owners = np.repeat(np.arange(len(asking)), np.diff(starts.astype(np.int64)))
+                is_later = owners + low > found + begin
+                owners, found = owners[is_later], found[is_later]
                 squared = indexed_distances(matrix, owners, block, found)
                 near = squared <= self.limit
-                yield from self._pairs(part[owners[near]], found[near] + begin, squared[near])
+                owners, found = owners[near], found[near]
+                yield from self._pairs(found_among[found], asking[owners], squared[near])
                 self.poll()
 
     def _vectors(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the prepared vectors of rows, whose numbers ascend."""
-        place = int(numbers.searchsorted(len(self.rows)))
-        held = self.index.vectors[self.index.slots_of(self.rows[numbers[:place]])]
-        if place == len(numbers):
+        """Return the prepared vectors of rows."""
+        is_held = numbers < len(self.rows)
+        held = self.index.vectors[self.index.slots_of(self.rows[numbers[is_held]])]
+        if len(held) == len(numbers):
             return held
-        more = self.pending[numbers[place:] - len(self.rows)]
-        return np.concatenate([held, more])
+        matrix = np.empty((len(numbers), held.shape[1]), dtype=np.float32)
+        matrix[is_held] = held
+        matrix[~is_held] = self.pending[numbers[~is_held] - len(self.rows)]
+        return matrix
 
     def _pairs(
         self,
