@@ -14,7 +14,7 @@ import psycopg
 from rich.console import Console
 
 from bench import clinical, runs
-from bench.compare import compare
+from bench.compare import compare, unpacked
 from bench.report import Report
 from bench.session import QueryError
 from tools.report import SetupError
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--only", choices=parts, help=text)
     text = "ONNX file for --only clinical (models/clinical.onnx)"
     parser.add_argument("--model", type=Path, default=clinical.MODEL, metavar="FILE", help=text)
-    text = "compare this tree with another revision"
+    text = "compare this tree with another revision, also searches for each row in --only nearest"
     parser.add_argument("--compare", metavar="REVISION", help=text)
     text = "folder of the JSON file (bench/results)"
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=text)
@@ -55,8 +55,12 @@ def main() -> int:
             standard, large = runs.STANDARD, runs.LARGE
             if chosen.quick:
                 standard, large = runs.STANDARD_QUICK, runs.LARGE_QUICK
-            measure = runs.nearest_alone if chosen.only == "nearest" else runs.pairs_alone
-            report = measure(large if chosen.large else standard, console)
+            size = large if chosen.large else standard
+            if chosen.only == "nearest":
+                earlier = unpacked(chosen.compare, console) if chosen.compare else None
+                report = runs.nearest_alone(size, console, earlier)
+            else:
+                report = runs.pairs_alone(size, console)
         elif chosen.only == "duplicates":
             size = runs.DUPLICATES_QUICK if chosen.quick else runs.DUPLICATES
             report = runs.duplicates_alone(size, console)

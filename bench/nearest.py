@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from tools.cluster import Cluster
 
 SECTION = "neighbours of many stored rows"
 OURS, EACH, FAISS = "nearest", "similar_images for each", "FAISS alone, in one batch"
+EARLIER = "similar_images for each, of the other revision"
 PGVECTOR = "pgvector HNSW for each"
 MEMORY = "private memory of a session"
 KEYS, ROUNDS = 10_000, 3
@@ -42,15 +44,25 @@ CALLS = {
 }
 
 
-def nearest(cluster: Cluster, truth: Truth) -> list[Line]:
-    """Time the contestants on the same keys, in turns."""
+def nearest(cluster: Cluster, truth: Truth, earlier: Cluster | None = None) -> list[Line]:
+    """Time the contestants on the same keys, in turns.
+
+    Args:
+        cluster: with the collection and pgvector's index.
+        truth: of the keys.
+        earlier: of another revision, with the same collection.
+    """
     assert truth.own is not None
-    with connect(cluster.dsn()) as admin:
-        admin.execute("CREATE TABLE bench.wanted (image_id bigint)")
-        admin.execute("INSERT INTO bench.wanted SELECT unnest(%s::bigint[])", (truth.own.tolist(),))
-        admin.execute("VACUUM ANALYZE bench.wanted")
+    for each in (cluster, *([earlier] if earlier else [])):
+        with connect(each.dsn()) as admin:
+            admin.execute("CREATE TABLE bench.wanted (image_id bigint)")
+            own = truth.own.tolist()
+            admin.execute("INSERT INTO bench.wanted SELECT unnest(%s::bigint[])", (own,))
+            admin.execute("VACUUM ANALYZE bench.wanted")
     alone = FaissAlone(cluster, "large", truth)
-    with Session(cluster.dsn()) as mine, Session(cluster.dsn()) as theirs:
+    with ExitStack() as stack:
+        mine, theirs = (stack.enter_context(Session(cluster.dsn())) for _ in range(2))
+        pids = [mine.pid, theirs.pid]
         check_engine(mine, "large")
         rival = PgVector(theirs, by_image=False)
         rival.tune([bigint(key) for key in truth.own[:TUNED_BY].tolist()], truth)
@@ -58,7 +70,12 @@ def nearest(cluster: Cluster, truth: Truth) -> list[Line]:
         for number, (name, statement) in enumerate(CALLS.items()):
             session = theirs if name == PGVECTOR else mine
             calls[name] = partial(_call, session.prepare(f"call_{number}", statement))
-        with one_core([mine.pid, theirs.pid]):
+        if earlier:
+            old = stack.enter_context(Session(earlier.dsn()))
+            check_engine(old, "large")
+            calls[EARLIER] = partial(_call, old.prepare("call", CALLS[EACH]))
+            pids.append(old.pid)
+        with one_core(pids):
             seconds, answers = round_robin(calls, ROUNDS, 1, warm_up=1)
         assert not mine.notices, mine.notices
     lines = []
@@ -122,9 +139,10 @@ def bars(lines: list[Line]) -> list[Bar]:
     def times(name: str) -> float:
         return by_name[name].figure() / ours.figure()
 
+    each = EARLIER if EARLIER in by_name else EACH
     return [
         Bar("nearest of 10,000 rows: recall", ours.recall, 0.99),
-        Bar("times as fast as a search for each", times(EACH), 6, "times"),
+        Bar(f"times as fast as {each}", times(each), 6, "times"),
         Bar("times as fast as pgvector for each", times(PGVECTOR), 8, "times"),
         Bar("times FAISS alone", 1 / times(FAISS), 1.3, "times", is_most=True),
         Bar("memory of nearest", by_name[MEMORY].figure(), 200, "MiB", is_most=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from pg_siamese.client.sources import png
 from pg_siamese_server.encoding.encoder import Encoder
 from pg_siamese_server.encoding.images import decode_image
 from tools.cluster import Cluster
+from tools.installation import Installation
 
 PENDING_ROWS = 5_000
 # Queries per filtered search. Their true neighbours are found one by one.
@@ -235,18 +237,31 @@ def heat_alone(size: Size, console: Console) -> Report:
     return report
 
 
-def nearest_alone(size: Size, console: Console) -> Report:
-    """Measure searches for many rows at once on a mixture of clusters, and nothing else."""
-    with server(LARGE_SETTINGS) as cluster:
+def nearest_alone(size: Size, console: Console, earlier: Installation | None = None) -> Report:
+    """Measure searches for many rows at once on a mixture of clusters, and nothing else.
+
+    Args:
+        size: vectors.
+        console: for messages about progress.
+        earlier: PostgreSQL with another revision, to search for each row by that as well.
+    """
+    with ExitStack() as stack:
+        cluster = stack.enter_context(server(LARGE_SETTINGS))
         report = Report("nearest", machine.facts(cluster), LARGE_SETTINGS, vars(size))
-        vectors = _load_mixture(cluster, size, console)
+        clusters = [cluster]
+        if earlier:
+            clusters.append(stack.enter_context(server(LARGE_SETTINGS, earlier)))
+        for each in clusters:
+            vectors = _load_mixture(each, size, console)
+            with Session(each.dsn()) as session:
+                session.run("SELECT siamese.build_index('large')")
         with Session(cluster.dsn()) as session:
-            session.run("SELECT siamese.build_index('large')")
             session.run(build.CREATE)
         build.vacuum(cluster)
         console.print("Searching …")
         own = _sample(vectors.ids, min(nearest.KEYS, size.rows), seed=2)
-        report.lines += nearest.nearest(cluster, Truth.of(vectors, vectors.of(own), own))
+        truth = Truth.of(vectors, vectors.of(own), own)
+        report.lines += nearest.nearest(cluster, truth, *clusters[1:])
         report.bars += nearest.bars(report.lines)
     return report
 

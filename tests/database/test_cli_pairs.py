@@ -1,4 +1,4 @@
-"""The commands that list pairs, duplicates and leaks."""
+"""The commands that list neighbours, pairs, duplicates and leaks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from tests.database.test_duplicates import copy_of, drawn, fill, saved
 from tests.support import one, rows_of
 
 COMMANDS = {
+    "nearest": (
+        ["-k", "3", "2", "7", "8"],
+        "nearest('t', keys => '{2, 7, 8}', k => 3)",
+        ["key", "rank", "neighbour", "distance", "frame"],
+    ),
     "pairs": (
         ["2"],
         "similar_pairs('t', 2)",
@@ -63,6 +68,16 @@ def test_rows_as_sql_gives_them(dsn: str, copies: Connection, tmp_path: Path) ->
             assert image.width > 500
         assert works(dsn, *arguments, "-o", str(file)) == ""
         assert sorted(csv.reader(file.open(newline="")))[1:] == sorted([header, *rows])[1:]
+
+
+def test_neighbours_of_all_rows(dsn: str, copies: Connection) -> None:
+    output = works(dsn, "nearest", "-c", "t", "-k", "1", "--group-by", "patient", "--no-own-group")
+    rows = list(csv.DictReader(io.StringIO(output)))
+    wanted = "nearest('t', k => 1, group_by => 'patient', own_group => false)"
+    assert [(row["key"], row["neighbour"]) for row in rows] == rows_of(
+        copies, f"SELECT key, neighbour FROM {wanted}"
+    )
+    assert len(rows) == 8
 
 
 def test_a_filter_and_no_rows(dsn: str, copies: Connection, tmp_path: Path) -> None:

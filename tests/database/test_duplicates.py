@@ -14,8 +14,9 @@ from PIL import Image, ImageFilter
 from psycopg import sql
 
 from tests.conftest import Connect, Connection, NewRole, insert_images
-from tests.database.tables import make_collection
+from tests.database.tables import make_collection, without_triggers
 from tests.database.test_nearest import arguments
+from tests.scenarios.gallery import filled_up
 from tests.support import column_of, one, rows_of, sql_error
 from tools.project import ROOT
 
@@ -228,6 +229,98 @@ def test_leaks(split: Connection, engine: str) -> None:
         split, "SELECT difference < 0.5 FROM leaks('t', max_distance => 'Infinity') ORDER BY kind"
     )
     assert told == [False, None, None, True]
+
+
+# Ten thousand rows, each with a vector of its own making.
+
+ROWS = 10_000
+
+
+@pytest.fixture(scope="module")
+def many(shared: Connection) -> Connection:
+    """Table ``t``: rows from 8,000 on are copies of others, and their vectors nearly the same.
+
+    Rows from 7,000 on have vectors near others too, but pictures of their own. Rows from 9,500 on
+    are pending.
+    """
+    random = np.random.default_rng(5)
+    points = random.standard_normal((ROWS, 64))
+    points[7_000:8_000] = points[:1_000] + 0.05 * random.standard_normal((1_000, 64))
+    points[8_000:] = points[SOURCES] + 0.02 * random.standard_normal((2_000, 64))
+    points = filled_up(points / np.linalg.norm(points, axis=1, keepdims=True))
+    pixels = random.integers(0, 256, (8_000, 12, 12), dtype=np.uint8)
+    files = [saved(Image.fromarray(picture)) for picture in pixels]
+    files += [files[source] for source in SOURCES]
+    make_collection(shared, "t", more=", split text, patient text")
+    statement = "COPY t (id, image, split, patient) FROM STDIN (FORMAT binary)"
+    with without_triggers(shared), shared.cursor() as cursor, cursor.copy(statement) as copy:
+        copy.set_types(["int4", "bytea", "text", "text"])
+        for number, file in enumerate(files):
+            patient = None if number % 5 == 0 else str(number % 3_001)
+            copy.write_row((number, file, SPLITS[number], patient))
+    for some in (range(9_500), range(9_500, ROWS)):
+        statement = "COPY siamese.embedding_2 (key, embedding) FROM STDIN"
+        with shared.cursor() as cursor, cursor.copy(statement) as copy:
+            for number in some:
+                copy.write_row((number, str(points[number].tolist())))
+        shared.execute(
+            "INSERT INTO siamese.pending_2 (embedding_id) SELECT embedding_id"
+            f" FROM siamese.embedding_2 WHERE key >= {some[0]}"
+        )
+        shared.execute("SELECT build_index('t')" if some[0] == 0 else "ANALYZE t")
+    return shared
+
+
+# Of which row each from 8,000 on is a copy: 1,500 of one row each, 500 of 50 rows.
+SOURCES = [*range(2_000, 3_500), *(3_500 + number % 50 for number in range(500))]
+SPLITS = ["train" if number % 3 else "test" if number % 2 else None for number in range(ROWS)]
+
+
+def planted(rows: set[int]) -> list[set[str]]:
+    """Return the groups of copies among some rows, in the order of their smallest keys."""
+    groups: dict[int, set[int]] = {}
+    for number in sorted(rows):
+        source = number if number < 8_000 else SOURCES[number - 8_000]
+        groups.setdefault(source, set()).add(number)
+    found = sorted((min(group), group) for group in groups.values() if len(group) > 1)
+    return [{str(number) for number in group} for _, group in found]
+
+
+@pytest.mark.law(9)
+@pytest.mark.parametrize("engine", ["auto", "pgvector"])
+def test_many_duplicates(many: Connection, engine: str) -> None:
+    test = {number for number in range(ROWS) if SPLITS[number] == "test"}
+    options: dict[str, Any] = {"max_distance": 0.25, "engine": engine}
+    assert groups_of(many, filter='{"split": "test"}', **options) == planted(test)
+    if engine == "auto":  # pgvector compares all with all
+        assert groups_of(many, **options) == planted(set(range(ROWS)))
+
+
+@pytest.mark.law(9)
+def test_many_leaks(many: Connection) -> None:
+    """As a join in plain SQL gives them."""
+    rows = "SELECT id, split, patient, image FROM t WHERE split IS NOT NULL AND id % 11 <> 3"
+    wanted = [
+        row
+        for kind, column in (("same image", "image"), ("same group", "patient"))
+        for row in rows_of(
+            many,
+            f"WITH q AS ({rows}) SELECT '{kind}', x.id::text, x.split, y.id::text, y.split,"
+            " CASE WHEN x.patient = y.patient THEN x.patient END"
+            f" FROM q AS x JOIN q AS y USING ({column})"
+            " WHERE x.id < y.id AND x.split <> y.split",
+        )
+    ]
+    with many.transaction(force_rollback=True):
+        many.execute("DELETE FROM t WHERE id % 11 = 3")
+        found = rows_of(
+            many,
+            "SELECT kind, a, split_a, b, split_b, group_label"
+            " FROM leaks('t', group_column => 'patient')",
+        )
+    assert sorted(found) == sorted(wanted)
+    assert {row[0] for row in found} == {"same image", "same group"}
+    assert len(found) > 1_000
 
 
 @pytest.mark.law(14)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from psycopg import sql
 
 from tests.conftest import Connect, Connection, NewRole, Pictures
-from tests.database.tables import make_collection
+from tests.database.tables import make_collection, without_triggers
 from tests.database.test_nearest import ENGINES, arguments, scans  # noqa: F401 -- a fixture
 from tests.database.test_search import Large
 from tests.support import column_of, notices_of, one, rows_of, sql_error
@@ -143,13 +145,78 @@ def exact(large: Large, limit: float) -> set[tuple[int, int]]:
     return found
 
 
+def check_exact(
+    large: Large, limit: float, keeps: Callable[[int, int], bool], **options: Any
+) -> None:
+    """Check that all pairs are there which ``keeps`` lets pass, apart from rounding."""
+    truth = {pair for pair in exact(large, limit) if keeps(*pair)}
+    found = pairs(large.db, "t", max_distance=limit, **options)
+    assert len(truth) > 100
+    assert len({(int(a), int(b)) for a, b in found} ^ truth) <= 1e-4 * len(truth) + 1
+
+
 @pytest.mark.parametrize("limit", [0.3, 0.6])
 def test_many_rows(large: Large, limit: float) -> None:
-    """So many that they are divided into cells. None is missing, apart from rounding."""
-    truth = exact(large, limit)
-    found = {(int(a), int(b)) for a, b in pairs(large.db, "t", max_distance=limit)}
-    assert len(truth) > 100
-    assert len(found ^ truth) <= 1e-4 * len(truth) + 1
+    """So many that they are divided into cells. None is missing."""
+    check_exact(large, limit, lambda _a, _b: True)
+
+
+@pytest.mark.law(9)
+def test_many_rows_with_filters_groups_and_equal_vectors(large: Large) -> None:
+    """Some of the equal vectors are in the index file, some are pending, some rows are deleted."""
+    db, points = large.db, large.points
+    with db.transaction(force_rollback=True):
+        large.points = np.concatenate([points, points[:40], points[11_960:]])
+        ids = range(12_000, len(large.points))
+        with without_triggers(db):
+            db.execute(f"INSERT INTO t SELECT i, '', i FROM generate_series({ids[0]}, {ids[-1]}) i")
+        large.copy(ids)
+        db.execute(
+            "INSERT INTO siamese.pending_2 (embedding_id)"
+            f" SELECT embedding_id FROM siamese.embedding_2 WHERE key >= {ids[0]}"
+        )
+        db.execute("DELETE FROM t WHERE id % 7 = 0")
+        db.execute("UPDATE t SET n = nullif(id % 3, 2)")
+
+        def lives(a: int, b: int) -> bool:
+            return a % 7 > 0 and b % 7 > 0
+
+        check_exact(large, 0.4, lives)
+        check_exact(large, 0.4, lambda a, b: lives(a, b) and a % 3 == b % 3 == 1, filter='{"n": 1}')
+        check_exact(large, 0.4, lambda a, b: lives(a, b) and a % 3 > 0 < b % 3, exclude='{"n": 0}')
+        check_exact(
+            large,
+            0.4,
+            lambda a, b: lives(a, b) and (a % 3 != b % 3 or a % 3 == 2),
+            group_by="n",
+            own_group=False,
+        )
+    large.points = points
+
+
+@pytest.mark.law(2)
+def test_beside_changes_and_builds(db: Connection, connect: Connect) -> None:
+    """Each answer is that of one moment: rows that another session moves together count twice."""
+    large, other = Large(db), connect()
+    stop = threading.Event()
+
+    def moves() -> None:
+        while not stop.is_set():
+            other.execute("DELETE FROM t WHERE id BETWEEN 100 AND 2000 AND n = 1")
+            other.execute("SELECT build_index('t')")
+
+    db.execute("UPDATE t SET n = CASE WHEN id BETWEEN 100 AND 2000 THEN 1 ELSE 0 END")
+    before = exact(large, 0.3)
+    after = {(a, b) for a, b in before if not (100 <= a <= 2000 or 100 <= b <= 2000)}
+    thread = threading.Thread(target=moves)
+    thread.start()
+    try:
+        for _ in range(2):
+            found = {(int(a), int(b)) for a, b in pairs(db, "t", max_distance=0.3)}
+            assert min(len(found ^ before), len(found ^ after)) <= 1e-4 * len(before) + 1
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_threads_change_nothing(large: Large) -> None:

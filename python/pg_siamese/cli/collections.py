@@ -62,6 +62,9 @@ def query(
         Literal["mean", "best"],
         typer.Option(help="Search for the mean of the examples, or for the best match of any."),
     ] = "mean",
+    penalty: Annotated[
+        float, typer.Option(help="How much --unlike counts for one of --like.")
+    ] = 1.0,
     sheet: Annotated[
         Path | None, typer.Option(help="Draw the query and up to 64 neighbours into this PNG file.")
     ] = None,
@@ -89,7 +92,7 @@ def query(
     data, label = None if image is None else image.read_bytes(), None
     examples = None
     if like:
-        examples = Examples(_examples(like), _examples(unlike or ()), strategy)
+        examples = Examples(_examples(like), _examples(unlike or ()), strategy, penalty)
     with connect(dsn) as connection:
         found = find_collection(connection, collection)
         search = search_statement(

@@ -11,6 +11,7 @@ from pg_siamese.cli import (
     demo,
     evaluation,
     loading,
+    measures,
     models,
     pairs,
     training,
@@ -30,9 +31,13 @@ app.command()(loading.load)
 app.command()(loading.create_dicom_table)
 app.command()(collections.query)
 app.command()(collections.similarity_map)
+app.command()(pairs.nearest)
 app.command()(pairs.pairs)
 app.command()(pairs.duplicates)
 app.command()(pairs.leaks)
+app.command()(measures.explain)
+app.command()(measures.recall)
+app.command()(measures.quality)
 app.command()(collections.status)
 app.command()(collections.build_index)
 app.command()(collections.rebuild_file)

@@ -15,14 +15,14 @@ CollectionName = Annotated[str, typer.Option("--collection", "-c", help="Name of
 Threads = Annotated[int, typer.Option(min=1, help="Number of CPU threads.")]
 
 
-def json_object(text: str | None) -> dict[str, object] | None:
-    """Return the JSON object of ``--filter``, or None without one."""
+def json_object(text: str | None, option: str = "--filter") -> dict[str, object] | None:
+    """Return the JSON object of an option, or None without one."""
     if text is None:
         return None
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise CommandError(f"--filter is not JSON: {error}") from None
+        raise CommandError(f"{option} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CommandError('--filter is not a JSON object such as {"label": "pneumonia"}')
+        raise CommandError(f'{option} is not a JSON object such as {{"label": "pneumonia"}}')
     return value

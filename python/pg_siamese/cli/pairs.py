@@ -1,4 +1,4 @@
-"""Commands on whole collections: near pairs, duplicates, and leaks between splits, as CSV."""
+"""Commands on whole collections, as CSV: neighbours, near pairs, duplicates, and leaks."""
 
 from __future__ import annotations
 
@@ -44,6 +44,46 @@ Sheet = Annotated[
 ]
 # A key, the text under its picture, and the label of its frame.
 Picture = tuple[str, str, str | None]
+
+
+def nearest(
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys of stored images. Default: all.", metavar="[KEY]..."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Number of neighbours of each.")] = 10,
+    collection: CollectionName = "images",
+    filter: Filter = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Column of the group, such as the patient: one neighbour of each."),
+    ] = None,
+    own_group: Annotated[
+        bool, typer.Option(help="Whether neighbours may be of the image's own group.")
+    ] = True,
+    engine: Engine = "auto",
+    threads: Threads = 1,
+    output: Output = None,
+    sheet: Sheet = None,
+    dsn: Dsn = None,
+) -> None:
+    """List the nearest neighbours of each of many stored images, as CSV."""
+    arguments = {
+        "collection": collection,
+        "keys": keys or None,
+        "k": k,
+        "filter": json_object(filter),
+        "group_by": group_by,
+        "own_group": own_group,
+        "engine": engine,
+        "threads": threads,
+    }
+
+    def pictures(row: Mapping[str, Any]) -> tuple[Picture, Picture]:
+        text = f"distance {row['distance']:.4f}"
+        return (row["key"], "", None), (row["neighbour"], text, None)
+
+    _list("nearest", arguments, output, sheet, dsn, pictures)
 
 
 def pairs(
@@ -160,7 +200,7 @@ def _list(
     count = 0
     with connect(dsn) as connection:
         found = find_collection(connection, arguments["collection"])
-        statement = _call(function, arguments)
+        statement = call(function, arguments)
         with (
             _csv_file(output) as file,
             progress_bar(f"searching {found.name}", None) as advance,
@@ -184,7 +224,8 @@ def _list(
             errors().print(f"contact sheet: {sheet}", markup=False, soft_wrap=True)
 
 
-def _call(function: str, arguments: Mapping[str, Any]) -> sql.Composed:
+def call(function: str, arguments: Mapping[str, Any]) -> sql.Composed:
+    """Return the statement that calls a function, without the arguments that are None."""
     given = {
         name: json.dumps(value) if isinstance(value, dict) else value
         for name, value in arguments.items()

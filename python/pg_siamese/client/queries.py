@@ -81,6 +81,7 @@ class Examples:
     like: Sequence[bytes | str]
     unlike: Sequence[bytes | str] = ()
     strategy: str = "mean"
+    penalty: float = 1.0
 
     def arguments(self, integer: bool) -> dict[str, list[object]]:
         """Return the arguments of a search that are not empty, by name."""
@@ -196,6 +197,8 @@ def search_statement(
         parameters = list(given.values())
         names = (f"{name} => ${place}" for place, name in enumerate(given, 1))
         query = ", ".join([*names, f"strategy => {sql.quote(examples.strategy)}"])
+        if examples.penalty != 1:
+            query += f", penalty => {examples.penalty!r}"
     elif image is not None:
         parameters = [image]
         query = "image => $1"

@@ -238,12 +238,11 @@ def test_a_search_among_frames() -> None:
 
 
 def test_a_search_by_examples() -> None:
-    search = search_statement(
-        collection(), k=4, examples=Examples(["17", b"x", "3"], [b"y"], strategy="best")
-    )
+    examples = Examples(["17", b"x", "3"], [b"y"], strategy="best", penalty=0.5)
+    search = search_statement(collection(), k=4, examples=examples)
     assert (
         "similar_images(like => $1, like_images => $2, unlike_images => $3, strategy => 'best',"
-        " k => 4)"
+        " penalty => 0.5, k => 4)"
     ) in search.sql
     assert search.parameters == ([17, 3], [b"x"], [b"y"])
     search = search_statement(
