@@ -64,12 +64,14 @@ def build_index(
     poll = partial(interrupts.check, plpy)
     rows, matrix, levels = read(plpy, collection, options, poll)
     progress = graph.Progress(plpy, collection.name, max(1, len(matrix)), started)
-    index, measured = graph.build(matrix, levels, options, progress, poll)
+    built = graph.build(matrix, levels, options, progress, poll)
+    rows.move(built.places)
 
     generation = int(plpy.execute("SELECT siamese._next_generation() AS n")[0]["n"])
     build_id = str(uuid.uuid4())
     identity = generations.identity(collection, generation, build_id)
-    size = index_file.write(directory, identity, index, rows, poll)
+    size = index_file.write(directory, identity, built.index, rows, poll)
+    measured = built.measured
     recall, seconds = measured.recall if measured else 1.0, time.monotonic() - started
     counts = len(rows.embedding_ids), len(matrix)
     prepare(

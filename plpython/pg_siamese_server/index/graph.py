@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server.errors import SiameseError
+from pg_siamese_server.index import cells
 from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, Breadths
 from pg_siamese_server.index.index_file import Poll
 from pg_siamese_server.index.threads import MAX_THREADS, threads
@@ -29,7 +30,7 @@ SEARCH_AT_ONCE = 50
 TIMED_QUERIES = 30
 TIMED_BELOW = 200_000  # from this number on, a scan takes many times as long
 NEIGHBOURS = 10
-PRODUCTS_AT_ONCE = 1_000_000_000  # multiplications of one call of FAISS, about 80 ms
+GATHERED = 20_000  # vectors that are moved in one go
 MANY_QUERIES = 50
 # Factors on a number of neighbours.
 MANY_BREADTHS = (1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
@@ -65,6 +66,22 @@ class Measured:
     recall: float
 
 
+@dataclass(frozen=True, eq=False)
+class Built:
+    """An index in memory.
+
+    Attributes:
+        index: the FAISS index.
+        measured: how to search it, or None for a flat index, which is exact.
+        places: the position of each vector in the index, int32 (vectors,), or None if it is that in
+            the matrix.
+    """
+
+    index: Any
+    measured: Measured | None = None
+    places: NDArray[np.int32] | None = None
+
+
 @dataclass
 class Progress:
     """Reports the progress of a build now and then."""
@@ -94,7 +111,7 @@ def in_order(
     interruptible between them. The lowest level, most of the vectors, comes in rounds. Each round
     goes cell by cell, so that an insertion reads what was read just before. That saves a third of
     the time at a million vectors. There are several rounds, since vectors of one call hardly see
-    each other. Neighbours also lie close to each other in the file.
+    each other.
 
     The last vectors, which calibration takes as unknown, are drawn by chance.
 
@@ -120,8 +137,8 @@ def in_order(
     centres = matrix[generator.choice(count, min(MAX_CELLS, count // CELL_ROWS), replace=False)]
     parts = [by_level[:low]]
     for places in np.array_split(by_level[low:last], ROUNDS):
-        cells = _cells(matrix[places], centres, options, poll)
-        parts.append(places[np.argsort(cells, kind="stable")])
+        own = cells.nearest(matrix[places], centres, options.threads, poll)[1]
+        parts.append(places[np.argsort(own, kind="stable")])
     order = np.concatenate([*parts, by_level[last:]])
     place = np.empty(count, dtype=np.int32)
     place[order] = np.arange(count, dtype=np.int32)
@@ -133,26 +150,13 @@ def _known_count(count: int) -> int:
     return count - min(CALIBRATION_QUERIES, count // 20)
 
 
-def _cells(
-    matrix: NDArray[np.float32], centres: NDArray[np.float32], options: Options, poll: Poll
-) -> NDArray[np.int64]:
-    """Return the nearest centre of each vector, int64 (vectors,)."""
-    found = []
-    block = max(1_000, PRODUCTS_AT_ONCE // centres.size)
-    for start in range(0, len(matrix), block):
-        with threads(options.threads):
-            found.append(faiss.knn(matrix[start : start + block], centres, 1)[1][:, 0])
-        poll()
-    return np.concatenate(found)
-
-
 def build(
     matrix: NDArray[np.float32],
     levels: NDArray[np.int32] | None,
     options: Options,
     progress: Progress,
     poll: Poll,
-) -> tuple[Any, Measured | None]:
+) -> Built:
     """Return an index and how to search it.
 
     Args:
@@ -161,12 +165,9 @@ def build(
         options: of the build.
         progress: told of each portion.
         poll: called between pieces of work, may raise to stop.
-
-    Returns:
-        The index, and the breadths of its searches, or None for a flat one, which is exact.
     """
     if levels is None:
-        return _flat(matrix), None
+        return Built(_flat(matrix))
     index = _empty(matrix, options)
     add = partial(_add, index, matrix, levels, options, progress, poll)
     # The last ones are of the lowest level, drawn by chance. While the graph does not know them,
@@ -176,15 +177,16 @@ def build(
     measured = _calibrate(index, matrix[:known], matrix[known:], options, poll)
     add(known, len(matrix))
     if measured.recall >= options.target_recall:
-        is_quicker = _is_quicker(index, matrix, measured.breadths.new)
-        return (index, measured) if is_quicker else (_flat(matrix), None)
+        if not _is_quicker(index, matrix, measured.breadths.new):
+            return Built(_flat(matrix))
+        return Built(index, measured, _gather(index, matrix, options, poll))
     progress.plpy.notice(
         f'graph index of collection "{progress.name}" reached a recall of only'
         f" {measured.recall:.3f}",
         detail="Built an exact flat index instead. Search time grows with the number of vectors.",
         hint="Build with a larger m and ef_construction, or a lower target_recall.",
     )
-    return _flat(matrix), None
+    return Built(_flat(matrix))
 
 
 def build_again(
@@ -193,16 +195,59 @@ def build_again(
     options: Options,
     progress: Progress,
     poll: Poll,
-) -> Any:
+) -> Built:
     """Return an index like one that ``build`` made, without measuring again.
 
     The arguments are those of ``build``.
     """
     if levels is None:
-        return _flat(matrix)
+        return Built(_flat(matrix))
     index = _empty(matrix, options)
     _add(index, matrix, levels, options, progress, poll, 0, len(matrix))
-    return index
+    return Built(index, None, _gather(index, matrix, options, poll))
+
+
+def _gather(
+    index: Any, matrix: NDArray[np.float32], options: Options, poll: Poll
+) -> NDArray[np.int32]:
+    """Put near vectors of a graph next to each other, and return the new position of each.
+
+    A search then reads fewer pages and less memory. At a million vectors that saves a third of its
+    time. In the order of insertion, the vectors of a cell are in several places.
+    """
+    count = len(matrix)
+    generator = np.random.default_rng(1)
+    cell_count = max(1, min(MAX_CELLS, count // CELL_ROWS))
+    chosen = generator.choice(count, min(count, cells.SAMPLE * cell_count), replace=False)
+    centres = cells.moved_centres(matrix[chosen], cell_count, options.threads, poll)
+    own = cells.nearest(matrix, cells.along_a_path(centres), options.threads, poll)[1]
+    order = np.argsort(own, kind="stable")
+    places = np.empty(count, dtype=np.int32)
+    places[order] = np.arange(count, dtype=np.int32)
+
+    hnsw = index.hnsw
+    starts = faiss.vector_to_array(hnsw.offsets).astype(np.int64)
+    levels = faiss.vector_to_array(hnsw.levels)
+    sizes = np.diff(starts)[order]
+    ends = np.concatenate([[0], sizes.cumsum()])
+    links = faiss.rev_swig_ptr(hnsw.neighbors.data(), hnsw.neighbors.size())
+    moved = np.empty_like(links)
+    stored = faiss.rev_swig_ptr(faiss.downcast_index(index.storage).get_xb(), matrix.size)
+    stored = stored.reshape(matrix.shape)
+    for start in range(0, count, GATHERED):
+        end = min(count, start + GATHERED)
+        rows = order[start:end]
+        sources = np.repeat(starts[rows] - ends[start:end], sizes[start:end])
+        own_links = links[sources + np.arange(ends[start], ends[end])]
+        # Where a vector has fewer links than it may, they are -1.
+        moved[ends[start] : ends[end]] = np.where(own_links < 0, own_links, places[own_links])
+        stored[start:end] = matrix[rows]
+        poll()
+    links[:] = moved
+    faiss.copy_array_to_vector(levels[order], hnsw.levels)
+    faiss.copy_array_to_vector(ends.astype(np.uint64), hnsw.offsets)
+    hnsw.entry_point = int(places[hnsw.entry_point])
+    return places
 
 
 def _empty(matrix: NDArray[np.float32], options: Options) -> Any:

@@ -105,6 +105,12 @@ class Rows:
             bounds = np.searchsorted(slots[self.by_slot], np.arange(vectors + 1))
             self.slot_starts = bounds.astype(np.int32)
 
+    def move(self, places: NDArray[np.int32] | None) -> None:
+        """Follow vectors to other positions, int32 (vectors,), if they were moved."""
+        if places is not None:
+            assert self.slots is not None
+            self.place(places[self.slots], len(places))
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays that are set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}

@@ -91,5 +91,6 @@ def _write(
         is_graph=current["index_type"] == "hnsw",
     )
     progress = graph.Progress(plpy, collection.name, max(1, len(matrix)), started)
-    index = graph.build_again(matrix, levels, options, progress, poll)
-    index_file.write(directory, identity, index, rows, poll, made_for=current["snapshot"])
+    built = graph.build_again(matrix, levels, options, progress, poll)
+    rows.move(built.places)
+    index_file.write(directory, identity, built.index, rows, poll, made_for=current["snapshot"])

@@ -9,14 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pg_siamese_server.index.threads import threads
-
 # Fewer vectors are one cell.
 SINGLE = 4_096
-# Rounds that move the centres to the middle of their vectors, and vectors of a cell that decide.
-ROUNDS, SAMPLE = 2, 50
-# Multiplications of one call, some 50 ms.
-PRODUCTS = 500_000_000
 # Distances that are looked at in one go, and most vectors of one go.
 VALUES, PORTION = 2_000_000, 16_384
 # Vectors of other cells that may be in memory for cells in one batch, and most cells of it.
@@ -63,6 +57,8 @@ class Cells:
         thread_count: int,
         poll: Callable[[], None],
     ) -> None:
+        from pg_siamese_server.index import cells
+
         self.read, self.reach, self.poll = read, reach, poll
         self.thread_count = thread_count
         self.centres = self._centres(total)
@@ -70,9 +66,9 @@ class Cells:
         self.own = np.empty(total, dtype=np.int32)
         self.surplus = np.empty(total, dtype=np.float32)
         self.longest = _squared_lengths(self.centres).max(initial=0)
-        for part in self._portions(np.arange(total), PRODUCTS // self.centres.size):
+        for part in self._portions(np.arange(total), PORTION):
             matrix = read(part)
-            squared, self.own[part] = self._nearest(matrix, self.centres)
+            squared, self.own[part] = cells.nearest(matrix, self.centres, thread_count, poll)
             lengths = _squared_lengths(matrix)
             self.surplus[part] = lengths - squared
             self.longest = max(self.longest, lengths.max())
@@ -96,37 +92,18 @@ class Cells:
 
     def _centres(self, total: int) -> NDArray[np.float32]:
         """Return the centres, float32 (cells, dimension)."""
+        from pg_siamese_server.index import cells
+
         count = math.isqrt(total) if total > SINGLE and math.isfinite(self.reach) else 1
         generator = np.random.default_rng(0)
-        chosen = generator.choice(total, min(total, SAMPLE * count), replace=False)
-        sample = self.read(chosen)
-        centres = sample[:count].copy()
-        for _ in range(ROUNDS if count > 1 else 0):
-            sums = np.zeros_like(centres)
-            counts = np.zeros(count, dtype=np.int64)
-            for part in self._portions(np.arange(len(sample)), PRODUCTS // centres.size):
-                own = self._nearest(sample[part], centres)[1]
-                np.add.at(sums, own, sample[part])
-                counts += np.bincount(own, minlength=count)
-            filled = counts > 0
-            centres[filled] = sums[filled] / counts[filled, None]
-        return centres
+        chosen = generator.choice(total, min(total, cells.SAMPLE * count), replace=False)
+        return cells.moved_centres(self.read(chosen), count, self.thread_count, self.poll)
 
     def _portions(self, numbers: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
         size = max(1, min(size, PORTION))
         for start in range(0, len(numbers), size):
             yield numbers[start : start + size]
             self.poll()
-
-    def _nearest(
-        self, matrix: NDArray[np.float32], centres: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the squared distance to the nearest centre, and its number."""
-        import faiss
-
-        with threads(self.thread_count):
-            squared, nearest = faiss.knn(matrix, centres, 1)
-        return squared[:, 0], nearest[:, 0]
 
     def _others(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return cells of a range, ascending, and vectors of later cells within their reach."""
@@ -145,11 +122,11 @@ class Cells:
         for part in self._portions(later, VALUES // len(batch)):
             values = self.read(part) @ (-2 * batch.T)
             values += self.surplus[part, None]
-            vectors, cells = np.nonzero(values <= most[self.own[part]])
-            found.append((cells, part[vectors]))
-        cells, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
-        by_cell = np.argsort(cells, kind="stable")
-        return cells[by_cell] + first, numbers[by_cell]
+            vectors, near = np.nonzero(values <= most[self.own[part]])
+            found.append((near, part[vectors]))
+        near, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
+        by_cell = np.argsort(near, kind="stable")
+        return near[by_cell] + first, numbers[by_cell]
 
 
 def _squared_lengths(matrix: NDArray[np.float32]) -> NDArray[np.float32]:

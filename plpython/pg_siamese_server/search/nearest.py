@@ -31,7 +31,7 @@ from pg_siamese_server.search.search import (
 )
 
 # Queries of a portion, and rows that it looks at for all of them.
-PORTION, MAX_CANDIDATES = 1_000, 60_000
+PORTION, MAX_CANDIDATES = 10_000, 120_000
 # Factor on the number of rows that is expected to be enough, also if rows are lost to groups.
 ENOUGH, ENOUGH_GROUPED = 1.25, 1.5
 # Rounds of a portion, and the factor to the rows of the next one. If more queries than this share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import Any
 
 import faiss
 import numpy as np
@@ -97,16 +98,20 @@ def progress() -> graph.Progress:
 
 
 def test_few_vectors_are_scanned(clusters: Array, progress: graph.Progress) -> None:
-    index, measured = graph.build(clusters[:100], None, options(), progress, no_poll)
-    assert (index.ntotal, measured) == (100, None)
-    assert isinstance(index, faiss.IndexFlatL2)
+    built = graph.build(clusters[:100], None, options(), progress, no_poll)
+    assert (built.index.ntotal, built.measured, built.places) == (100, None, None)
+    assert isinstance(built.index, faiss.IndexFlatL2)
 
 
 def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: graph.Progress) -> None:
-    ordered, places, levels = in_order(clusters)
-    index, measured = graph.build(ordered, levels, options(), progress, no_poll)
+    ordered, inserted, levels = in_order(clusters)
+    built = graph.build(ordered, levels, options(), progress, no_poll)
+    index, measured = built.index, built.measured
     assert isinstance(index, faiss.IndexHNSWFlat) and measured is not None
     assert measured.recall >= 0.99
+    assert built.places is not None
+    places = built.places[inserted]
+    np.testing.assert_array_equal(index.reconstruct_n(0, 3000)[places], clusters)
     chosen = np.random.default_rng(1).integers(0, 3000, 200)
     queries = clusters[chosen]
     truth = ten_nearest(clusters, queries)
@@ -120,30 +125,63 @@ def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: grap
 
 def test_many_neighbours_have_the_recall_too(clusters: Array, progress: graph.Progress) -> None:
     ordered, _, levels = in_order(clusters)
-    index, measured = graph.build(ordered, levels, options(), progress, no_poll)
-    assert measured is not None
-    generation = opened(index, Rows(np.arange(3000)), False, measured.breadths)
+    built = graph.build(ordered, levels, options(), progress, no_poll)
+    assert built.measured is not None
+    generation = opened(built.index, Rows(np.arange(3000)), False, built.measured.breadths)
+    stored = built.index.reconstruct_n(0, 3000)
     for count in (100, 300, 1000):
         hits = 0
         for place in range(0, 3000, 100):
-            query = ordered[place : place + 1]
-            truth = np.argsort(((ordered - query) ** 2).sum(axis=1))[:count]
+            query = stored[place : place + 1]
+            truth = np.argsort(((stored - query) ** 2).sum(axis=1))[:count]
             hits += np.isin(truth, generation.search(query, count, None)[0]).sum()
         assert hits >= 0.985 * 30 * count
 
 
 def test_a_graph_built_again_is_as_good(clusters: Array, progress: graph.Progress) -> None:
-    ordered, places, levels = in_order(clusters)
-    _, measured = graph.build(ordered, levels, options(), progress, no_poll)
-    index = graph.build_again(ordered, levels, options(), progress, no_poll)
-    assert isinstance(index, faiss.IndexHNSWFlat) and measured is not None
-    np.testing.assert_array_equal(index.reconstruct_n(0, index.ntotal), ordered)
+    ordered, inserted, levels = in_order(clusters)
+    measured = graph.build(ordered, levels, options(), progress, no_poll).measured
+    again = graph.build_again(ordered, levels, options(), progress, no_poll)
+    index, moved = again.index, again.places
+    assert isinstance(index, faiss.IndexHNSWFlat) and measured is not None and moved is not None
+    places = moved[inserted]
+    np.testing.assert_array_equal(index.reconstruct_n(0, 3000)[places], clusters)
     queries = clusters[np.random.default_rng(1).integers(0, 3000, 200)]
     breadth = measured.breadths.new
     found = graph._search(index, queries, None, 10, breadth, options(), no_poll)
     assert mean_hits(found, places[ten_nearest(clusters, queries)]) >= 9.8
-    flat = graph.build_again(clusters[:100], None, options(), progress, no_poll)
+    flat = graph.build_again(clusters[:100], None, options(), progress, no_poll).index
     assert isinstance(flat, faiss.IndexFlatL2) and flat.ntotal == 100
+
+
+def test_near_vectors_are_next_to_each_other(
+    clusters: Array, progress: graph.Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the links of each are as they were."""
+    ordered, _, levels = in_order(clusters)
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "_gather", lambda *_: None)
+        before = graph.build(ordered, levels, options(threads=1), progress, no_poll).index
+    monkeypatch.setattr(graph, "GATHERED", 700)
+    built = graph.build(ordered, levels, options(threads=1), progress, no_poll)
+    places = built.places
+    assert places is not None
+    stored = built.index.reconstruct_n(0, 3000)
+    steps, inserted = (np.linalg.norm(np.diff(m, axis=0), axis=1).mean() for m in (stored, ordered))
+    assert steps < 0.95 * inserted
+    assert built.index.hnsw.entry_point == places[before.hnsw.entry_point]
+    assert built.index.hnsw.max_level == before.hnsw.max_level
+    for place in range(0, 3000, 30):
+        assert neighbours(built.index, places[place]) == [
+            places[each] for each in neighbours(before, place)
+        ]
+
+
+def neighbours(index: Any, place: int) -> list[int]:
+    """Return the links of a vector, on all levels."""
+    start, end = faiss.vector_to_array(index.hnsw.offsets)[place : place + 2].astype(int)
+    links = faiss.vector_to_array(index.hnsw.neighbors)[start:end]
+    return [each for each in links.tolist() if each >= 0]
 
 
 def test_no_graph_where_it_misses_the_recall(
@@ -151,9 +189,9 @@ def test_no_graph_where_it_misses_the_recall(
 ) -> None:
     monkeypatch.setattr(graph, "_calibrate", lambda *_: graph.Measured(Breadths(512, 512), 0.7))
     ordered, _, levels = in_order(clusters)
-    index, measured = graph.build(ordered, levels, options(), progress, no_poll)
-    assert isinstance(index, faiss.IndexFlatL2)
-    assert (index.ntotal, measured) == (3000, None)
+    built = graph.build(ordered, levels, options(), progress, no_poll)
+    assert isinstance(built.index, faiss.IndexFlatL2)
+    assert (built.index.ntotal, built.measured, built.places) == (3000, None, None)
     assert "recall of only 0.700" in progress.plpy.notices[0]
 
 
