@@ -57,7 +57,8 @@ FROM (VALUES
         '_retrieval_quality', 'similarity_map', '_similarity_map', 'embed_image',
         '_embed_image', 'image_distance', 'same_class', 'any_two_match', '_compare_images', 'warm_up', '_warm_up', '_is_waiting',
         '_may_see', '_collection_counts', '_queue_counts', '_generation_file', 'dicom_keywords', 'dicom_tags',
-        '_dicom_tags', 'dicom_tag', '_dicom_tag',
+        '_dicom_tags', 'dicom_tag', '_dicom_tag', 'thumbnail', '_thumbnail', 'contact_sheet', '_contact_sheet',
+        'data_uri',
         -- The planner calls these, as the caller, when it folds a constant.
         '_key_in', '_key_out', '_filter_in', '_filter_out'], ARRAY['usage', 'admin']),
     (ARRAY[

@@ -360,8 +360,6 @@ def _request(
             k=k, collection=collection, filter=filter_, max_distance=max_distance, engine=engine
         )
     assert max_distance is not None
-    while candidates and isinstance(candidates[0], list):  # of several dimensions
-        candidates = [one for part in candidates for one in part]
     limit = None
     if not max_distance > MAX_REAL:  # as real, which is what callers see
         limit = ctypes.c_float(max(max_distance, -MAX_REAL)).value
@@ -371,7 +369,7 @@ def _request(
         key=key,
         k=k,
         filter=None if filter_ == "{}" else filter_,
-        candidates=candidates,
+        candidates=None if candidates is None else _flat(candidates),
         max_distance=limit,
         engine=engine,
         examples=several,
@@ -391,6 +389,13 @@ def _request(
                     f"{name} and examples are given", hint="It is for searches by one image."
                 )
     return request
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    """Return the elements of an array of one or several dimensions."""
+    while values and isinstance(values[0], list):
+        values = [one for part in values for one in part]
+    return values
 
 
 def _region(text: str) -> Region | None:
@@ -936,6 +941,60 @@ def similarity_map(
         masks,
         side,
         bool(legend),
+    )
+    return (png.hex(),)
+
+
+@_entry_point
+def thumbnail(
+    plpy: Any,
+    image: bytes | None,
+    size: int | None,
+    dicom_window: str | None,
+    frame: int | None,
+    collection: str | None,
+) -> tuple[str | None]:
+    """Body of ``_thumbnail``. Without a collection, the limits are those of models by default."""
+    from pg_siamese_server.encoding import drawing, models
+    from pg_siamese_server.encoding.specification import InputSpec
+
+    window = Limits(dicom_window=_window(dicom_window))
+    _check_given(size=size, frame=frame, collection=collection)
+    assert size is not None and frame is not None
+    drawing.check_side(size)
+    spec = InputSpec(size, size)
+    if collection:
+        found = collection_by_name(plpy, collection)
+        spec = models.spec(plpy, found.model_id).input.within(found.limits)
+    if image is None:
+        return (None,)
+    poll = functools.partial(interrupts.check, plpy)
+    return (drawing.thumbnail(image, size, frame, spec.within(window), poll).hex(),)
+
+
+@_entry_point
+def contact_sheet(
+    plpy: Any,
+    collection: str | None,
+    keys: list[str | None] | None,
+    captions: list[str | None] | None,
+    columns: int | None,
+    size: int | None,
+    frames: list[int | None] | None,
+) -> tuple[str | None]:
+    """Body of ``_contact_sheet``. Without keys there is none."""
+    from pg_siamese_server.encoding import drawing
+    from pg_siamese_server.search import contact_sheet as sheets
+
+    _check_given(captions=captions, columns=columns, size=size, frames=frames)
+    assert captions is not None and frames is not None and columns is not None and size is not None
+    drawing.check_side(size)
+    found = collection_by_name(plpy, collection)
+    _, chosen = _cast_keys(plpy, collection, None, keys)
+    if not chosen:
+        return (None,)
+    png = sheets.contact_sheet(
+        plpy, found, _flat(chosen), _flat(captions), _flat(frames), columns, size
     )
     return (png.hex(),)
 

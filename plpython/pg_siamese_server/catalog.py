@@ -13,6 +13,7 @@ from pg_siamese_server.errors import (
     NULL_VALUE_NOT_ALLOWED,
     UNDEFINED_OBJECT,
     SiameseError,
+    check_bytes,
 )
 from pg_siamese_server.limits import Limits
 
@@ -399,17 +400,25 @@ def no_image(key: Any, collection: str) -> SiameseError:
     )
 
 
-def stored_image(plpy: Any, collection: Collection, key: Any) -> bytes | None:
-    """Return the image of a stored row, as the invoker sees it."""
+def stored_image(plpy: Any, collection: Collection, key: Any, max_bytes: int) -> bytes | None:
+    """Return the image of a stored row, as the invoker sees it.
+
+    Raises:
+        SiameseError: P0002, there is no such row.
+        ImageError: 54000, it has more bytes than allowed. Then it is not read.
+    """
     plan = prepare(
         plpy,
-        f"SELECT b.{collection.image_column} AS image FROM {collection.relation} AS b"
-        f" WHERE b.{collection.key_column} = ANY($1)",
-        (collection.candidate_array,),
+        "SELECT i.size, CASE WHEN i.size OPERATOR(pg_catalog.<=) $2 THEN i.image END AS image"
+        f" FROM (SELECT b.{collection.image_column} AS image,"
+        f" pg_catalog.octet_length(b.{collection.image_column}) AS size"
+        f" FROM {collection.relation} AS b WHERE b.{collection.key_column} = ANY($1)) AS i",
+        (collection.candidate_array, "bigint"),
     )
-    rows = plan.execute([[key]])
+    rows = plan.execute([[key], max_bytes])
     if not rows:
         raise no_image(key, collection.name)
+    check_bytes(rows[0]["size"] or 0, max_bytes)
     image: bytes | None = rows[0]["image"]
     return image
 

@@ -62,6 +62,17 @@ class ImageError(SiameseError):
     sqlstate = INVALID_BINARY_REPRESENTATION
 
 
+def check_bytes(size: int, max_bytes: int) -> None:
+    """Refuse an image file over a limit of bytes. Raises ``ImageError``."""
+    if size > max_bytes:
+        raise ImageError(
+            f"image file of {size} bytes is too large",
+            sqlstate=PROGRAM_LIMIT_EXCEEDED,
+            detail=f"The limit is {max_bytes} bytes.",
+            hint="Raise max_bytes with alter_collection, or reduce the image.",
+        )
+
+
 class ImageSizeError(ImageError):
     """An image over a collection's limit of pixels."""
 

@@ -62,10 +62,10 @@ def test_search_functions_are_stable(shared: Connection) -> None:
         " '_similar_images', '_match_line', '_similar_keys', 'similar_rows', 'classify_image',"
         " '_classify_image', 'explain_search', '_explain_search', 'measure_recall',"
         " '_measure_recall', 'retrieval_quality', '_retrieval_quality', 'similarity_map',"
-        " '_similarity_map',"
+        " '_similarity_map', 'thumbnail', '_thumbnail', 'contact_sheet', '_contact_sheet',"
         " 'embed_image', '_embed_image', '_compare_images', 'warm_up', '_warm_up')"
     ).fetchall()
-    assert len(rows) == 20
+    assert len(rows) == 24
     assert {row[1:] for row in rows} == {("s", False)}  # and with the invoker's rights
 
 

@@ -161,6 +161,7 @@ SEARCHES = {
     "similarity_map": (
         "SELECT similarity_map(image_id => 3, neighbour_id => 4, collection => 't', masks => 20)"
     ),
+    "contact_sheet": "SELECT contact_sheet('t', '{3}')",
     "vectors": "SELECT count(*) FROM vectors_t",
 }
 OTHERS = {

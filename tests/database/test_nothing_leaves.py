@@ -162,6 +162,7 @@ def test_the_server_keeps_to_itself(plain: PlainCluster, onnx: bytes, pictures: 
             search = "SELECT count(*) FROM siamese.similar_images({}, k => 5)"
             assert one(db, search.format("image => %s"), pictures.files[40]) == 5
             assert one(db, search.format("image_id => %s"), ids[3]) == 5
+            assert one(db, "SELECT siamese.contact_sheet('images', ARRAY[%s])", ids[3])
             db.execute("DELETE FROM siamese.images WHERE image_id = %s", (ids[0],))
             assert rows_of(db, "SELECT * FROM siamese.self_check() WHERE NOT ok") == []
     assert record.strangers(plain.socket_folder) == []

@@ -36,13 +36,13 @@ TABLES = f"""
     ORDER BY 1
 """
 FOR_READERS = """
-_caller _classify_image _collection_counts _compare_images _dicom_tag _dicom_tags _embed_image
-_estimate _explain_search _generation_file _is_waiting _leaks _load _match_line _may_see
-_measure_recall _model_id _near_duplicates _nearest _no_collection _queue_counts _raise
-_retrieval_quality _similar_images _similar_keys _similar_pairs _similarity_map _warm_up
-any_two_match classify_image dicom_tag dicom_tags embed_image explain_search image_distance leaks
-measure_recall near_duplicates nearest retrieval_quality same_class similar_images similar_pairs
-similar_rows similarity_map warm_up
+_caller _classify_image _collection_counts _compare_images _contact_sheet _dicom_tag _dicom_tags
+_embed_image _estimate _explain_search _generation_file _is_waiting _leaks _load _match_line
+_may_see _measure_recall _model_id _near_duplicates _nearest _no_collection _queue_counts _raise
+_retrieval_quality _similar_images _similar_keys _similar_pairs _similarity_map _thumbnail
+_warm_up any_two_match classify_image contact_sheet data_uri dicom_tag dicom_tags embed_image
+explain_search image_distance leaks measure_recall near_duplicates nearest retrieval_quality
+same_class similar_images similar_pairs similar_rows similarity_map thumbnail warm_up
 """
 
 
@@ -149,6 +149,8 @@ def test_reader(roles: Roles, db: Connection, queries: Pictures) -> None:
         "measure_recall(queries => 3)",
         "retrieval_quality(sample => 3)",
         "similarity_map(%(q)s, %(q)s)",
+        "data_uri(thumbnail(%(q)s))",
+        "contact_sheet('images', '{1,2}')",
     ):
         assert roles.reader.execute(f"SELECT {call}", {"q": query}).fetchall()
 

@@ -75,6 +75,8 @@ def test_no_candidates_are_no_rows(
         "measure_recall({})",
         "retrieval_quality({})",
         "similarity_map(image_id => 1, neighbour_id => 2, {})",
+        "thumbnail('', {})",
+        "contact_sheet('images', '{{1}}', {})",
     ],
 )
 def test_arguments_that_are_null(db: Connection, ids: list[int], call: str) -> None:

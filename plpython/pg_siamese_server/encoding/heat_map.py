@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from pg_siamese_server.encoding.drawing import fitted, png_file
 from pg_siamese_server.encoding.specification import InputSpec
 
 # Viridis, at equal steps: even to the eye, also without colour vision, and in the public domain.
@@ -25,8 +25,6 @@ COLOURS = np.column_stack(
 ).astype(np.float32)
 # How much of a colour covers the picture, where nothing matters and where most does.
 FAINT, STRONG = 0.1, 0.7
-# Below this many pixels of the longer side, blocks are clearer than a blur.
-SMALL = 160
 # The legend, in shares of the picture's longer side, and its least height in pixels.
 LEGEND, LEAST_LEGEND = 0.07, 18
 LABEL = "distance without this part"
@@ -49,21 +47,16 @@ def draw(
         side: pixels of the longer side.
         legend: whether a strip below says what colours mean.
     """
-    share = side / max(picture.shape[:2])
-    height, width = (max(1, round(length * share)) for length in picture.shape[:2])
-    way = Image.Resampling.NEAREST if share > side / SMALL else Image.Resampling.BICUBIC
-    grey = Image.fromarray(picture).resize((width, height), way).convert("L")
+    grey = fitted(picture, side).convert("L")
     most = max(0.0, float(heat.max()))
     shares = np.clip(heat, 0, None) / (most or 1.0)
-    parts = on_picture(shares, spec, width, height)
+    parts = on_picture(shares, spec, *grey.size)
     cover = (FAINT + (STRONG - FAINT) * parts)[..., None]
     mixed = np.asarray(grey, np.float32)[..., None] * (1 - cover) + _colours(parts) * cover
     drawn = Image.fromarray(np.rint(mixed).astype(np.uint8))
     if legend:
         drawn = _with_legend(drawn, most)
-    file = io.BytesIO()
-    drawn.save(file, "PNG")
-    return file.getvalue()
+    return png_file(drawn)
 
 
 def on_picture(

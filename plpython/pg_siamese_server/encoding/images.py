@@ -34,6 +34,7 @@ from pg_siamese_server.errors import (
     PROGRAM_LIMIT_EXCEEDED,
     ImageError,
     ImageSizeError,
+    check_bytes,
     is_database_error,
 )
 
@@ -235,13 +236,7 @@ def _guarded(data: bytes | None, spec: InputSpec, work: Callable[[bytes], _Resul
         raise ImageError("image is null", sqlstate=NULL_VALUE_NOT_ALLOWED)
     if not data:
         raise ImageError("image is empty", hint="Store the bytes of an image file, or NULL.")
-    if len(data) > spec.max_bytes:
-        raise ImageError(
-            f"image file of {len(data)} bytes is too large",
-            sqlstate=PROGRAM_LIMIT_EXCEEDED,
-            detail=f"The limit is {spec.max_bytes} bytes.",
-            hint="Raise max_bytes with alter_collection, or reduce the image.",
-        )
+    check_bytes(len(data), spec.max_bytes)
     try:
         with warnings.catch_warnings(), _pillow_limits(spec):
             warnings.simplefilter("ignore")  # odd metadata does not matter, only pixels do

@@ -42,7 +42,8 @@ ROUNDING = 1e-5
 def settle(plpy: Any, request: Request, collection: Collection) -> None:
     """Turn the examples of a request, or the key whose image has a region, into a query."""
     if request.examples is None:
-        request.image = stored_image(plpy, collection, request.key)
+        spec = models.spec(plpy, collection.model_id).input.within(collection.limits)
+        request.image = stored_image(plpy, collection, request.key, spec.max_bytes)
         request.left_out, request.key = [request.key], None
         return
     examples = request.examples

@@ -60,21 +60,22 @@ def similarity_map(
     from pg_siamese_server.encoding.images import decode_image, render_image
 
     limits = MODELS_OWN if collection is None else collection.limits
+    spec = models.spec(plpy, model_id).input.within(limits)
     poll = partial(interrupts.check, plpy)
-    file = _file(plpy, query, collection)
-    other = models.embed(
-        plpy, model_id, [_file(plpy, neighbour, collection)], limits, frame=neighbour.frame
-    )
+    file = _file(plpy, query, collection, spec.max_bytes)
+    compared = _file(plpy, neighbour, collection, spec.max_bytes)
+    other = models.embed(plpy, model_id, [compared], limits, frame=neighbour.frame)
     encoder = models.encoder(plpy, model_id)
-    spec = encoder.spec.input.within(limits)
     pixels = decode_image(file, spec, poll, query.frame)
     heat = occlusion.effects(encoder, pixels, other, masks, poll)
     shown = render_image(file, side, query.frame, spec=spec, poll=poll)
     return heat_map.draw(shown, heat, spec, side, legend=legend)
 
 
-def _file(plpy: Any, picture: Picture, collection: Collection | None) -> bytes | None:
+def _file(
+    plpy: Any, picture: Picture, collection: Collection | None, max_bytes: int
+) -> bytes | None:
     """Return the image file. That of a stored image is read as the invoker."""
     if collection is None or picture.key is None:
         return picture.image
-    return stored_image(plpy, collection, picture.key)
+    return stored_image(plpy, collection, picture.key, max_bytes)

@@ -63,6 +63,8 @@ PGSPOT = [
     "--proc-without-search-path=siamese.similarity_map(image bytea,neighbour bytea,collection text,"
     "image_id siamese.key,neighbour_id siamese.key,model text,query_frame bigint,"
     "neighbour_frame bigint,masks bigint,side bigint,legend boolean)",
+    "--proc-without-search-path=siamese.contact_sheet(collection text,keys siamese.key[],"
+    "captions text[],columns bigint,size bigint,frames bigint[])",
     "--proc-without-search-path=siamese.warm_up(collection text,engine text,detail text)",
 ]
 # PostgreSQL lets an extension's script replace its own functions and views only.
