@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import psycopg
 from psycopg import RawCursor, sql
+from psycopg.rows import tuple_row
 
 from pg_siamese.client.connection import CommandError
 
@@ -95,7 +96,8 @@ class Examples:
 
 def collection_names(connection: psycopg.Connection[Any]) -> list[str]:
     """Return the names of all collections, sorted."""
-    rows = connection.execute("SELECT name FROM siamese.collections ORDER BY 1")
+    cursor = connection.cursor(row_factory=tuple_row)
+    rows = cursor.execute("SELECT name FROM siamese.collections ORDER BY 1")
     return [str(name) for (name,) in rows]
 
 
@@ -105,8 +107,10 @@ def find_collection(connection: psycopg.Connection[Any], name: str) -> Collectio
     Raises:
         CommandError: it does not exist. The message names those that do.
     """
-    row = connection.execute(
-        """
+    row = (
+        connection.cursor(row_factory=tuple_row)
+        .execute(
+            """
         SELECT m.name, c.relation::text, quote_ident(c.key_column), c.key_column,
                format_type(a.atttypid, NULL), quote_ident(c.image_column), c.image_column,
                ARRAY(SELECT quote_ident(d.attname)
@@ -121,8 +125,10 @@ def find_collection(connection: psycopg.Connection[Any], name: str) -> Collectio
             ON a.attrelid = c.relation AND a.attname = c.key_column AND NOT a.attisdropped
          WHERE c.name = %s
         """,
-        (name,),
-    ).fetchone()
+            (name,),
+        )
+        .fetchone()
+    )
     if row is None:
         known = ", ".join(collection_names(connection)) or "none yet"
         raise CommandError(f'collection "{name}" does not exist; available: {known}')
