@@ -8,16 +8,16 @@ from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from pg_siamese_server.encoding.drawing import fitted, png_file
+from pg_siamese_server.encoding.drawing import fitted, font, png_file
 from pg_siamese_server.encoding.opened import Poll
 from pg_siamese_server.errors import PROGRAM_LIMIT_EXCEEDED, SiameseError
 
 MAX_PIXELS = 12_000_000
 # Pixels between cells, and of a line of text.
 GAP, LINE = 8, 15
-FONT_SIZE = 12
+FONT_SIZE = 11
 # Lines of a caption, and what is read of each.
 MAX_LINES, MAX_CHARACTERS = 3, 200
 # Of a cell without a picture. The cross shows that without colours, too.
@@ -52,7 +52,7 @@ class Sheet:
             )
         self._canvas = Image.new("RGB", (width, height), "white")
         self._pen = ImageDraw.Draw(self._canvas)
-        self._font = ImageFont.load_default(FONT_SIZE)
+        self._font = font(FONT_SIZE)
 
     def draw(self, place: int, pixels: NDArray[np.uint8]) -> None:
         """Draw a picture, uint8 (height, width, 3), in the middle of a cell, with its caption."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFont
 
 from pg_siamese_server.encoding.images import render_image
 from pg_siamese_server.encoding.opened import Poll
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 LEAST_SIDE, MOST_SIDE = 16, 1_024
 # Enlarged by this much or more, blocks are clearer than a blur.
 BLOCKS = 3
+# DejaVu Sans 2.37, reduced by fonttools to Latin, Greek and Cyrillic letters and some signs.
+# Pillow's own font has no letters beyond ASCII.
+FONT = Path(__file__).with_name("DejaVuSans.ttf")
 
 
 class _PolledBuffer(io.BytesIO):
@@ -63,7 +67,7 @@ def thumbnail(
 
 
 def fitted(pixels: NDArray[np.uint8], side: int) -> Image.Image:
-    """Return a picture with a longer side of ``side`` pixels. Small ones are enlarged in blocks.
+    """Return a picture with a longer side of ``side`` pixels. Much smaller ones become blocks.
 
     Args:
         pixels: uint8 (height, width, 3), as ``render_image`` returns them.
@@ -73,6 +77,11 @@ def fitted(pixels: NDArray[np.uint8], side: int) -> Image.Image:
     height, width = (max(1, round(length * share)) for length in pixels.shape[:2])
     way = Image.Resampling.NEAREST if share >= BLOCKS else Image.Resampling.BICUBIC
     return Image.fromarray(pixels).resize((width, height), way)
+
+
+def font(size: float) -> ImageFont.FreeTypeFont:
+    """Return the font for texts on pictures, at a size in pixels."""
+    return ImageFont.truetype(FONT, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def png_file(picture: Image.Image, poll: Poll | None = None) -> bytes:

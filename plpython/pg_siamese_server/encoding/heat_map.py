@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from pg_siamese_server.encoding.drawing import fitted, png_file
+from pg_siamese_server.encoding.drawing import fitted, font, png_file
 from pg_siamese_server.encoding.specification import InputSpec
 
 # Viridis, at equal steps: even to the eye, also without colour vision, and in the public domain.
@@ -96,14 +96,14 @@ def _with_legend(drawn: Image.Image, most: float) -> Image.Image:
     height = max(LEAST_LEGEND, round(LEGEND * max(drawn.size)))
     canvas = Image.new("RGB", (drawn.width, drawn.height + height), "white")
     canvas.paste(drawn)
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(height * 0.55)
+    pen, letters = ImageDraw.Draw(canvas), font(height * 0.5)
     gap, middle = height // 4, drawn.height + height / 2
-    pen.text((gap, middle), "0", "black", font, "lm")
-    left, length = 2 * gap + round(pen.textlength("0", font)), min(4 * height, drawn.width // 3)
+    pen.text((gap, middle), "0", "black", letters, "lm")
+    left, length = 2 * gap + round(pen.textlength("0", letters)), min(4 * height, drawn.width // 3)
     bar = np.tile(_colours(np.linspace(0, 1, length)), (height // 2, 1, 1))
     canvas.paste(Image.fromarray(np.rint(bar).astype(np.uint8)), (left, drawn.height + gap))
     text, right = f"+{most:.2g}", left + length + gap
-    if right + pen.textlength(f"{text} {LABEL}", font) <= drawn.width:
+    if right + pen.textlength(f"{text} {LABEL}", letters) <= drawn.width:
         text = f"{text} {LABEL}"
-    pen.text((right, middle), text, "black", font, "lm")
+    pen.text((right, middle), text, "black", letters, "lm")
     return canvas

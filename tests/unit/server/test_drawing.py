@@ -194,6 +194,14 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.sqlstate == "54000"
 
 
+@pytest.mark.parametrize("text", ["aß", "éñ", "łż", "Ωµ", "Жд", "≤°", "–…"])
+def test_letters(text: str) -> None:
+    """Each is drawn as itself, and not as the box of letters that the font lacks."""
+    letters = drawing.font(20)
+    shapes = {bytes(letters.getmask(each)) for each in (*text, "\uf8ff", "中")}
+    assert len(shapes) == len(text) + 1
+
+
 @pytest.mark.parametrize("size", [15, 1025, 0, -1])
 def test_sizes(size: Any) -> None:
     with pytest.raises(SiameseError, match="size must be between 16 and 1024"):
