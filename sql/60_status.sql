@@ -126,6 +126,80 @@ return GD['pg_siamese @VERSION@'].generation_file(plpy, collection_id, generatio
 $python$;
 COMMENT ON FUNCTION siamese._state_of_file(integer, bigint) IS 'state of a generation''s file';
 
+CREATE FUNCTION siamese._progress()
+RETURNS TABLE (
+    collection text,
+    kind text,
+    phase text,
+    done bigint,
+    total bigint,
+    started_at timestamptz,
+    ends_at timestamptz,
+    pid integer
+)
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET jit = off
+AS $$
+DECLARE
+    own_database oid := (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database());
+    answer text[] := siamese._read_progress(own_database);
+BEGIN
+    PERFORM siamese._raise(answer);
+    RETURN QUERY
+    -- What a killed backend left is not of a transaction that runs.
+    WITH reported AS (
+        SELECT e.collection, e.kind, e.phase, e.done, e.total, to_timestamp(e.started_at) AS started_at,
+            to_timestamp(e.ends_at) AS ends_at, e.pid, e.relation::oid AS relation
+        FROM jsonb_to_recordset(answer[2]::jsonb) AS e (
+            collection text, kind text, phase text, done bigint, total bigint, started_at float8, ends_at float8,
+            pid integer, relation bigint, transaction bigint)
+        INNER JOIN pg_stat_activity AS a
+            ON a.pid = e.pid AND (extract(epoch FROM a.xact_start) * 1000000)::bigint = e.transaction
+    -- A worker holds this lock during a batch. Others can take it, too, but they are no workers.
+    ), batch AS MATERIALIZED (
+        SELECT c.collection_id, c.name, c.relation::oid AS relation, a.pid, a.xact_start, a.backend_start
+        FROM pg_locks AS l
+        INNER JOIN pg_stat_activity AS a ON l.pid = a.pid
+        INNER JOIN siamese.collections AS c ON l.objid = c.collection_id::oid
+        WHERE l.locktype = 'advisory' AND l.database = own_database AND l.objsubid = 2
+            AND l.classid = hashtext('pg_siamese worker')::oid
+            AND has_function_privilege(a.usesysid, 'siamese._take_tickets(integer, integer)', 'EXECUTE')
+            AND siamese._may_see(c.relation)
+    ), work AS (
+        SELECT r.* FROM reported AS r
+        UNION ALL
+        SELECT b.name, 'worker', 'embedding', d.rows, d.rows + q.waiting, least(b.xact_start, d.since),
+            clock_timestamp() + q.waiting / nullif(q.rows_per_second, 0) * interval '1 s', b.pid, b.relation
+        FROM batch AS b
+        CROSS JOIN LATERAL siamese._queue_counts(b.collection_id) AS q
+        CROSS JOIN LATERAL (
+            SELECT coalesce(sum(e.rows), 0) AS rows, min(e.embedded_at) AS since FROM siamese.embedding_batches AS e
+            WHERE e.collection_id = b.collection_id AND e.pid = b.pid
+                AND e.embedded_at > greatest(b.backend_start, clock_timestamp() - interval '10 minutes')) AS d
+    ), visible AS (
+        SELECT w.*, NOT t.relrowsecurity OR u.rolsuper OR u.rolbypassrls
+            OR (pg_has_role(u.oid, t.relowner, 'USAGE') AND NOT t.relforcerowsecurity) AS is_open
+        FROM work AS w
+        -- A table that has not been committed is nobody else's business.
+        INNER JOIN pg_class AS t ON w.relation = t.oid
+        INNER JOIN pg_roles AS u ON u.rolname = siamese._caller()
+        WHERE siamese._may_see(w.relation)
+    )
+    SELECT v.collection, v.kind, v.phase, CASE WHEN v.is_open THEN v.done END,
+        CASE WHEN v.is_open THEN v.total END, v.started_at, CASE WHEN v.is_open THEN v.ends_at END, v.pid
+    FROM visible AS v;
+END
+$$;
+COMMENT ON FUNCTION siamese._progress() IS 'work under way that the caller may see';
+
+CREATE FUNCTION siamese._read_progress(database oid) RETURNS text[]
+LANGUAGE plpython3u VOLATILE PARALLEL UNSAFE
+AS $python$
+# @LOAD@
+return GD['pg_siamese @VERSION@'].progress(plpy, database)
+$python$;
+COMMENT ON FUNCTION siamese._read_progress(oid) IS 'what backends report of their work';
+
 -- === Views ===
 
 CREATE VIEW siamese.collection_status AS
@@ -203,3 +277,8 @@ FROM siamese.collections AS c
 CROSS JOIN LATERAL siamese._queue_counts(c.collection_id) AS q
 WHERE c.embed = 'deferred';
 COMMENT ON VIEW siamese.embedding_queue_status IS 'queue length, retries and rate';
+
+CREATE VIEW siamese.progress AS
+SELECT p.collection, p.kind, p.phase, p.done, p.total, p.started_at, p.ends_at, p.pid
+FROM siamese._progress() AS p;
+COMMENT ON VIEW siamese.progress IS 'builds, backfills and workers under way';

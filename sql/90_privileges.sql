@@ -47,7 +47,7 @@ AS $$
 SELECT unnest(p.objects), p.kinds
 FROM (VALUES
     (ARRAY['models', 'collections'], ARRAY['usage', 'admin', 'worker']),
-    (ARRAY['generations', 'collection_status'], ARRAY['usage', 'admin']),
+    (ARRAY['generations', 'collection_status', 'progress'], ARRAY['usage', 'admin']),
     (ARRAY['failures', 'index_generations', 'embedding_failures', 'embedding_queue_status'], ARRAY['admin']),
     (ARRAY[
         '_load', '_raise', '_caller', '_model_id', 'similar_images', '_similar_images', '_match_line', 'similar_rows',
@@ -56,7 +56,7 @@ FROM (VALUES
         'explain_search', '_explain_search', 'measure_recall', '_measure_recall', 'retrieval_quality',
         '_retrieval_quality', 'similarity_map', '_similarity_map', 'embed_image',
         '_embed_image', 'image_distance', 'same_class', 'any_two_match', '_compare_images', 'warm_up', '_warm_up', '_is_waiting',
-        '_may_see', '_collection_counts', '_queue_counts', '_generation_file', 'dicom_keywords', 'dicom_tags',
+        '_may_see', '_collection_counts', '_queue_counts', '_generation_file', '_progress', 'dicom_keywords', 'dicom_tags',
         '_dicom_tags', 'dicom_tag', '_dicom_tag', 'thumbnail', '_thumbnail', 'contact_sheet', '_contact_sheet',
         'data_uri',
         -- The planner calls these, as the caller, when it folds a constant.

@@ -292,6 +292,14 @@ def build_index(
 
 
 @_entry_point
+def progress(plpy: Any, database: int) -> tuple[str]:
+    """Body of ``_read_progress``."""
+    from pg_siamese_server.progress import read
+
+    return (json.dumps(read(database)),)
+
+
+@_entry_point
 def rebuild_file(plpy: Any, collection: str | None) -> tuple[str | None]:
     """Body of ``rebuild_file``."""
     with interrupts.signals_blocked():

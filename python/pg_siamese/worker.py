@@ -36,6 +36,8 @@ from pg_siamese_server.writing.deferred import Result, Results, Row, embed_batch
 
 LOGGER = logging.getLogger(__name__)
 CHANNEL = "pg_siamese_queue"
+# Held during a batch. It tells siamese.progress whose batch it is.
+LOCK_CLASS = "pg_catalog.hashtext('pg_siamese worker')"
 # A batch ends after this, so that it releases its locks and others see its vectors.
 BATCH_SECONDS = 2.0
 # A hung worker must release its locks in time, and no table's lock is worth a long wait.
@@ -171,6 +173,10 @@ class Database:
             "SELECT ticket, keys FROM siamese._take_tickets(%s, %s)", (collection_id, max_rows)
         ).fetchall()
         if rows:
+            self.connection.execute(
+                f"SELECT pg_catalog.pg_try_advisory_xact_lock_shared({LOCK_CLASS}, %s)",
+                (collection_id,),
+            )
             self._taken += [ticket for ticket, _ in rows]
             self.notes.execute(
                 "SELECT siamese._begin_tickets(%s, %s)", (collection_id, self._taken)

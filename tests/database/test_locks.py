@@ -6,70 +6,14 @@ out at once whether it is in a deadlock, which PostgreSQL looks for after ``dead
 
 from __future__ import annotations
 
-import threading
-import time
-from typing import Any
-
 import psycopg
 import pytest
 from psycopg import sql
 
 from tests.conftest import Connect, Connection, NewRole, Pictures, insert_images
+from tests.database.running import Running
 from tests.database.tables import insert_rows, make_collection, register_grid
-from tests.support import PATIENCE, one, rows_of, sql_error
-
-
-class Running:
-    """A statement under way in a session of its own."""
-
-    def __init__(
-        self, connect: Connect, statement: str, values: Any = (), warm_up: int = 0
-    ) -> None:
-        self.session = connect()
-        for _ in range(warm_up):
-            self.session.execute(statement, values or None)
-        self.error: BaseException | None = None
-        self.rows: list[Any] = []
-        self._statement, self._values = statement, values
-        self._pid = self.session.info.backend_pid
-        self._watch = connect()
-        self._thread = threading.Thread(target=self._run)
-
-    def start(self) -> Running:
-        """Start it."""
-        self._thread.start()
-        return self
-
-    def _run(self) -> None:
-        try:
-            cursor = self.session.execute(self._statement, self._values or None)
-            self.rows = cursor.fetchall() if cursor.description else []
-        except BaseException as error:
-            self.error = error
-
-    def waits(self) -> bool:
-        """Let it go on until it waits for a lock or is done; returns which."""
-        deadline = time.monotonic() + PATIENCE
-        while self._thread.is_alive():
-            assert time.monotonic() < deadline, "neither done nor waiting"
-            query = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
-            if one(self._watch, query, self._pid) is True:
-                return True
-            time.sleep(0.01)
-        return False
-
-    def error_at_the_end(self) -> BaseException | None:
-        """Wait for the end; returns its error, if any."""
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), "waits without end"
-        return self.error
-
-    def result(self) -> list[Any]:
-        """Wait for the end; returns the rows, or raises the error."""
-        error = self.error_at_the_end()
-        if error is not None:
-            raise error
-        return self.rows
+from tests.support import one, rows_of, sql_error
 
 
 def behind(connect: Connect, first: str, *statements: str) -> list[Running]:
@@ -142,6 +86,7 @@ WORKERS = {
     "self_check": "SELECT * FROM self_check()",
     "status": "SELECT * FROM collection_status",
     "queue status": "SELECT * FROM embedding_queue_status",
+    "progress": "SELECT * FROM progress",
 }
 SEARCHES = {
     "by image": "SELECT * FROM similar_images((SELECT image FROM images), 3, 't')",

@@ -38,8 +38,8 @@ TABLES = f"""
 FOR_READERS = """
 _caller _classify_image _collection_counts _compare_images _contact_sheet _dicom_tag _dicom_tags
 _embed_image _estimate _explain_search _generation_file _is_waiting _leaks _load _match_line
-_may_see _measure_recall _model_id _near_duplicates _nearest _no_collection _queue_counts _raise
-_retrieval_quality _similar_images _similar_keys _similar_pairs _similarity_map _thumbnail
+_may_see _measure_recall _model_id _near_duplicates _nearest _no_collection _progress _queue_counts
+_raise _retrieval_quality _similar_images _similar_keys _similar_pairs _similarity_map _thumbnail
 _warm_up any_two_match classify_image contact_sheet data_uri dicom_tag dicom_tags embed_image
 explain_search image_distance leaks measure_recall near_duplicates nearest retrieval_quality
 same_class similar_images similar_pairs similar_rows similarity_map thumbnail warm_up
@@ -163,7 +163,7 @@ def test_reader_may_not_write_or_administer(roles: Roles, db: Connection) -> Non
         "TRUNCATE images",
     ]
     statements += [f"DELETE FROM {table}" for table in names(db, TABLES, ["r"])]
-    for_readers = ("siamese.collection_status", "siamese.vectors_images")
+    for_readers = ("siamese.collection_status", "siamese.progress", "siamese.vectors_images")
     views = [name for name in names(db, TABLES, ["v"]) if name not in for_readers]
     statements += [f"SELECT FROM {table}" for table in views]
     statements += ["SELECT FROM siamese.failures"]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pg_siamese.cli.main import app
 from tests.conftest import Connection, Pictures, insert_images
+from tests.database.running import Running
 from tests.operations.servers import (
     K,
     catch_up,
@@ -127,6 +128,24 @@ def test_rebuild_file_on_the_command_line(pair: Pair, fresh: Connection, queries
     assert result.exit_code == 0, result.output
     assert f"images: generation {generation} is present" in result.stdout
     check(fresh, queries.files[0], engine="faiss")
+
+
+def test_progress_on_a_standby(pair: Pair, fresh: Connection) -> None:
+    """Other sessions of the standby see a rebuild, and those of the primary don't."""
+    generation = pair.build()
+    query = "SELECT collection, kind, phase FROM progress"
+    lock = "SELECT {}(hashtext('pg_siamese build'), 1)"
+    with connect(pair.standby) as holder:
+        holder.execute(lock.format("pg_advisory_lock"))
+        running = Running(partial(connect, pair.standby), "SELECT rebuild_file()")
+        assert running.start().waits()
+        line = ("images", "rebuild_file", "waiting for another build")
+        assert fresh.execute(query).fetchall() == [line]
+        assert pair.db.execute(query).fetchall() == []
+        holder.execute(lock.format("pg_advisory_unlock"))
+    assert running.result() == [(generation,)]
+    running.session.close()
+    assert fresh.execute(query).fetchall() == []
 
 
 def test_a_graph_is_made_again(pair: Pair, fresh: Connection) -> None:

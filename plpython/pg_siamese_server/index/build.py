@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pg_siamese_server import interrupts, vectors
-from pg_siamese_server.catalog import Collection, is_standby, locked_collection, prepare
+from pg_siamese_server.catalog import (
+    Collection,
+    collection_by_name,
+    is_standby,
+    locked_collection,
+    prepare,
+)
 from pg_siamese_server.errors import (
     OBJECT_NOT_IN_PREREQUISITE_STATE,
     READ_ONLY_SQL_TRANSACTION,
@@ -22,6 +28,7 @@ from pg_siamese_server.errors import (
 from pg_siamese_server.index import generations, graph, index_file
 from pg_siamese_server.index.index_file import Rows
 from pg_siamese_server.index.threads import allowed_threads
+from pg_siamese_server.progress import Progress, reported
 
 # Key space of the advisory locks of a collection's builds.
 LOCK_CLASS = "hashtext('pg_siamese build')"
@@ -52,6 +59,14 @@ def build_index(
             sqlstate=READ_ONLY_SQL_TRANSACTION,
             hint="Make its own file of the current generation with rebuild_file.",
         )
+    with reported(plpy, "build_index", collection_by_name(plpy, name)) as progress:
+        return _build(plpy, name, options, progress, started)
+
+
+def _build(
+    plpy: Any, name: str | None, options: graph.Options, progress: Progress, started: float
+) -> int:
+    progress.enter("waiting for another build")
     collection = locked_collection(plpy, name, _lock_builds)
     before = plpy.execute(
         "SELECT generation, epoch FROM siamese.collections"
@@ -62,14 +77,14 @@ def build_index(
     _remove_orphans(plpy, collection, directory)
 
     poll = partial(interrupts.check, plpy)
-    rows, matrix, levels = read(plpy, collection, options, poll)
-    progress = graph.Progress(plpy, collection.name, max(1, len(matrix)), started)
+    rows, matrix, levels = read(plpy, collection, options, progress, poll)
     built = graph.build(matrix, levels, options, progress, poll)
     rows.move(built.places)
 
     generation = int(plpy.execute("SELECT siamese._next_generation() AS n")[0]["n"])
     build_id = str(uuid.uuid4())
     identity = generations.identity(collection, generation, build_id)
+    progress.enter("writing file")
     size = index_file.write(directory, identity, built.index, rows, poll)
     measured = built.measured
     recall, seconds = measured.recall if measured else 1.0, time.monotonic() - started
@@ -89,6 +104,7 @@ def build_index(
             *(*counts, recall, *_graph_columns(options, measured)),
         ]
     )
+    progress.enter("publishing")
     _make_current(plpy, collection, generation, before, rows.embedding_ids)
     # Only sessions with an older snapshot may still need the previous generation. This comes last.
     # In REPEATABLE READ ``before`` may be out of date, which only making this one current tells.
@@ -119,6 +135,7 @@ def read(
     plpy: Any,
     collection: Collection,
     options: graph.Options,
+    progress: Progress,
     poll: index_file.Poll,
     condition: str = "true",
     is_graph: bool = True,
@@ -129,6 +146,7 @@ def read(
         plpy: PL/Python's module.
         collection: of the vectors.
         options: of the build.
+        progress: told of phases, and of each portion.
         poll: called between pieces of work, may raise to stop.
         condition: SQL on ``e``, a row of the vector table.
         is_graph: whether they may become a graph.
@@ -137,7 +155,9 @@ def read(
         The rows. Their distinct vectors, prepared, float32 (vectors, dimension). The levels of
         these as ``graph.in_order`` returns them, or None for a flat index.
     """
-    rows, matrix = _read(plpy, collection, condition)
+    progress.enter("reading vectors")
+    rows, matrix = _read(plpy, collection, condition, progress)
+    progress.enter("sorting vectors")
     matrix = vectors.prepare(matrix, collection.metric)
     matrix, slots = _share_equal_vectors(matrix, poll)
     levels = None
@@ -148,7 +168,9 @@ def read(
     return rows, matrix, levels
 
 
-def _read(plpy: Any, collection: Collection, condition: str) -> tuple[Rows, NDArray[np.float32]]:
+def _read(
+    plpy: Any, collection: Collection, condition: str, progress: Progress
+) -> tuple[Rows, NDArray[np.float32]]:
     """Read vectors, ascending by embedding_id.
 
     In a build each portion has its own snapshot. That is enough. What a portion does not see stays
@@ -183,6 +205,7 @@ def _read(plpy: Any, collection: Collection, condition: str) -> tuple[Rows, NDAr
         ids.append(np.frombuffer(portion["ids"], dtype=">i8").astype(np.int64))
         matrices.append(vectors.from_send(portion["vectors"], count))
         keys.append(portion["keys"])
+        progress.report(sum(map(len, ids)))
         if not integer:
             sizes.append(np.frombuffer(portion["lengths"], dtype=">i4").astype(np.int64))
     matrix = (

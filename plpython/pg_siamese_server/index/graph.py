@@ -18,13 +18,13 @@ from pg_siamese_server.index.generations import MANY, MAX_BOUNDED, Breadths
 from pg_siamese_server.index.index_file import Poll
 from pg_siamese_server.index.threads import MAX_THREADS, threads
 from pg_siamese_server.interrupts import portions
+from pg_siamese_server.progress import ADDING, Progress
 
 FLAT_BELOW = 10_000  # a scan of fewer takes no longer than a walk through a graph
 CELL_ROWS = 2_000  # with their neighbour lists, they fit into a processor's cache
 MAX_CELLS = 1_000
 ROUNDS = 4
 MAX_PORTION = 4_000  # vectors of one call of FAISS hardly see each other
-NOTICE_SECONDS = 1.0
 CALIBRATION_QUERIES = 500  # stored ones, and as many that the graph lacks
 SEARCH_AT_ONCE = 50
 TIMED_QUERIES = 30
@@ -80,26 +80,6 @@ class Built:
     index: Any
     measured: Measured | None = None
     places: NDArray[np.int32] | None = None
-
-
-@dataclass
-class Progress:
-    """Reports the progress of a build now and then."""
-
-    plpy: Any
-    name: str
-    total: int
-    noticed: float
-
-    def report(self, done: int) -> None:
-        """Send a notice, if the previous one is a while ago."""
-        now = time.monotonic()
-        if now - self.noticed >= NOTICE_SECONDS:
-            self.noticed = now
-            self.plpy.notice(
-                f'building index of collection "{self.name}":'
-                f" {100 * done // self.total}% ({done} of {self.total} vectors)"
-            )
 
 
 def in_order(
@@ -163,7 +143,7 @@ def build(
         matrix: float32 (vectors, dimension), as ``in_order`` returns them.
         levels: of the vectors, or None for a flat index.
         options: of the build.
-        progress: told of each portion.
+        progress: told of phases, and of each portion.
         poll: called between pieces of work, may raise to stop.
     """
     if levels is None:
@@ -174,11 +154,13 @@ def build(
     # they find what new images will find.
     known = _known_count(len(matrix))
     add(0, known)
+    progress.enter("measuring recall")
     measured = _calibrate(index, matrix[:known], matrix[known:], options, poll)
     add(known, len(matrix))
     if measured.recall >= options.target_recall:
         if not _is_quicker(index, matrix, measured.breadths.new):
             return Built(_flat(matrix))
+        progress.enter("gathering vectors")
         return Built(index, measured, _gather(index, matrix, options, poll))
     progress.plpy.notice(
         f'graph index of collection "{progress.name}" reached a recall of only'
@@ -204,6 +186,7 @@ def build_again(
         return Built(_flat(matrix))
     index = _empty(matrix, options)
     _add(index, matrix, levels, options, progress, poll, 0, len(matrix))
+    progress.enter("gathering vectors")
     return Built(index, None, _gather(index, matrix, options, poll))
 
 
@@ -266,6 +249,7 @@ def _add(
     first: int,
     last: int,
 ) -> None:
+    progress.enter(ADDING, len(matrix), first)
     levels = np.minimum(levels, index.hnsw.assign_probas.size())
     for start, end in portions(first, last, size=200, least=50, most=MAX_PORTION):
         faiss.copy_array_to_vector(levels[:end], index.hnsw.levels)

@@ -11,7 +11,6 @@ that others have seen, and use their numbers again. A primary has ``build_index`
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from pg_siamese_server import interrupts
 from pg_siamese_server.catalog import Collection, collection_by_name, is_standby, prepare
 from pg_siamese_server.errors import OBJECT_NOT_IN_PREREQUISITE_STATE, IndexFileError, SiameseError
 from pg_siamese_server.index import build, generations, graph, index_file
+from pg_siamese_server.progress import Progress, reported
 
 
 def rebuild_file(plpy: Any, name: str | None) -> int | None:
@@ -29,7 +29,6 @@ def rebuild_file(plpy: Any, name: str | None) -> int | None:
     Returns:
         The generation, or None if the collection has none.
     """
-    started = time.monotonic()
     if not is_standby(plpy):
         raise SiameseError(
             "this server is not a standby",
@@ -38,7 +37,13 @@ def rebuild_file(plpy: Any, name: str | None) -> int | None:
             hint="Use build_index.",
         )
     collection = collection_by_name(plpy, name)
+    with reported(plpy, "rebuild_file", collection) as progress:
+        return _rebuild(plpy, collection, progress)
+
+
+def _rebuild(plpy: Any, collection: Collection, progress: Progress) -> int | None:
     number = collection.collection_id
+    progress.enter("waiting for another build")
     plpy.execute(f"SELECT pg_advisory_xact_lock({build.LOCK_CLASS}, {number})")
     plan = prepare(
         plpy,
@@ -58,10 +63,11 @@ def rebuild_file(plpy: Any, name: str | None) -> int | None:
     directory = generations.directory(plpy, number)
     identity = generations.identity(collection, generation, current["build_id"])
     poll = partial(interrupts.check, plpy)
+    progress.enter("checking file")
     try:
         index_file.read(directory, identity, poll)
     except IndexFileError:
-        _write(plpy, collection, current, identity, started)
+        _write(plpy, collection, current, identity, progress)
     # Snapshots of this server may still need the previous generation. If a newer one came
     # meanwhile, this file is the first to go.
     index_file.remove_before(directory, int(current["oldest"]))
@@ -73,7 +79,7 @@ def _write(
     collection: Collection,
     current: Any,
     identity: index_file.Identity,
-    started: float,
+    progress: Progress,
 ) -> None:
     directory = generations.directory(plpy, collection.collection_id)
     index_file.remove_temporary(directory)
@@ -85,12 +91,13 @@ def _write(
         plpy,
         collection,
         options,
+        progress,
         poll,
         f"NOT EXISTS (SELECT FROM {collection.pending} AS p"
         " WHERE p.embedding_id = e.embedding_id AND NOT p.deleted)",
         is_graph=current["index_type"] == "hnsw",
     )
-    progress = graph.Progress(plpy, collection.name, max(1, len(matrix)), started)
     built = graph.build_again(matrix, levels, options, progress, poll)
     rows.move(built.places)
+    progress.enter("writing file")
     index_file.write(directory, identity, built.index, rows, poll, made_for=current["snapshot"])

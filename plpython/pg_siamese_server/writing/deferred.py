@@ -33,6 +33,7 @@ from pg_siamese_server.errors import (
     SiameseError,
 )
 from pg_siamese_server.limits import MODELS_OWN, Limits
+from pg_siamese_server.progress import EMBEDDING, Progress, reported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -263,7 +264,8 @@ def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
                 hint="Rows of this collection are embedded as they are written; backfill embeds"
                 " those that were not.",
             )
-        return embed_collection(plpy, collection, max_rows)
+        with reported(plpy, "embed_pending", collection) as progress:
+            return embed_collection(plpy, collection, max_rows, progress)
     stored = 0
     deferred = plpy.execute(
         "SELECT c.collection_id, c.name FROM siamese.collections AS c"
@@ -281,7 +283,8 @@ def embed_pending(plpy: Any, name: str | None, max_rows: int | None) -> int:
                 if not (lock_table(plpy, number) and _has_tickets(plpy, number)):
                     continue
                 collection = collection_by_id(plpy, number)
-                stored += embed_collection(plpy, collection, left)
+                with reported(plpy, "embed_pending", collection) as progress:
+                    stored += embed_collection(plpy, collection, left, progress)
         except SiameseError as error:
             _warn(plpy, row["name"], error.message)
         except plpy.SPIError as error:
@@ -305,12 +308,17 @@ def _warn(plpy: Any, name: str, reason: str) -> None:
     )
 
 
-def embed_collection(plpy: Any, collection: Collection, max_rows: int | None) -> int:
+def embed_collection(
+    plpy: Any, collection: Collection, max_rows: int | None, progress: Progress
+) -> int:
     """Embed queued rows of one collection, and return the number of vectors stored."""
+    queued = f"SELECT coalesce(sum(cardinality(q.keys)), 0)::int8 AS n FROM {collection.queue} AS q"
+    total = int(plpy.execute(queued)[0]["n"])
+    progress.enter(EMBEDDING, total if max_rows is None else min(total, max_rows))
     encoder = models.encoder(plpy, collection.model_id)
     database = _Server(plpy)
     poll = partial(interrupts.check, plpy)
-    stored = 0
+    stored = done = 0
     while max_rows is None or stored < max_rows:
         wanted = MAX_ROWS_AT_ONCE if max_rows is None else min(MAX_ROWS_AT_ONCE, max_rows - stored)
         outcome = embed_batch(
@@ -326,4 +334,6 @@ def embed_collection(plpy: Any, collection: Collection, max_rows: int | None) ->
         if not outcome:
             break
         stored += outcome.stored
+        done += outcome.stored + outcome.failed + outcome.settled
+        progress.report(done)
     return stored

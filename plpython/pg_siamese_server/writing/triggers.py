@@ -6,7 +6,6 @@ Other triggers may have changed a row again before ours runs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from operator import itemgetter
@@ -20,12 +19,12 @@ from pg_siamese_server.catalog import Collection, collection_of_trigger, locked_
 from pg_siamese_server.encoding import batches, models
 from pg_siamese_server.encoding.batches import FIRST_ROWS, next_portion
 from pg_siamese_server.errors import ImageError, SiameseError, counted
+from pg_siamese_server.progress import EMBEDDING, Progress, reported
 from pg_siamese_server.writing import deferred
 
 if TYPE_CHECKING:
     from pg_siamese_server.encoding.encoder import Encoder
 
-NOTICE_SECONDS = 2.0
 HASHES_AT_ONCE = 1000
 FRAMES_AT_ONCE = 500
 # Distance of another run of the same model from a vector of length one: a cosine of 0.9999.
@@ -153,7 +152,7 @@ def embed_rows(
     plpy: Any,
     collection: Collection,
     keys: list[Any],
-    is_backfill: bool = False,
+    progress: Progress | None = None,
     are_new: bool = False,
 ) -> int:
     """Embed the images of some keys, as the table has them now, and store their vectors.
@@ -162,7 +161,7 @@ def embed_rows(
         plpy: PL/Python's module.
         collection: of the rows.
         keys: of the rows. Missing rows are skipped.
-        is_backfill: lock the rows, skip those that others have locked, report progress.
+        progress: of a backfill, which locks the rows, and skips those that others have locked.
         are_new: the rows are inserted, so they have no vectors but left-over ones.
 
     Returns:
@@ -173,11 +172,11 @@ def embed_rows(
     """
     if not keys:
         return 0
+    is_backfill = progress is not None
     _let_owner_read(plpy, collection, for_lock=is_backfill)
     encoder: Encoder | None = None
     poll = partial(interrupts.check, plpy)
     stored = seen = 0
-    noticed = time.monotonic()
     store = _replace if is_backfill else _add if are_new else _store
     function = "locked_rows" if is_backfill else "rows"
     for portion, rows in _fetch_portions(plpy, collection, keys, function):
@@ -207,12 +206,8 @@ def embed_rows(
             _delete_vectors(plpy, collection, [key for key, _, _ in failures])
         _note_failures(plpy, collection, failures)
         seen += len(rows)
-        if is_backfill and time.monotonic() - noticed >= NOTICE_SECONDS:
-            noticed = time.monotonic()
-            plpy.notice(
-                f'embedding collection "{collection.name}":'
-                f" {100 * seen // len(keys)}% ({seen} of {len(keys)} rows)"
-            )
+        if progress is not None:
+            progress.report(seen)
     return stored
 
 
@@ -397,12 +392,18 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
     if max_rows is not None and max_rows < 1:
         raise SiameseError("max_rows must be positive")
     collection = locked_collection(plpy, name)
+    with reported(plpy, "backfill", collection) as progress:
+        return _backfill(plpy, collection, max_rows, progress)
+
+
+def _backfill(plpy: Any, collection: Collection, max_rows: int | None, progress: Progress) -> int:
+    progress.enter("looking for rows")
     _let_owner_read(plpy, collection, for_lock=True)
     _delete_vectors(
         plpy, collection, _keys(plpy, abandoned_query(collection, "array_agg(e.key) AS keys"))
     )
     if collection.embed == "deferred":
-        stored = _backfill_deferred(plpy, collection, max_rows)
+        stored = _backfill_deferred(plpy, collection, max_rows, progress)
         keys = []
     else:
         stored = 0
@@ -411,8 +412,10 @@ def backfill(plpy: Any, name: str | None, max_rows: int | None) -> int:
         keys = _keys(plpy, missing_query(collection, wanted))
     space = None if max_rows is None else max_rows - stored
     if space is None or len(keys) < space:
-        keys = [*stale_keys(plpy, collection, space), *keys]
-    stored += embed_rows(plpy, collection, keys[:space], is_backfill=True)
+        keys = [*stale_keys(plpy, collection, space, progress), *keys]
+    keys = keys[:space]
+    progress.enter(EMBEDDING, len(keys))
+    stored += embed_rows(plpy, collection, keys, progress)
     _delete_old_failures(plpy, collection)
     if max_rows is None and collection.embed == "sync":
         _notice_skipped_rows(plpy, collection)
@@ -429,17 +432,21 @@ def _notice_skipped_rows(plpy: Any, collection: Collection) -> None:
         )
 
 
-def _backfill_deferred(plpy: Any, collection: Collection, max_rows: int | None) -> int:
+def _backfill_deferred(
+    plpy: Any, collection: Collection, max_rows: int | None, progress: Progress
+) -> int:
     """Queue missing rows, end all waits for another try, and embed here and now."""
     plpy.execute(
         f"UPDATE {collection.queue} SET not_before = NULL, attempts = 0"
         " WHERE not_before IS NOT NULL"
     )
     plpy.execute(f"SELECT siamese._queue_missing({collection.collection_id})")
-    return deferred.embed_collection(plpy, collection, max_rows)
+    return deferred.embed_collection(plpy, collection, max_rows, progress)
 
 
-def stale_keys(plpy: Any, collection: Collection, max_rows: int | None) -> list[Any]:
+def stale_keys(
+    plpy: Any, collection: Collection, max_rows: int | None, progress: Progress | None = None
+) -> list[Any]:
     """Return keys whose vector is not known to be that of their image. This reads all images.
 
     Vectors from before there were hashes come first, without a look at their images.
@@ -448,14 +455,19 @@ def stale_keys(plpy: Any, collection: Collection, max_rows: int | None) -> list[
         plpy: PL/Python's module.
         collection: to check.
         max_rows: stop after about this number, or None.
+        progress: of a backfill.
     """
     unknown = f"SELECT array_agg(e.key) AS keys FROM {collection.embeddings} AS e"
     condition = f"WHERE {collection.one_per_image} AND e.image_hash"
     found = _keys(plpy, f"{unknown} {condition} IS NULL")
     keys = _keys(plpy, f"{unknown} {condition} IS NOT NULL")
+    if progress is not None:
+        progress.enter("comparing images", len(keys))
     for start in range(0, len(keys), HASHES_AT_ONCE):
         if max_rows is not None and len(found) >= max_rows:
             break
+        if progress is not None:
+            progress.report(start)
         found += compared(plpy, collection, keys[start : start + HASHES_AT_ONCE])[1]
     return found
 

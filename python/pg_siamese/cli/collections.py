@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -16,6 +18,10 @@ from pg_siamese.cli.options import CollectionName, Dsn, json_object
 from pg_siamese.cli.terminal import answer_table, notice_bar, output
 from pg_siamese.client.connection import CommandError, connect
 
+if TYPE_CHECKING:
+    from psycopg import Cursor
+
+WATCH_SECONDS = 1.0
 SHEET_NEIGHBOURS = 64  # a sheet is for looking at
 
 
@@ -182,17 +188,28 @@ def similarity_map(
     output().print(f"similarity map: {escape(str(written))}", soft_wrap=True)
 
 
-def status(dsn: Dsn = None) -> None:
-    """Show each collection with its table, model, vectors and index."""
+def status(
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Show only the work under way, every second until Ctrl-C."),
+    ] = False,
+    dsn: Dsn = None,
+) -> None:
+    """Show each collection with its table, model, vectors and index, and the work under way."""
     from psycopg.rows import dict_row
 
     with connect(dsn) as connection, connection.cursor(row_factory=dict_row) as cursor:
+        if watch:
+            with suppress(KeyboardInterrupt):
+                _watch(cursor)
+            return
         version = cursor.execute(
             "SELECT extversion AS version FROM pg_catalog.pg_extension WHERE extname = 'pg_siamese'"
         ).fetchone()
         rows = cursor.execute(
             "SELECT * FROM siamese.collection_status ORDER BY collection"
         ).fetchall()
+        work = _work(cursor)
     console = output()
     console.print(f"pg_siamese {version['version'] if version else '?'}")
     if not rows:
@@ -205,6 +222,53 @@ def status(dsn: Dsn = None) -> None:
         for name, value in row.items():
             grid.add_row(f"  {name}", escape(_readable(value)))
         console.print(grid)
+    if work:
+        console.print("\n[bold]under way[/]")
+        console.print("\n".join(f"  {line}" for line in work), markup=False, soft_wrap=True)
+
+
+def _work(cursor: Cursor[dict[str, Any]]) -> list[str]:
+    """Return a line for each piece of work that the server does."""
+    rows = cursor.execute("SELECT * FROM siamese.progress ORDER BY collection, started_at, pid")
+    return [_described(**row) for row in rows]
+
+
+def _described(
+    *,
+    collection: str,
+    kind: str,
+    phase: str,
+    done: int | None,
+    total: int | None,
+    started_at: datetime,
+    ends_at: datetime | None,
+    pid: int,
+) -> str:
+    parts = [f"{kind} of {collection}: {phase}"]
+    if total:
+        parts.append(f"{100 * (done or 0) // total}% ({done:,} of {total:,})")
+    elif done:
+        parts.append(f"{done:,}")
+    parts.append(f"since {_readable(started_at)}")
+    if ends_at is not None:
+        parts.append(f"until about {ends_at.astimezone():%H:%M:%S}")
+    return ", ".join([*parts, f"pid {pid}"])
+
+
+def _watch(cursor: Cursor[dict[str, Any]]) -> None:
+    """Show the work under way for ever: in place, or as a log if the output is no terminal."""
+    from rich.live import Live
+    from rich.text import Text
+
+    console = output()
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            lines = "\n".join(_work(cursor) or ["nothing is under way"])
+            if console.is_terminal:
+                live.update(Text(lines), refresh=True)
+            else:
+                console.print(lines, markup=False, soft_wrap=True)
+            time.sleep(WATCH_SECONDS)
 
 
 def _readable(value: object) -> str:

@@ -15,6 +15,7 @@ from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.index import build, graph
 from pg_siamese_server.index.generations import Breadths, opened
 from pg_siamese_server.index.index_file import Rows
+from pg_siamese_server.progress import Progress
 from tests.support import Array
 from tests.unit.server.common import no_poll
 
@@ -40,6 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "FLAT_BELOW", 1000)
     monkeypatch.setattr(graph, "CELL_ROWS", 300)
     monkeypatch.setattr(graph, "_is_quicker", lambda *_: True)  # a matter of the machine
+    monkeypatch.setattr("pg_siamese_server.progress.NOTICE_SECONDS", 3600)  # likewise
 
 
 def in_order(matrix: Array, slots: Array | None = None) -> tuple[Array, Array, Array]:
@@ -93,17 +95,17 @@ def ten_nearest(matrix: Array, queries: Array) -> Array:
 
 
 @pytest.fixture
-def progress() -> graph.Progress:
-    return graph.Progress(Silent(), "pets", 1000, time.monotonic())
+def progress() -> Progress:
+    return Progress(Silent(), "build_index", "pets")
 
 
-def test_few_vectors_are_scanned(clusters: Array, progress: graph.Progress) -> None:
+def test_few_vectors_are_scanned(clusters: Array, progress: Progress) -> None:
     built = graph.build(clusters[:100], None, options(), progress, no_poll)
     assert (built.index.ntotal, built.measured, built.places) == (100, None, None)
     assert isinstance(built.index, faiss.IndexFlatL2)
 
 
-def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: graph.Progress) -> None:
+def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: Progress) -> None:
     ordered, inserted, levels = in_order(clusters)
     built = graph.build(ordered, levels, options(), progress, no_poll)
     index, measured = built.index, built.measured
@@ -123,7 +125,7 @@ def test_graph_reaches_the_recall_that_it_states(clusters: Array, progress: grap
         assert mean_hits(found, places[truth]) >= 9.8
 
 
-def test_many_neighbours_have_the_recall_too(clusters: Array, progress: graph.Progress) -> None:
+def test_many_neighbours_have_the_recall_too(clusters: Array, progress: Progress) -> None:
     ordered, _, levels = in_order(clusters)
     built = graph.build(ordered, levels, options(), progress, no_poll)
     assert built.measured is not None
@@ -138,7 +140,7 @@ def test_many_neighbours_have_the_recall_too(clusters: Array, progress: graph.Pr
         assert hits >= 0.985 * 30 * count
 
 
-def test_a_graph_built_again_is_as_good(clusters: Array, progress: graph.Progress) -> None:
+def test_a_graph_built_again_is_as_good(clusters: Array, progress: Progress) -> None:
     ordered, inserted, levels = in_order(clusters)
     measured = graph.build(ordered, levels, options(), progress, no_poll).measured
     again = graph.build_again(ordered, levels, options(), progress, no_poll)
@@ -155,7 +157,7 @@ def test_a_graph_built_again_is_as_good(clusters: Array, progress: graph.Progres
 
 
 def test_near_vectors_are_next_to_each_other(
-    clusters: Array, progress: graph.Progress, monkeypatch: pytest.MonkeyPatch
+    clusters: Array, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the links of each are as they were."""
     ordered, _, levels = in_order(clusters)
@@ -185,7 +187,7 @@ def neighbours(index: Any, place: int) -> list[int]:
 
 
 def test_no_graph_where_it_misses_the_recall(
-    clusters: Array, progress: graph.Progress, monkeypatch: pytest.MonkeyPatch
+    clusters: Array, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "_calibrate", lambda *_: graph.Measured(Breadths(512, 512), 0.7))
     ordered, _, levels = in_order(clusters)
@@ -217,13 +219,6 @@ def test_portions_shrink_when_slow() -> None:
     assert second[1] - second[0] < first[1] - first[0]
 
 
-def test_progress_is_told_now_and_then() -> None:
-    late = graph.Progress(Silent(), "pets", 1000, time.monotonic() - 60)
-    late.report(400)
-    late.report(401)
-    assert late.plpy.notices == ['building index of collection "pets": 40% (400 of 1000 vectors)']
-
-
 @pytest.mark.parametrize(
     "given",
     [
@@ -244,7 +239,7 @@ def test_options_out_of_range(given: dict[str, float]) -> None:
     options().check()
 
 
-def test_threads_are_only_for_builds(clusters: Array, progress: graph.Progress) -> None:
+def test_threads_are_only_for_builds(clusters: Array, progress: Progress) -> None:
     faiss.omp_set_num_threads(1)
     ordered, _, levels = in_order(clusters[:2100])
     graph.build(ordered, levels, options(threads=2), progress, no_poll)
