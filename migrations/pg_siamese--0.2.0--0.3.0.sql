@@ -92,7 +92,8 @@ ADD COLUMN max_bytes bigint CHECK (max_bytes > 0),
 ADD COLUMN max_pixels bigint CHECK (max_pixels > 0),
 ADD COLUMN group_column name,
 ADD COLUMN dicom_window text,
-ADD COLUMN frames text NOT NULL DEFAULT 'one' CHECK (frames IN ('one', 'all'));
+ADD COLUMN frames text NOT NULL DEFAULT 'one' CHECK (frames IN ('one', 'all')),
+ADD COLUMN companion_of integer UNIQUE;
 
 -- Without a key, publications of all tables stop deletes.
 ALTER TABLE siamese.embedding_batches

@@ -20,7 +20,9 @@ CREATE TABLE siamese.collections (
     max_pixels bigint CHECK (max_pixels > 0),
     group_column name,
     dicom_window text,
-    frames text NOT NULL DEFAULT 'one' CHECK (frames IN ('one', 'all'))
+    frames text NOT NULL DEFAULT 'one' CHECK (frames IN ('one', 'all')),
+    -- No foreign key: pg_dump warns of those that refer to their own table.
+    companion_of integer UNIQUE
 );
 COMMENT ON TABLE siamese.collections IS 'tables whose images are embedded and searched';
 COMMENT ON COLUMN siamese.collections.relation IS 'table that holds the images';
@@ -32,6 +34,8 @@ COMMENT ON COLUMN siamese.collections.max_pixels IS 'maximum pixels; NULL means 
 COMMENT ON COLUMN siamese.collections.group_column IS 'column of groups, such as patients; NULL means none';
 COMMENT ON COLUMN siamese.collections.dicom_window IS 'window of DICOM images; NULL means the file''s';
 COMMENT ON COLUMN siamese.collections.frames IS 'embedded frames of an image: one or all';
+COMMENT ON COLUMN siamese.collections.companion_of
+IS 'collection with the same rows and another model';
 COMMENT ON COLUMN siamese.collections.generation IS 'current index generation, if any';
 COMMENT ON COLUMN siamese.collections.epoch IS 'number of truncations; invalidates earlier builds';
 

@@ -186,7 +186,7 @@ SET search_path = pg_catalog, pg_temp SET client_min_messages = warning
 AS $$
 DECLARE
     collection siamese.collections;
-    trigger_name text;
+    companion text;
 BEGIN
     SELECT c.* INTO collection FROM siamese.collections AS c WHERE c.name = drop_collection.name;
     IF NOT FOUND THEN
@@ -201,15 +201,15 @@ BEGIN
     IF NOT FOUND THEN
         PERFORM siamese._unknown_collection(name);
     END IF;
+    SELECT c.name INTO companion FROM siamese.collections AS c
+    WHERE c.companion_of = collection.collection_id;
+    IF FOUND THEN
+        RAISE EXCEPTION 'cannot drop collection "%" because it has a companion', name
+        USING ERRCODE = 'dependent_objects_still_exist', HINT = format('Drop collection "%s" first.', companion);
+    END IF;
     PERFORM siamese._drop_vectors_view(collection.collection_id);
     PERFORM siamese._lock_relation(collection.relation, 'ACCESS EXCLUSIVE');
-    FOR trigger_name IN
-        SELECT t.tgname FROM pg_trigger AS t
-        WHERE t.tgrelid = collection.relation
-            AND t.tgname LIKE format('pg\_siamese\_%s\_%%', collection.collection_id)
-    LOOP
-        EXECUTE format('DROP TRIGGER %I ON %s', trigger_name, collection.relation);
-    END LOOP;
+    PERFORM siamese._drop_triggers(collection.collection_id);
     PERFORM siamese._drop_objects(collection.collection_id);
     DELETE FROM siamese.embedding_batches AS b WHERE b.collection_id = collection.collection_id;
     DELETE FROM siamese.embedding_attempts AS a WHERE a.collection_id = collection.collection_id;

@@ -574,6 +574,25 @@ END
 $$;
 COMMENT ON FUNCTION siamese._create_triggers(integer) IS 'create the triggers of a collection';
 
+CREATE FUNCTION siamese._drop_triggers(collection_id integer) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN
+        SELECT t.tgname AS name, c.relation
+        FROM siamese.collections AS c INNER JOIN pg_trigger AS t ON t.tgrelid = c.relation
+        WHERE c.collection_id = _drop_triggers.collection_id
+            AND t.tgname LIKE format('pg\_siamese\_%s\_%%', c.collection_id)
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', item.name, item.relation);
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION siamese._drop_triggers(integer) IS 'drop the triggers of a collection';
+
 CREATE FUNCTION siamese._on_change() RETURNS trigger
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp

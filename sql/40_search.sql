@@ -183,13 +183,15 @@ DECLARE
 BEGIN
     SELECT pg_catalog.count(*) INTO known FROM siamese.collections AS c
     WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) searched
-        AND (collection OPERATOR(pg_catalog.=) '' OR c.name OPERATOR(pg_catalog.=) collection);
+        AND CASE WHEN collection OPERATOR(pg_catalog.=) '' THEN c.companion_of IS NULL
+            ELSE c.name OPERATOR(pg_catalog.=) collection END;
     IF known OPERATOR(pg_catalog.<>) 1 THEN
         PERFORM siamese._no_collection(searched, collection);
     END IF;
     SELECT c.* INTO found FROM siamese.collections AS c
     WHERE c.relation::pg_catalog.oid OPERATOR(pg_catalog.=) searched
-        AND (collection OPERATOR(pg_catalog.=) '' OR c.name OPERATOR(pg_catalog.=) collection);
+        AND CASE WHEN collection OPERATOR(pg_catalog.=) '' THEN c.companion_of IS NULL
+            ELSE c.name OPERATOR(pg_catalog.=) collection END;
     -- First by itself: joined to an empty table, the search would never run, and a bad image go unnoticed.
     answer := siamese._similar_keys(
         image, key::pg_catalog.text, k, found.name, filter,

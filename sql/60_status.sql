@@ -146,8 +146,8 @@ DECLARE
 BEGIN
     PERFORM siamese._raise(answer);
     RETURN QUERY
-    -- What a killed backend left is not of a transaction that runs.
     WITH reported AS (
+        -- What a killed backend left is not of a transaction that runs.
         SELECT e.collection, e.kind, e.phase, e.done, e.total, to_timestamp(e.started_at) AS started_at,
             to_timestamp(e.ends_at) AS ends_at, e.pid, e.relation::oid AS relation
         FROM jsonb_to_recordset(answer[2]::jsonb) AS e (
@@ -155,8 +155,8 @@ BEGIN
             pid integer, relation bigint, transaction bigint)
         INNER JOIN pg_stat_activity AS a
             ON a.pid = e.pid AND (extract(epoch FROM a.xact_start) * 1000000)::bigint = e.transaction
-    -- A worker holds this lock during a batch. Others can take it, too, but they are no workers.
     ), batch AS MATERIALIZED (
+        -- A worker holds this lock during a batch. Others can take it, too, but they are no workers.
         SELECT c.collection_id, c.name, c.relation::oid AS relation, a.pid, a.xact_start, a.backend_start
         FROM pg_locks AS l
         INNER JOIN pg_stat_activity AS a ON l.pid = a.pid
@@ -165,8 +165,21 @@ BEGIN
             AND l.classid = hashtext('pg_siamese worker')::oid
             AND has_function_privilege(a.usesysid, 'siamese._take_tickets(integer, integer)', 'EXECUTE')
             AND siamese._may_see(c.relation)
+    ), change AS MATERIALIZED (
+        -- Rows wait for the new model before the switch, and for the previous one afterwards.
+        SELECT o.collection_id, c.name, c.relation::oid AS relation, o.created_at
+        FROM siamese.collections AS o
+        INNER JOIN siamese.collections AS c ON o.companion_of = c.collection_id
+        WHERE siamese._may_see(c.relation)
     ), work AS (
         SELECT r.* FROM reported AS r
+        UNION ALL
+        SELECT g.name, 'change_model', 'embedding', n.rows_embedded, n.rows_embedded + q.waiting, g.created_at,
+            clock_timestamp() + q.waiting / nullif(q.rows_per_second, 0) * interval '1 s', NULL, g.relation
+        FROM change AS g
+        CROSS JOIN LATERAL siamese._queue_counts(g.collection_id) AS q
+        CROSS JOIN LATERAL siamese._collection_counts(g.collection_id) AS n
+        WHERE q.waiting > 0
         UNION ALL
         SELECT b.name, 'worker', 'embedding', d.rows, d.rows + q.waiting, least(b.xact_start, d.since),
             clock_timestamp() + q.waiting / nullif(q.rows_per_second, 0) * interval '1 s', b.pid, b.relation

@@ -63,8 +63,8 @@ FROM (VALUES
         '_key_in', '_key_out', '_filter_in', '_filter_out'], ARRAY['usage', 'admin']),
     (ARRAY[
         'register_model', 'register_shipped_models', 'drop_model', 'create_collection', 'alter_collection',
-        'drop_collection', 'renew_collections', 'backfill', 'embed_pending', 'build_index', 'rebuild_file',
-        'self_check', 'grant_usage', 'grant_admin', 'grant_worker'], ARRAY['admin']),
+        'change_model', 'switch_model', 'drop_collection', 'renew_collections', 'backfill', 'embed_pending',
+        'build_index', 'rebuild_file', 'self_check', 'grant_usage', 'grant_admin', 'grant_worker'], ARRAY['admin']),
     (ARRAY[
         '_queued_collections', '_take_tickets', '_begin_tickets', '_end_tickets', '_isolate_tickets', '_read_images',
         '_store_vectors', '_build_if_needed'], ARRAY['worker'])) AS p (objects, kinds)

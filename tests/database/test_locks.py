@@ -172,6 +172,7 @@ def test_who_comes_while_a_strong_lock_is_waited_for(
 TWO_STEPS = {
     "bad image": ("INSERT INTO q VALUES (1, %(good)s)", "INSERT INTO q VALUES (2, 'x')"),
     "truncate": ("INSERT INTO q VALUES (1, %(good)s)", "TRUNCATE q"),
+    "vectors, then table": ("SELECT FROM vectors_q", "SELECT FROM q"),
     "read, then search": ("SELECT FROM q", "SELECT * FROM similar_images(%(good)s, 1, 'q')"),
     "search, then write": (
         "SELECT * FROM similar_images(%(good)s, 1, 'q')",
@@ -181,11 +182,16 @@ TWO_STEPS = {
 
 
 @pytest.mark.parametrize("steps", TWO_STEPS)
-@pytest.mark.parametrize("strong", ["drop_collection('q')", "renew_collections()"])
+@pytest.mark.parametrize(
+    "strong", ["drop_collection('q')", "renew_collections()", "switch_model('q')"]
+)
 def test_drop_while_a_transaction_goes_on(
     t: Connection, connect: Connect, pictures: Pictures, strong: str, steps: str
 ) -> None:
     make_collection(t, "q", on_error="quarantine")
+    if strong.startswith("switch"):
+        register_grid(t)
+        t.execute("SELECT change_model('q', 'grid')")
     session = connect()
     session.execute("BEGIN")
     first, second = TWO_STEPS[steps]

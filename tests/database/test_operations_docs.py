@@ -16,7 +16,7 @@ from psycopg import sql
 from tests.conftest import Connect, Connection, Pictures, insert_images
 from tests.messages import Message, all_messages
 from tests.server import pg_environment
-from tests.support import rows_of
+from tests.support import grid_encoder, rows_of
 from tools.project import ROOT
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
@@ -44,6 +44,8 @@ def filled(db: Connection, pictures: Pictures) -> Iterator[Connection]:
     db.execute("CREATE TABLE public.archive (archive_id bigint PRIMARY KEY, image bytea)")
     db.execute("SELECT create_collection('archive', 'public.archive', embed => 'deferred')")
     db.execute("INSERT INTO public.archive VALUES (1, %s)", (pictures.files[60],))
+    model = grid_encoder(("n", 3, 28, 28), pool=7)
+    db.execute("SELECT register_model('medical_2', %s)", (model,))
     yield db
     for role in map(sql.Identifier, ROLES):
         db.execute(sql.SQL("DROP OWNED BY {}").format(role))

@@ -21,7 +21,8 @@ FUNCTIONS = f"""
             THEN 'NULL::siamese.images' WHEN u = 'bytea[]'::regtype AND provariadic <> 0
             THEN 'VARIADIC NULL::bytea[]'
             -- Types of the extension can't be named without the schema.
-            WHEN u::regtype::text ~ '^(siamese[.])?(filter|key|embedding_result)' THEN 'NULL'
+            WHEN u::regtype::text ~ '^(siamese[.])?(filter|key|embedding_result|collections)'
+            THEN 'NULL'
             ELSE concat('NULL::', u::regtype) END, ', ')
         FROM unnest(proargtypes) AS u), ')')
     FROM pg_proc AS o

@@ -242,7 +242,7 @@ def _described(
     total: int | None,
     started_at: datetime,
     ends_at: datetime | None,
-    pid: int,
+    pid: int | None,
 ) -> str:
     parts = [f"{kind} of {collection}: {phase}"]
     if total:
@@ -252,7 +252,9 @@ def _described(
     parts.append(f"since {_readable(started_at)}")
     if ends_at is not None:
         parts.append(f"until about {ends_at.astimezone():%H:%M:%S}")
-    return ", ".join([*parts, f"pid {pid}"])
+    if pid is not None:
+        parts.append(f"pid {pid}")
+    return ", ".join(parts)
 
 
 def _watch(cursor: Cursor[dict[str, Any]]) -> None:
