@@ -16,7 +16,6 @@ from pg_siamese.datasets import LICENCES, DataSplits, sha256
 from pg_siamese.evaluation.domain import ACCEPTED, SPREAD
 from pg_siamese.evaluation.figures import PAIRS
 from pg_siamese.files import write_whole
-from pg_siamese.training.experiments import load_experiment
 from pg_siamese.training.experiments.settings import Augmentation, Experiment
 
 _DOMAIN = "## Domain"
@@ -66,13 +65,11 @@ def write_card(
         file=_file(model),
         network=network,
         unit_vectors=network.unit_vectors,
-        parts=[(load_experiment(name), share) for name, share in experiment.members.items()]
-        or [(experiment, 1)],
-        networks=NETWORKS,
-        objectives=OBJECTIVES,
-        has_head=OBJECTIVES[experiment.objective.name].has_head and not experiment.members,
-        sampled=_SAMPLING,
-        unchanged=Augmentation(),
+        objective=OBJECTIVES[experiment.objective.name],
+        optimiser=experiment.optimiser,
+        sampling=experiment.sampling,
+        sampled=_SAMPLING[experiment.sampling.kind],
+        augmented=any(each != Augmentation() for each in experiment.augmentation.values()),
         what="class" if metadata["labels"] == "class" else "data set",
         how="cosine" if metadata["metric"] == "cosine" else "Euclidean",
         licences=LICENCES,
@@ -100,7 +97,7 @@ def _rendered(template: str, metadata: dict[str, Any], **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"options": _options, "share": _share}
+    environment.filters["options"] = _options
     return environment.get_template(template).render(
         metadata=metadata,
         training=metadata["training"],
@@ -120,16 +117,6 @@ def _options(options: Mapping[str, Any]) -> str:
         for key, value in options.items()
     )
     return f" ({named})" if named else ""
-
-
-def _share(share: float | Mapping[str, float]) -> str:
-    """Return how much a member counts, in words."""
-    if not isinstance(share, Mapping):
-        return f"{share:g}"
-    others = ", ".join(
-        f"{value:g} for {name}" for name, value in share.items() if name != "default"
-    )
-    return f"{share.get('default', 1):g}, and {others}"
 
 
 def _shown(key: str, value: Any) -> Any:

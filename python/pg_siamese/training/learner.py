@@ -207,12 +207,6 @@ def load_learner(path: Any) -> MetricLearner:
     return learner
 
 
-def epochs_of(path: Any) -> int:
-    """Return how many epochs a checkpoint has seen."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return int(checkpoint["epoch"]) + 1
-
-
 class AverageWeights(WeightAveraging):
     """Exponential moving average of the weights (and batch-norm statistics).
 

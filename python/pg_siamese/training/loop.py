@@ -31,13 +31,12 @@ from pg_siamese.evaluation.runtime import open_session
 from pg_siamese.training.callbacks import EpochFigures, EpochLines, Snapshots
 from pg_siamese.training.card import write_card
 from pg_siamese.training.data import Batch, JoinedImages
-from pg_siamese.training.experiments import ExperimentError, load_experiment
+from pg_siamese.training.experiments import ExperimentError
 from pg_siamese.training.experiments.settings import Experiment
 from pg_siamese.training.export import cosines, images_per_second, to_onnx
 from pg_siamese.training.files import write_model
-from pg_siamese.training.learner import AverageWeights, MetricLearner, epochs_of, load_learner
+from pg_siamese.training.learner import AverageWeights, MetricLearner, load_learner
 from pg_siamese.training.metadata import describe, left_out
-from pg_siamese.training.networks.joined import Joined
 from pg_siamese.training.quantise import calibration_pixels, quantised
 from pg_siamese.training.sampling import Batches
 from pg_siamese_server.encoding.specification import InputSpec
@@ -108,8 +107,9 @@ def run(
         ExportError: ONNX Runtime and PyTorch differ.
     """
     folder = run_folder(runs, experiment)
-    train = partial(_fit_members, runs=runs) if experiment.members else partial(fit, folder=folder)
-    trained = train(experiment, command=command, resume=resume, threads=threads, say=say)
+    trained = fit(
+        experiment, command=command, folder=folder, resume=resume, threads=threads, say=say
+    )
     return write(trained, folder / "model.onnx", output, say=say)
 
 
@@ -147,42 +147,6 @@ def fit(
     ``test=False`` leaves the test split alone, for choosing settings. ``resume`` continues from the
     last checkpoint in ``folder``, if there is one.
     """
-    learner, splits = _learn(experiment, folder, resume, threads, say)
-    head = learner.objective.calibration()
-    return finish(
-        experiment, learner.encoder, splits, command=command, head=head, test=test, say=say
-    )
-
-
-def _fit_members(
-    experiment: Experiment, *, command: str, runs: Path, resume: bool, threads: int, say: Say
-) -> Trained:
-    """Train the members of a joined encoder one by one, join them, calibrate and evaluate."""
-    encoders, sizes = [], []
-    for name in experiment.members:
-        member = load_experiment(name).changed(seed=experiment.seed)
-        learner, _ = _learn(member, run_folder(runs, member), resume, threads, say)
-        encoders.append(learner.encoder)
-        sizes.append((member.input.height, member.input.width))
-    splits = open_splits(experiment, say)
-    try:
-        encoder = Joined(
-            experiment.network.dimension,
-            (experiment.input.height, experiment.input.width),
-            encoders,
-            sizes,
-            list(experiment.members.values()),
-            [each.name for each in splits],
-        )
-    except ValueError as error:
-        raise ExperimentError(f"{experiment.name}: {error}") from error
-    return finish(experiment, encoder, splits, command=command, say=say)
-
-
-def _learn(
-    experiment: Experiment, folder: Path, resume: bool, threads: int, say: Say
-) -> tuple[MetricLearner, list[DataSplits]]:
-    """Train, and return the checkpoint that the experiment keeps, and its data."""
     torch.set_num_threads(threads)
     _quiet()
     lightning.seed_everything(experiment.seed, workers=True, verbose=False)
@@ -202,17 +166,13 @@ def _learn(
         f"training {experiment.name}: {len(train):,} images of {len(train.names)} data sets in "
         f"{len(train.classes)} classes, {experiment.epochs} epochs"
     )
-    validation = experiment.validation
-    chosen = folder / (BEST if validation.keep == "best" else LAST)
     start = folder / LAST if resume and (folder / LAST).is_file() else None
-    if start is not None and chosen.is_file() and epochs_of(start) >= experiment.epochs:
-        say(f"done before: {start}")
-        return load_learner(chosen), splits
     if start is None:
         shutil.rmtree(folder, ignore_errors=True)
     elif resume:
         say(f"going on from {start}")
     folder.mkdir(parents=True, exist_ok=True)
+    validation = experiment.validation
     every = min(validation.every, experiment.epochs)
     monitor: dict[str, Any] = {"monitor": validation.monitor, "mode": validation.mode}
     checkpoint = partial(
@@ -267,12 +227,14 @@ def _learn(
         ckpt_path=start,
         weights_only=True,
     )
+    chosen = folder / (BEST if validation.keep == "best" else LAST)
     if not chosen.is_file():
         raise ExperimentError(
             f'no checkpoint was written: "{validation.monitor}" is not among the figures of '
             f"validation: {', '.join(sorted(trainer.callback_metrics))}"
         )
-    return load_learner(chosen), splits
+    learner = load_learner(chosen)
+    return finish(learner, splits, command=command, test=test, say=say)
 
 
 def export_checkpoint(
@@ -300,33 +262,22 @@ def export_checkpoint(
         raise ExportError(str(error)) from error
     splits = open_splits(learner.experiment, say)
     command = f"pg_siamese train {learner.experiment.name} --seed {learner.experiment.seed}"
-    trained = finish(
-        learner.experiment,
-        learner.encoder,
-        splits,
-        command=command,
-        head=learner.objective.calibration(),
-        say=say,
-    )
+    trained = finish(learner, splits, command=command, say=say)
     return write(trained, output or folder / "model.onnx", say=say)
 
 
 def finish(
-    experiment: Experiment,
-    encoder: torch.nn.Module,
+    learner: MetricLearner,
     splits: list[DataSplits],
     *,
     command: str,
-    head: tuple[float, float] | None = None,
     test: bool = True,
     say: Say = print,
 ) -> Trained:
-    """Calibrate and evaluate a trained encoder, as its file will be: by ONNX Runtime.
-
-    ``head`` is the calibration that the objective has learned, if it has.
-    """
-    encoder = encoder.cpu().eval()
+    """Calibrate and evaluate a trained encoder, as its file will be: by ONNX Runtime."""
+    encoder = learner.encoder.cpu().eval()
     encoder.requires_grad_(False)
+    experiment = learner.experiment
     size, half = experiment.input, experiment.weights == "float16"
     model = to_onnx(encoder, (size.height, size.width), half)
     unquantised = None
@@ -339,7 +290,7 @@ def finish(
         model.SerializeToString(),
         splits,
         command=command,
-        head=head,
+        head=learner.objective.calibration(),
         unquantised=None if unquantised is None else unquantised.SerializeToString(),
         test=test,
         say=say,

@@ -108,7 +108,7 @@ def test_the_last_layer_alone(tmp_path: Path) -> None:
     chosen = load_experiment("folder_pretrained").changed(name="x")
     with pytest.raises(ExperimentError, match="x has no layers to freeze"):
         chosen.head_only()
-    clinical = load_experiment("clinical_lite")
+    clinical = load_experiment("clinical")
     network = clinical.head_only().network
     assert clinical.network.options["frozen_blocks"] == 11
     del clinical.network.options["frozen_blocks"]  # all are frozen by default

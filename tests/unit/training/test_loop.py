@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from pg_siamese.datasets import DataSplits, LabelledImages, open_dataset
-from pg_siamese.training import callbacks, card, loop
+from pg_siamese.training import callbacks, loop
 from pg_siamese.training.data import JoinedImages
 from pg_siamese.training.experiments import ExperimentError
-from pg_siamese.training.experiments.settings import Experiment, Network
-from pg_siamese.training.export import embed_onnx
-from pg_siamese.training.learner import embed, load_learner
+from pg_siamese.training.experiments.settings import Experiment
+from pg_siamese.training.learner import load_learner
 from tests.unit.training.stripes import tiny
 
 
@@ -35,12 +34,9 @@ def test_a_run_keeps_its_figures(trained: tuple[Path, loop.Trained]) -> None:
 def learn(experiment: Experiment, folder: Path, **more: Any) -> dict[str, torch.Tensor]:
     """End a run with what it has learned, without the export and the figures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "finish", lambda _, encoder, *__, **___: encoder)
-        learned: Any = loop.fit(
-            experiment, command="", folder=folder, threads=1, test=False, **more
-        )
-    state: dict[str, torch.Tensor] = learned.state_dict()
-    return state
+        patch.setattr(loop, "finish", lambda learner, *_, **__: learner)
+        learned = loop.fit(experiment, command="", folder=folder, threads=1, test=False, **more)
+    return learned.encoder.state_dict()
 
 
 def test_one_seed_gives_one_encoder(tmp_path: Path, data: tuple[str, ...]) -> None:
@@ -160,41 +156,3 @@ def test_frozen_layers_see_changed_copies_once(tmp_path: Path, data: tuple[str, 
     assert learner.on_features
     with pytest.raises(ExperimentError, match="copies is 3: the network has no frozen layers"):
         learn(tiny(data=data, copies=3), tmp_path / "other")
-
-
-def test_members_are_trained_and_joined(
-    tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each by itself, and only once if the run goes on. One of fewer pixels gets their means."""
-    members = {
-        name: tiny(name=name, data=data, epochs=1, input={"width": size, "height": size})
-        for name, size in (("large", 28), ("small", 14))
-    }
-    monkeypatch.setattr(loop, "load_experiment", members.__getitem__)
-    monkeypatch.setattr(card, "load_experiment", members.__getitem__)
-    experiment = tiny(
-        name="both",
-        data=data,
-        members={"large": 3, "small": 1},
-        network={"name": "joined", "dimension": 32},
-    )
-    said: list[str] = []
-    options: dict[str, Any] = {"command": "", "runs": tmp_path, "threads": 1, "say": said.append}
-    loop.run(experiment, **options)
-    folder = tmp_path / "both" / "seed-0"
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 3), dtype=np.uint8)
-    found = embed_onnx(folder / "model.onnx", pixels)
-    halves = pixels.reshape(4, 14, 2, 14, 2, 3).mean(axis=(2, 4), dtype=np.float32)
-    for name, part, share, own in (
-        ("large", found[:, :16], 0.75, torch.from_numpy(pixels)),
-        ("small", found[:, 16:], 0.25, torch.from_numpy(halves)),
-    ):
-        encoder = load_learner(tmp_path / name / "seed-0" / loop.LAST).encoder
-        assert part == pytest.approx(share**0.5 * embed(encoder, own), abs=1e-4)
-    written = (folder / "model.md").read_text()
-    assert "### `large`\n\nIt counts 3. Images of 28 x 28 pixels" in written
-    assert not any("done before" in line for line in said)
-    loop.run(experiment, resume=True, **options)
-    assert sum("done before" in line for line in said) == 2
-    with pytest.raises(ExperimentError, match="both: dimension is 31: the members have 32"):
-        loop.run(experiment.changed(network=Network("joined", 31)), resume=True, **options)

@@ -19,8 +19,8 @@ def test_stated_figures_are_those_of_the_file(trained: tuple[Path, loop.Trained]
     """Also where its weights are rounded, which moves distances."""
     path, result = trained
     learner = load_learner(path.parent / "run" / "last.ckpt")
-    experiment = result.experiment.changed(weights="float16")
-    halved = loop.finish(experiment, learner.encoder, result.splits, command="", test=False)
+    learner.experiment = result.experiment.changed(weights="float16")
+    halved = loop.finish(learner, result.splits, command="", test=False)
     val = JoinedImages([each.val for each in result.splits])
     labels, sets = val.labels.numpy(), val.sets.numpy()
     for each in (result, halved):

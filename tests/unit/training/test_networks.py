@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from pg_siamese.training.experiments import ExperimentError
-from pg_siamese.training.export import embed_onnx, to_onnx
-from pg_siamese.training.networks.joined import Joined
+from pg_siamese.training.export import to_onnx
 from pg_siamese.training.networks.residual import ResidualEncoder
 from pg_siamese.training.registry import build_network, build_objective
 
@@ -197,41 +196,3 @@ def test_frozen_blocks_stay_as_they_are() -> None:
     }
     # The stem, its norm and blocks 0 and 1 are frozen; each branch has a block 2 of its own.
     assert changed == {"branches.0.0", "branches.1.0"}
-
-
-def joined(shares: list[Any], sets: tuple[str, ...] = ("a", "b")) -> Any:
-    """Return a joined encoder: EfficientNet-lite0, and an ensemble that tells sets apart."""
-    torch.manual_seed(0)
-    large = build_network("efficientnet_lite0", 8, (64, 64), {"frozen_blocks": 5, "levels": [2, 5]})
-    small = build_network("ensemble", 10, (28, 28), {"lite_frozen": 3})
-    return Joined(18, (64, 64), [large, small], [(64, 64), (28, 28)], shares, sets).eval()
-
-
-def test_shares_of_joined_encoders_by_data_set(tmp_path: Path) -> None:
-    pixels = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8)
-    encoder = joined([{"default": 3.0, "b": 0.0}, 1.0])
-    found = encoder(pixels)
-    assert torch.allclose(found.norm(dim=1), torch.ones(5), atol=1e-5)
-    first = found[:, 8:10] / found[:, 8:10].sum(dim=1, keepdim=True)
-    assert torch.allclose(found[:, :8].square().sum(dim=1), 0.75 * first[:, 0], atol=1e-5)
-    same = joined([3.0, 1.0])(pixels)
-    assert torch.allclose(same[:, :8].norm(dim=1), torch.full((5,), 0.75**0.5), atol=1e-5)
-    graph = to_onnx(encoder, (64, 64)).SerializeToString()
-    assert embed_onnx(graph, pixels.numpy()) == pytest.approx(found.detach().numpy(), abs=1e-5)
-    # Another encoder can start from the first member of it.
-    (tmp_path / "joined.onnx").write_bytes(graph)
-    options = {"frozen_blocks": 5, "levels": [2, 5], "start": str(tmp_path / "joined.onnx")}
-    second: Any = build_network("efficientnet_lite0", 8, (64, 64), options).eval()
-    alike = torch.nn.functional.cosine_similarity(second(pixels), encoder.encoders[0](pixels))
-    assert alike.min() > 0.9999
-
-
-def test_encoders_that_cannot_be_joined() -> None:
-    one = build_network("residual", 8, (28, 28), {})
-    for given, said in (
-        ((9, (28, 28), [one], [(28, 28)], [1.0]), "dimension is 9: the members have 8"),
-        ((8, (20, 28), [one], [(28, 28)], [1.0]), "28 x 28 pixels: the images have 28 x 20"),
-        ((8, (28, 28), [one], [(28, 28)], [{"a": 2.0}]), "a member that tells data sets apart"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            Joined(*given)

@@ -36,8 +36,8 @@ def finished(trained: tuple[Path, loop.Trained]) -> loop.Trained:
     """The encoder of ``trained``, exported once more, as integers."""
     path, result = trained
     learner = load_learner(path.parent / "run" / "last.ckpt")
-    experiment = result.experiment.changed(weights="int8")
-    return loop.finish(experiment, learner.encoder, result.splits, command="", test=False)
+    learner.experiment = result.experiment.changed(weights="int8")
+    return loop.finish(learner, result.splits, command="", test=False)
 
 
 def convolutions(model: onnx.ModelProto) -> list[onnx.NodeProto]:

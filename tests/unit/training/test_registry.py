@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pg_siamese.training.experiments import ExperimentError, experiment_names, load_experiment
-from pg_siamese.training.experiments.settings import parse_experiment
 from pg_siamese.training.registry import NETWORKS, build_network, build_objective
 from pg_siamese.training.sampling import Batches
 
@@ -20,9 +19,7 @@ NAMES = (
     "clinical_224",
     "clinical_frozen",
     "clinical_learned",
-    "clinical_lite",
     "clinical_sharp",
-    "clinical_small",
     "fashion_mnist",
     "folder",
     "folder_pretrained",
@@ -47,11 +44,6 @@ def test_every_experiment_can_be_built(name: str) -> None:
     assert experiment.labels == "class" or len(experiment.data) > 1
     size = (experiment.input.height, experiment.input.width)
     network = experiment.network
-    if experiment.members:
-        members = [load_experiment(each) for each in experiment.members]
-        assert sum(each.network.dimension for each in members) == network.dimension
-        assert {each.data for each in members} == {experiment.data}
-        return
     encoder: Any = build_network(network.name, network.dimension, size, network.options)
     name, options = experiment.objective.name, experiment.objective.options
     given = (name, network.dimension, 10, experiment.metric, options)
@@ -66,19 +58,12 @@ def test_every_experiment_can_be_built(name: str) -> None:
     assert embedding.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"siamese_cnn", "conv5", "joined"}))
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"siamese_cnn", "conv5"}))
 def test_networks_for_cosine_give_unit_vectors(name: str) -> None:
     encoder: Any = build_network(name, 12, (64, 64), {}).eval()
     with torch.inference_mode():
         vectors = encoder(torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8))
     assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
-
-
-def test_members_and_their_network() -> None:
-    table = {"name": "x", "title": "", "data": [], "intended_use": "", "limits": "", "epochs": 1}
-    for wrong in ({"members": {"medical": 1}}, {"network": {"name": "joined"}}):
-        with pytest.raises(ExperimentError, match='members and the network "joined" need each'):
-            parse_experiment(table | wrong)
 
 
 def test_unknown_networks_and_options() -> None:
@@ -97,7 +82,7 @@ def test_every_set_of_an_experiment_has_its_augmentation() -> None:
 
 
 def test_an_experiment_extends_another() -> None:
-    clinical, large = load_experiment("clinical_lite"), load_experiment("clinical_224")
+    clinical, large = load_experiment("clinical"), load_experiment("clinical_224")
     assert (large.name, large.input.width) == ("clinical_224", 224)
     assert large.input.resize == clinical.input.resize
     same = {"name": "x", "title": "x", "input": clinical.input}

@@ -12,7 +12,6 @@ from pg_siamese.training.experiments.errors import ExperimentError
 
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0)]
-ShareOrNone = Annotated[float, Meta(ge=0)]
 Labels = Annotated[str, Meta(pattern="^(class|set)$")]
 Metric = Annotated[str, Meta(pattern="^(cosine|l2)$")]
 Kind = Annotated[str, Meta(pattern="^(classes|per_class|pairs|triplets)$")]
@@ -148,9 +147,6 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
             integer ones, calibrated on validation images. It changes the embeddings a little.
         copies: if the network has frozen layers: of how many copies of each train image features
             are computed once. The first is the image itself, the others are changed at random.
-        members: with the network ``joined``: the experiments that are trained for it, and how much
-            the vector of each counts, for all images or by the data set's name and ``default`` for
-            all others. Objective and all else that trains are theirs.
         average_decay: decay of the moving average of the weights. 0 means none.
         snapshots: how many pictures to keep of a 2-d embedding of the validation images while it
             forms.
@@ -178,7 +174,6 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
     precision: Precision = "float32"
     weights: Weights = "float32"
     copies: Positive = 1
-    members: dict[str, Share | dict[str, ShareOrNone]] = field(default_factory=dict)
     average_decay: float = 0.0
     snapshots: int = 0
     seed: int = 0
@@ -193,8 +188,6 @@ class Experiment(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.snapshots and self.network.dimension != 2:
             raise ValueError("snapshots are of embeddings with network.dimension = 2 only")
-        if bool(self.members) != (self.network.name == "joined"):
-            raise ValueError('members and the network "joined" need each other')
 
     def augmentation_of(self, name: str) -> Augmentation:
         """Return the augmentation of one data set."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pg_siamese.training.networks.base import Network
 from pg_siamese.training.networks.efficientnet import EfficientNetLite0
 from pg_siamese.training.networks.ensemble import Ensemble
-from pg_siamese.training.networks.joined import Joined
 from pg_siamese.training.networks.residual import ResidualEncoder
 
 __all__ = ["NETWORKS", "Network"]
@@ -19,5 +18,4 @@ NETWORKS: dict[str, type[Network]] = {
     "residual": ResidualEncoder,
     "ensemble": Ensemble,
     "efficientnet_lite0": EfficientNetLite0,
-    "joined": Joined,
 }

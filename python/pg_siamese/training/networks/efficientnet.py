@@ -220,8 +220,6 @@ def load_exported(encoder: EfficientNetLite0, path: Path) -> None:
     graph = onnx.load_model(path).graph
     stored = _values(graph, ("Conv", "Gemm"))
     layers = [part for part in encoder.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
-    # Behind these, a joined encoder holds those of its other members.
-    stored = stored[: len(layers)]
     # The last layers may have other dimensions.
     ends = {encoder.projection, *([encoder.level_head[-1]] if encoder.levels else [])}
     same = [
@@ -238,7 +236,7 @@ def load_exported(encoder: EfficientNetLite0, path: Path) -> None:
             layer.bias = nn.Parameter(value, requires_grad=learns)
     if encoder.levels:
         # The one batch norm that is not folded: nothing is before it that it could be folded into.
-        values, *_ = _values(graph, ("BatchNormalization",))
+        (values,) = _values(graph, ("BatchNormalization",))
         scales: Any = encoder.level_head[0]
         scales.running_mean, scales.running_var = values[2:]
     for part in list(encoder.modules()):
