@@ -20,6 +20,7 @@ from tools.project import ROOT, Stamp, build_folder
 from tools.report import SetupError, command, say
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+CHROMIUM = Path("/usr/bin/chromium")
 
 
 def ensure_fashion_mnist() -> Path:
@@ -30,6 +31,12 @@ def ensure_fashion_mnist() -> Path:
     if not (FASHION_MNIST / "train-images-idx3-ubyte.gz").exists():
         apt.install(["dataset-fashion-mnist"], "Fashion-MNIST")
     return FASHION_MNIST
+
+
+def ensure_chromium() -> None:
+    """Install the browser of the page's tests. Raises ``SetupError`` if that can't be done."""
+    if not CHROMIUM.exists():
+        apt.install(["chromium", "fonts-dejavu-core"], "Chromium")
 
 
 def ensure(extras: Collection[str] = (), *, small: bool = False) -> Path:
@@ -96,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(arguments)
     train = chosen.train or chosen.train_if_small
-    extras = ["dicomweb", "test"] if chosen.test else []
+    extras = ["dicomweb", "explore", "test"] if chosen.test else []
     extras += ["train"] if train else []
     build = ensure(extras, small=not chosen.train)
     if chosen.bench:
@@ -107,6 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except SetupError as error:
             prefix = "Without Fashion-MNIST some tests are skipped: " if chosen.test else ""
             say(f"{prefix}{error}")
+    if chosen.test and not chosen.bench:
+        try:
+            ensure_chromium()
+        except SetupError as error:
+            say(f"Without Chromium the tests of the page in a browser are skipped: {error}")
 
 
 if __name__ == "__main__":

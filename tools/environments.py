@@ -20,7 +20,17 @@ from tools.project import ROOT, TELEMETRY_OFF, Stamp, digest
 from tools.report import SetupError, clean_environment, run, say, step
 
 LOCKS = ROOT / "requirements"
-NAMES = ("tool", "server", "client", "dicomweb", "test", "train", "torch", "torch-cpu")
+NAMES = (
+    "tool",
+    "server",
+    "client",
+    "dicomweb",
+    "explore",
+    "test",
+    "train",
+    "torch",
+    "torch-cpu",
+)
 _FAILED = (
     "pip could not install {what}: check the network (and pip's own settings, if there is "
     "a proxy or a mirror), then run it again"

@@ -67,6 +67,7 @@ def _requirements() -> dict[str, list[str]]:
         "server": servers,
         "client": [each for each in clients if not each.startswith(_OWN)],
         "dicomweb": extras["dicomweb"],
+        "explore": extras["explore"],
         "test": extras["test"],
         "train": extras["train"],
         "alone": client["dependency-groups"]["without-dependencies"],
@@ -96,9 +97,8 @@ def write(upgrade: bool = False) -> None:
     # versions in the output file.
     every = scratch / "all.txt"
     every.write_text("".join(f"{line}\n" for line in known.values()))
-    roots = [
-        each for name in ("server", "client", "dicomweb", "test", "train") for each in wanted[name]
-    ]
+    parts = ("server", "client", "dicomweb", "explore", "test", "train")
+    roots = [each for name in parts for each in wanted[name]]
     options = ["--upgrade"] if upgrade else []
     uv.compile(roots, "--output-file", every, *options, hashes=False)
     chosen = pins(every.read_text())
@@ -115,6 +115,7 @@ def write(upgrade: bool = False) -> None:
     # repeated.
     base = [name for name, line in pins(texts["client"]).items() if ";" not in line]
     texts["dicomweb"] = locked(wanted["dicomweb"], base)
+    texts["explore"] = locked(wanted["explore"], base)
     texts["test"] = locked(wanted["test"], base)
     texts["train"] = locked(wanted["train"], [*base, *large])
     small = [name for name in chosen if name not in large]
@@ -131,6 +132,7 @@ _ABOUT = {
     "server": "What the server package needs, and what builds it.",
     "client": "What the client needs, with the server package's own needs.",
     "dicomweb": "What loading from a PACS needs besides the client's packages.",
+    "explore": "What the page needs besides the client's packages.",
     "test": "What the tests and linters need besides the client's packages.",
     "train": "What training needs besides the client's packages and torch.",
     "torch": "The package index's build of torch: on Linux with CUDA, several GB.",
