@@ -10,6 +10,7 @@ from pg_siamese.cli import (
     collections,
     demo,
     evaluation,
+    explore,
     loading,
     measures,
     models,
@@ -38,6 +39,7 @@ app.command()(pairs.leaks)
 app.command()(measures.explain)
 app.command()(measures.recall)
 app.command()(measures.quality)
+app.command()(explore.explore)
 app.command()(collections.status)
 app.command()(collections.build_index)
 app.command()(collections.rebuild_file)

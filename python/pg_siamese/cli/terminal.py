@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from pg_siamese.client.connection import PROGRESS_NOTICE
 from pg_siamese_server.errors import counted
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("pg_siamese")
 LOG_SECONDS = 60.0
-
-# 'building index of collection "images": 40% (28000 of 70000 vectors)'
-PROGRESS_NOTICE = re.compile(r"^(?P<what>.+): \d+% \((?P<done>\d+) of (?P<total>\d+) \w+\)")
 
 
 def output() -> Console:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import psycopg
 
 EXTENSION = "pg_siamese"
 SCHEMA = "siamese"
 CONNECT_TIMEOUT_SECONDS = 10
+# 'building index of collection "images": 40% (28000 of 70000 vectors)'
+PROGRESS_NOTICE = re.compile(r"^(?P<what>.+): \d+% \((?P<done>\d+) of (?P<total>\d+) \w+\)")
 
 
 class CommandError(Exception):

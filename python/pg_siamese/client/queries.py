@@ -94,6 +94,21 @@ class Examples:
         return {name: values for name, values in found.items() if values}
 
 
+@dataclass(frozen=True)
+class Groups:
+    """How a search treats groups, such as patients.
+
+    Attributes:
+        column: of the collection's table.
+        per_group: most rows of each group.
+        own: whether rows of the query's own group count.
+    """
+
+    column: str
+    per_group: int = 1
+    own: bool = True
+
+
 def collection_names(connection: psycopg.Connection[Any]) -> list[str]:
     """Return the names of all collections, sorted."""
     cursor = connection.cursor(row_factory=tuple_row)
@@ -169,7 +184,10 @@ def search_statement(
     frame: int = 0,
     region: tuple[float, ...] | None = None,
     examples: Examples | None = None,
+    groups: Groups | None = None,
+    candidates: Sequence[str] | None = None,
     prefix: str = "siamese.",
+    literals: bool = False,
 ) -> Search:
     """Return the statement that finds the ``k`` rows nearest to an image, or to a stored row.
 
@@ -188,7 +206,10 @@ def search_statement(
         frame: which frame of the image to search for, from 1, or 0 for the representative one.
         region: which part of it: left, top, right and bottom, or None for all.
         examples: instead of ``image`` and ``key``.
+        groups: how groups such as patients are treated.
+        candidates: keys of the rows to search among, or None for all.
         prefix: qualifies the extension's functions.
+        literals: write the values into the statement, instead of parameters.
 
     Returns:
         A statement with the columns rank, key, distance, similarity, ``shown_columns``, and the
@@ -197,26 +218,39 @@ def search_statement(
     if [image is None, key is None, examples is None].count(False) != 1:
         raise ValueError("give an image, a key or examples, and not both")
     integer = collection.key_type in INTEGER_TYPES
-    parameters: list[object]
+    parameters: list[object] = []
+
+    def written(value: object) -> str:
+        if literals:
+            return sql.Literal(value).as_string()
+        parameters.append(value)
+        return f"${len(parameters)}"
+
     if examples is not None:
         given = examples.arguments(integer)
-        parameters = list(given.values())
-        names = (f"{name} => ${place}" for place, name in enumerate(given, 1))
+        names = [f"{name} => {written(values)}" for name, values in given.items()]
         query = ", ".join([*names, f"strategy => {sql.quote(examples.strategy)}"])
         if examples.penalty != 1:
             query += f", penalty => {examples.penalty!r}"
     elif image is not None:
-        parameters = [image]
-        query = "image => $1"
+        query = f"image => {written(image)}"
+    elif integer:
+        query = f"image_id => {written(_integer(str(key)))}"
     else:
-        parameters = [_integer(str(key)) if integer else key]
-        query = f"{'image_id' if integer else 'key'} => $1"
+        query = f"key => {written(key)}"
     options = f", k => {k}"
     # A table can be in several collections, so similar_rows is told which one.
     if collection.name != DEFAULT_COLLECTION or not integer:
         options += f", collection => {sql.quote(collection.name)}"
     if filter is not None:
         options += f", filter => {sql.quote(json.dumps(filter, ensure_ascii=False))}"
+    if groups is not None:
+        options += f", group_by => {sql.quote(groups.column)}"
+        options += f", per_group => {groups.per_group}" if groups.per_group != 1 else ""
+        options += "" if groups.own else ", own_group => false"
+    if candidates is not None:
+        keys = [_integer(item) if integer else item for item in candidates]
+        options += f", candidates => {written(keys)}"
     if engine != "auto":
         options += f", engine => {sql.quote(engine)}"
     if frame:

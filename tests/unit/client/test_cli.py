@@ -17,8 +17,12 @@ from typer.testing import CliRunner, Result
 from pg_siamese.cli.failures import describe_failure
 from pg_siamese.cli.main import app
 from pg_siamese.cli.reference import commands, reference
-from pg_siamese.cli.terminal import PROGRESS_NOTICE
-from pg_siamese.client.connection import CommandError, connect, describe_error
+from pg_siamese.client.connection import (
+    PROGRESS_NOTICE,
+    CommandError,
+    connect,
+    describe_error,
+)
 from pg_siamese.client.queries import Collection, Examples, display_pixels, search_statement
 from pg_siamese.client.sources import png
 from tools.project import ROOT

@@ -1,0 +1,168 @@
+"""One request of a visitor who has a session, and how an answer to it is made."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property, partial
+from typing import Any
+from urllib.parse import parse_qsl
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from pg_siamese import __version__
+from pg_siamese.explore.failures import PageError, explain
+from pg_siamese.explore.sessions import Connection, Session, SessionEnded
+from pg_siamese.explore.tables import Table, find_table, readable
+
+MOST_FORM_FIELDS = 500
+TEMPLATES = Environment(
+    loader=PackageLoader("pg_siamese.explore"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass
+class Visit:
+    """A request, with the session and one of its connections.
+
+    ``body`` is what was sent, checked for its token.
+    """
+
+    request: Request
+    session: Session
+    connection: Connection
+    body: bytes = b""
+
+    @cached_property
+    def form(self) -> Mapping[str, str]:
+        """The fields of a form. Of several with one name, the last counts."""
+        return dict(form_fields(self.body))
+
+    @property
+    def may_write(self) -> bool:
+        """Whether the page was started with ``--write``."""
+        return bool(self.request.app.state.write)
+
+    def parameter(self, name: str, default: str = "") -> str:
+        """Return a parameter of the address."""
+        return self.request.query_params.get(name, default)
+
+    def table(self) -> Table:
+        """Return the collection that the address or the form names. Raises ``PageError``."""
+        name = self.parameter("c") or (self.form.get("c", "") if self.body else "")
+        if not name:
+            raise PageError(400, "The address names no collection.")
+        return find_table(self.connection, name)
+
+    def render(self, template: str, status: int = 200, **values: Any) -> Response:
+        """Return a page."""
+        # What a job or a facet is put into has these already.
+        if template.startswith("_"):
+            text = TEMPLATES.get_template(template).render(**values, csrf=self.session.csrf)
+            return HTMLResponse(text, status)
+        return render(
+            self.request,
+            template,
+            status,
+            session=self.session,
+            collections=readable(self.connection),
+            write=self.may_write,
+            **values,
+        )
+
+
+def render(request: Request, template: str, status: int = 200, **values: Any) -> Response:
+    """Return a page, for a visitor with or without a session."""
+    given = {"session": None, "collections": (), "write": False, "collection": ""} | values
+    session = given["session"]
+    text = TEMPLATES.get_template(template).render(
+        **given,
+        csrf="" if session is None else session.csrf,
+        form=request.app.state.form,
+        path=request.url.path,
+        version=__version__,
+    )
+    return HTMLResponse(text, status)
+
+
+def readable_value(value: object) -> str:
+    """Return a value of a status view in words."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return value.astimezone().isoformat(" ", "seconds")
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+TEMPLATES.filters["readable"] = readable_value
+
+
+def form_fields(body: bytes) -> list[tuple[str, str]]:
+    """Return the fields of a form that was sent. Raises ``PageError``."""
+    try:
+        return parse_qsl(
+            body.decode("ascii"),
+            keep_blank_values=True,
+            errors="strict",
+            max_num_fields=MOST_FORM_FIELDS,
+        )
+    except ValueError:
+        raise PageError(400, "The form can't be read.") from None
+
+
+def check_token(request: Request, session: Session, body: bytes) -> None:
+    """Refuse what does not carry the token of the session. Raises ``PageError``."""
+    given = request.headers.get("x-csrf-token")
+    if given is None:
+        given = dict(form_fields(body)).get("csrf", "")
+    if not secrets.compare_digest(given.encode(), session.csrf.encode()):
+        raise PageError(403, "This page is of an earlier session.", "Reload it, and try again.")
+
+
+Handler = Callable[[Visit], Response]
+
+
+def page(handler: Handler) -> Callable[[Request], Any]:
+    """Return the endpoint that runs a handler in a thread, for visitors with a session."""
+
+    async def endpoint(request: Request) -> Response:
+        state = request.app.state
+        session = state.sessions.find(request.cookies.get(state.cookie))
+        if session is None:
+            return to_login(request)
+        body = await request.body()
+        if request.method == "POST":
+            check_token(request, session, body)
+        try:
+            return await run_in_threadpool(partial(_answer, handler, request, session, body))
+        except SessionEnded:
+            return to_login(request)
+        except Exception as error:
+            raise explain(error) from error
+
+    return endpoint
+
+
+def _answer(handler: Handler, request: Request, session: Session, body: bytes) -> Response:
+    with session.connection() as connection:
+        return handler(Visit(request, session, connection, body))
+
+
+def to_login(request: Request) -> Response:
+    """Send a visitor without a session where one begins."""
+    if "hx-request" in request.headers:
+        return Response(status_code=401, headers={"HX-Redirect": "/login"})
+    return RedirectResponse("/login", 303)
