@@ -16,6 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 from starlette.testclient import TestClient
 
 from pg_siamese.explore.app import Settings, create_app
+from pg_siamese.explore.sessions import Sessions
 from tests import dicom_files, server
 from tests.conftest import Connection, Pictures, copied_database
 from tests.server import ExternalServer
@@ -165,11 +166,13 @@ def browse(ward: Ward) -> Iterator[Open]:
     """Open pages with a session: of the superuser by a link, or of a role by the form."""
     opened: list[TestClient] = []
 
-    def open_page(role: str | None = None, *, write: bool = False, **settings: Any) -> TestClient:
+    def open_page(
+        role: str | None = None, *, write: bool = False, sessions: Sessions | None = None
+    ) -> TestClient:
         tokens: list[str] = []
         app = create_app(
             Settings(dsn=ward.dsn, form=role is not None, write=write, announce=tokens.append),
-            **settings,
+            sessions,
         )
         app.state.seconds_per_failure = 0.0
         client = TestClient(app, base_url=ORIGIN, follow_redirects=False)

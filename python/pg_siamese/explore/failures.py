@@ -11,8 +11,8 @@ from pg_siamese.client.connection import CommandError, one_line
 from pg_siamese_server.errors import SiameseError
 
 LOGGER = logging.getLogger("pg_siamese.explore")
-# Classes of SQLSTATE whose messages are about what the visitor asked for: values, limits, features.
-_OF_THE_REQUEST = ("0A", "22", "54", "55")
+# How SQLSTATEs begin whose messages are about what the visitor asked for: values, limits, features.
+_OF_THE_REQUEST = ("0A", "22", "42704", "54", "55", "P0002")
 _NAMED = {
     "25006": (403, "The page was started without --write, so nothing can be changed."),
     "40001": (409, "The data changed meanwhile. Try again."),
@@ -55,10 +55,12 @@ def explain(error: Exception) -> PageError:
         status, message = _NAMED.get(error.sqlstate, (500, ""))
         if message:
             return PageError(status, message)
-        if error.sqlstate[:2] in _OF_THE_REQUEST:
+        if error.sqlstate.startswith(_OF_THE_REQUEST):
             given = filter(None, (error.diag.message_detail, error.diag.message_hint))
             hint = " ".join(map(one_line, given))
             return PageError(400, _sentence(error.diag.message_primary or ""), hint)
+    elif isinstance(error, psycopg.DataError):
+        return PageError(400, "A value has a character that the database does not accept.")
     elif isinstance(error, psycopg.OperationalError):
         return PageError(503, "The connection to the database was lost. Try again.")
     number = secrets.token_hex(4)
