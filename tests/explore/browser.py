@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, sync_playwright
 
 from pg_siamese.explore.app import Settings, create_app
 from tests.support import wait_until
 
 CHROMIUM = Path("/usr/bin/chromium")
+REFUSED = re.compile(r"responded with a status of 4|Response Status Error Code 4")
+_LOADED = "() => [...document.images].every((image) => image.complete)"
 
 
 @contextmanager
@@ -61,16 +64,23 @@ class Watch:
         self.problems: list[str] = []
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on(
-            "console",
-            lambda message: (
-                self.problems.append(message.text) if message.type == "error" else None
-            ),
-        )
+        page.on("console", self._hear)
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        # Chromium and htmx report what is refused, which is for the page to show.
+        if message.type == "error" and not REFUSED.search(message.text):
+            self.problems.append(message.text)
 
 
 def settled(page: Page) -> None:
     """Wait until nothing is being fetched, and every picture is there."""
     page.wait_for_load_state("networkidle")
-    with suppress(Error):
-        page.wait_for_function("[...document.images].every((image) => image.complete)")
+    # Not wait_for_function, which would evaluate a string inside the page, against its policy.
+    wait_until(lambda: _has_pictures(page), "a picture does not load")
+
+
+def _has_pictures(page: Page) -> bool:
+    try:
+        return bool(page.evaluate(_LOADED))
+    except Error:  # It is on its way to another page.
+        return False

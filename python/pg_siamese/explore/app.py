@@ -18,7 +18,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from pg_siamese.client.connection import CommandError
-from pg_siamese.explore import entry, health, look, searching
+from pg_siamese.explore import entry, health, look, maps, review, searching
 from pg_siamese.explore.failures import PageError, explain
 from pg_siamese.explore.protection import Protection
 from pg_siamese.explore.sessions import MOST_FILES_BYTES, Sessions
@@ -27,6 +27,7 @@ from pg_siamese.explore.visits import page, render
 LOOPBACK = ("127.0.0.1", "localhost")
 SWEEP_SECONDS = 30
 MOST_FORM_BYTES = 64 * 1024
+MOST_KEYS_BYTES = 8 * 1024 * 1024
 STATIC = Path(__file__).parent / "static"
 
 
@@ -84,6 +85,12 @@ def create_app(settings: Settings, sessions: Sessions | None = None) -> Starlett
         ),
         Route("/picture", page(look.picture)),
         Route("/look", page(look.look)),
+        Route("/review", page(review.review)),
+        Route("/review", page(review.begin), methods=["POST"]),
+        Route("/decide", page(review.decide), methods=["POST"]),
+        Route("/map", page(maps.show)),
+        Route("/map.json", page(maps.points)),
+        Route("/among", page(maps.choose), methods=["POST"], max_body_size=MOST_KEYS_BYTES),
         Route("/health", page(health.health)),
         Route("/build", page(health.build), methods=["POST"]),
         Route("/job", page(health.job)),

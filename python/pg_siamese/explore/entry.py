@@ -88,7 +88,7 @@ async def logout(request: Request) -> Response:
     if session is not None:
         check_token(request, session, await request.body())
         await run_in_threadpool(state.sessions.end, token)
-    answer = RedirectResponse("/login", 303)
+    answer = RedirectResponse("/login", 303, headers={"Clear-Site-Data": '"cache", "storage"'})
     answer.delete_cookie(state.cookie)
     return answer
 

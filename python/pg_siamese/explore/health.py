@@ -61,9 +61,11 @@ def job(visit: Visit) -> Response:
     """Show how far some work is."""
     found = _job(visit, visit.parameter("id"))
     is_part = "hx-request" in visit.request.headers
-    if found.state == "done" and not is_part:
-        return RedirectResponse(found.back, 303)
-    return visit.render("_job.html" if is_part else "job.html", job=found)
+    if found.state != "done":
+        return visit.render("_job.html" if is_part else "job.html", job=found)
+    if is_part:
+        return Response(headers={"HX-Redirect": found.back})
+    return RedirectResponse(found.back, 303)
 
 
 def cancel(visit: Visit) -> Response:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from psycopg import sql
 
+from pg_siamese.client.contact_sheet import SMALL_IMAGE
 from pg_siamese.client.sources import png
 from pg_siamese.explore.failures import PageError
 from pg_siamese.explore.tables import Table
@@ -58,6 +59,11 @@ class Size:
     bytes: int
     width: int | None = None
     height: int | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether blocks are clearer than a blur when the image is enlarged."""
+        return max(self.width or SMALL_IMAGE, self.height or SMALL_IMAGE) < SMALL_IMAGE
 
     def __str__(self) -> str:
         """Return both in words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -153,3 +154,19 @@ def find_table(connection: psycopg.Connection[Any], name: str) -> Table:
         group_column if any(each.name == group_column for each in columns) else None,
         InputSpec.from_json(given).within(limits),
     )
+
+
+def values_of(
+    connection: psycopg.Connection[Any], table: Table, keys: Sequence[str], column: str | None
+) -> dict[str, str | None]:
+    """Return a column's values of the rows that the role sees now, by key, both as text."""
+    statement = sql.SQL(
+        "SELECT {key}::text, {value} FROM {relation} WHERE {key} = ANY ({keys}::text[]::{type}[])"
+    ).format(
+        key=table.key,
+        value=sql.SQL("NULL") if column is None else sql.SQL("{}::text").format(sql.Identifier(column)),
+        relation=table.relation,
+        keys=sql.Literal(list(keys)),
+        type=table.key_type,
+    )
+    return dict(connection.execute(statement).fetchall())

@@ -40,8 +40,10 @@ document.addEventListener("change", (event) => {
   if (target.id === "file" && target.files.length) {
     event.stopPropagation();
     searchWith(target.files[0]);
-  } else if (target.form === form() && !form()?.contains(target)) {
-    form().requestSubmit();
+  } else if (form() && target.form === form() && !form().contains(target)) {
+    // Half a box means nothing yet.
+    const given = EDGES.filter((name) => field(name)?.value).length;
+    if (given === 0 || given === EDGES.length) form().requestSubmit();
   }
 }, true);
 
