@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class Ward:
             create = sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}")
             self.db.execute(create.format(sql.Identifier(name), sql.Literal(self.password)))
         for grant in grants:
-            self.db.execute(sql.SQL(grant).format(sql.Identifier(name)))  # type: ignore[arg-type]
+            self.db.execute(sql.SQL(grant).format(sql.Identifier(name)))
         return name
 
 
@@ -90,16 +91,12 @@ def huge_png() -> bytes:
     data = bytearray(file.getvalue())
     data[16:24] = (50_000).to_bytes(4, "big") * 2
     # The checksum of the head.
-    import zlib
-
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 
 
 @pytest.fixture(scope="module")
-def ward(
-    cluster: Cluster | ExternalServer, template: str, pictures: Pictures
-) -> Iterator[Ward]:
+def ward(cluster: Cluster | ExternalServer, template: str, pictures: Pictures) -> Iterator[Ward]:
     """Collection ``scans`` of a table with row-level security."""
     with copied_database(cluster, template) as dsn, psycopg.connect(dsn, autocommit=True) as db:
         password = str(conninfo_to_dict(server.DSN).get("password") or PASSWORD)
@@ -107,7 +104,8 @@ def ward(
         db.execute(
             sql.SQL(
                 "CREATE TABLE public.scans (id bigint PRIMARY KEY, image bytea, label text,"
-                " patient text, taken date, score real, ward text, {} text, data jsonb, hidden text)"
+                " patient text, taken date, score real, ward text, {} text, data jsonb,"
+                " hidden text)"
             ).format(sql.Identifier(EVIL))
         )
         db.execute(

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
+from pg_siamese.explore import review
 from tests.conftest import Pictures
 from tests.explore.browser import Watch, chromium, served, settled
 from tests.explore.conftest import DICOM, ROWS, Ward
@@ -21,16 +22,18 @@ AXE = (ROOT / "tests" / "data" / "axe" / "axe-4.14.1.min.js").read_text()
 WIDE, NARROW = 1280, 390
 DROP = """([name, text]) => {
     const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+    const bubbling = { bubbles: true, cancelable: true };
     const data = new DataTransfer();
     data.items.add(new File([bytes], name));
     for (const kind of ["dragover", "drop"])
-        document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+        document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: data, ...bubbling }));
 }"""
 PASTE = """(text) => {
     const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+    const bubbling = { bubbles: true, cancelable: true };
     const data = new DataTransfer();
     data.items.add(new File([bytes], "pasted.png", { type: "image/png" }));
-    document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+    document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, ...bubbling }));
 }"""
 
 Start = Callable[..., Page]
@@ -82,9 +85,10 @@ def shown(page: Page) -> list[str]:
 
 
 def broken(page: Page) -> list[str]:
-    return page.evaluate(
-        "() => [...document.images].filter((i) => !i.naturalWidth).map((i) => i.src)"
+    found = page.evaluate(
+        "() => [...document.images].filter((i) => !i.naturalWidth && !i.hidden).map((i) => i.src)"
     )
+    return [str(each) for each in found]
 
 
 def test_three_searches_by_clicks(visit: Start) -> None:
@@ -102,10 +106,10 @@ def test_three_searches_by_clicks(visit: Start) -> None:
         page.locator(f'.example img[alt="Liked: key:{key}"]').wait_for()
         settled(page)
         assert key not in shown(page) and len(shown(page)) == 24 and broken(page) == []
-    for place in reversed(places):
+    for address in reversed(places):
         # htmx loads the page again, which page.go_back() takes for a failure.
         page.evaluate("() => history.back()")
-        page.wait_for_url(place)
+        page.wait_for_url(address)
         settled(page)
     assert shown(page) == before
 
@@ -304,7 +308,15 @@ def tab_to(page: Page, condition: str) -> None:
     raise AssertionError("the keyboard does not get there")
 
 
-PLACES = ("/", "/search?c=scans", "/search?c=scans&like=key:4", f"/look?c=scans&key={DICOM}", "/health")
+PLACES = (
+    "/",
+    "/search?c=scans",
+    "/search?c=scans&like=key:4",
+    f"/look?c=scans&key={DICOM}",
+    "/health",
+    "/map?c=scans",
+    "/review?c=scans",
+)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -360,3 +372,82 @@ def test_a_role_logs_in_and_sees_its_own_rows(ward: Ward, browser: Browser) -> N
         assert page.locator(".card").count() == 0
         assert watch.problems == []
         page.close()
+
+
+def test_a_lasso_on_the_map_becomes_a_filter(visit: Start) -> None:
+    page = visit()
+    page.goto(f"{origin(page)}/map?c=scans&by=ward")
+    page.locator("#map[data-ready]").wait_for()
+    place = page.locator("#map").bounding_box()
+    assert place is not None
+    corners = ((0.02, 0.02), (0.98, 0.02), (0.98, 0.6), (0.02, 0.6))
+    points = [
+        (place["x"] + a * place["width"], place["y"] + b * place["height"]) for a, b in corners
+    ]
+    # A picture appears under the pointer.
+    for step in range(60):
+        share = 0.05 + 0.015 * step
+        page.mouse.move(place["x"] + share * place["width"], place["y"] + share * place["height"])
+        if page.locator("#near").is_visible():
+            break
+    settled(page)
+    assert page.locator("#near").is_visible() and broken(page) == []
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*point, steps=4)
+    page.mouse.up()
+    chosen = int(page.locator("#near-text").inner_text().split()[0])
+    assert 0 < chosen < ROWS
+    page.get_by_role("button", name="Search the chosen rows").click()
+    page.wait_for_url("**among=**")
+    settled(page)
+    assert len(shown(page)) == min(24, chosen)
+    page.locator(".card a.picture").first.click()
+    page.wait_for_url("**like=key**among=**")
+    page.locator(".example").wait_for()
+    settled(page)
+    assert len(shown(page)) == min(24, chosen - 1)
+
+
+def test_the_map_by_the_keyboard(visit: Start) -> None:
+    page = visit()
+    page.goto(f"{origin(page)}/map?c=scans")
+    page.locator("#map[data-ready]").wait_for()
+    page.locator("#map").focus()
+    for presses, key in (
+        (13, "ArrowLeft"),
+        (13, "ArrowUp"),
+        (1, " "),
+        (26, "ArrowRight"),
+        (1, " "),
+    ):
+        for _ in range(presses):
+            page.keyboard.press(key)
+    for presses, key in ((26, "ArrowDown"), (1, " "), (26, "ArrowLeft"), (1, " ")):
+        for _ in range(presses):
+            page.keyboard.press(key)
+    assert "chosen" in page.locator("#near-text").inner_text()
+    page.keyboard.press("Escape")
+    assert page.get_by_role("button", name="Search the chosen rows").is_disabled()
+
+
+def test_a_group_is_reviewed(visit: Start, ward: Ward) -> None:
+    ward.db.execute(review.CREATE)
+    copy = "UPDATE scans SET image = (SELECT image FROM scans WHERE id = 10) WHERE id = 11"
+    ward.db.execute(copy)
+    page = visit()
+    page.goto(f"{origin(page)}/review?c=scans")
+    page.get_by_role("button", name="Look for groups").click()
+    page.locator("h2", has_text="Group 1").wait_for()
+    page.get_by_label("Your table for decisions").fill("decisions")
+    page.get_by_role("button", name="Use").click()
+    section = page.locator("section", has=page.get_by_role("img", name="id 11"))
+    section.get_by_label("Note").fill("a copy")
+    section.get_by_role("button", name="same").click()
+    page.wait_for_url("**#group-**")
+    section.get_by_text("same", exact=True).first.wait_for()
+    settled(page)
+    assert broken(page) == []
+    row = ward.db.execute("SELECT keys, decision, note FROM decisions").fetchone()
+    assert row is not None and {"10", "11"} <= set(row[0]) and row[1:] == ("same", "a copy")

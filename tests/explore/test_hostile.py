@@ -47,7 +47,7 @@ def post(client: TestClient, path: str, headers: dict[str, str] | None = None, *
     return client.post(path, data=form, headers=headers or {})
 
 
-# --- Other sites ------------------------------------------------------------------------------------
+# --- Other sites ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_link_from_elsewhere_leads_here(browse: Open) -> None:
 def test_a_form_without_its_token(browse: Open, path: str, token: str | None) -> None:
     client = browse(write=True)
     form = {} if token is None else {"csrf": token}
-    assert post(client, path, **form).status_code in (400, 403)
+    assert client.post(path, data=form).status_code in (400, 403)
     assert client.get("/").status_code == 200
 
 
@@ -99,7 +99,7 @@ def test_a_name_that_was_bent_to_this_machine(browse: Open, host: str) -> None:
     assert "scans" not in answer.text
 
 
-# --- Paths and addresses ----------------------------------------------------------------------------
+# --- Paths and addresses --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,14 @@ def test_paths_that_are_no_pages(browse: Open, path: str) -> None:
     assert "import" not in answer.text and "root:" not in answer.text
 
 
-INJECTIONS = ("1; DROP TABLE scans", "' OR 1=1 --", "1) OR (1=1", '"; DROP TABLE scans; --', "\0", "$1")
+INJECTIONS = (
+    "1; DROP TABLE scans",
+    "' OR 1=1 --",
+    "1) OR (1=1",
+    '"; DROP TABLE scans; --',
+    "\0",
+    "$1",
+)
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
@@ -165,7 +172,7 @@ def test_addresses_that_mean_nothing(browse: Open, address: str) -> None:
     assert 'role="alert"><p>' in answer.text
 
 
-# --- What is stored ---------------------------------------------------------------------------------
+# --- What is stored -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("key", "content"), [(SVG_ROW, SVG), (HTML_ROW, HTML), (HUGE, b"IHDR")])
@@ -224,7 +231,7 @@ def test_formulas_in_csv(browse: Open) -> None:
     assert f"id,{EVIL},score" in text
 
 
-# --- Roles ------------------------------------------------------------------------------------------
+# --- Roles ----------------------------------------------------------------------------------------
 
 
 def test_a_role_sees_its_own_rows_only(browse: Open) -> None:
@@ -357,18 +364,18 @@ def test_the_login_form_of_another_visitor(ward: Ward, browse: Open) -> None:
     assert client.post("/login", data=form).status_code == 403
 
 
-# --- Sessions ---------------------------------------------------------------------------------------
+# --- Sessions -------------------------------------------------------------------------------------
 
 
 def test_no_session_no_page(browse: Open) -> None:
     client = browse()
-    for cookie in (None, "guess", secrets.token_urlsafe(32), "ü"):
+    for cookie in ("", "guess", secrets.token_urlsafe(32), "Ã¼"):
         client.cookies.clear()
-        headers = {} if cookie is None else {"Cookie": f"{COOKIE}={cookie}".encode("latin-1")}
+        headers = {"Cookie": f"{COOKIE}={cookie}"} if cookie else {}
         for path in (*PAGES, "/picture?c=scans&of=key:1", "/search.csv?c=scans"):
-            answer = client.get(path, headers=headers)  # type: ignore[arg-type]
+            answer = client.get(path, headers=headers)
             assert (answer.status_code, answer.headers["location"]) == (303, "/login")
-        answer = client.get("/", headers={**headers, "HX-Request": "true"})  # type: ignore[dict-item]
+        answer = client.get("/", headers={**headers, "HX-Request": "true"})
         assert (answer.status_code, answer.headers["hx-redirect"]) == (401, "/login")
 
 
@@ -402,7 +409,10 @@ def test_the_link_is_no_way_around_the_form(ward: Ward, browse: Open) -> None:
     [
         ([sessions.IDLE_SECONDS - 1] * 3, False),
         ([sessions.IDLE_SECONDS + 1], True),
-        ([sessions.IDLE_SECONDS - 1] * (sessions.ABSOLUTE_SECONDS // sessions.IDLE_SECONDS + 1), True),
+        (
+            [sessions.IDLE_SECONDS - 1] * (sessions.ABSOLUTE_SECONDS // sessions.IDLE_SECONDS + 1),
+            True,
+        ),
     ],
 )
 def test_sessions_end(ward: Ward, browse: Open, steps: list[int], ends: bool) -> None:
@@ -466,7 +476,7 @@ def test_what_a_visitor_brought_is_nobody_elses(browse: Open, ward: Ward) -> Non
     assert answer.status_code == 410
 
 
-# --- Writing ----------------------------------------------------------------------------------------
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def test_a_page_without_write_changes_nothing(ward: Ward, browse: Open) -> None:
@@ -490,7 +500,7 @@ def test_write_does_not_give_more_than_the_role_has(ward: Ward, browse: Open) ->
     assert "no permission" in client.get(started.headers["location"]).text
 
 
-# --- Sizes ------------------------------------------------------------------------------------------
+# --- Sizes ----------------------------------------------------------------------------------------
 
 
 def test_forms_that_are_too_large(browse: Open) -> None:
@@ -506,7 +516,12 @@ def test_forms_that_are_too_large(browse: Open) -> None:
 def test_files_that_are_too_large_or_no_pictures(browse: Open) -> None:
     client = browse()
     headers = {"X-CSRF-Token": token_of(client)}
-    for content, status in ((HTML, 400), (SVG, 400), (b"", 400), (b"\x89PNG" + b"\0" * 34_000_000, 413)):
+    for content, status in (
+        (HTML, 400),
+        (SVG, 400),
+        (b"", 400),
+        (b"\x89PNG" + b"\0" * 34_000_000, 413),
+    ):
         answer = client.post("/files?c=scans", content=content, headers=headers)
         assert answer.status_code == status, answer.text
         assert "Traceback" not in answer.text
@@ -518,7 +533,7 @@ def test_pictures_have_a_largest_size(browse: Open) -> None:
         assert client.get(f"/picture?c=scans&of=key:1&side={side}").status_code == 400
 
 
-# --- Headers and markup -----------------------------------------------------------------------------
+# --- Headers and markup ---------------------------------------------------------------------------
 
 
 def test_every_answer_has_the_headers(browse: Open) -> None:

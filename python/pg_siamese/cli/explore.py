@@ -62,7 +62,7 @@ def explore(
         output().print(f"open {escape(link)}", soft_wrap=True)
 
     def open_link(link: str) -> None:
-        # Arguments of a process are for all to see, and the link is not. So the browser gets a file.
+        # All users see the arguments of a process. So the browser gets a file that has the link.
         file = Path(folder) / "open.html"
         file.write_text(f'<meta http-equiv="refresh" content="0; url={link}">', encoding="utf-8")
         webbrowser.open(file.as_uri())

@@ -146,8 +146,8 @@ def sheet(
         first = _shown(connection, table, session, query.like[0], None)
         row = SheetRow(", ".join(map(_title, query.like)), first, None, neighbours)
     elif neighbours:
-        first, *rest = neighbours
-        row = SheetRow(table.name, first.pixels, first.label, rest, measure=first.measure or "")
+        one, *rest = neighbours
+        row = SheetRow(table.name, one.pixels, one.label, rest, measure=one.measure or "")
     else:
         raise PageError(404, "There are no pictures to draw.")
     file = io.BytesIO()

@@ -18,8 +18,9 @@ from pg_siamese.explore.visits import Visit
 # Searches slow down as these accumulate: see docs/operations.md.
 MANY_PENDING, MUCH_DEAD = 20_000, 0.2
 _MAY = """
-    SELECT pg_catalog.has_function_privilege('siamese.build_index'::pg_catalog.regproc::oid, 'EXECUTE'),
-        pg_catalog.has_function_privilege('siamese.self_check'::pg_catalog.regproc::oid, 'EXECUTE')
+    SELECT pg_catalog.has_function_privilege(f.sign::pg_catalog.regproc::oid, 'EXECUTE')
+    FROM (VALUES (1, 'siamese.build_index'), (2, 'siamese.self_check')) AS f (place, sign)
+    ORDER BY f.place
 """
 Row = Mapping[str, Any]
 
@@ -27,7 +28,7 @@ Row = Mapping[str, Any]
 def health(visit: Visit) -> Response:
     """Show the state of everything that the role may see."""
     connection = visit.connection
-    may_build, may_check = connection.execute(_MAY).fetchone() or (False, False)
+    (may_build,), (may_check,) = connection.execute(_MAY).fetchall()
     states = _rows(connection, "collection_status")
     return visit.render(
         "health.html",

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,6 +188,7 @@ def _placed(matrix: NDArray[np.float32], method: str) -> NDArray[np.float32]:
         places = PCA(2, random_state=0).fit_transform(matrix)
     else:
         places = np.zeros((count, 2))
+    places = places - (places.max(axis=0) + places.min(axis=0)) / 2
     extent = float(np.abs(places).max()) or 1.0
     return np.asarray(places / extent, np.float32)
 

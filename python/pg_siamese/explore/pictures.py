@@ -216,8 +216,11 @@ def _dicom_pixels(head: bytes) -> tuple[int, int] | None:
 def _is_deep(data: bytes) -> bool:
     if data[:4] == b"\x89PNG":
         return data[24:25] == b"\x10"
-    if data[:4] in TIFF_HEADERS:
+    if data[:4] not in TIFF_HEADERS:
+        return False
+    try:
         with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
             bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]
-        return max(bits if isinstance(bits, tuple) else (bits,)) > 8
-    return False
+    except Exception:  # as above
+        return False
+    return any(count > 8 for count in (bits if isinstance(bits, tuple) else (bits,)))

@@ -20,7 +20,7 @@ SIZES = (12, 24, 48, 96)
 MOST_EXAMPLES = 16
 # Of an example that is a stored row, and of one that is a file of the visitor.
 STORED, FILE = "key:", "file:"
-# Of a filter's values, one that is typed, the ends of a range, and whether rows without a value count.
+# Of a filter: values, one that is typed, the ends of a range, and rows without a value.
 VALUE, TYPED, LEAST, MOST, NULL = "in.", "also.", "min.", "max.", "null."
 _EDGES = ("left", "top", "right", "bottom")
 
@@ -47,7 +47,7 @@ class Condition:
 
     def clause(self, column: str, type_name: str) -> sql.Composed:
         """Return the condition as SQL."""
-        name, cast = sql.Identifier(column), sql.SQL(type_name)  # type: ignore[arg-type]
+        name, cast = sql.Identifier(column), sql.SQL(type_name)
         clauses: list[sql.Composable] = []
         for sign, value in ((">=", self.least), ("<=", self.most)):
             if value:
@@ -113,8 +113,7 @@ class Query:
         found += [("frame", str(self.frame))] if self.frame else []
         if self.region is not None:
             found += [
-                (name, f"{100 * edge:.6g}")
-                for name, edge in zip(_EDGES, self.region, strict=True)
+                (name, f"{100 * edge:.6g}") for name, edge in zip(_EDGES, self.region, strict=True)
             ]
         found += [("column", name) for name in self.columns] or [("columns", "chosen")]
         for name, condition in self.conditions.items():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
+import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 from starlette.responses import RedirectResponse, Response
@@ -75,7 +77,7 @@ def review(visit: Visit) -> Response:
     table = visit.table()
     job = visit.session.jobs.get(visit.parameter("job"))
     found = job.outcome if job is not None else None
-    if not isinstance(found, Found) or found.collection != table.name:
+    if job is None or not isinstance(found, Found) or found.collection != table.name:
         splits = [column.name for column in table.filtered]
         return visit.render("review.html", collection=table.name, found=None, splits=splits)
     into = visit.parameter("into")
@@ -197,7 +199,9 @@ def _decisions(connection: Connection, name: str) -> sql.Identifier:
     """Return the table that a visitor names. Raises ``PageError``."""
     if not name:
         raise PageError(400, "Name a table for the decisions.")
-    row = connection.execute(_TABLE, (name,)).fetchone()
+    row = None
+    with suppress(psycopg.errors.SyntaxError, psycopg.errors.InvalidName):
+        row = connection.execute(_TABLE, (name,)).fetchone()
     if row is None:
         raise PageError(400, f'There is no table "{name}".', "Make it with the SQL on this page.")
     return sql.Identifier(*row)

@@ -88,7 +88,9 @@ def take_file(visit: Visit) -> Response:
     """Keep a file to search with, and say where its answers are."""
     table = visit.table()
     if len(visit.body) > table.spec.max_bytes:
-        raise PageError(413, f"This collection takes files of up to {table.spec.max_bytes:,} bytes.")
+        raise PageError(
+            413, f"This collection takes files of up to {table.spec.max_bytes:,} bytes."
+        )
     # Refused now if it is no image, as the server would.
     pixels_of(visit.body, table.spec, THUMBNAIL)
     name = visit.session.files.add(visit.body)
@@ -127,9 +129,7 @@ class _Links:
             tuple(each for each in getattr(self._asked, name) if each != example)
             for name in ("like", "unlike")
         )
-        return self._at(
-            "/search", like=like, unlike=unlike if like else (), frame=0, region=None
-        )
+        return self._at("/search", like=like, unlike=unlike if like else (), frame=0, region=None)
 
     def everywhere(self) -> str:
         """Return the address of the same search among all rows."""

