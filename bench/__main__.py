@@ -34,9 +34,10 @@ def main() -> int:
         parser.add_argument(name, action="store_true", help=text)
     text = (
         "only DICOM files, the clinical encoder, encoders of several sizes, searches by group or"
-        " for many rows at once, similarity maps, pairs of rows, or duplicates"
+        " for many rows at once, similarity maps, pairs of rows, duplicates, or the page"
     )
     parts = ["dicom", "clinical", "encoders", "groups", "nearest", "heat", "pairs", "duplicates"]
+    parts.append("explore")
     parser.add_argument("--only", choices=parts, help=text)
     text = "ONNX file for --only clinical (models/clinical.onnx)"
     parser.add_argument("--model", type=Path, default=clinical.MODEL, metavar="FILE", help=text)
@@ -61,6 +62,9 @@ def main() -> int:
                 report = runs.nearest_alone(size, console, earlier)
             else:
                 report = runs.pairs_alone(size, console)
+        elif chosen.only == "explore":
+            size = runs.EXPLORE_QUICK if chosen.quick else runs.EXPLORE
+            report = runs.explore_alone(size, console)
         elif chosen.only == "duplicates":
             size = runs.DUPLICATES_QUICK if chosen.quick else runs.DUPLICATES
             report = runs.duplicates_alone(size, console)

@@ -19,6 +19,7 @@ from bench import (
     dicom,
     duplicates,
     encoders,
+    explore,
     filtered,
     grouped,
     groups,
@@ -91,6 +92,8 @@ DEFERRED_QUICK = Size(rows=1_000, queries=3, builds=1, worker_rows=1_000)
 # Pictures, and copies of them.
 DUPLICATES = Size(rows=60_000, queries=2_000, builds=1)
 DUPLICATES_QUICK = Size(rows=3_000, queries=500, builds=1)
+EXPLORE = Size(rows=100_000, queries=40, builds=1)
+EXPLORE_QUICK = Size(rows=3_000, queries=10, builds=1)
 # For two revisions, with inserts in place of builds.
 COMPARE = Size(rows=70_000, queries=3_000, builds=7, connections=75)
 COMPARE_QUICK = Size(rows=2_000, queries=400, builds=1, connections=2)
@@ -274,6 +277,20 @@ def pairs_alone(size: Size, console: Console) -> Report:
         console.print("Searching …")
         report.lines += pairs.pairs(cluster, vectors)
         report.bars += pairs.bars(report.lines)
+    return report
+
+
+def explore_alone(size: Size, console: Console) -> Report:
+    """Measure the page in a browser, and nothing else."""
+    with server(SETTINGS) as cluster:
+        report = Report("explore", machine.facts(cluster), SETTINGS, vars(size))
+        console.print(f"Inserting {size.rows:,} images …")
+        data.register(cluster)
+        files = [png(picture) for picture in data.fashion_mnist(size.rows)]
+        explore.fill(cluster, files, size.rows)
+        console.print("Opening the page …")
+        report.lines += explore.measure(cluster, size.queries)
+        report.bars += explore.bars(report.lines)
     return report
 
 
