@@ -51,9 +51,9 @@ def fill(cluster: Cluster, files: list[bytes], rows: int) -> None:
         )
         session.execute("SELECT siamese.create_collection('shown', 'public.shown')")
         values = {
-            "text": "'value ' || n % 12",
-            "integer": "(n * 7919) % 1000",
-            "date": "date '2024-01-01' + (n % 365)::integer",
+            "text": "'value ' || n %% 12",
+            "integer": "(n * 7919) %% 1000",
+            "date": "date '2024-01-01' + (n %% 365)::integer",
             "real": "n / 7.0",
         }
         filled = ", ".join(values[kinds[place % 4]] for place in range(len(names)))
@@ -77,6 +77,8 @@ def measure(cluster: Cluster, clicks: int) -> list[Line]:
             page.wait_for_load_state("networkidle")
             first.append(page.evaluate(LOADED) / 1000)
         for place in range(clicks):
+            # htmx attends to new links a moment after it has shown them.
+            page.wait_for_timeout(200)
             shown.append(page.evaluate(TIMED_CLICK, 1 + place % 20) / 1000)
             keys.append(page.url.partition("like=key%3A")[2].partition("&")[0])
     alone = []

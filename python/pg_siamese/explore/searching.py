@@ -12,7 +12,7 @@ from pg_siamese.explore import answers, query
 from pg_siamese.explore.failures import PageError
 from pg_siamese.explore.pictures import Look, pixels_of
 from pg_siamese.explore.query import FILE, STORED, Query
-from pg_siamese.explore.tables import Table
+from pg_siamese.explore.tables import Table, readable
 from pg_siamese.explore.visits import Visit
 
 # A longer statement is shown in part, and copied from a file.
@@ -27,7 +27,7 @@ def home(visit: Visit) -> Response:
             "SELECT collection, relation::text, model, rows_embedded, rows_indexed, waiting"
             " FROM siamese.collection_status ORDER BY collection"
         ).fetchall()
-    return visit.render("home.html", rows=rows)
+    return visit.render("home.html", rows=rows, readable=readable(visit.connection))
 
 
 def search(visit: Visit) -> Response:

@@ -99,6 +99,7 @@ class Session:
         files: image files to search with.
         sets: keys that were chosen on the map, as text.
         maps: what the map shows, by collection and settings.
+        tables: when a collection was looked up, and what was found, by its name.
         jobs: work in the background, by name.
         began, used: seconds of the clock of ``Sessions``.
     """
@@ -109,6 +110,7 @@ class Session:
         self.files: Kept[bytes] = Kept(len)
         self.sets: Kept[Sequence[str]] = Kept()
         self.maps: OrderedDict[Any, Any] = OrderedDict()
+        self.tables: dict[str, Any] = {}
         self.jobs: dict[str, Any] = {}
         self.began = self.used = 0.0
         self._again = again or self._with_its_password

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,9 +19,11 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from pg_siamese import __version__
 from pg_siamese.explore.failures import PageError, explain
 from pg_siamese.explore.sessions import Connection, Session, SessionEnded
-from pg_siamese.explore.tables import Table, find_table, readable
+from pg_siamese.explore.tables import Table, find_table
 
 MOST_FORM_FIELDS = 500
+# For this long, a session knows a table's columns and settings. Each picture needs them.
+TABLE_SECONDS = 10
 TEMPLATES = Environment(
     loader=PackageLoader("pg_siamese.explore"),
     autoescape=True,
@@ -61,7 +64,11 @@ class Visit:
         name = self.parameter("c") or (self.form.get("c", "") if self.body else "")
         if not name:
             raise PageError(400, "The address names no collection.")
-        return find_table(self.connection, name)
+        known = self.session.tables.get(name)
+        if known is None or time.monotonic() - known[0] > TABLE_SECONDS:
+            # What is read of the table itself is checked each time, by the database.
+            known = self.session.tables[name] = time.monotonic(), find_table(self.connection, name)
+        return known[1]
 
     def render(self, template: str, status: int = 200, **values: Any) -> Response:
         """Return a page."""
@@ -74,7 +81,6 @@ class Visit:
             template,
             status,
             session=self.session,
-            collections=readable(self.connection),
             write=self.may_write,
             **values,
         )
@@ -82,7 +88,7 @@ class Visit:
 
 def render(request: Request, template: str, status: int = 200, **values: Any) -> Response:
     """Return a page, for a visitor with or without a session."""
-    given = {"session": None, "collections": (), "write": False, "collection": ""} | values
+    given = {"session": None, "write": False, "collection": ""} | values
     session = given["session"]
     text = TEMPLATES.get_template(template).render(
         **given,
