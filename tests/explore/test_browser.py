@@ -391,10 +391,8 @@ def test_a_lasso_on_the_map_becomes_a_filter(visit: Start) -> None:
         (place["x"] + a * place["width"], place["y"] + b * place["height"]) for a, b in corners
     ]
     # A picture appears under the pointer.
-    share = page.evaluate(FIRST_POINT)
-    page.mouse.move(
-        *(place[n] + part * place["width"] for n, part in zip("xy", share, strict=True))
-    )
+    left, top = page.evaluate(FIRST_POINT)
+    page.mouse.move(place["x"] + left * place["width"], place["y"] + top * place["height"])
     page.locator("#near").wait_for()
     settled(page)
     assert broken(page) == []

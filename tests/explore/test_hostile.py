@@ -461,7 +461,7 @@ def test_cookies_are_not_for_scripts(browse: Open, ward: Ward) -> None:
     for answer in answers:
         for cookie in answer.headers.get_list("set-cookie"):
             assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower(), cookie
-    app = create_app(Settings(dsn=ward.dsn, secure=True))
+    app = create_app(Settings(dsn=ward.dsn))
     with TestClient(app, base_url=ORIGIN.replace("http", "https")) as secure:
         assert "Secure" in secure.get("/login").headers["set-cookie"]
 

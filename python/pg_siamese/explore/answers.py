@@ -73,6 +73,14 @@ def find(
     return [Card(card.key, card.values, found.get(card.key), card.answer) for card in cards]
 
 
+def bytes_of_files(query: Query, session: Session) -> int:
+    """Return how large the visitor's files are that a search has, in bytes."""
+    names = [
+        each.removeprefix(FILE) for each in (*query.like, *query.unlike) if each.startswith(FILE)
+    ]
+    return sum(len(session.files.get(name)) for name in names)
+
+
 def statement(table: Table, query: Query, session: Session) -> str:
     """Return the SQL of an answer, with its values as literals, ready to run."""
     if query.like:

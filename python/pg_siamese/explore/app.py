@@ -41,7 +41,6 @@ class Settings:
         write: whether the page may change the database, as far as the role can.
         hosts: names that the page is reached by.
         port: of the page. It is in the name of the cookie, since cookies are for all ports.
-        secure: whether browsers reach the page by HTTPS.
         announce: called with each token of a link.
     """
 
@@ -50,7 +49,6 @@ class Settings:
     write: bool = False
     hosts: Sequence[str] = LOOPBACK
     port: int = 8765
-    secure: bool = False
     announce: Callable[[str], object] = field(default=lambda token: None)
 
 
@@ -100,7 +98,7 @@ def create_app(settings: Settings, sessions: Sessions | None = None) -> Starlett
     app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(Protection, scheme="https" if settings.secure else "http"),
+            Middleware(Protection),
             Middleware(
                 TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False
             ),
@@ -117,7 +115,7 @@ def create_app(settings: Settings, sessions: Sessions | None = None) -> Starlett
     )
     state = app.state
     state.dsn, state.form, state.write = settings.dsn, settings.form, settings.write
-    state.secure, state.sessions = settings.secure, kept
+    state.sessions = kept
     state.cookie = f"pg_siamese_{settings.port}"
     state.secret = secrets.token_bytes(32)
     state.invitation = entry.Invitation(settings.announce)

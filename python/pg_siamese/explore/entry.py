@@ -102,7 +102,7 @@ def _entered(request: Request, session: Session, answer: Response) -> Response:
 
 
 def _set_cookie(request: Request, answer: Response, name: str, value: str) -> None:
-    secure = request.app.state.secure
+    secure = request.url.scheme == "https"
     answer.set_cookie(name, value, path="/", secure=secure, httponly=True, samesite="strict")
 
 

@@ -45,7 +45,7 @@ def look(visit: Visit) -> Response:
     table = visit.table()
     key = visit.parameter("key")
     data = pictures.read_image(visit.connection, table, key)
-    tags = _tags(visit, data)
+    tags = _tags(visit, table, key, data)
     known = pictures.facts(data, tags)
     look = _look(visit, Look(side=LARGE))
     address = {"c": table.name, "key": key, "beside": visit.parameter("beside")}
@@ -84,11 +84,14 @@ def _look(visit: Visit, default: Look) -> Look:
     )
 
 
-def _tags(visit: Visit, data: bytes) -> Mapping[str, Any] | None:
+def _tags(visit: Visit, table: Table, key: str, data: bytes) -> Mapping[str, Any] | None:
     """Read the DICOM tags that the database allows to be seen, or None of another format."""
     if supported(data) != "DICOM":
         return None
-    row = visit.connection.execute("SELECT siamese.dicom_tags(%s)", (data,)).fetchone()
+    statement = sql.SQL("SELECT siamese.dicom_tags({}) FROM {} WHERE {} = %s::text::{}")
+    row = visit.connection.execute(
+        statement.format(table.image, table.relation, table.key, table.key_type), (key,)
+    ).fetchone()
     return None if row is None else row[0]
 
 

@@ -28,9 +28,8 @@ _READING = ("GET", "HEAD")
 class Protection:
     """ASGI middleware that sets the headers, and refuses what another site's page sends."""
 
-    def __init__(self, app: ASGIApp, *, scheme: str) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.scheme = scheme
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -49,18 +48,19 @@ class Protection:
                     headers["Cache-Control"] = "no-store"
             await send(message)
 
-        if self._is_foreign(Headers(scope=scope), scope["method"]):
+        if _is_foreign(Headers(scope=scope), scope["method"], scope["scheme"]):
             refusal = PlainTextResponse("This request comes from another site.\n", 403)
             await refusal(scope, receive, guarded)
             return
         await self.app(scope, receive, guarded)
 
-    def _is_foreign(self, headers: Headers, method: str) -> bool:
-        site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
-        # A link elsewhere may lead here. Nothing else there may ask for anything.
-        if site not in (None, "same-origin", "none") and not (
-            method in _READING and mode == "navigate"
-        ):
-            return True
-        origin = headers.get("origin")
-        return origin is not None and origin != f"{self.scheme}://{headers.get('host', '')}"
+
+def _is_foreign(headers: Headers, method: str, scheme: str) -> bool:
+    site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
+    # A link elsewhere may lead here. Nothing else there may ask for anything.
+    if site not in (None, "same-origin", "none") and not (
+        method in _READING and mode == "navigate"
+    ):
+        return True
+    origin = headers.get("origin")
+    return origin is not None and origin != f"{scheme}://{headers.get('host', '')}"

@@ -35,16 +35,15 @@ def search(visit: Visit) -> Response:
     table = visit.table()
     asked = _asked(visit, table)
     cards = answers.find(visit.connection, table, asked, visit.session)
-    text = answers.statement(table, asked, visit.session)
+    is_long = answers.bytes_of_files(asked, visit.session) > MOST_SQL
+    text = "" if is_long else answers.statement(table, asked, visit.session)
     return visit.render(
         "search.html",
         collection=table.name,
         table=table,
         query=asked,
         cards=cards,
-        # Without distances there is nothing to show them for.
-        calibrated=any(card.answer is not None and card.answer.similarity for card in cards),
-        sql=text if len(text) <= MOST_SQL else None,
+        sql=text if len(text) <= MOST_SQL else "",
         links=_Links(table, asked),
         shown=query,
     )

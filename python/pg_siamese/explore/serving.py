@@ -73,7 +73,6 @@ def serve(
         write=write,
         hosts=(*LOOPBACK, address.host, *address.names),
         port=address.port,
-        secure=address.certificate is not None,
         announce=invite if not form else lambda token: None,
     )
     config = uvicorn.Config(

@@ -66,15 +66,18 @@ class Kept(Generic[Item]):
     def __init__(self, size: Callable[[Item], int] = lambda item: 0) -> None:
         self._items: OrderedDict[str, Item] = OrderedDict()
         self._size = size
+        self._lock = threading.Lock()
 
     def add(self, item: Item) -> str:
         """Keep a thing and return its name. The oldest ones go if there are too many."""
         name = secrets.token_hex(8)
-        self._items[name] = item
-        while len(self._items) > MOST_KEPT or (
-            len(self._items) > 1 and sum(map(self._size, self._items.values())) > MOST_FILES_BYTES
-        ):
-            self._items.popitem(last=False)
+        with self._lock:
+            self._items[name] = item
+            while len(self._items) > MOST_KEPT or (
+                len(self._items) > 1
+                and sum(map(self._size, self._items.values())) > MOST_FILES_BYTES
+            ):
+                self._items.popitem(last=False)
         return name
 
     def get(self, name: str) -> Item:
