@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
@@ -89,7 +90,9 @@ def serve(
     )
     server = _Server(config, opened=lambda: opened(links[0]) if opened else None)
     try:
-        server.run()
+        # uvicorn raises it again when all is closed. Ctrl-C is how the page ends.
+        with suppress(KeyboardInterrupt):
+            server.run()
     except SystemExit:
         raise CommandError(f"port {address.port} of {address.host} is not free") from None
 
