@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +18,8 @@ from pg_siamese.cli.terminal import answer_table, notice_bar, output
 from pg_siamese.client.connection import CommandError, connect
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from psycopg import Cursor
 
 WATCH_SECONDS = 1.0
@@ -198,6 +199,8 @@ def status(
     """Show each collection with its table, model, vectors and index, and the work under way."""
     from psycopg.rows import dict_row
 
+    from pg_siamese.client.queries import in_words
+
     with connect(dsn) as connection, connection.cursor(row_factory=dict_row) as cursor:
         if watch:
             with suppress(KeyboardInterrupt):
@@ -220,7 +223,7 @@ def status(
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
         for name, value in row.items():
-            grid.add_row(f"  {name}", escape(_readable(value)))
+            grid.add_row(f"  {name}", escape(in_words(value)))
         console.print(grid)
     if work:
         console.print("\n[bold]under way[/]")
@@ -244,12 +247,14 @@ def _described(
     ends_at: datetime | None,
     pid: int | None,
 ) -> str:
+    from pg_siamese.client.queries import in_words
+
     parts = [f"{kind} of {collection}: {phase}"]
     if total:
         parts.append(f"{100 * (done or 0) // total}% ({done:,} of {total:,})")
     elif done:
         parts.append(f"{done:,}")
-    parts.append(f"since {_readable(started_at)}")
+    parts.append(f"since {in_words(started_at)}")
     if ends_at is not None:
         parts.append(f"until about {ends_at.astimezone():%H:%M:%S}")
     if pid is not None:
@@ -271,18 +276,6 @@ def _watch(cursor: Cursor[dict[str, Any]]) -> None:
             else:
                 console.print(lines, markup=False, soft_wrap=True)
             time.sleep(WATCH_SECONDS)
-
-
-def _readable(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, datetime):
-        return value.astimezone().isoformat(" ", "seconds")
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def build_index(collection: CollectionName = "images", dsn: Dsn = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -380,6 +381,19 @@ def display_pixels(
         return render_image(data, DISPLAY_PIXELS, frame, part)
     except ImageError as error:
         raise CommandError(f"not an image that can be shown: {error}") from None
+
+
+def in_words(value: object) -> str:
+    """Return a value of a status view as people read it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return value.astimezone().isoformat(" ", "seconds")
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _integer(text: str) -> int:

@@ -127,7 +127,7 @@ def as_csv(table: Table, query: Query, cards: Sequence[Card]) -> str:
             given = [answer.rank, answer.distance, answer.similarity]
             given += [answer.frame] if frames else []
         texts = [card.key, *(card.values[name] for name in query.columns)]
-        writer.writerow([*given, *map(_harmless, texts)])
+        writer.writerow([*given, *map(harmless, texts)])
     return file.getvalue()
 
 
@@ -209,7 +209,7 @@ def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, str | None]
     return dict(zip(names, texts, strict=True))
 
 
-def _harmless(text: str | None) -> str | None:
+def harmless(text: str | None) -> str | None:
     """Return a text that no spreadsheet takes for a formula."""
     if text is None or not text.startswith(_FORMULA):
         return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
@@ -40,7 +39,6 @@ class Job:
         self.total: int | None = None
         self.outcome: Any = None
         self.error: PageError | None = None
-        self.began = time.time()
         self._connection = connection
         self._is_wanted = True
 

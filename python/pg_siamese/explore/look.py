@@ -13,7 +13,7 @@ from pg_siamese.client.sources import png
 from pg_siamese.explore import pictures
 from pg_siamese.explore.answers import read_example
 from pg_siamese.explore.failures import PageError, whole_number
-from pg_siamese.explore.pictures import MOST_SIDE, Facts, Look
+from pg_siamese.explore.pictures import MOST_FRAMES, MOST_SIDE, Facts, Look
 from pg_siamese.explore.query import FILE, STORED
 from pg_siamese.explore.tables import Table
 from pg_siamese.explore.visits import Visit
@@ -22,7 +22,6 @@ from pg_siamese_server.encoding.windows import PRESETS
 from pg_siamese_server.errors import SiameseError
 
 LARGE = 1024
-MOST_FRAMES = 1_000_000
 NEIGHBOURS = 8
 
 
@@ -88,10 +87,10 @@ def _tags(visit: Visit, table: Table, key: str, data: bytes) -> Mapping[str, Any
     """Read the DICOM tags that the database allows to be seen, or None of another format."""
     if supported(data) != "DICOM":
         return None
-    statement = sql.SQL("SELECT siamese.dicom_tags({}) FROM {} WHERE {} = %s::text::{}")
-    row = visit.connection.execute(
-        statement.format(table.image, table.relation, table.key, table.key_type), (key,)
-    ).fetchone()
+    statement = sql.SQL("SELECT siamese.dicom_tags({}) FROM {} WHERE {} = {}::text::{}").format(
+        table.image, table.relation, table.key, sql.Literal(key), table.key_type
+    )
+    row = visit.connection.execute(statement).fetchone()
     return None if row is None else row[0]
 
 

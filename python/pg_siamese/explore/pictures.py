@@ -15,7 +15,7 @@ import numpy as np
 import psycopg
 from numpy.typing import NDArray
 from PIL import Image
-from psycopg import sql
+from psycopg import RawCursor, sql
 
 from pg_siamese.client.contact_sheet import SMALL_IMAGE
 from pg_siamese.client.sources import png
@@ -24,10 +24,9 @@ from pg_siamese.explore.tables import Table
 from pg_siamese_server.encoding import windows
 from pg_siamese_server.encoding.images import FORMATS, TIFF_HEADERS, render_image
 from pg_siamese_server.encoding.kinds import supported
-from pg_siamese_server.encoding.regions import Region
 from pg_siamese_server.encoding.specification import InputSpec
 
-MOST_SIDE = 2048
+MOST_SIDE, MOST_FRAMES = 2048, 1_000_000
 # Enough of a file for its size in pixels.
 HEAD_BYTES = 16 * 1024
 BLANK = 200  # grey
@@ -43,13 +42,11 @@ class Look:
         side: most pixels of the longer side.
         frame: number of the frame, from 1, or 0 for the representative one.
         window: ``CENTER/WIDTH``, a preset for CT, or nothing for the image's own.
-        region: part of the image, in shares of its sides, or None for all.
     """
 
     side: int = 160
     frame: int = 0
     window: str = ""
-    region: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,10 +94,12 @@ def read_image(connection: psycopg.Connection[Any], table: Table, key: str) -> b
         PageError: there is none, or it is larger than the collection allows.
     """
     statement = sql.SQL(
-        "SELECT CASE WHEN pg_catalog.octet_length({image}) <= %s THEN {image} END,"
-        " pg_catalog.octet_length({image}) FROM {relation} WHERE {key} = %s::text::{type}"
+        "SELECT CASE WHEN pg_catalog.octet_length({image}) <= $1 THEN {image} END,"
+        " pg_catalog.octet_length({image}) FROM {relation} WHERE {key} = $2::text::{type}"
     ).format(image=table.image, relation=table.relation, key=table.key, type=table.key_type)
-    row = connection.execute(statement, (table.spec.max_bytes, key), binary=True).fetchone()
+    # With the placeholders of the server, since names can hold those of psycopg.
+    with RawCursor(connection) as cursor:
+        row = cursor.execute(statement, (table.spec.max_bytes, key), binary=True).fetchone()
     if row is None or row[1] is None:
         raise PageError(404, "There is no such image, or your role may not see it.")
     if row[0] is None:
@@ -122,9 +121,8 @@ def pixels_of(data: bytes, spec: InputSpec, look: Look) -> NDArray[np.uint8]:
     """
     if look.window:
         spec = _windowed(data, spec, look.window)
-    region = None if look.region is None else Region(*look.region)
     with _decoding:
-        return render_image(data, look.side, look.frame, region, spec)
+        return render_image(data, look.side, look.frame, spec=spec)
 
 
 def picture(data: bytes, spec: InputSpec, look: Look) -> bytes:

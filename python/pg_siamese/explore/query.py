@@ -11,6 +11,7 @@ from psycopg import sql
 
 from pg_siamese.client.queries import Examples, Groups, Search, search_statement
 from pg_siamese.explore.failures import PageError, whole_number
+from pg_siamese.explore.pictures import MOST_FRAMES
 from pg_siamese.explore.sessions import Session
 from pg_siamese.explore.tables import Table
 
@@ -207,7 +208,7 @@ def parse(pairs: Pairs, table: Table) -> Query:
         strategy=_one_of("strategy", last("strategy", STRATEGIES[0]), STRATEGIES),
         one_each=bool(last("one_each")),
         own_group=not last("other_groups"),
-        frame=whole_number("frame", last("frame", "0") or "0", 0, 1_000_000),
+        frame=whole_number("frame", last("frame", "0") or "0", 0, MOST_FRAMES),
         region=_region([last(name) for name in _EDGES]),
         columns=columns if {"column", "columns"} & values.keys() else table.shown_first(),
         conditions=_conditions(values, table),

@@ -153,13 +153,13 @@ def decide(visit: Visit) -> Response:
     if decision not in DECISIONS:
         raise PageError(400, f"decision is not one of {', '.join(DECISIONS)}.")
     target = _decisions(visit.connection, form.get("into", ""))
-    statement = sql.SQL(
-        "INSERT INTO {} (collection, keys, decision, note) VALUES (%s, %s, %s, %s)"
-    ).format(target)
     values = (found.collection, group.keys, decision, form.get("note", ""))
+    statement = sql.SQL("INSERT INTO {} (collection, keys, decision, note) VALUES ({})").format(
+        target, sql.SQL(", ").join(map(sql.Literal, values))
+    )
     with visit.connection.transaction():
         visit.connection.execute("SET TRANSACTION READ WRITE")
-        visit.connection.execute(statement, values)
+        visit.connection.execute(statement)
     group.decision = decision
     page = number // PER_PAGE
     address = _address(found.collection, job.name, form["into"], page)
@@ -214,12 +214,13 @@ def _read_decisions(
     groups: Sequence[tuple[int, Group]],
 ) -> None:
     """Note the last decision on each group."""
-    statement = sql.SQL(
-        "SELECT decision FROM {} WHERE collection = %s AND keys = %s::text[]"
+    form = sql.SQL(
+        "SELECT decision FROM {} WHERE collection = {} AND keys = {}::text[]"
         " ORDER BY decided_at DESC LIMIT 1"
-    ).format(decisions)
+    )
     for _, group in groups:
-        row = connection.execute(statement, (table.name, group.keys)).fetchone()
+        values = sql.Literal(table.name), sql.Literal(group.keys)
+        row = connection.execute(form.format(decisions, *values)).fetchone()
         group.decision = "" if row is None else str(row[0])
 
 

@@ -15,7 +15,7 @@ from pg_siamese.explore.query import FILE, STORED, Query
 from pg_siamese.explore.tables import Table, readable
 from pg_siamese.explore.visits import Visit
 
-# A longer statement is shown in part, and copied from a file.
+# A longer statement is no help to read. There is a file to download.
 MOST_SQL = 10_000
 THUMBNAIL = Look(side=160)
 

@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property, partial
 from typing import Any
 from urllib.parse import parse_qsl
@@ -16,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from pg_siamese import __version__
+from pg_siamese.client.queries import in_words
 from pg_siamese.explore.failures import PageError, explain
 from pg_siamese.explore.sessions import Connection, Session, SessionEnded
 from pg_siamese.explore.tables import Table, find_table
@@ -31,6 +30,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+TEMPLATES.filters["in_words"] = in_words
 
 
 @dataclass
@@ -95,25 +95,8 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
         csrf="" if session is None else session.csrf,
         form=request.app.state.form,
         path=request.url.path,
-        version=__version__,
     )
     return HTMLResponse(text, status)
-
-
-def readable_value(value: object) -> str:
-    """Return a value of a status view in words."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, datetime):
-        return value.astimezone().isoformat(" ", "seconds")
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-TEMPLATES.filters["readable"] = readable_value
 
 
 def form_fields(body: bytes) -> list[tuple[str, str]]:

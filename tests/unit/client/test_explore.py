@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pg_siamese.explore import serving
-from pg_siamese.explore.answers import _harmless
+from pg_siamese.explore.answers import harmless
 from pg_siamese.explore.pictures import Size, facts
 from pg_siamese.explore.query import Condition
 from pg_siamese.explore.serving import Address
@@ -79,7 +79,7 @@ def test_conditions_as_filters() -> None:
     ],
 )
 def test_formulas_become_texts(text: str | None, safe: str | None) -> None:
-    assert _harmless(text) == safe
+    assert harmless(text) == safe
 
 
 def test_facts_of_files() -> None:
