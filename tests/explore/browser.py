@@ -17,6 +17,8 @@ from pg_siamese.explore.app import Settings, create_app
 from tests.support import wait_until
 
 CHROMIUM = Path("/usr/bin/chromium")
+# Ends what hangs. Nothing depends on speed, on a machine that has much else to do.
+PATIENCE_MS = 180_000
 REFUSED = re.compile(r"responded with a status of 4|Response Status Error Code 4")
 _LOADED = "() => [...document.images].every((image) => image.complete)"
 
@@ -60,6 +62,7 @@ class Watch:
     """What a page asked for and complained of."""
 
     def __init__(self, page: Page) -> None:
+        page.set_default_timeout(PATIENCE_MS)
         self.requests: list[str] = []
         self.problems: list[str] = []
         page.on("request", lambda request: self.requests.append(request.url))

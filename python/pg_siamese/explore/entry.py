@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 from pg_siamese.client.connection import CommandError
 from pg_siamese.explore.failures import PageError, explain
 from pg_siamese.explore.sessions import Session, log_in, open_connection
-from pg_siamese.explore.visits import check_token, form_fields, render
+from pg_siamese.explore.visits import check_token, form_fields, render, session_of
 
 # Guessing a password takes at least this long, and goes on one at a time.
 SECONDS_PER_FAILURE = 1.0
@@ -83,11 +83,10 @@ async def login(request: Request) -> Response:
 async def logout(request: Request) -> Response:
     """End the session."""
     state = request.app.state
-    token = request.cookies.get(state.cookie)
-    session = state.sessions.find(token)
+    session = session_of(request)
     if session is not None:
         check_token(request, session, await request.body())
-        await run_in_threadpool(state.sessions.end, token)
+        await run_in_threadpool(state.sessions.end, request.cookies[state.cookie])
     answer = RedirectResponse("/login", 303, headers={"Clear-Site-Data": '"cache", "storage"'})
     answer.delete_cookie(state.cookie)
     return answer

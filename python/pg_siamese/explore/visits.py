@@ -70,33 +70,30 @@ class Visit:
             known = self.session.tables[name] = time.monotonic(), find_table(self.connection, name)
         return known[1]
 
-    def render(self, template: str, status: int = 200, **values: Any) -> Response:
-        """Return a page."""
-        # What a job or a facet is put into has these already.
-        if template.startswith("_"):
-            text = TEMPLATES.get_template(template).render(**values, csrf=self.session.csrf)
-            return HTMLResponse(text, status)
-        return render(
-            self.request,
-            template,
-            status,
-            session=self.session,
-            write=self.may_write,
-            **values,
-        )
+    def render(self, template: str, **values: Any) -> Response:
+        """Return a page, or a part of one."""
+        return render(self.request, template, **values)
+
+
+def session_of(request: Request) -> Session | None:
+    """Return the session of a request, None if there is none that goes on."""
+    state = request.app.state
+    found: Session | None = state.sessions.find(request.cookies.get(state.cookie))
+    return found
 
 
 def render(request: Request, template: str, status: int = 200, **values: Any) -> Response:
     """Return a page, for a visitor with or without a session."""
-    given = {"session": None, "write": False, "collection": ""} | values
-    session = given["session"]
-    text = TEMPLATES.get_template(template).render(
-        **given,
-        csrf="" if session is None else session.csrf,
-        form=request.app.state.form,
-        path=request.url.path,
-    )
-    return HTMLResponse(text, status)
+    state, session = request.app.state, session_of(request)
+    common = {
+        "collection": "",
+        "csrf": "" if session is None else session.csrf,
+        "form": state.form,
+        "path": request.url.path,
+        "session": session,
+        "write": state.write,
+    }
+    return HTMLResponse(TEMPLATES.get_template(template).render(common | values), status)
 
 
 def form_fields(body: bytes) -> list[tuple[str, str]]:
@@ -128,8 +125,7 @@ def page(handler: Handler) -> Callable[[Request], Any]:
     """Return the endpoint that runs a handler in a thread, for visitors with a session."""
 
     async def endpoint(request: Request) -> Response:
-        state = request.app.state
-        session = state.sessions.find(request.cookies.get(state.cookie))
+        session = session_of(request)
         if session is None:
             return to_login(request)
         body = await request.body()

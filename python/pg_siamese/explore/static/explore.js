@@ -5,6 +5,7 @@
 const form = () => document.getElementById("search");
 const field = (name) => document.querySelector(`input[form="search"][name="${name}"]`);
 const EDGES = ["left", "top", "right", "bottom"];
+const UNREACHABLE = "The page can't be reached. Does the command still run?";
 // A smaller box is a click.
 const LEAST_PERCENT = 2;
 
@@ -30,7 +31,7 @@ async function searchWith(file) {
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     tell(page.getElementById("problem")?.textContent.trim() || "The file was not accepted.");
   } catch {
-    tell("The page can't be reached. Does the command still run?");
+    tell(UNREACHABLE);
   }
   document.body.classList.remove("busy");
 }
@@ -128,5 +129,14 @@ document.addEventListener("click", async (event) => {
   }
 });
 
+// --- Answers that come -------------------------------------------------------------------------------
+
 document.addEventListener("DOMContentLoaded", showChosen);
-document.addEventListener("htmx:afterSettle", showChosen);
+document.addEventListener("htmx:beforeRequest", () => document.body.classList.add("busy"));
+document.addEventListener("htmx:afterRequest", () => document.body.classList.remove("busy"));
+document.addEventListener("htmx:sendError", () => tell(UNREACHABLE));
+document.addEventListener("htmx:afterSettle", () => {
+  showChosen();
+  // What had the focus is gone, so that the keyboard goes on at the answers.
+  if (document.activeElement === document.body) document.getElementById("answers")?.focus({ preventScroll: true });
+});
