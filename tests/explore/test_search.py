@@ -345,6 +345,9 @@ def test_a_build_is_cancelled(ward: Ward, browse: Open) -> None:
         ward.db.execute("SELECT FROM siamese.collections WHERE name = 'scans' FOR UPDATE")
         job = client.post("/build", data=form).headers["location"]
         assert "running" in client.get(job).text
+        # Others see it, too.
+        other = browse("alice")
+        wait_until(lambda: "Work under way" in other.get("/health").text)
         sent = client.post("/cancel", data={"csrf": form["csrf"], "id": job.partition("=")[2]})
         assert sent.headers["location"] == job
         wait_until(lambda: "running" not in client.get(job).text)

@@ -34,6 +34,7 @@ def health(visit: Visit) -> Response:
         "health.html",
         states=states,
         advice={row["collection"]: _advice(row) for row in states},
+        work=_rows(connection, "progress"),
         generations=_rows(connection, "index_generations") if may_check else None,
         queues=_rows(connection, "embedding_queue_status") if may_check else None,
         failures=_rows(connection, "embedding_failures", 100) if may_check else None,
