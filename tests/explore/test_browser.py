@@ -114,7 +114,7 @@ def test_three_searches_by_clicks(visit: Start) -> None:
         assert key not in shown(page) and len(shown(page)) == 24 and broken(page) == []
     for address in reversed(places):
         # htmx loads the page again, which page.go_back() takes for a failure.
-        page.evaluate("() => history.back()")
+        page.evaluate("() => void setTimeout(() => history.back())")
         page.wait_for_url(address)
         settled(page)
     assert shown(page) == before
@@ -333,6 +333,8 @@ def test_everybody_can_use_it(visit: Start, width: int, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     for place in PLACES:
         page.goto(f"{origin(page)}{place}")
+        if place.startswith("/map"):  # by way of the page of the job that draws it
+            page.locator("#map[data-ready]").wait_for()
         for summary in page.locator("summary").all():
             summary.click()
         settled(page)
