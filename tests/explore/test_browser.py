@@ -114,7 +114,8 @@ def test_three_searches_by_clicks(visit: Start) -> None:
         assert key not in shown(page) and len(shown(page)) == 24 and broken(page) == []
     for address in reversed(places):
         # htmx loads the page again, which page.go_back() takes for a failure.
-        page.evaluate("() => void setTimeout(() => history.back())")
+        with page.expect_event("load"):
+            page.evaluate("() => void setTimeout(() => history.back())")
         page.wait_for_url(address)
         settled(page)
     assert shown(page) == before
