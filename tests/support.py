@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -210,3 +211,11 @@ def grid(pixels: Array, pool: int, mean: Sequence[float], std: Sequence[float]) 
     squares = values.reshape(height // pool, pool, width // pool, pool, channels).mean(axis=(1, 3))
     embedding: Array = squares.transpose(2, 0, 1).ravel()
     return embedding
+
+
+def heeding_interrupts() -> None:
+    """Be the ``preexec_fn`` of a process that is to end by SIGINT.
+
+    A shell's background job may have SIGINT ignored, and a child would inherit that.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,7 +26,15 @@ from tests import dicom_files
 from tests.conftest import Connection
 from tests.database.commands import fails, run, works
 from tests.server import login_role, pg_environment
-from tests.support import column_of, graph, grid_encoder, one, rows_of, wait_until
+from tests.support import (
+    column_of,
+    graph,
+    grid_encoder,
+    heeding_interrupts,
+    one,
+    rows_of,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,13 +182,12 @@ def test_ctrl_c_cancels_in_the_server_and_says_what_is_stored(
     )
     file = medical_set(tmp_path / "slow.npz", (1000, 2, 2))
     command = [sys.executable, "-m", "pg_siamese", "load", str(file), "--split", "train"]
-    # A shell's background job may have SIGINT ignored, and a child would inherit that.
     process = subprocess.Popen(
         [*command, "--dsn", dsn],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+        preexec_fn=heeding_interrupts,
     )
     sleeping = (
         "SELECT count(*) FROM pg_stat_activity"

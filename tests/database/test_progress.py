@@ -23,7 +23,7 @@ from tests.database.commands import works
 from tests.database.running import Running
 from tests.database.tables import insert_rows, make_collection, without_triggers
 from tests.server import path_of
-from tests.support import one, rows_of, sql_error, wait_until
+from tests.support import heeding_interrupts, one, rows_of, sql_error, wait_until
 
 WORK = "SELECT collection, kind, phase, done, total FROM progress ORDER BY collection, phase DESC"
 # Whoever stores vectors of table t beyond so many waits here.
@@ -305,10 +305,12 @@ def test_status_shows_it(db: Connection, dsn: str, connect: Connect, pictures: P
         assert running.start().waits()
         line = "backfill of t: embedding, 0% (0 of 30), since "
         assert line in works(dsn, "status").partition("under way")[2]
-        watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        watch = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts
+        )
         assert watch.stdout is not None
         assert watch.stdout.readline().startswith(line)
     running.result()
     assert "nothing is under way\n" in iter(watch.stdout.readline, "")
     watch.send_signal(signal.SIGINT)
-    assert watch.wait() == 0
+    assert watch.wait(60) == 0

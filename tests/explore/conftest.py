@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from pg_siamese.explore.app import Settings, create_app
 from pg_siamese.explore.sessions import Sessions
 from tests import dicom_files, server
-from tests.conftest import Connection, Pictures, copied_database
+from tests.conftest import Connection, Pictures, copied_database, make_template
 from tests.server import ExternalServer
 from tools.cluster import Cluster
 
@@ -48,6 +48,12 @@ def cluster() -> Iterator[Cluster | ExternalServer]:
         with psycopg.connect(running.dsn("postgres"), autocommit=True) as admin:
             admin.execute("SELECT pg_reload_conf()")
         yield running
+
+
+@pytest.fixture(scope="session")
+def template(cluster: Cluster | ExternalServer, onnx: bytes) -> str:
+    """Name of a database to copy, of this cluster and not of the one of other tests."""
+    return make_template(cluster, onnx)
 
 
 @dataclass
