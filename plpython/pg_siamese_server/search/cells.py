@@ -65,11 +65,11 @@ class Cells:
         # The cell of each vector, and its squared length less its squared distance to the centre.
         self.own = np.empty(total, dtype=np.int32)
         self.surplus = np.empty(total, dtype=np.float32)
-        self.longest = _squared_lengths(self.centres).max(initial=0)
+        self.longest = squared_lengths(self.centres).max(initial=0)
         for part in self._portions(np.arange(total), PORTION):
             matrix = read(part)
             squared, self.own[part] = cells.nearest(matrix, self.centres, thread_count, poll)
-            lengths = _squared_lengths(matrix)
+            lengths = squared_lengths(matrix)
             self.surplus[part] = lengths - squared
             self.longest = max(self.longest, lengths.max())
         self.order = np.argsort(self.own, kind="stable")
@@ -112,9 +112,9 @@ class Cells:
         if not len(later):
             return found[0]
         batch = self.centres[first:last]
-        lengths = _squared_lengths(batch)
+        lengths = squared_lengths(batch)
         # |y - c|² - |y - own|² = |c|² - 2 yc + surplus, which is at most 2 reach |c - own|.
-        most = _squared_lengths(self.centres)[:, None] + lengths - 2 * self.centres @ batch.T
+        most = squared_lengths(self.centres)[:, None] + lengths - 2 * self.centres @ batch.T
         most = 2 * self.reach * np.sqrt(np.maximum(most, 0)) - lengths
         most += 4 * ROUNDING * self.longest
         most[np.arange(len(most))[:, None] <= np.arange(first, last)] = -np.inf
@@ -129,6 +129,7 @@ class Cells:
         return near[by_cell] + first, numbers[by_cell]
 
 
-def _squared_lengths(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+def squared_lengths(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the squared length of each vector."""
     lengths: NDArray[np.float32] = np.einsum("ij,ij->i", matrix, matrix)
     return lengths

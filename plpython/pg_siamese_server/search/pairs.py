@@ -21,7 +21,7 @@ from pg_siamese_server.catalog import Collection, group_column, prepare
 from pg_siamese_server.errors import SiameseError
 from pg_siamese_server.index.threads import MAX_THREADS, allowed_threads, threads
 from pg_siamese_server.search import exact, filters
-from pg_siamese_server.search.cells import ROUNDING, Cells
+from pg_siamese_server.search.cells import ROUNDING, Cells, squared_lengths
 from pg_siamese_server.search.request import Request
 from pg_siamese_server.search.search import (
     current_state,
@@ -177,12 +177,12 @@ class IndexedPairs:
             block = self._vectors(found_among)
             flat = faiss.IndexFlatL2(block.shape[1])
             flat.add(block)
-            longest = np.einsum("ij,ij->i", block, block).max()
+            longest = squared_lengths(block).max()
             size = max(1, MAX_HITS // len(block))
             for low in range(begin, len(rows), size):
                 asking = rows[low : low + size]
                 matrix = self._vectors(asking)
-                length = np.einsum("ij,ij->i", matrix, matrix).max()
+                length = squared_lengths(matrix).max()
                 radius = self.limit + ROUNDING * float(longest + length)
                 with threads(self.thread_count):
                     starts, _, found = flat.range_search(matrix, min(radius, 3e38))

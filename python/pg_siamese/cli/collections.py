@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pg_siamese.cli.failures import INTERRUPTED, describe_failure
-from pg_siamese.cli.options import CollectionName, Dsn, json_object
+from pg_siamese.cli.options import CollectionName, Dsn, Engine, Filter, json_object
 from pg_siamese.cli.terminal import answer_table, notice_bar, output
 from pg_siamese.client.connection import CommandError, connect
 
@@ -35,15 +35,8 @@ def query(
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Number of neighbours.")] = 10,
     collection: CollectionName = "images",
-    filter: Annotated[
-        str | None,
-        typer.Option(
-            help='Return only rows with these column values, as JSON: \'{"label": "pneumonia"}\'.'
-        ),
-    ] = None,
-    engine: Annotated[
-        Literal["auto", "faiss", "pgvector"], typer.Option(help="Engine that answers.")
-    ] = "auto",
+    filter: Filter = None,
+    engine: Engine = "auto",
     frame: Annotated[
         int, typer.Option(help="Frame of the image to search for. 0: the representative one.")
     ] = 0,

@@ -10,8 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pg_siamese.cli.options import CollectionName, Dsn, json_object
-from pg_siamese.cli.pairs import Engine, Filter, call
+from pg_siamese.cli.options import CollectionName, Dsn, Engine, Filter, json_object
+from pg_siamese.cli.pairs import call
 from pg_siamese.cli.terminal import output
 from pg_siamese.client.connection import CommandError, connect
 

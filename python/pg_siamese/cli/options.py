@@ -1,7 +1,7 @@
 """Options that several commands have."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,11 @@ Dsn = Annotated[
     typer.Option(help="libpq connection string. PG* variables fill in what it omits."),
 ]
 CollectionName = Annotated[str, typer.Option("--collection", "-c", help="Name of the collection.")]
+Filter = Annotated[
+    str | None,
+    typer.Option(help='Only rows with these column values, as JSON: \'{"split": "train"}\'.'),
+]
+Engine = Annotated[Literal["auto", "faiss", "pgvector"], typer.Option(help="Engine that answers.")]
 Threads = Annotated[int, typer.Option(min=1, help="Number of CPU threads.")]
 
 

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from psycopg import sql
 
-from pg_siamese.cli.options import CollectionName, Dsn, json_object
+from pg_siamese.cli.options import CollectionName, Dsn, Engine, Filter, json_object
 from pg_siamese.cli.terminal import errors, progress_bar
 from pg_siamese.client.connection import connect
 
@@ -30,11 +30,6 @@ MaxDistance = Annotated[float, typer.Option(help="Largest distance of two images
 MaxDifference = Annotated[
     float, typer.Option(help="Largest difference of two images' pixels, in grey levels.")
 ]
-Filter = Annotated[
-    str | None,
-    typer.Option(help='Only rows with these column values, as JSON: \'{"split": "train"}\'.'),
-]
-Engine = Annotated[Literal["auto", "faiss", "pgvector"], typer.Option(help="Engine that answers.")]
 Threads = Annotated[int, typer.Option(min=1, help="Most threads of the server's FAISS.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="CSV file to write. Default: stdout.")

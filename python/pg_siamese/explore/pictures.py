@@ -18,10 +18,9 @@ from PIL import Image
 from psycopg import RawCursor, sql
 
 from pg_siamese.client.contact_sheet import SMALL_IMAGE
-from pg_siamese.client.sources import png
 from pg_siamese.explore.failures import PageError
 from pg_siamese.explore.tables import Table
-from pg_siamese_server.encoding import windows
+from pg_siamese_server.encoding import drawing, windows
 from pg_siamese_server.encoding.images import FORMATS, TIFF_HEADERS, render_image
 from pg_siamese_server.encoding.kinds import supported
 from pg_siamese_server.encoding.specification import InputSpec
@@ -127,10 +126,7 @@ def pixels_of(data: bytes, spec: InputSpec, look: Look) -> NDArray[np.uint8]:
 
 def picture(data: bytes, spec: InputSpec, look: Look) -> bytes:
     """Return an image as PNG. The errors are those of ``pixels_of``."""
-    pixels = pixels_of(data, spec, look)
-    # Grey is a third of the work.
-    is_grey = bool((pixels == pixels[..., :1]).all())
-    return png(pixels[..., 0] if is_grey else pixels)
+    return drawing.png_file(Image.fromarray(pixels_of(data, spec, look)))
 
 
 def blank(side: int) -> NDArray[np.uint8]:
